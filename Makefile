@@ -1,0 +1,123 @@
+# AVA Lab. Bare `make` prints what there is. Works with GNU make 3.81 and later.
+#
+# Environment: the active virtual or conda environment, else .venv, which is built once. Conda's `base` does not
+# count as active: nothing is installed into it.
+# Results: one stamp a notebook below .stamps/<run>/, newer than everything the notebook depends on
+# (avalab/dependencies.py writes the rules). A result without its stamp, such as a committed one, counts as not done.
+
+# The dials of `reproduce`; set them on the command line.
+PROFILE = laptop
+MODEL =
+SEED = 0
+NOTEBOOKS =
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # notebooks measure speed
+.SUFFIXES:
+.PHONY: help setup lab reproduce smoke test lint report clean notebooks report-page
+
+# Quiet libraries, set in this one place.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export HF_HUB_DISABLE_SYMLINKS_WARNING := 1
+export DO_NOT_TRACK := 1
+export TOKENIZERS_PARALLELISM := false
+export TRANSFORMERS_VERBOSITY := error
+export BITSANDBYTES_NOWELCOME := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# This checkout's package, also in a notebook's kernel and in an environment that several checkouts share.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# --- the environment ---------------------------------------------------------------------------------------------
+
+active := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+environment := $(or $(active),.venv)
+python := $(environment)/bin/python
+ready := .stamps/setup$(if $(active),-$(subst /,_,$(active)))
+# The first of some interpreters that is new enough; empty when none is.
+new_enough = $(shell for p in $(1); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+system_python = $(or $(call new_enough,$(if $(active),$(python),python3 python3.13 python3.12 python3.11)),$(error \
+	AVA Lab needs Python 3.11 or newer; found $(or $(shell $(if $(active),$(python),python3) --version 2>&1),none)))
+
+$(ready): pyproject.toml $(if $(active),$(wildcard $(active)/pyvenv.cfg),.venv/.made)
+	@$(if $(system_python),echo "Installing what the lab needs into $(environment) (once, a few minutes)")
+	@env -u PYTHONPATH $(python) -m pip install --editable '.[lab]'
+	@mkdir -p .stamps && touch '$@'
+
+.venv/.made:
+	@$(system_python) -m venv .venv
+	@touch '$@'
+
+# --- the run -----------------------------------------------------------------------------------------------------
+
+# Needs the standard library only, so it answers before anything is installed. Sub-makes inherit the answer.
+ifneq ($(filter reproduce report,$(MAKECMDGOALS)),)
+plan := $(shell $(or $(call new_enough,$(python)),$(system_python)) -m avalab.dependencies --profile '$(PROFILE)' \
+	--model '$(MODEL)' --seed '$(SEED)' --notebooks '$(NOTEBOOKS)')
+ifneq ($(filter error:,$(firstword $(plan)))$(if $(plan),,none),)
+$(error $(or $(wordlist 2,999,$(plan)),cannot plan the run))
+endif
+export run := $(firstword $(plan))
+export selected := $(wordlist 2,999,$(plan))
+endif
+stamps := .stamps/$(run)
+-include $(if $(run),$(stamps)/dependencies.mk)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(ready) ## build .venv, or complete the active environment (every other target does it when needed)
+
+lab: $(ready) ## JupyterLab, opened on notebooks/
+	@$(python) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(LAB_FLAGS)
+
+reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke] [MODEL=id or folder] [SEED=0] [NOTEBOOKS="01 06"]
+	@trap 'exit 130' INT TERM; status=0; \
+	$(MAKE) --no-print-directory --keep-going notebooks || status=1; \
+	$(MAKE) --no-print-directory report-page || status=1; \
+	$(python) -m avalab.headless --summary $(run) $(selected) || status=1; exit $$status
+
+smoke: ## every notebook on the tiny model, in minutes
+	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+notebooks: $(selected:%=$(stamps)/%.done)
+	@:
+
+# The stamp gets the time of the start: what is edited while a notebook runs makes it run again.
+$(stamps)/%.done: notebooks/%.ipynb
+	@mkdir -p $(@D) && touch $@.started
+	@$(python) -m avalab.headless $* --profile '$(PROFILE)' --model '$(MODEL)' --seed '$(SEED)'
+	@mv $@.started $@
+
+# Of the results, not of the stamps: building the page never runs a notebook.
+results := $(if $(run),$(wildcard results/$(run)/*.ipynb results/$(run)/*.json results/$(run)/figures/*))
+
+report-page: $(if $(results),$(stamps)/report)
+	@:
+
+$(stamps)/report: $(results)
+	@mkdir -p $(@D)
+	@$(python) -m avalab.report results/$(run)
+	@touch $@
+
+report: $(ready) ## build results/<run>/index.html from the results as they are
+	@$(python) -m avalab.report results/$(run)
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+sources := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
+
+test: $(ready) ## unit tests, then every notebook on the tiny model (nbval)
+	@$(python) -m pytest tests
+	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 $(sources),:)
+
+lint: $(ready) ## style, formatting, and that no notebook holds outputs
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(if $(sources),$(python) -m nbstripout --verify $(sources),:)
+
+clean: ## remove stamps, artefacts and results that are not committed; keep downloads and environments
+	@rm -rf artifacts .stamps/*/ results/*/*.failed.ipynb results/*/*.traceback.txt
+	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 -exec rm -rf {} +
