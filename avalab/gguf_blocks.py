@@ -1,0 +1,200 @@
+"""GGUF's block types: rows of number formats, and the bytes that llama.cpp and its relatives read.
+
+A row of a weight is cut into blocks of 32 weights (Q4_0 to Q8_0) or super-blocks of 256 (the K types). `LAYOUTS` lists
+the fields of a block in the order of their bytes; low and high bits of the codes have fields of their own. Each run of
+`width` bytes of such a field holds the first `width` codes in its bytes' lowest bits, the next ones in the bits above.
+
+Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `numerics.encode` with the rules below, then packed: byte for byte what
+gguf-py writes, but for the sign of a minimum that is zero. In the K types a group's scale is a small integer times the
+super-block's float16; they are decoded here, exactly, and not encoded.
+
+Source: ggml's block structures (ggml-common.h) and the format's description in the GGUF documentation.
+What it does not do: importance-weighted searches for scales, the I types, GGUF files (headers, names, alignment).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from avalab.numerics import Encoded, Groups, NumberFormat
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some bytes of a block. Those of codes hold `bits` of each code, in runs of `width` bytes."""
+
+    name: str  # scale, minimum: float16; multipliers: integers that scale and minimum are multiplied by; low, high
+    size: int  # bytes
+    bits: int = 0
+    width: int = 0
+
+
+_SCALE, _MINIMUM = Field("scale", 2), Field("minimum", 2)
+LAYOUTS: dict[str, tuple[Field, ...]] = {
+    "q4_0": (_SCALE, Field("low", 16, 4, 16)),
+    "q4_1": (_SCALE, _MINIMUM, Field("low", 16, 4, 16)),
+    "q5_0": (_SCALE, Field("high", 4, 1, 1), Field("low", 16, 4, 16)),
+    "q5_1": (_SCALE, _MINIMUM, Field("high", 4, 1, 1), Field("low", 16, 4, 16)),
+    "q8_0": (_SCALE, Field("low", 32, 8, 32)),
+    "q2_k": (Field("multipliers", 16), Field("low", 64, 2, 32), _SCALE, _MINIMUM),
+    "q3_k": (Field("high", 32, 1, 32), Field("low", 64, 2, 32), Field("multipliers", 12), _SCALE),
+    "q4_k": (_SCALE, _MINIMUM, Field("multipliers", 12), Field("low", 128, 4, 32)),
+    "q5_k": (_SCALE, _MINIMUM, Field("multipliers", 12), Field("high", 32, 1, 32), Field("low", 128, 4, 32)),
+    "q6_k": (Field("low", 128, 4, 64), Field("high", 64, 2, 32), Field("multipliers", 16), _SCALE),
+}
+
+
+def pack(encoded: Encoded) -> UInt8[Tensor, "rows bytes"]:
+    """The bytes of a weight encoded in one of the simple types, row after row.
+
+    Raises ValueError for a format that has no block type, or a K type.
+    """
+    layout = _layout(encoded.format)
+    if any(field.name == "multipliers" for field in layout):
+        raise ValueError(f"{encoded.format.name} is only decoded here; packed are {', '.join(_SIMPLE)}")
+    codes = encoded.codes.reshape(len(encoded.scales), -1)
+    # A signed byte is stored as it is, shorter codes from their lowest value up.
+    codes = codes.view(torch.uint8) if encoded.format.bits == 8 else (codes - encoded.format.low).to(torch.uint8)
+    low_bits = next(field.bits for field in layout if field.name == "low")
+    parts = {"low": codes & (2**low_bits - 1), "high": codes >> low_bits if low_bits < 8 else None}
+    floats = {"scale": encoded.scales, "minimum": encoded.offsets}
+    columns = [_narrow(parts[f.name], f) if f.bits else floats[f.name].view(-1, 1).view(torch.uint8) for f in layout]
+    return torch.cat(columns, 1).view(len(encoded.codes), -1)
+
+
+def unpack(blocks: UInt8[Tensor, "rows bytes"], format: NumberFormat) -> Encoded:
+    """The codes, scales and minimums in the bytes of a weight; scales of K types are multiplied out, in float32.
+
+    Raises ValueError for a format that has no block type, or rows that are not whole blocks.
+    """
+    layout = _layout(format)
+    size = sum(field.size for field in layout)
+    if blocks.numel() == 0 or blocks.shape[1] % size:
+        raise ValueError(f"{format.name} blocks have {size} bytes; got the shape {tuple(blocks.shape)}")
+    parts = blocks.reshape(-1, size).split([field.size for field in layout], dim=1)
+    fields = {field.name: part.contiguous() for field, part in zip(layout, parts, strict=True)}
+    scales, minimums = _scales(fields, format)
+    return Encoded(format, _codes(fields, format).view(len(blocks), -1), scales, minimums)
+
+
+def _layout(format: NumberFormat) -> tuple[Field, ...]:
+    if format.name not in LAYOUTS:
+        raise ValueError(f"no GGUF block type is called {format.name!r}; there are {', '.join(LAYOUTS)}")
+    return LAYOUTS[format.name]
+
+
+def _codes(fields: dict[str, Tensor], format: NumberFormat) -> Tensor:
+    low, *high = sorted((f for f in LAYOUTS[format.name] if f.bits), key=lambda field: field.name, reverse=True)
+    codes = _spread(fields["low"], low.bits, low.width)
+    if format.bits == 8:
+        return codes.view(torch.int8)
+    for field in high:
+        codes = codes | _spread(fields["high"], field.bits, field.width) << low.bits
+    return codes.to(torch.int8) + format.low if format.low < 0 else codes
+
+
+def _scales(fields: dict[str, Tensor], format: NumberFormat) -> tuple[Tensor, Tensor | None]:
+    scale, minimum = (fields[n].view(torch.float16) if n in fields else None for n in ("scale", "minimum"))
+    if format.scale_rule is not None:
+        return scale.flatten(), None if minimum is None else minimum.flatten()
+    of_scale, of_minimum = _MULTIPLIERS[format.name](fields["multipliers"])
+    minimums = None if minimum is None else -(minimum.float() * of_minimum).flatten()
+    return (scale.float() * of_scale).flatten(), minimums
+
+
+def _spread(field: Tensor, bits: int, width: int) -> UInt8[Tensor, "block code"]:
+    """One code a byte, in the order of the weights."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=field.device)[:, None]
+    return (field.view(len(field), -1, 1, width) >> shifts & (2**bits - 1)).view(len(field), -1)
+
+
+def _narrow(codes: Tensor, field: Field) -> UInt8[Tensor, "block size"]:
+    """The inverse of `_spread`."""
+    shifts = torch.arange(0, 8, field.bits, dtype=torch.uint8, device=codes.device)[:, None]
+    return (codes.view(len(codes), -1, len(shifts), field.width) << shifts).sum(2, dtype=torch.uint8).flatten(1)
+
+
+def _nibble_pairs(field: Tensor) -> tuple[Tensor, Tensor]:
+    """Q2_K: 16 scales in the low halves, 16 minimums in the high ones."""
+    return field & 15, field >> 4
+
+
+def _six_bit_pairs(field: Tensor) -> tuple[Tensor, Tensor]:
+    """Q4_K and Q5_K: 8 scales, 8 minimums; the last four of each keep their upper two bits above the first four."""
+    first, second, third = field.split(4, dim=1)
+    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), 1)
+    return scales, torch.cat((second & 63, third >> 4 | second >> 6 << 4), 1)
+
+
+def _six_bit(field: Tensor) -> tuple[Tensor, None]:
+    """Q3_K: 16 scales less 32; four low bits in 8 bytes, two high bits in 4."""
+    low, high = field.split((8, 4), dim=1)
+    codes = _spread(low.contiguous(), 4, 8) | _spread(high.contiguous(), 2, 4) << 4
+    return codes.to(torch.int8) - 32, None
+
+
+_MULTIPLIERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+    "q2_k": _nibble_pairs,
+    "q3_k": _six_bit,
+    "q4_k": _six_bit_pairs,
+    "q5_k": _six_bit_pairs,
+    "q6_k": lambda field: (field.view(torch.int8), None),
+}
+
+
+def signed_extreme(groups: Groups, format: NumberFormat) -> tuple[Tensor, None]:
+    """The value of largest magnitude, whatever its sign, becomes the lowest integer (Q4_0, Q5_0)."""
+    return groups.gather(1, groups.abs().argmax(1, keepdim=True)).squeeze(1) / format.low, None
+
+
+def least_to_greatest(groups: Groups, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """The integers span the group, whether or not it includes 0 (Q4_1, Q5_1)."""
+    least = groups.amin(1)
+    return (groups.amax(1) - least) / format.high, least
+
+
+def largest_magnitude(groups: Groups, format: NumberFormat) -> tuple[Tensor, None]:
+    """The largest magnitude becomes the highest integer (Q8_0); unlike `numerics.absmax`, not rounded before use."""
+    return groups.abs().amax(1) / format.high, None
+
+
+def half_up(values: Tensor, low: int) -> Tensor:
+    """Ties towards +infinity, in the reference's order of additions: it counts codes from `low`."""
+    return (values + (0.5 - low)).floor_() + low
+
+
+def half_away(values: Tensor, low: int) -> Tensor:
+    """Ties away from zero, as C's roundf."""
+    whole = values.abs().floor()
+    return (whole + (values.abs() - whole >= 0.5)).copysign(values)
+
+
+def _simple(name: str, bits: int, rule: Callable, low: int, high: int, rounding: Callable = half_up) -> NumberFormat:
+    offset, scale_bits = ("minimum", 32) if rule is least_to_greatest else ("", 16)
+    stored = {"scale_dtype": torch.float16, "offset": offset, "rounding": rounding}
+    return NumberFormat(name, bits, 32, scale_bits, rule, low, high, **stored)
+
+
+def _super(name: str, bits: int, group_size: int, scale_bits: int, low: int = 0) -> NumberFormat:
+    """`scale_bits`: a group's share of the super-block's bits that are not codes."""
+    high, offset = low + 2**bits - 1, "" if low else "minimum"
+    return NumberFormat(name, bits, group_size, scale_bits, None, low, high, offset=offset)
+
+
+_ROWS = (
+    _simple("q4_0", 4, signed_extreme, -8, 7),
+    _simple("q4_1", 4, least_to_greatest, 0, 15),
+    _simple("q5_0", 5, signed_extreme, -16, 15),
+    _simple("q5_1", 5, least_to_greatest, 0, 31),
+    _simple("q8_0", 8, largest_magnitude, -127, 127, half_away),
+    _super("q2_k", 2, 16, 10),
+    _super("q3_k", 3, 16, 7, -4),
+    _super("q4_k", 4, 32, 16),
+    _super("q5_k", 5, 32, 16),
+    _super("q6_k", 6, 16, 9, -32),
+)
+FORMATS: dict[str, NumberFormat] = {row.name: row for row in _ROWS}
+_SIMPLE = [row.name for row in _ROWS if row.scale_rule]
