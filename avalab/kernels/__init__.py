@@ -1,0 +1,38 @@
+"""The hot tensor code: each operation has a reference of a few lines and faster forms that are held to it.
+
+`OPERATIONS` is the one table from an operation's name to its forms, best first, the reference last; `dispatch.choose`
+picks one by device, dtype and shape, after its check has passed. AVALAB_KERNELS=reference forces the references
+everywhere.
+"""
+
+from avalab.kernels.dispatch import Form, verdicts
+from avalab.kernels.library import prepare
+from avalab.kernels.lora import LORA, linear
+from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
+from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
+from avalab.kernels.weight import Weight4, checked, decode, from_bitsandbytes, from_encoded
+
+OPERATIONS: dict[str, tuple[Form, ...]] = {
+    "decode": DECODE,
+    "product": PRODUCT,
+    "product_transposed": TRANSPOSED,
+    "lora": LORA,
+    "linear_cross_entropy": CROSS_ENTROPY,
+    "linear_kl": KL,
+}
+
+__all__ = [
+    "OPERATIONS",
+    "Weight4",
+    "checked",
+    "decode",
+    "from_bitsandbytes",
+    "from_encoded",
+    "linear",
+    "linear_cross_entropy",
+    "linear_kl",
+    "multiply",
+    "multiply_transposed",
+    "prepare",
+    "verdicts",
+]
