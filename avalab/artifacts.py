@@ -1,0 +1,201 @@
+"""Artefact folders: the only form in which a compressed model exists for the rest of the lab.
+
+An artefact is a folder with weights, tokenizer and `card.json`. It is written under a temporary name, every
+file is hashed, the card is written last and the folder renamed: a half-written artefact is never visible.
+Loading verifies sizes and hashes and names the file that differs. Its `sha256` is the hash of its card's file list,
+so two artefacts with the same bytes have the same identity, wherever and whenever they were made.
+
+What it does not do: know any format. The caller passes a function that fills the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+CARD = "card.json"
+UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artefact folder and its card."""
+
+    path: Path
+    card: dict
+
+    @property
+    def name(self) -> str:
+        return self.card["name"]
+
+    @property
+    def sha256(self) -> str:
+        return self.card["sha256"]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files, in bytes: what a memory budget pays for (tokenizer and card not counted)."""
+        return sum(f["bytes"] for f in self.card["files"] if f["name"].endswith((".safetensors", ".gguf")))
+
+    @property
+    def format(self) -> str:
+        return self.card["format"]
+
+
+def write(
+    name: str,
+    directory: Path,
+    save: Callable[[Path], dict | None],
+    *,
+    base: dict,
+    recipe: list[dict],
+    format: str,
+    engines: Iterable[str] = ("torch",),
+    licence: str = "",
+) -> Artifact:
+    """Create `directory/name`: `save(folder)` fills it and may return measurements for the card's `measured`.
+
+    `base` is `{"name", "sha256"}` of what the recipe was applied to. An artefact of the same name is replaced.
+    Raises OSError naming the folder when the disk is full or not writable; nothing is left behind.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".writing-{name}-{os.getpid()}"
+    remove_half_written(directory)
+    try:
+        temporary.mkdir()
+        measured = save(temporary) or {}
+        files = _describe_files(temporary)
+        card = {
+            "name": name,
+            "base": base,
+            "recipe": recipe,
+            "format": format,
+            "engines": list(engines),
+            "licence": licence,
+            "files": files,
+            "sha256": combined_sha256((f["name"], f["sha256"]) for f in files),
+            "measured": measured,
+        }
+        (temporary / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+        _replace_folder(temporary, directory / name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(directory).free
+            raise OSError(
+                error.errno, f"no space for artefact {name!r} in {directory} ({free:,} bytes free)"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Artifact(directory / name, card)
+
+
+def load(path: Path | str, *, verify: bool = True) -> Artifact:
+    """Open an artefact folder; with `verify`, check that every file is the one its card describes.
+
+    Raises FileNotFoundError when there is no artefact, ValueError naming the file that is missing or differs.
+    """
+    path = Path(path)
+    if not (path / CARD).is_file():
+        known = ", ".join(a.name for a in list_artifacts(path.parent)) or "none"
+        raise FileNotFoundError(f"no artefact at {path} (artefacts beside it: {known})")
+    try:
+        artifact = Artifact(path, json.loads((path / CARD).read_text()))
+        files = artifact.card["files"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(
+            f"{path / CARD} is damaged ({error}); delete the folder and make the artefact again"
+        ) from error
+    if verify:
+        for described in files:
+            _check_file(path, described)
+    return artifact
+
+
+def list_artifacts(directory: Path | str) -> list[Artifact]:
+    """All artefacts directly below a folder, by name; their files are not verified."""
+    directory = Path(directory)
+    cards = sorted(directory.glob(f"[!.]*/{CARD}")) if directory.is_dir() else []
+    return [load(card.parent, verify=False) for card in cards]
+
+
+def find(name: str, directory: Path, recipe: list[dict], base_sha256: str) -> Artifact | None:
+    """The verified artefact of this name if it was made by exactly this recipe from this base, else None."""
+    try:
+        artifact = load(directory / name)
+    except (FileNotFoundError, ValueError):
+        return None
+    same = artifact.card["recipe"] == json.loads(json.dumps(recipe)) and artifact.card["base"]["sha256"] == base_sha256
+    return artifact if same else None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_half_written(directory: Path) -> None:
+    """Delete temporary folders whose writer is no longer alive (it was killed)."""
+    for folder in directory.glob(".writing-*"):
+        owner = int(folder.name.rsplit("-", 1)[1])
+        if owner != os.getpid() and not _is_alive(owner):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, another user's
+        return True
+    return True
+
+
+def _describe_files(folder: Path) -> list[dict]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    unsafe = [p.name for p in paths if p.suffix in UNSAFE_SUFFIXES]
+    if unsafe:
+        raise ValueError(
+            f"refusing to write pickled weights: {', '.join(unsafe)}; only safetensors and GGUF are allowed"
+        )
+    return [
+        {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths
+    ]
+
+
+def combined_sha256(files: Iterable[tuple[str, str]]) -> str:
+    """One hash for a list of (name, sha256): that of the text `sha256sum` prints for them."""
+    return sha256_of_text("\n".join(f"{sha256}  {name}" for name, sha256 in files))
+
+
+def sha256_of_text(content: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_file(folder: Path, described: dict) -> None:
+    path = folder / described["name"]
+    remedy = "delete the artefact folder and make it again"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {remedy}")
+    if path.stat().st_size != described["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its card says {described['bytes']:,}; {remedy}")
+    if sha256_of(path) != described["sha256"]:
+        raise ValueError(f"{path} was altered: its SHA-256 differs from its card's; {remedy}")
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Rename onto `target`; an older folder of that name is moved aside first, then removed."""
+    old = target.with_name(f".writing-old-{target.name}-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
