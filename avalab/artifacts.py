@@ -14,12 +14,17 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 CARD = "card.json"
+REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
+REMEDY = "delete the artefact folder and make it again"
 UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -67,6 +72,7 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".writing-{name}-{os.getpid()}"
     remove_half_written(directory)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id: containers hand them out again
     try:
         temporary.mkdir()
         measured = save(temporary) or {}
@@ -84,12 +90,11 @@ def write(
         }
         (temporary / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
         _replace_folder(temporary, directory / name)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _disk_is_full(error):
             free = shutil.disk_usage(directory).free
-            raise OSError(
-                error.errno, f"no space for artefact {name!r} in {directory} ({free:,} bytes free)"
-            ) from error
+            message = f"no space for artefact {name!r} in {directory} ({free:,} bytes free)"
+            raise OSError(errno.ENOSPC, message) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,26 +108,28 @@ def load(path: Path | str, *, verify: bool = True) -> Artifact:
     """
     path = Path(path)
     if not (path / CARD).is_file():
-        known = ", ".join(a.name for a in list_artifacts(path.parent)) or "none"
+        known = ", ".join(card.parent.name for card in _cards(path.parent)) or "none"
         raise FileNotFoundError(f"no artefact at {path} (artefacts beside it: {known})")
     try:
-        artifact = Artifact(path, json.loads((path / CARD).read_text()))
-        files = artifact.card["files"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(
-            f"{path / CARD} is damaged ({error}); delete the folder and make the artefact again"
-        ) from error
+        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+        missing = [key for key in REQUIRED if key not in card]
+        if missing or card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
+            raise ValueError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
+    except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
+        raise ValueError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
     if verify:
-        for described in files:
+        for described in card["files"]:
             _check_file(path, described)
-    return artifact
+    return Artifact(path, card)
 
 
 def list_artifacts(directory: Path | str) -> list[Artifact]:
     """All artefacts directly below a folder, by name; their files are not verified."""
-    directory = Path(directory)
-    cards = sorted(directory.glob(f"[!.]*/{CARD}")) if directory.is_dir() else []
-    return [load(card.parent, verify=False) for card in cards]
+    return [load(card.parent, verify=False) for card in _cards(Path(directory))]
+
+
+def _cards(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"[!.]*/{CARD}")) if directory.is_dir() else []
 
 
 def find(name: str, directory: Path, recipe: list[dict], base_sha256: str) -> Artifact | None:
@@ -144,9 +151,15 @@ def sha256_of(path: Path) -> str:
 def remove_half_written(directory: Path) -> None:
     """Delete temporary folders whose writer is no longer alive (it was killed)."""
     for folder in directory.glob(".writing-*"):
-        owner = int(folder.name.rsplit("-", 1)[1])
-        if owner != os.getpid() and not _is_alive(owner):
+        owner = re.search(r"-(\d+)$", folder.name)  # without a process id it is not ours to delete
+        if owner and not _is_alive(int(owner[1])):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # safetensors turns the system's error into one of its own and keeps the number in the text only.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def _is_alive(pid: int) -> bool:
@@ -161,7 +174,7 @@ def _is_alive(pid: int) -> bool:
 
 def _describe_files(folder: Path) -> list[dict]:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    unsafe = [p.name for p in paths if p.suffix in UNSAFE_SUFFIXES]
+    unsafe = [p.name for p in paths if p.suffix.lower() in UNSAFE_SUFFIXES]
     if unsafe:
         raise ValueError(
             f"refusing to write pickled weights: {', '.join(unsafe)}; only safetensors and GGUF are allowed"
@@ -183,19 +196,24 @@ def sha256_of_text(content: str) -> str:
 
 def _check_file(folder: Path, described: dict) -> None:
     path = folder / described["name"]
-    remedy = "delete the artefact folder and make it again"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; {remedy}")
+        raise ValueError(f"{path} is missing; {REMEDY}")
     if path.stat().st_size != described["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its card says {described['bytes']:,}; {remedy}")
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its card says {described['bytes']:,}; {REMEDY}")
     if sha256_of(path) != described["sha256"]:
-        raise ValueError(f"{path} was altered: its SHA-256 differs from its card's; {remedy}")
+        raise ValueError(f"{path} was altered: its SHA-256 differs from its card's; {REMEDY}")
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    """Rename onto `target`; an older folder of that name is moved aside first, then removed."""
+    """Rename onto `target`; an older folder of that name is moved aside first, and back if that fails."""
     old = target.with_name(f".writing-old-{target.name}-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

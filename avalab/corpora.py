@@ -20,9 +20,10 @@ import ast
 import json
 import re
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -73,7 +74,7 @@ def calibration_text(tokenizer: PreTrainedTokenizerBase, *, evaluation: list[Tex
 def shingles(content: str, words: int = OVERLAP_WORDS) -> set[tuple[str, ...]]:
     """All runs of `words` consecutive lower-case words; a shorter text is one shingle of its own."""
     found = re.findall(r"\w+", content.lower())
-    return {tuple(found[i : i + words]) for i in range(max(1, len(found) - words + 1))} if found else set()
+    return set(zip(*(found[i:] for i in range(words)), strict=False)) or ({tuple(found)} if found else set())
 
 
 def windows(
@@ -117,13 +118,13 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics) if is_evaluation_topic(name))
 
 
-def standard_library_docstrings() -> Iterator[str]:
+@cache  # reading takes seconds, and every calibrated artefact of a run asks for the same text
+def standard_library_docstrings() -> tuple[str, ...]:
     """Docstrings of modules, classes and functions of the standard library's own files, in path order."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(root).parts):
-            yield from _docstrings(path)
+    paths = [p for p in sorted(root.rglob("*.py")) if skipped.isdisjoint(p.relative_to(root).parts)]
+    return tuple(docstring for path in paths for docstring in _docstrings(path))
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -131,11 +132,21 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # templates and files in old encodings
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             docstring = ast.get_docstring(node)
             if docstring and len(docstring) >= 80:  # one-liners teach a calibration little
                 yield docstring
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of `ast.walk`, in its order, without the expressions: no docstring is below one."""
+    queue = deque([tree])
+    while queue:
+        node = queue.popleft()
+        yield node
+        for block in ("body", "handlers", "cases", "orelse", "finalbody"):
+            queue.extend(getattr(node, block, ()))
 
 
 def bfcl_prompts(tokenizer: PreTrainedTokenizerBase) -> str:

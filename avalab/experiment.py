@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -211,7 +212,7 @@ def folder_name(profile: str, model: str = "", seed: int = 0) -> str:
 
 def slug(model: str) -> str:
     """`org/Name` -> `org-name`; a folder contributes its last part only."""
-    shown = Path(model).resolve().name if (ROOT / model).is_dir() else model
+    shown = (ROOT / model).resolve().name if (ROOT / model).is_dir() else model
     return re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")
 
 
@@ -226,8 +227,11 @@ def load_records(path: Path) -> list[Record]:
     Raises ValueError naming the file when it is not a list of records.
     """
     try:
-        return [Record(**row) for row in json.loads(Path(path).read_text())]
-    except (TypeError, json.JSONDecodeError) as error:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(rows, list):  # an empty object would otherwise pass for no records
+            raise TypeError(f"it holds a {type(rows).__name__}")
+        return [Record(**row) for row in rows]
+    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         known = ", ".join(f.name for f in fields(Record))
         raise ValueError(f"{path} is not a list of records with the fields {known}: {error}") from error
 
@@ -237,7 +241,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -247,7 +251,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with `+` when tracked sources differ from it; '' outside git."""
+    """Short hash of the checked-out commit, with `+` when tracked sources differ from it; '' without git."""
+    if not shutil.which("git"):
+        return ""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode:

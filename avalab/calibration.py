@@ -1,0 +1,214 @@
+"""What enters every linear layer: one walk over the transformer blocks, layer by layer.
+
+1. Run the model up to its first block on all calibration windows and keep what enters it.
+2. In each block, run the weights as they were once, and keep every linear layer's input. Layers that read the same
+   tensor (q, k and v; gate and up) form one `Site`.
+3. Yield the sites in the order they are called, each with its second moment. Whoever walks may change the weights of a
+   site before asking for the next one, which then sees what the changed weights give it; so does the next block.
+4. Beside the moment of the changed model's inputs stands their cross moment with the unchanged model's: what error
+   compensation needs to aim at the original outputs (GPTAQ, Li et al. 2025, arXiv 2504.02692).
+
+Memory is one block's inputs and one site's moments. Sums run in float32, or in float64 when asked.
+What it does not do: change weights, score, or know formats. Blocks are those of `model.base_model.layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+BATCH_WINDOWS = 8
+
+Call = tuple[tuple, dict]  # positional and keyword arguments of a block
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that read one input, and the second moments of that input over all tokens.
+
+    `moment` is X^T X / tokens with the model as it is now; `cross` is R^T X / tokens, where R is what the same layers
+    read before anything was changed. Without changes the two are equal.
+    """
+
+    block: int
+    layers: dict[str, nn.Linear]
+    moment: Float[Tensor, "cols cols"]
+    cross: Float[Tensor, "cols cols"]
+    tokens: int
+
+
+class _Reached(Exception):
+    """Control flow only: the site's input was seen, the rest of the block need not run."""
+
+
+@torch.no_grad()
+def walk(
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], *, dtype: torch.dtype = torch.float32
+) -> Iterator[Site]:
+    """Yield every site of the model in order of execution; see the module for what may be changed meanwhile.
+
+    Raises ValueError for calibration windows that are empty.
+    """
+    if windows.numel() == 0:
+        raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
+    blocks = model.base_model.layers
+    changed = _entering(model, blocks[0], windows)
+    original = changed
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    for index, block in enumerate(blocks):
+        names = {module: f"{prefix}.{index}.{name}" for name, module in block.named_modules()}
+        inputs, following = _original_inputs(block, original)
+        for layers, rows in inputs:
+            moment, cross = _moments(block, layers[0], changed, rows, dtype)
+            tokens = sum(part.shape[0] for part in rows)
+            yield Site(index, {names[layer]: layer for layer in layers}, moment / tokens, cross / tokens, tokens)
+        original, changed = following, [_next_call(block, call) for call in changed]
+
+
+def gradient_pass(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    names: list[str],
+    measure: Callable[[nn.Linear, Tensor, Tensor], None],
+    *,
+    seed: int = 0,
+) -> None:
+    """Call `measure(layer, inputs, gradients)` for each named linear layer: of -log p(y) of all tokens to its outputs.
+
+    The labels y are drawn from the model's own predictions, so mean squared gradients are Fisher information, not the
+    text's surprise. One batch: inputs and gradients cover every token, `window time channel`. Layers that read one
+    input are handed the same tensor. Weights get no gradients.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    handles = [model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())]
+
+    def listen(layer: nn.Linear, args: tuple, output: Tensor) -> None:
+        output.register_hook(lambda gradients: measure(layer, args[0], gradients))
+
+    handles += [model.get_submodule(name).register_forward_hook(listen) for name in names]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with _hooked(handles), torch.enable_grad():
+            logits = model(input_ids=windows.to(model.device), use_cache=False).logits.flatten(0, -2)
+            _sampled_loss(logits, seed).backward()
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _sampled_loss(logits: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    total = torch.zeros((), device=logits.device)
+    for rows in logits.split(256):
+        labels = torch.multinomial(rows.detach().float().softmax(-1), 1, generator=generator).squeeze(-1)
+        total = total + torch.nn.functional.cross_entropy(rows.float(), labels, reduction="sum")
+    return total
+
+
+def _entering(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list[Call]:
+    """Arguments of the first block, batch by batch."""
+    calls: list[Call] = []
+
+    def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append((args, kwargs))
+        raise _Reached
+
+    with _hooked([first.register_forward_pre_hook(stop, with_kwargs=True)]):
+        for batch in windows.split(BATCH_WINDOWS):
+            try:
+                model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            except _Reached:
+                continue
+    return calls
+
+
+def _original_inputs(block: nn.Module, calls: list[Call]) -> tuple[list[tuple[list, list]], list[Call]]:
+    """What each group of linear layers reads from the unchanged block, and the next block's arguments.
+
+    Layers belong together when they are handed the very same tensor.
+    """
+    sites: list[tuple[list[nn.Linear], list[Tensor]]] = []
+    seen: list[tuple[Tensor, int]] = []  # tensors read in the present call (held: identities are reused), and by whom
+
+    def note(layer: nn.Linear, args: tuple) -> None:
+        (given,) = args
+        known = next((at for tensor, at in seen if tensor is given), None)
+        if known is not None:
+            members = sites[known][0]
+            members += [layer] if layer not in members else []
+            return
+        at = next((i for i, (layers, _) in enumerate(sites) if layer in layers), len(sites))
+        sites.extend([([layer], [])] if at == len(sites) else [])
+        sites[at][1].append(given.flatten(0, -2))
+        seen.append((given, at))
+
+    following = []
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    with _hooked([layer.register_forward_pre_hook(note) for layer in linears]):
+        for call in calls:
+            seen.clear()
+            following.append(_next_call(block, call))
+    return sites, following
+
+
+def _moments(
+    block: nn.Module, layer: nn.Linear, calls: list[Call], originals: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of X^T X and R^T X, running the block only as far as this layer.
+
+    R^T X is X^T X plus (R - X)^T X, a small correction: its products may run in the model's own, shorter, type.
+    """
+    columns = originals[0].shape[1]
+    moment, shift = (torch.zeros(columns, columns, dtype=dtype, device=originals[0].device) for _ in range(2))
+    held: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple) -> None:
+        held.append(args[0])
+        raise _Reached
+
+    with _hooked([layer.register_forward_pre_hook(stop)]):
+        for (args, kwargs), original in zip(calls, originals, strict=True):
+            try:
+                block(*args, **kwargs)
+            except _Reached:
+                rows = held.pop().flatten(0, -2)
+            shift += (original - rows).T @ rows
+            moment += second_moment(rows, dtype)
+    return moment, moment + shift
+
+
+def second_moment(rows: Float[Tensor, "token cols"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "cols cols"]:
+    """X^T X in `dtype`. Products of bfloat16 values are exact in float32, so the fast units may form them."""
+    before = torch.get_float32_matmul_precision()
+    exact = rows.dtype == torch.bfloat16
+    rows = rows.to(dtype)
+    try:
+        torch.set_float32_matmul_precision("medium" if exact else before)
+        return rows.T.contiguous() @ rows
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _next_call(block: nn.Module, call: Call) -> Call:
+    args, kwargs = call
+    output = block(*args, **kwargs)
+    return ((output[0] if isinstance(output, tuple) else output), *args[1:]), kwargs
+
+
+class _hooked:
+    """Remove hooks when the block of code ends, however it ends."""
+
+    def __init__(self, handles: list) -> None:
+        self.handles = handles
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_reason: object) -> None:
+        for handle in self.handles:
+            handle.remove()
