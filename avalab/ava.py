@@ -5,9 +5,8 @@
 
        KL = 1/2 sum_rows E[g_row^2] sum_columns D_column e_row,column^2,
 
-   g the gradient of the log-likelihood of tokens drawn from the model itself (Martens 2020, arXiv 1412.1193, eq. 27),
-   e^2 the mean squared error of the group's best grid. Outputs' gradients count as independent of inputs (K-FAC,
-   Martens and Grosse 2015).
+   g the gradient of the log-likelihood of labels drawn from the model itself (Martens 2020, arXiv 1412.1193, eq. 27),
+   e the error of the group's best grid. Gradients count as independent of inputs (K-FAC, Martens and Grosse 2015).
 2. Choice: `allocation` picks a grid for every layer, and int8 rows or bf16 for the embedding, under a budget of bytes.
 3. Rounding: `calibration.walk` and `rounding`, block by block, each layer aiming at the original outputs.
 4. Files: a compressed-tensors checkpoint (`packing`), the embedding stored once though it serves as head too.
@@ -115,9 +114,12 @@ def sensitivities(
     def measure(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> None:
         if last[0] is not inputs:
             rows = inputs.detach().flatten(0, -2)
-            last[:] = inputs, rounding.problem(calibration.second_moment(rows) / len(rows)).column_cost
-        fisher = gradients.flatten(0, -2).float().square().mean(0)
-        found[names[layer]] = _options(layer.weight.detach().float(), fisher, last[1], group_size)
+            posed = rounding.problem(calibration.second_moment(rows) / len(rows))
+            last[:] = inputs, posed.column_cost
+        step = max(1, layer.out_features // SAMPLED_ROWS)
+        squared = gradients.flatten(0, -2)[:, ::step].float().square()
+        weights = torch.outer(squared.mean(0), last[1]) * (layer.out_features / squared.shape[1])
+        found[names[layer]] = _options(layer.weight.detach(), weights, last[1], group_size)
 
     calibration.gradient_pass(model, windows[:FISHER_WINDOWS], list(names.values()), measure)
     embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
@@ -131,15 +133,15 @@ def grids(columns: int, group_size: int = 0) -> list[Grid]:
     return [Grid(bits, size) for bits in BITS for size in sizes]
 
 
-def _options(weight: Tensor, fisher: Tensor, cost: Tensor, group_size: int) -> list[Option]:
+def _options(weight: Tensor, weights: Tensor, cost: Tensor, group_size: int) -> list[Option]:
+    """A layer's formats; `weights` are those of squared errors in the sampled rows."""
     rows, columns = weight.shape
-    step = max(1, rows // SAMPLED_ROWS)
-    sample, share = weight[::step], fisher[::step]
+    sample = weight[:: max(1, rows // SAMPLED_ROWS)].float()
     found = [Option(BF16, 2 * rows * columns, 0.0)]
     for grid in grids(columns, group_size):
         scales, zeros = rounding.search(sample, cost, grid)
         squared = (rounding.nearest(sample, grid, scales, zeros) - sample).square_()
-        rise = 0.5 * float(share @ (squared @ cost)) * rows / len(sample)
+        rise = 0.5 * float((squared * weights).sum())
         found.append(Option(grid.name, packing.stored_bytes(rows, columns, grid), rise))
     return found
 

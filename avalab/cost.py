@@ -85,10 +85,11 @@ def predict_memory(
     attention = 2 * model.hidden + 2 * (model.heads + 2 * model.kv_heads) * model.head_dim
     linears = model.linears().values()
     weights = sum(rows * columns for rows, columns in linears) * model.layers
+    embedding = model.vocab * model.hidden
     cpu = not device.startswith("cuda")
     parts = {
         "weights": weight_bytes,
-        "copies": int(weights * stored.copy_bits / 8) if cpu else 0,
+        "copies": int(weights * stored.copy_bits / 8 + embedding * stored.embedding_copy_bits / 8) if cpu else 0,
         "kv_cache": kv_cache_bytes(model, context=tokens + work.new_tokens, bytes_per_value=b),
         "activations": tokens * b * max(2 * model.hidden + 3 * model.mlp, attention),
         "logits": model.vocab * b,
@@ -203,7 +204,7 @@ def record(run: Run, subject: str, artifact: Artifact) -> None:
     A measurement of the same bytes, workload and code is read from the run's cache: a killed run goes on where it was.
     """
     work, model = workload(run), storage.shape_of(artifact)
-    stored, kept = storage.of_artifact(artifact)
+    stored, _ = storage.of_artifact(artifact)
     measurement = cached_measure(artifact, work, run.artifacts_dir / "cache", device=run.device)
     memory = predict_memory(
         model,
@@ -213,7 +214,7 @@ def record(run: Run, subject: str, artifact: Artifact) -> None:
         runtime_bytes=measurement.runtime_bytes if measurement.peak_vram_bytes is None else 0,
         device=run.device,
     )
-    predicted = {"artifact": storage.predict_bytes(model, stored, kept), "memory": memory}
+    predicted = {"artifact": storage.predicted_bytes(artifact), "memory": memory}
     records(run, subject, artifact=artifact, measurement=measurement, predicted=predicted)
 
 

@@ -44,6 +44,9 @@ class Profile:
     new_tokens: int  # tokens generated in the latency measurement
     eval_texts: tuple[str, ...] = ("python_docs", "function_calls")
     memory_cap_gib: float | None = None  # enforced on a GPU
+    call_categories: tuple[str, ...] = ("simple_python", "multiple", "irrelevance")
+    call_items: int = 100  # function-calling cases of each category
+    humaneval_items: int = 40
 
 
 _PROFILES = (
@@ -60,19 +63,23 @@ _PROFILES = (
         prompt_tokens=16,
         new_tokens=4,
         eval_texts=("python_docs", "toolbox_calls"),
+        call_categories=("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance"),
+        call_items=6,
+        humaneval_items=4,
     ),
     Profile(
         name="laptop",
         model="smollm2-135m-instruct",
         window_tokens=256,
-        eval_windows=24,
+        eval_windows=16,
         sensitivity_windows=2,
         calibration_samples=32,
         calibration_tokens=256,
         resamples=2000,
         latency_samples=7,
         prompt_tokens=256,
-        new_tokens=24,
+        new_tokens=16,
+        call_items=32,  # five artefacts in two modes within six minutes on two cores
     ),
     Profile(
         name="a2000",
@@ -88,6 +95,8 @@ _PROFILES = (
         new_tokens=64,
         eval_texts=("python_docs", "function_calls", "wikitext2"),
         memory_cap_gib=4.0,
+        call_items=400,
+        humaneval_items=164,
     ),
 )
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _PROFILES}

@@ -26,6 +26,8 @@ them except in LLM.int8(), where tokens with outlier activations cost more.
 
 from __future__ import annotations
 
+from avalab import quiet  # isort: skip  # noqa: F401  must come before transformers
+
 import ctypes
 import importlib
 import json

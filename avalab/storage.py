@@ -64,7 +64,8 @@ class Storage:
     name: str
     parts: tuple[Part, ...]
     metadata_bytes: int = 0  # text a layer in the file's header
-    copy_bits: float = 0.0  # bits a weight that the torch engine adds on a CPU
+    copy_bits: float = 0.0  # bits a weight of the linear layers that the torch engine adds on a CPU
+    embedding_copy_bits: float = 0.0  # likewise of the embedding
     decodes: bool = True  # weights are decoded on the fly, layer by layer
 
     @property
@@ -104,7 +105,18 @@ def of_method(method: str, parameters: dict) -> Storage:
 def of_artifact(artifact: Artifact) -> tuple[Storage, list[str]]:
     """Storage of an artefact and the linear layers it keeps in bf16, from the last step of its card's recipe."""
     step = artifact.card["recipe"][-1]
+    if step["step"] == "ava":  # each layer has a format of its own; transformers unpacks them all
+        int8_rows = "int8-rows" in artifact.card["measured"]["formats"]
+        return Storage("ava", (), copy_bits=16, embedding_copy_bits=16 * int8_rows, decodes=False), step["skip"]
     return of_method(step["step"], step), step.get("skip", [])
+
+
+def predicted_bytes(artifact: Artifact) -> dict[str, int]:
+    """What an artefact's file was expected to weigh: by `predict_bytes`, or as its own allocation announced."""
+    stored, kept = of_artifact(artifact)
+    if stored.name == "ava":
+        return {"allocation": artifact.card["measured"]["predicted_bytes"]}
+    return predict_bytes(shape_of(artifact), stored, kept)
 
 
 def _four_bit(name: str, block: int, double: bool) -> Storage:
