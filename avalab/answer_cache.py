@@ -1,0 +1,54 @@
+"""Texts that took long to generate, one JSON line each, appended as they arrive: a killed run goes on where it was.
+
+A line is `{"key": ..., "text": ...}`; the key says what was asked. A line that was cut off, as the last one of a killed
+run is, counts as not there and is asked again. What it does not do: know what a key means, or remove old lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+def resumed(
+    path: Path, keys: list[str], generate: Callable[[list[int]], Iterable[tuple[int, str]]], *, progress: str = ""
+) -> list[str]:
+    """The text of each key: from the file where it is known, else from `generate` and appended to the file.
+
+    `generate` gets the indices of the missing keys and yields (position in that list, text), batch after batch.
+    """
+    known = _known(path)
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = len(keys) - len(missing)
+    with tqdm(total=len(keys), initial=done, desc=progress, disable=not progress, leave=False) as bar:
+        for position, text in generate(missing) if missing else ():
+            key = keys[missing[position]]
+            known[key] = text
+            _append(path, json.dumps({"key": key, "text": text}))
+            bar.update()
+    return [known[key] for key in keys]
+
+
+def _known(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    known = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            known[row["key"]] = row["text"]
+        except (json.JSONDecodeError, TypeError, KeyError):  # cut off: asked again
+            continue
+    return known
+
+
+def _append(path: Path, line: str) -> None:
+    """One write; a line that a killed run left open is closed first."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())

