@@ -15,7 +15,7 @@ NOTEBOOKS =
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab reproduce smoke test lint report clean notebooks report-page
+.PHONY: help setup lab reproduce smoke bench-kernels test lint report clean notebooks report-page
 
 # Quiet libraries, set in this one place.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -66,7 +66,7 @@ stamps := .stamps/$(run)
 -include $(if $(run),$(stamps)/dependencies.mk)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(ready) ## build .venv, or complete the active environment (every other target does it when needed)
 
@@ -81,6 +81,9 @@ reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke] [
 
 smoke: ## every notebook on the tiny model, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+bench-kernels: $(ready) ## time the kernels, their peers and this machine's limits, without a notebook [PROFILE=laptop]
+	@$(python) -m avalab.kernels.bench --profile '$(PROFILE)'
 
 notebooks: $(selected:%=$(stamps)/%.done)
 	@:

@@ -60,9 +60,9 @@ SIZES = {
 def measure(run: Run) -> list[Record]:
     """All records of this module for the run's profile and device."""
     sizes = SIZES[run.profile_name]
-    _products(run, sizes)
-    _lora(run, sizes)
-    _losses(run, sizes)
+    products(run, sizes)
+    lora(run, sizes)
+    losses(run, sizes)
     if not run.device.startswith("cuda"):
         for subject in ("product:triton", "linear_cross_entropy:triton", "linear_kl:triton"):
             run.record(subject, "kernel_ms", None, "ms", note="not measured: no GPU here")
@@ -117,7 +117,8 @@ def _record(run: Run, subject: str, arms: Arms, work: tuple[int, dict[str, int]]
         run.record(label, "roofline_fraction", lowest / median, "1", **more)
 
 
-def _products(run: Run, sizes: Sizes) -> None:
+def products(run: Run, sizes: Sizes) -> None:
+    """Every form of the 4-bit product and its peers, for each format, shape and batch."""
     peak = matrix_peak(sizes.peak_side, run.device)
     for kind, rows, cols in ((kind, *shape) for kind in ("nf4", "int4_zero_point") for shape in sizes.shapes):
         weight = library.prepare(sample(run.device, kind=kind, rows=rows, cols=cols))
@@ -130,7 +131,8 @@ def _products(run: Run, sizes: Sizes) -> None:
             _record(run, f"product {kind} {rows}x{cols} batch {batch}", arms, (2 * batch * rows * cols, read), limits)
 
 
-def _lora(run: Run, sizes: Sizes) -> None:
+def lora(run: Run, sizes: Sizes) -> None:
+    """One forward and backward pass of a quantised linear layer with LoRA, and its peers."""
     rows, cols = sizes.shapes[0]
     arms = lora_arms(run.device, (rows, cols), tokens=sizes.lora_tokens, rank=sizes.rank)
     flops = 2 * sizes.lora_tokens * (2 * rows * cols + 3 * sizes.rank * (rows + cols))
@@ -139,7 +141,8 @@ def _lora(run: Run, sizes: Sizes) -> None:
     _record(run, f"lora nf4 {rows}x{cols} tokens {sizes.lora_tokens}", arms, (flops, read), limits)
 
 
-def _losses(run: Run, sizes: Sizes) -> None:
+def losses(run: Run, sizes: Sizes) -> None:
+    """Chunked and dense losses with a trained and a frozen head: time, and peak memory in a process of its own."""
     tokens, width, vocab = sizes.loss
     limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * width * vocab, run.device)
     for trained in (True, False):
@@ -197,7 +200,7 @@ def main() -> None:
         size = SIZES[chosen.profile].loss
         print(peak_bytes(chosen.device, size, chosen.peak, trained=not chosen.frozen))
         return
-    run = Run("10_kernels", chosen.profile)
+    run = Run("bench_kernels", chosen.profile)
     print(f"load average {load_average()}, {torch.get_num_threads()} threads")
     for record in measure(run):
         shown = "-" if record.value is None else f"{record.value:.4g}"
