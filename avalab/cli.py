@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from string import ascii_letters
 from typing import Annotated
 
 import typer
@@ -82,6 +83,8 @@ def quantize(
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale (nf4, fp4).")] = None,
     compute_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (nf4, fp4).")] = None,
     static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Activation scales (smoothquant).")] = None,
+    size: Annotated[str, typer.Option("--bytes", help="Budget of the weight file, such as 80MB (ava).")] = "",
+    bits_per_weight: Annotated[float | None, typer.Option(help="The same in bits a parameter (ava).")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:
@@ -94,6 +97,8 @@ def quantize(
         "block_size": block_size,
         "compute_dtype": compute_dtype,
         "static": static,
+        "bytes": byte_count(size) if size else None,
+        "bits_per_weight": bits_per_weight,
     }
     from avalab import models
     from avalab import quantize as quantize_
@@ -107,8 +112,20 @@ def quantize(
     print(
         f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {base.bytes / artifact.bytes:.2f}x smaller than {base.name}"
     )
+    if "predicted_kl_divergence" in artifact.card["measured"]:
+        print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     if benchmark:
         _score(run, {"bf16": base, artifact.name: artifact})
+
+
+def byte_count(size: str) -> int:
+    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = size.rstrip(ascii_letters)
+    try:
+        return int(float(number) * units[size[len(number) :].upper()])
+    except (ValueError, KeyError):
+        raise ValueError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
 
 
 @app.command()
