@@ -114,7 +114,7 @@ sources := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
 test: $(ready) ## unit tests, then every notebook on the tiny model (nbval)
 	@$(python) -m pytest tests
-	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=240 $(sources),:)
+	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 $(sources),:)
 
 lint: $(ready) ## style, formatting, and that no notebook holds outputs
 	@$(python) -m ruff check .
