@@ -103,7 +103,7 @@ def score_hidden(
     rows: slice = slice(None),
 ) -> TokenScores:
     """Score final hidden states of the reference's windows `rows` through the model's own head."""
-    ours, theirs = output_head(model), (against.head, against.softcap)
+    ours, theirs = _in_float32(*output_head(model)), _in_float32(against.head, against.softcap)
     triples = zip(against.windows[rows], hidden, against.hidden[rows], strict=True)
     scored = [_score_window(window, (mine, *ours), (expected, *theirs)) for window, mine, expected in triples]
     return TokenScores(*(torch.stack(column) for column in zip(*scored, strict=True)))
@@ -228,12 +228,38 @@ def log_probabilities(
     hidden: Float[Tensor, "token channel"], head: nn.Module, softcap: float | None = None
 ) -> Float[Tensor, "token vocab"]:
     """Next-token log-probabilities in float32; a plain linear head is applied in float32 too."""
-    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
-        bias = None if head.bias is None else head.bias.float()
-        logits = F.linear(hidden.to(head.weight.device).float(), head.weight.float(), bias)
-    else:  # a quantised head decides its own arithmetic
-        logits = head(hidden).float()
+    head, softcap = _in_float32(head, softcap)
+    # A quantised head decides its own arithmetic.
+    logits = _exact_product(hidden, head) if _is_plain(head) else head(hidden).float()
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
+
+
+def _in_float32(head: nn.Module, softcap: float | None) -> tuple[nn.Module, float | None]:
+    """A float32 copy of a plain linear head that is not in float32 yet; any other head as it is."""
+    if not _is_plain(head) or head.weight.dtype == torch.float32:
+        return head, softcap
+    wide = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    wide.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
+    wide.bias = None if head.bias is None else nn.Parameter(head.bias.detach().float(), requires_grad=False)
+    wide.from_bf16 = head.weight.dtype == torch.bfloat16
+    return wide, softcap
+
+
+def _is_plain(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter
+
+
+def _exact_product(hidden: Float[Tensor, "token channel"], head: nn.Linear) -> Float[Tensor, "token vocab"]:
+    """The float32 product; where both factors came from bf16, bf16 units form it from the same exact products."""
+    hidden = hidden.to(head.weight.device)
+    if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or not getattr(head, "from_bf16", False):
+        return head(hidden.float())
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # rounds float32 factors to bf16: nothing to round here
+    try:
+        return head(hidden.float())
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 @torch.inference_mode()

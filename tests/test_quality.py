@@ -282,3 +282,13 @@ def test_logits_scaled_after_the_head_are_refused_not_ignored(base):
     model.config.logits_scaling = 8.0
     with pytest.raises(ValueError, match="logits_scaling"):
         quality.output_head(model)
+
+
+def test_a_bf16_head_loses_nothing_beyond_float32_rounding():
+    generator = torch.Generator().manual_seed(5)
+    head = torch.nn.Linear(96, 700, bias=False, dtype=torch.bfloat16)
+    head.weight.data = torch.randn(700, 96, generator=generator).bfloat16()
+    hidden = torch.randn(33, 96, generator=generator).bfloat16()
+    exact = (hidden.double() @ head.weight.double().T).log_softmax(-1)
+    assert (quality.log_probabilities(hidden, head) - exact).abs().max() < 2e-5
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
