@@ -15,7 +15,7 @@ NOTEBOOKS =
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab reproduce smoke bench-kernels test lint report clean notebooks report-page
+.PHONY: help setup lab reproduce smoke bench-kernels bench-train test lint report clean notebooks report-page
 
 # Quiet libraries, set in this one place.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -84,6 +84,9 @@ smoke: ## every notebook on the tiny model, in minutes
 
 bench-kernels: $(ready) ## time the kernels, their peers and this machine's limits, without a notebook [PROFILE=laptop]
 	@$(python) -m avalab.kernels.bench --profile '$(PROFILE)'
+
+bench-train: $(ready) ## time a training step against peft + bitsandbytes, in speed and memory [PROFILE=laptop]
+	@$(python) -m avalab.train_bench --profile '$(PROFILE)'
 
 notebooks: $(selected:%=$(stamps)/%.done)
 	@:

@@ -1,0 +1,3 @@
+"""AVA Lab: how small and fast a language model gets before it stops being good."""
+
+from avalab import quiet  # noqa: F401  before any library that it silences

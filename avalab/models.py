@@ -19,12 +19,11 @@ config.json tells transformers.
 
 from __future__ import annotations
 
-from avalab import quiet  # isort: skip  # noqa: F401  must come before transformers
-
 import contextlib
 import io
 import logging
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ RESCALE_SEED = 20260
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+ADAPTER_CONFIG = "adapter_config.json"  # its presence makes a folder an adapter in PEFT's format
 
 
 def base(run: Run) -> Artifact:
@@ -91,6 +91,8 @@ def load(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = to
     safe weights or a damaged file.
     """
     folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve(str(Path(artifact).resolve()))
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _load_adapter(artifacts.load(folder, verify=False), device, dtype)
     quiet_libraries()
     # The libraries' own deprecations and progress bars that cannot be turned off: nothing a reader can act on.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -102,6 +104,29 @@ def load(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = to
         except SafetensorError as error:
             raise ValueError(f"weights in {folder} are truncated or damaged: {error}") from error
         _decompress(model)
+    return model.eval()
+
+
+def base_of(adapter: Artifact) -> Artifact:
+    """The artefact that an adapter was trained on: the one of that name in the same folder.
+
+    Raises ValueError when it is not there, or is not the one that the adapter's card names.
+    """
+    origin = adapter.card["base"]
+    try:
+        base = artifacts.load(adapter.path.parent / origin["name"], verify=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{adapter.name} is an adapter; put its base {origin['name']} beside it ({error})") from error
+    if base.sha256 != origin["sha256"]:
+        raise ValueError(f"{base.path} is not the base that {adapter.name} was trained on: its SHA-256 differs")
+    return base
+
+
+def _load_adapter(adapter: Artifact, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = load(base_of(adapter), device, dtype)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        model.load_adapter(str(adapter.path))
     return model.eval()
 
 
@@ -127,6 +152,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers inside the transformer blocks by qualified name, in order; the LM head is not one of them."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{name}"}
+
+
+def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that any pattern fits: a kind (`attention`, `mlp`), a glob, a name or its end.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    names = list(linear_layers(model))
+
+    def fits(name: str, pattern: str) -> bool:
+        return component(name) == pattern or fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
+
+    for pattern in patterns:
+        if not any(fits(name, pattern) for name in names):
+            raise ValueError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
+    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -213,11 +254,17 @@ def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    forget_quantisation(model)
+    model.config.name_or_path = ""  # otherwise the path of this machine is saved
+    return model.eval(), tokenizer
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Make transformers save the model as the dense one it has become."""
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    model.config.name_or_path = ""  # otherwise the path of this machine is saved
-    return model.eval(), tokenizer
+    model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
 
 
 def _from_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,47 +1,34 @@
 """Figures: records in, picture out, one style for all of them.
 
 Every figure follows the same rules. An axis label ends in a unit. The baseline is always drawn, always in
-`BASELINE_COLOUR`. Intervals are the records' own `low` and `high`. A family of methods (the word before the first
+`marks.BASELINE_COLOUR`. Intervals are the records' own `low` and `high`. A family of methods (the word before the first
 hyphen) has a colour of a colour-blind-safe palette and a marker, parts of bars have hatches: nothing depends on colour
 alone. What was recorded without a value is named below the figure, not left out in silence.
 
-A figure comes back as a `Picture`: the PNG that the notebook displays is byte for byte the one in `path`, 900 pixels
-wide and at most 100 kB, with a description of what it shows inside. The words and numbers of a figure are those of
-`tables`, whose functions for notebooks can be had from here too.
+A figure comes back as a `Picture` (see `marks`) with a description of what it shows inside. The words and numbers of a
+figure are those of `tables`, whose functions for notebooks can be had from here too.
 
-Source: the Pareto front is the set of points that no other point beats on both axes (Pareto 1906). A zero has no place
-on a logarithmic axis: the axis is then linear below a marked threshold (the bi-symmetric log of Webber 2013).
+Source: the Pareto front is the set of points that no other point beats on both axes (Pareto 1906).
 
 What it does not do: measure, average or test anything, or see a model.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import seaborn
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colorbar import Colorbar
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, LogLocator
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from avalab import labels
+from avalab import marks
 from avalab.experiment import Record
+from avalab.marks import BASELINE_COLOUR, COLOURS, STYLE, Picture, dot, finish, row_figure, subject_styles
 from avalab.tables import Table as Table  # for notebooks, like show, show_ratio, table and words
 from avalab.tables import axis_label, baseline_first, components, described, measured, number, predicted_record, scaled
 from avalab.tables import show as show
@@ -49,39 +36,8 @@ from avalab.tables import show_ratio as show_ratio
 from avalab.tables import table as table
 from avalab.tables import words as words
 
-WIDTH_INCHES, DPI, MAX_BYTES = 9.0, 100, 100_000
-BASELINE_COLOUR = "black"
-COLOURS = seaborn.color_palette("colorblind", 10).as_hex()
-MARKERS = "osD^vPXph<"
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
-STYLE = {
-    **seaborn.axes_style("whitegrid"),
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "0.5",
-    "grid.color": "0.9",
-    "hatch.linewidth": 0.6,
-}
 # What is predicted before it is measured, and the error that the design allows the prediction.
 BANDS = {"artifact_bytes": 0.01, "peak_rss_bytes": 0.15, "peak_vram_bytes": 0.15}
-
-
-@dataclass(frozen=True, repr=False)
-class Picture:
-    """A finished figure; a notebook displays `png`, the content of `path` (None: not saved)."""
-
-    png: bytes
-    alt: str
-    path: Path | None
-    figure: Figure = field(compare=False)
-
-    def _repr_png_(self) -> bytes:
-        return self.png
-
-    def __repr__(self) -> str:
-        return self.alt
 
 
 @rc_context(STYLE)
@@ -102,16 +58,16 @@ def pareto(
     points = {s: (scaled(across[s])[0], scaled(up[s])[0]) for s in across if s in up}
     front = _front(points, x, y)
     best = [s for s in points if points[s] in front]
-    figure, (axes,) = _new(6.4)
-    _scale_y(axes, [b for _, b in points.values()])
+    figure, (axes,) = marks.new_figure(6.4)
+    marks.scale_y(axes, [b for _, b in points.values()])
     stairs = _draw_stairs(axes, front)
-    for subject, style in _styles(records, baseline, points).items():
-        _dot(axes, across[subject], up[subject], **style)
+    for subject, style in subject_styles(records, baseline, points).items():
+        dot(axes, across[subject], up[subject], **style)
     axes.set(xlabel=axis_label(across[baseline]), ylabel=axis_label(up[baseline]))
-    _relative_axis(axes, points[baseline][0], baseline)
-    _place_labels(axes, points, best, stairs)
+    marks.relative_axis(axes, points[baseline][0], baseline)
+    marks.place_names(axes, points, best, stairs)
     alt = f"{words(y)} against {words(x)} of {len(points)} subjects. On the Pareto front: {', '.join(best)}."
-    return _finish(figure, path, alt, records, (x, y))
+    return finish(figure, path, alt, records, (x, y))
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -131,24 +87,24 @@ def heat_map(records: list[Record], metric: str = "kl_divergence", path: Path | 
         raise ValueError(f"no {metric} of a subject like 'layer 07/mlp.down_proj' among {len(records)} records")
     rises = {cell: scaled(r)[0] for cell, r in cells.items()}
     layers, kinds = sorted({layer for layer, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
-    figure, (axes,) = _new(2.0 + 0.32 * len(kinds))
+    figure, (axes,) = marks.new_figure(2.0 + 0.32 * len(kinds))
     label = axis_label(next(iter(cells.values()))).replace(" [", "\nrise over base [")
-    _draw_cells(axes, rises, layers, kinds, label=label)
+    marks.colour_cells(axes, rises, layers, kinds, label=label)
     worst = max(rises, key=rises.get)
     corner = (layers.index(worst[0]), kinds.index(worst[1]))
     halo = [withStroke(linewidth=5, foreground="white")]  # the largest cell is as dark as its frame
     axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec="black", lw=2, clip_on=False, path_effects=halo))
     alt = f"Largest rise (framed): {worst[0]}, {worst[1]}, {show(cells[worst])}"
     axes.set(xlabel="layer [index from 0]", title=alt)
-    return _finish(figure, path, alt, records, (metric,))
+    return finish(figure, path, alt, records, (metric,))
 
 
 @rc_context(STYLE)
 def bytes_by_component(records: list[Record], path: Path | None = None, *, baseline: str = "bf16") -> Picture:
     """Stacked bars of `artifact_bytes:<component>`; a tick marks the predicted total, a line the baseline's total."""
     totals = measured(records, "artifact_bytes", baseline)
-    figure, (axes,) = _rows(totals, baseline)
-    ends = _stack(axes, totals, components(records, totals))
+    figure, (axes,) = row_figure(totals, baseline)
+    ends = marks.stack_bars(axes, totals, components(records, totals))
     base = scaled(totals[baseline])[0]
     for row, record in enumerate(totals.values()):
         end = max(ends[row], _mark_prediction(axes, row, predicted_record(records, record)))
@@ -158,7 +114,7 @@ def bytes_by_component(records: list[Record], path: Path | None = None, *, basel
     axes.set(xlabel="size of the weight files [MB]", xlim=(0, 1.22 * max(scaled(r)[0] for r in totals.values())))
     figure.legend(loc="outside upper left", ncols=8, frameon=False, columnspacing=1.2, handlelength=1.6)
     alt = f"Bytes by component of {len(totals)} artefacts; dashed: {baseline}, {number(base)} MB; the tick: predicted."
-    return _finish(figure, path, alt, records, ("artifact_bytes",))
+    return finish(figure, path, alt, records, ("artifact_bytes",))
 
 
 @rc_context(STYLE)
@@ -173,14 +129,14 @@ def predicted_against_measured(records: list[Record], path: Path | None = None, 
         expected = "predicted_bytes:artifact, :peak_rss or :peak_vram"
         raise ValueError(f"no prediction among {len(records)} records; expected {expected}")
     subjects = baseline_first({s: None for pairs in ratios.values() for s in pairs}, baseline)
-    figure, panels = _rows(subjects, baseline, panels=len(ratios))
+    figure, panels = row_figure(subjects, baseline, panels=len(ratios))
     outside = []
     for axes, (metric, pairs) in zip(panels, ratios.items(), strict=True):
         _draw_band(axes, metric, pairs)
-        for subject, style in _styles(records, baseline, pairs).items():
+        for subject, style in subject_styles(records, baseline, pairs).items():
             outside += _ratio_dot(axes, list(subjects).index(subject), *pairs[subject], style)
     alt = f"Measured over predicted. Outside the band: {', '.join(outside) or 'none'}."
-    return _finish(figure, path, alt, records, tuple(ratios))
+    return finish(figure, path, alt, records, tuple(ratios))
 
 
 @rc_context(STYLE)
@@ -189,16 +145,16 @@ def speed(records: list[Record], path: Path | None = None, *, baseline: str = "b
     metrics = ("prefill_tokens_per_s", "decode_tokens_per_s")
     values = [measured(records, metric, baseline) for metric in metrics]
     subjects = baseline_first({s: None for value in values for s in value}, baseline)
-    figure, panels = _rows(subjects, baseline, panels=2)
+    figure, panels = row_figure(subjects, baseline, panels=2)
     for axes, value in zip(panels, values, strict=True):
-        for subject, style in _styles(records, baseline, value).items():
-            _dot(axes, value[subject], list(subjects).index(subject), **style)
+        for subject, style in subject_styles(records, baseline, value).items():
+            dot(axes, value[subject], list(subjects).index(subject), **style)
         axes.axvline(scaled(value[baseline])[0], color=BASELINE_COLOUR, lw=1.2, ls="--", zorder=1)
         axes.set(xlabel=axis_label(value[baseline]))
         axes.set_xlim(left=0)
     fastest = max(values[1], key=lambda s: values[1][s].value)
     alt = f"Speed with 95 % intervals; dashed: {baseline}. Fastest decode: {fastest}, {show(values[1][fastest])}."
-    return _finish(figure, path, alt, records, metrics)
+    return finish(figure, path, alt, records, metrics)
 
 
 @rc_context(STYLE)
@@ -212,7 +168,7 @@ def latency(
     """
     sampled = [replace(r, metric=metric) for r in records if r.metric.partition(":")[0] == metric and r.samples]
     timed = measured(sampled, metric, baseline)
-    figure, (axes,) = _rows(timed, baseline)
+    figure, (axes,) = row_figure(timed, baseline)
     for row, (subject, record) in enumerate(timed.items()):
         samples = scaled(record)[3] * np.array(record.samples)
         _draw_samples(axes, row, samples, COLOURS[0] if row else BASELINE_COLOUR)
@@ -223,92 +179,10 @@ def latency(
     figure.legend(loc="outside upper left", ncols=3, frameon=False)
     fewest = min(len(r.samples) for r in timed.values())
     alt = f"{words(metric)}: every sample and its percentiles, at least {fewest} samples a row; dashed: {baseline}."
-    return _finish(figure, path, alt, records, (metric,))
+    return finish(figure, path, alt, records, (metric,))
 
 
 # ------------------------------------------------------------------------------------------------- parts of figures
-
-
-def _new(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure that pyplot does not know: nothing to close, and a notebook does not show it a second time."""
-    figure = Figure((WIDTH_INCHES, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-
-
-def _finish(figure: Figure, path: Path | None, alt: str, records: list[Record], metrics: Sequence[str]) -> Picture:
-    """Name what has no value, render at most `MAX_BYTES`, and put the file in place with one rename."""
-    missing = {r.subject: r.note for r in records if r.metric in metrics and r.value is None}
-    if missing:
-        note = "not measured: " + ", ".join(sorted(missing))
-        figure.supxlabel(note if len(note) < 130 else note[:127] + "...", fontsize=9, x=0.01, ha="left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    # A palette of 256 colours is a third of the bytes and looks the same.
-    small, about = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE), PngInfo()
-    about.add_itxt("Description", alt)
-    small.save(packed := io.BytesIO(), format="png", optimize=True, pnginfo=about)
-    png = packed.getvalue()
-    assert len(png) <= MAX_BYTES, f"{len(png)} bytes of PNG: {alt}"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(png)
-        temporary.replace(path)
-    return Picture(png, alt, path, figure)
-
-
-def _rows(subjects: dict, baseline: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with one row for each subject, the first on top, the baseline's name in bold."""
-    figure, axes = _new(1.3 + 0.27 * len(subjects), panels)
-    first = axes[0]
-    first.set_yticks(range(len(subjects)), list(subjects))
-    first.set_ylim(len(subjects) - 0.4, -0.6)
-    for label in first.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == baseline else "normal")
-    return figure, axes
-
-
-def _styles(records: list[Record], baseline: str, wanted: Iterable[str]) -> dict[str, dict]:
-    """Colour and marker of the wanted subjects: one pair for a family of all records; the baseline has its own."""
-    subjects = [s for s in dict.fromkeys(r.subject for r in records) if not s.startswith("layer ")]
-    families = list(dict.fromkeys(_family(s) for s in subjects if s != baseline))
-    look = {
-        family: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, family in enumerate(families)
-    }
-    own = {"color": BASELINE_COLOUR, "marker": "*", "markersize": 13}
-    return {s: own if s == baseline else look[_family(s)] for s in wanted}
-
-
-def _stack(axes: Axes, subjects: Iterable[str], sizes: dict[str, dict[str, float]]) -> np.ndarray:
-    """Draw the bars of each component behind those before it; returns where each row ends."""
-    ends = np.zeros(len(list(subjects)))
-    for i, (name, size) in enumerate(sizes.items()):
-        look = {"color": COLOURS[i % 10], "hatch": HATCHES[i % 7], "edgecolor": "0.15", "linewidth": 0.5, "height": 0.7}
-        widths = np.array([size.get(s, 0) for s in subjects])
-        label = "MLP" if name == "mlp" else name.replace("_", " ")
-        axes.barh(range(len(widths)), widths, left=ends, label=label, **look)
-        ends = ends + widths
-    return ends
-
-
-def _family(subject: str) -> str:
-    return subject.rsplit("+", 1)[-1].split("-")[0]
-
-
-def _dot(axes: Axes, across: Record | float, up: Record | float, **style) -> None:
-    """One marker with the error bars of whichever coordinate is a record with an interval."""
-    (x, xerr), (y, yerr) = _with_error(across), _with_error(up)
-    style = {"markersize": 7, "mec": "black", "mew": 0.6, "elinewidth": 1.2, "capsize": 3, "zorder": 3, **style}
-    axes.errorbar(x, y, yerr=yerr, xerr=xerr, ls="none", **style)
-
-
-def _with_error(coordinate: Record | float) -> tuple[float, list | None]:
-    if not isinstance(coordinate, Record):
-        return coordinate, None
-    value, low, high, _ = scaled(coordinate)
-    return value, None if low is None or high is None else [[max(0, value - low)], [max(0, high - value)]]
 
 
 def _predictions(records: list[Record], metric: str) -> dict[str, tuple[Record, Record]]:
@@ -337,7 +211,7 @@ def _draw_samples(axes: Axes, row: int, samples: np.ndarray, colour: str) -> Non
 def _ratio_dot(axes: Axes, row: int, actual: Record, predicted: Record, style: dict) -> list[str]:
     """Draw measured/predicted of one subject; outside the band with its value beside it, and its name returned."""
     ratio = actual.value / predicted.value
-    _dot(axes, ratio, row, **style)
+    dot(axes, ratio, row, **style)
     if abs(ratio - 1) <= BANDS[actual.metric]:
         return []
     axes.annotate(f"{ratio:.3f}", (ratio, row), (0, 7), textcoords="offset points", ha="center", fontsize=8)
@@ -367,80 +241,3 @@ def _draw_stairs(axes: Axes, front: list[tuple[float, float]]) -> list[tuple[flo
     axes.plot(*zip(*stairs, strict=True), color="0.6", zorder=1)
     axes.set_title("grey stairs: Pareto front, its members in bold; bars: 95 % intervals")
     return stairs
-
-
-def _scale_y(axes: Axes, values: list[float]) -> None:
-    positive = [v for v in values if v > 0]
-    if min(values) < 0 or not positive or max(positive) / min(positive) < 20:
-        return
-    if len(positive) == len(values):
-        axes.set_yscale("log")
-    else:
-        threshold = 10.0 ** math.floor(math.log10(min(positive)))
-        axes.set_yscale("symlog", linthresh=threshold, linscale=0.3)
-        axes.set_ylim(bottom=-0.5 * threshold, top=2 * max(positive))
-        axes.axhspan(-0.5 * threshold, threshold, color="0.93", zorder=0)
-        note = f"linear below {threshold:g}"
-        axes.text(0.01, threshold, note, transform=axes.get_yaxis_transform(), va="top", fontsize=8)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-
-
-def _relative_axis(axes: Axes, base: float, baseline: str) -> None:
-    """A second scale on top: the same quantity in per cent of the baseline's."""
-    axes.axvline(base, color=BASELINE_COLOUR, lw=0.8, ls=":", zorder=0)
-    if base > 0:
-        top = axes.secondary_xaxis("top", functions=(lambda v: 100 * v / base, lambda p: p * base / 100))
-        top.set_xlabel(f"relative to {baseline} [%]")
-
-
-def _draw_cells(axes: Axes, rises: dict[tuple, float], layers: list[str], kinds: list[str], *, label: str) -> None:
-    """Colour the cell of each (layer, kind), and put a labelled colour bar beside them."""
-    seaborn.heatmap(
-        [[rises.get((layer, kind), math.nan) for layer in layers] for kind in kinds],
-        ax=axes,
-        norm=_colour_scale(list(rises.values())),
-        cmap="rocket_r",
-        linewidths=0.5,
-        cbar_kws={"label": label},
-        xticklabels=[int(layer.split()[1]) for layer in layers],
-        yticklabels=kinds,
-    )
-    axes.tick_params(axis="both", rotation=0)
-    _plain_ticks(axes.collections[0].colorbar)
-
-
-def _colour_scale(rises: list[float]) -> Normalize:
-    wide = min(rises) > 0 and max(rises) / min(rises) > 30
-    return LogNorm(min(rises), max(rises)) if wide else Normalize(min(0, *rises), max(rises))
-
-
-def _plain_ticks(bar: Colorbar) -> None:
-    """Ticks 0.001, 0.002, 0.005, 0.01 ... on a logarithmic colour bar: two powers of ten alone cannot be read off."""
-    if isinstance(bar.norm, LogNorm):
-        ticks = LogLocator(subs=(1, 2, 5)).tick_values(bar.vmin, bar.vmax)
-        bar.set_ticks([tick for tick in ticks if bar.vmin <= tick <= bar.vmax])
-        bar.set_ticks([], minor=True)
-    bar.formatter = FuncFormatter(lambda v, _: f"{v:g}")
-
-
-def _place_labels(axes: Axes, points: dict[str, tuple[float, float]], bold: Sequence[str], line: Sequence) -> None:
-    """Write each name near its point, clear of names, markers, error bars and the front's `line`."""
-    axes.figure.draw_without_rendering()
-    centres = axes.transData.transform(list(points.values()))
-    texts = [_label(axes, name, point, name in bold) for name, point in points.items()]
-    sizes = np.array([[t.get_window_extent().width + 4, t.get_window_extent().height] for t in texts])
-    bars = [path.vertices for drawn in axes.collections for path in drawn.get_paths()]
-    lines = [axes.transData.transform(path) for path in (line, *bars)]
-    chosen = labels.place(centres, sizes, lines=lines, frame=np.array(axes.bbox.extents))
-    for text, where, centre in zip(texts, chosen, centres, strict=True):
-        text.set_position(tuple(where - centre))
-
-
-def _label(axes: Axes, text: str, point: tuple[float, float], bold: bool) -> Annotation:
-    """A name at its point, to be moved by pixels; a thin line leads back to the point."""
-    line = {"arrowstyle": "-", "lw": 0.6, "color": "0.35", "shrinkA": 0, "shrinkB": 5}
-    look = {"fontsize": 9, "fontweight": "bold" if bold else "normal", "ha": "center", "va": "center", "zorder": 5}
-    where = {"xycoords": "data", "textcoords": "offset pixels", "in_layout": False, "arrowprops": line}
-    label = axes.annotate(text, point, (0, 0), **look, **where)
-    label.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    return label

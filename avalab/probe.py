@@ -26,8 +26,6 @@ them except in LLM.int8(), where tokens with outlier activations cost more.
 
 from __future__ import annotations
 
-from avalab import quiet  # isort: skip  # noqa: F401  must come before transformers
-
 import ctypes
 import importlib
 import json

@@ -29,9 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from avalab.experiment import Record
-
-# The private pieces are the one style of all figures: size, packing of the PNG, markers with error bars.
-from avalab.plots import BASELINE_COLOUR, COLOURS, STYLE, Picture, _dot, _finish, _new
+from avalab.marks import BASELINE_COLOUR, COLOURS, STYLE, Picture, dot, finish, new_figure
 
 OURS, PLAIN = "avalab", ("bf16", "dense")  # of every work one plain form is the baseline
 LOOKS = {
@@ -62,7 +60,7 @@ def roofline(records: list[Record], path: Path | None = None) -> Picture:
     if not timed:
         raise ValueError(f"no kernel_ms with a value among {len(records)} records")
     panels = {name: list(group) for name, group in groupby(sorted(timed, key=_panel), key=_panel)}
-    figure, every = _new(4.6, len(panels))
+    figure, every = new_figure(4.6, len(panels))
     for axes, (name, group) in zip(every, panels.items(), strict=True):
         _roof(axes, group)
         _lines(axes, group)
@@ -73,7 +71,7 @@ def roofline(records: list[Record], path: Path | None = None) -> Picture:
     nearest = max(shares, key=lambda r: r.value, default=None)
     found = f" Nearest to it: {nearest.subject}, {nearest.value:.0%}." if nearest else ""
     alt = f"{len(timed)} timed kernels below the measured roof (grey band: slowest to fastest read rate).{found}"
-    return _finish(figure, path, alt, records, ("kernel_ms",))
+    return finish(figure, path, alt, records, ("kernel_ms",))
 
 
 @rc_context(STYLE)
@@ -87,7 +85,7 @@ def ratios(panels: dict[str, tuple[list[Record], str]], path: Path | None = None
         if not works or not all(_plain(arms) for arms in works.values()):
             raise ValueError(f"{title!r}: every work needs a value of {' or '.join(PLAIN)}; works: {list(works)}")
     names = list(dict.fromkeys(work for works in found.values() for work in works))
-    figure, every = _new(1.7 + 0.27 * len(names), len(found))
+    figure, every = new_figure(1.7 + 0.27 * len(names), len(found))
     every[0].set_yticks(range(len(names)), names)
     every[0].set_ylim(len(names) - 0.4, -0.6)
     for axes, (title, works) in zip(every, found.items(), strict=True):
@@ -100,7 +98,7 @@ def ratios(panels: dict[str, tuple[list[Record], str]], path: Path | None = None
     kept = [r for records, metric in panels.values() for r in records if r.metric == metric]
     _legend(figure, kept)
     alt = f"{', '.join(found)}: forms of {len(names)} works relative to plain torch; left of the line is less."
-    return _finish(figure, path, alt, kept, tuple(metric for _, metric in panels.values()))
+    return finish(figure, path, alt, kept, tuple(metric for _, metric in panels.values()))
 
 
 def _panel(record: Record) -> str:
@@ -149,7 +147,7 @@ def _row_of_ratios(axes: Axes, row: int, arms: dict[str, Record]) -> None:
         look = {"color": colour, "marker": marker, "zorder": 4 if arm == OURS else 3, "capsize": 0}
         bar = (record.low or record.value, record.high or record.value)
         axes.plot([b / base for b in bar], [place, place], color=colour, lw=1.2, zorder=2)
-        _dot(axes, record.value / base, float(place), **look)
+        dot(axes, record.value / base, float(place), **look)
 
 
 def _readable_ticks(axes: Axes) -> None:

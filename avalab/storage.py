@@ -83,7 +83,7 @@ def of_method(method: str, parameters: dict) -> Storage:
     Raises ValueError for a method whose storage is not known.
     """
     group = parameters.get("group_size") or "row"
-    if method in ("bf16", "rescale_off_grid", "cast"):
+    if method in ("bf16", "rescale_off_grid", "cast", "prune", "merge"):
         return BF16
     if method in ("nf4", "fp4"):
         return _four_bit(method, parameters.get("block_size", 64), parameters.get("double_quantization", False))

@@ -5,6 +5,7 @@
    template, few-shot and role play. The calls stay ours, so that the gates can check what it says against them.
 3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
    asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
+   `candidates` are the first attempts without any gate: what the gates have to work on.
 4. `write` stores one JSONL file a kind and a data card. System messages are left out and rebuilt by `load`.
 
 The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
@@ -20,26 +21,24 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
-from avalab import drafts, gates, phrasing, toolbox
-from avalab.artifacts import sha256_of
+from avalab import drafts, example_files, gates, phrasing, variety
+from avalab.example_files import load as load  # for whoever reads what this module wrote
+from avalab.example_files import with_system
 from avalab.experiment import write_atomically
 from avalab.gates import EvaluationSet, Gate
 
-FIELDS = ("kind", "tools", "messages", "calls")
 PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
-PATIENCE = 300  # examples rejected in a row before the generator gives up
-JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
-CARD = """# Synthetic function-calling examples
-
-Made by `avalab.synthesize`, without a model unless a teacher is named: tools from the standard library's callables and
-hand-designed everyday domains (`avalab/domains`), arguments drawn by type, requests phrased by templates, and every
-example checked by the gates of `avalab.gates`. Names, addresses and figures are invented.
-
-A line is `kind`, `tools`, `messages` (user, assistant), `calls`, `source`; `avalab.synthesize.load` adds the system
-message. Licence: that of this project. Limits: English only; template wording is more regular than people's; a grounded
-value is said in the request, but not proven to belong to its parameter."""
+PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
+AHEAD = 64  # first attempts that a teacher who can answers in one go
+REWORDING = {  # the form of a teacher's answer, for teachers that can be held to one
+    "type": "object",
+    "properties": {"request": {"type": "string", "maxLength": 240}},
+    "required": ["request"],
+    "additionalProperties": False,
+}
 Teacher = Callable[[list[dict]], str]
 
 
@@ -55,32 +54,69 @@ def generate(
     """`count` accepted examples: `{"kind", "tools", "messages" (system, user, assistant), "calls", "source"}`.
 
     `kinds` empty means all in their shares; `row` is the row of gates (default: all, against every evaluation set at
-    hand). `counts` collects `accepted`, `refined` and `rejected:<gate>`. Raises ValueError for an unknown kind, and
-    where PATIENCE examples in a row fail, naming the gate that rejected most.
+    hand). `counts` collects `accepted`, `rejected:<gate>`, `refined` (accepted after a rejection; `refined:<gate>` by
+    the last gate that had rejected) and `abandoned`. Raises ValueError for an unknown kind, and where PATIENCE examples
+    of a kind in a row fail, naming the gate that rejected most.
     """
+    shares = _shares(kinds)
+    row = gates.standard(gates.evaluation_sets()) if row is None else row
+    counts = Counter() if counts is None else counts
+    counts.update({f"rejected:{gate}": 0 for gate in row})  # a gate that rejects nothing is seen, too
+    return _accepted(count, _stream(seed, shares, teacher), teacher, row, counts)
+
+
+def candidates(
+    count: int, seed: int, *, kinds: tuple[str, ...] = (), teacher: Teacher | None = None, counts: Counter | None = None
+) -> list[dict]:
+    """The first `count` examples that `generate` would pass to its gates, ungated; fewer where a teacher's answer
+    cannot be read, which `counts` collects as `rejected:teacher_format`. Raises ValueError for an unknown kind.
+    """
+    counts, found = Counter() if counts is None else counts, []
+    for kind, key in islice(_stream(seed, _shares(kinds), teacher, ahead=count), count):
+        example, gate, _ = _attempt(kind, key, teacher)
+        counts[f"rejected:{gate}"] += bool(gate)
+        found += [] if gate else [with_system(example)]
+    return found
+
+
+def _shares(kinds: tuple[str, ...]) -> dict[str, float]:
     if unknown := set(kinds) - set(drafts.KINDS):
         raise ValueError(f"unknown kind {min(unknown)!r}; choose of {', '.join(drafts.KINDS)}")
-    chosen = {name: share for name, (_, share) in drafts.KINDS.items() if not kinds or name in kinds}
-    row = gates.standard(gates.evaluation_sets()) if row is None else row
-    return _accepted(count, seed, chosen, teacher, row, Counter() if counts is None else counts)
+    return {name: share for name, (_, share) in drafts.KINDS.items() if not kinds or name in kinds}
+
+
+def _stream(
+    seed: int, shares: dict[str, float], teacher: Teacher | None, *, ahead: int = AHEAD
+) -> Iterator[tuple[str, str]]:
+    """Kind and seed of one example after another, without end; a teacher who can is asked `ahead` of them at once."""
+    rng, number = random.Random(f"kinds-{seed}"), 0
+    while True:
+        drawn = [rng.choices(list(shares), list(shares.values()))[0] for _ in range(ahead)]
+        pairs = [(kind, f"{seed}-{number + i}") for i, kind in enumerate(drawn)]
+        number += ahead
+        if hasattr(teacher, "ahead"):
+            drafted = [(_draft(*pair), _prompt(pair[1])) for pair in pairs]
+            teacher.ahead([_question(e, prompt) for e, prompt in drafted if e["calls"]], progress=teacher.__name__)
+        yield from pairs
 
 
 def _accepted(
-    count: int, seed: int, shares: dict[str, float], teacher: Teacher | None, row: dict[str, Gate], counts: Counter
+    count: int, stream: Iterator[tuple[str, str]], teacher: Teacher | None, row: dict[str, Gate], counts: Counter
 ) -> Iterator[dict]:
-    rng, failed, accepted, number = random.Random(f"kinds-{seed}"), Counter(), 0, 0
+    failed: dict[str, Counter] = {kind: Counter() for kind in drafts.KINDS}
+    accepted = 0
     while accepted < count:
-        (kind,) = rng.choices(list(shares), list(shares.values()))
-        example, number = refine(kind, f"{seed}-{number}", teacher=teacher, row=row, counts=counts), number + 1
+        kind, key = next(stream)
+        example = refine(kind, key, teacher=teacher, row=row, counts=counts)
         if isinstance(example, str):
-            failed[example] += 1
-            if failed.total() >= PATIENCE:
+            failed[kind][example] += 1
+            if failed[kind].total() >= PATIENCE:
                 raise ValueError(
-                    f"no example survives: {failed.total()} in a row were rejected, most by the gate "
-                    f"{failed.most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
+                    f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
+                    f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
                 )
             continue
-        failed.clear()
+        failed[kind].clear()
         accepted += 1
         counts["accepted"] += 1
         yield with_system(example)
@@ -96,30 +132,49 @@ def refine(
     rounds: int = 2,
 ) -> dict | str:
     """One accepted example, or the name of the gate that rejected the last of 1 + `rounds` attempts."""
-    content, gate, reason = 0, "", ""
-    for attempt in range(1 + rounds):
-        draw = [random.Random(f"{seed}-content-{content}"), random.Random(f"{seed}-wording-{attempt}")]
-        example = drafts.KINDS[kind][0](*draw) | {"source": "templates"}
-        if teacher is not None and example["calls"]:
-            gate, reason = _retell(example, teacher, PROMPTS[draw[1].randrange(len(PROMPTS))], reason)
-        else:
-            gate = ""
+    content, last, reason = 0, "", ""
+    for wording in range(1 + rounds):
+        example, gate, why = _attempt(kind, seed, teacher, draws=(content, wording), reason=reason)
         if not gate:
-            gate, reason = gates.verdict(example, row)
+            gate, why = gates.verdict(example, row)
         if not gate:
-            counts["refined"] += attempt > 0
+            counts.update({"refined": 1, f"refined:{last}": 1} if last else {})
             return example
+        last, reason = gate, why
         counts[f"rejected:{gate}"] += 1
         content += gate in ("schema_validity", "execution", "overlap")  # other words cannot mend these
-    return gate
+    counts["abandoned"] += 1
+    return last
+
+
+def _attempt(
+    kind: str, seed: str, teacher: Teacher | None, *, draws: tuple[int, int] = (0, 0), reason: str = ""
+) -> tuple[dict, str, str]:
+    """An ungated example, and ("teacher_format", reason) when the teacher's answer cannot be read, else two ""."""
+    example = _draft(kind, seed, *draws)
+    if teacher is None or not example["calls"]:
+        return example, "", ""
+    return example, *_retell(example, teacher, _prompt(seed, draws[1]), reason)
+
+
+def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
+    generators = random.Random(f"{seed}-content-{content}"), random.Random(f"{seed}-wording-{wording}")
+    return drafts.KINDS[kind][0](*generators) | {"source": "templates"}
+
+
+def _prompt(seed: str, wording: int = 0) -> str:
+    return PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
+
+
+def _question(example: dict, prompt: str, reason: str = "") -> list[dict]:
+    why = f"Your last answer was refused because {reason}." if reason else ""
+    asked = phrasing.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
+    return [{"role": "user", "content": asked}]
 
 
 def _retell(example: dict, teacher: Teacher, prompt: str, reason: str) -> tuple[str, str]:
     """Put the teacher's wording into the example; ("teacher_format", reason) when its answer cannot be read."""
-    request = example["messages"][0]["content"]
-    why = f"Your last answer was refused because {reason}." if reason else ""
-    asked = phrasing.read("prompts", prompt).format(request=request, reason=why)
-    answer = teacher([{"role": "user", "content": asked}])
+    answer = teacher(_question(example, prompt, reason))
     found = re.search(r"\{.*?\}", answer, re.DOTALL)
     try:
         told = json.loads(found.group())["request"]
@@ -130,17 +185,6 @@ def _retell(example: dict, teacher: Teacher, prompt: str, reason: str) -> tuple[
     example["messages"][0]["content"] = " ".join(told.split())
     example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
     return "", ""
-
-
-def with_system(example: dict) -> dict:
-    """The example with its system message, which follows from its tools and kind; unchanged when it has one."""
-    messages = example["messages"]
-    if messages[0]["role"] == "system" or not example["tools"]:
-        return example
-    content = toolbox.system_prompt(example["tools"])
-    if example["kind"] == "structured_output":
-        content = JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
-    return {**example, "messages": [{"role": "system", "content": content}, *messages]}
 
 
 def write(
@@ -160,86 +204,17 @@ def write(
     sets = gates.evaluation_sets() if sets is None else sets
     counts: Counter = Counter()
     made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard(sets), counts=counts))
-    files = store(path, made)
+    files = example_files.store(path, made)
     report = {
         "count": count,
         "seed": seed,
+        "kinds": list(kinds),
         "python": platform.python_version(),
         "teacher": "none" if teacher is None else getattr(teacher, "__name__", "teacher"),
         "counts": dict(sorted(counts.items())),
-        "diversity": gates.diversity(made),
+        "diversity": variety.report(made),
         "evaluation": {known.name: known.sha256 for known in sets},
         "files": files,
     }
-    write_atomically(Path(path) / "README.md", card(report))
+    write_atomically(Path(path) / "README.md", example_files.card(report))
     return report
-
-
-def store(path: Path | str, examples: list[dict]) -> dict[str, dict]:
-    """Write `<kind>.jsonl` files into the folder `path`; returns name -> sha256, bytes, examples of each."""
-    folder, files = Path(path), {}
-    for kind in sorted({example["kind"] for example in examples}):
-        rows = [_stored(example) for example in examples if example["kind"] == kind]
-        file = folder / f"{kind}.jsonl"
-        write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        files[file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size, "examples": len(rows)}
-    return files
-
-
-def _stored(example: dict) -> dict:
-    return {**example, "messages": [m for m in example["messages"] if m["role"] != "system"]}
-
-
-def load(path: Path | str) -> list[dict]:
-    """The examples of a JSONL file, or of every one in a folder (by name), with their system messages.
-
-    Raises ValueError naming file and line for a line that is not JSON, misses a field or holds an invalid schema;
-    FileNotFoundError where there is no such file.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no .jsonl file")
-    return [example for file in files for example in _read(file)]
-
-
-def _read(file: Path) -> Iterator[dict]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error})") from error
-        missing = [field for field in FIELDS if not isinstance(example, dict) or field not in example]
-        if missing or not example["messages"]:
-            raise ValueError(f"{file}:{number}: no field {', '.join(missing or ['messages'])}")
-        try:
-            for tool in example["tools"]:
-                gates.checked_schema(tool)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}") from error
-        yield with_system(example)
-
-
-def card(report: dict) -> str:
-    """The data card in Markdown."""
-    rows = [f"| `{name}` | {f['examples']} | {f['bytes']} | `{f['sha256']}` |" for name, f in report["files"].items()]
-    tested = [f"| {name} | `{digest}` |" for name, digest in report["evaluation"].items()]
-    gate_rows = [f"| {name} | {number} |" for name, number in report["counts"].items()]
-    spread = [
-        f"| {name.replace('_', ' ')} | {value} |" for name, value in report["diversity"].items() if name != "kinds"
-    ]
-    return "\n".join(
-        [
-            *CARD.splitlines(),
-            "",
-            f"Made again with `synthesize.write(folder, count={report['count']}, seed={report['seed']})` on Python "
-            f"{report['python']}; teacher: {report['teacher']}.",
-            "",
-            *["| file | examples | bytes | sha256 |", "|---|---|---|---|", *rows, ""],
-            *["| gate | examples |", "|---|---|", *gate_rows, ""],
-            *["| diversity | |", "|---|---|", *spread, ""],
-            "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared).",
-            "",
-            *["| evaluation set | sha256 |", "|---|---|", *tested, ""],
-        ]
-    )

@@ -3,13 +3,15 @@
 - `endpoint`: any server that speaks the OpenAI chat-completions protocol. In steps: look the question up in the answer
   cache; refuse when the cost limit is spent; wait until the rate limit allows; ask, and ask again with growing pauses
   while the server is down, slow, busy (429, `Retry-After` is honoured) or failing (5xx), or returns rubbish.
-- `local`: a model of this lab, from an artefact folder, greedy decoding.
+- `local`: a model of this lab, from an artefact folder, greedy decoding, many questions at once with `ahead`; with a
+  JSON schema its answers cannot have another form.
 - none: pass `teacher=None` to `synthesize`; its templates need no model.
 
 Answers are appended to a JSONL cache, each flushed to disk before it is used: after a crash nothing is paid twice, and
 the spent cost is counted from the cache, so a limit holds across restarts. A last line cut off by a crash is dropped.
 
-What it does not do: stream, call tools, or judge an answer (that is `gates`). The key is read from the environment and
+What it does not do: stream, call tools, or judge an answer (that is `gates`). Another batch may turn a near-tie of two
+tokens in a local answer; the cache then keeps the first. The key is read from the environment and
 never stored. Two processes must not share a cache file.
 """
 
@@ -19,12 +21,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from avalab.artifacts import Artifact
@@ -94,26 +98,6 @@ def endpoint(
     return ask
 
 
-def local(artifact: Artifact | Path, *, cache: Path | str, new_tokens: int = 128, device: str = "cpu") -> Teacher:
-    """A model of this lab as teacher; loaded at its first new question. The cache is the artefact's own."""
-    from avalab import artifacts, models
-
-    folder = artifact if isinstance(artifact, Path) else artifact.path
-    sha256 = artifacts.load(folder).sha256
-    answers, loaded = AnswerCache(Path(cache)), []
-
-    def ask(messages: list[dict]) -> str:
-        key = _key(sha256, {"messages": messages, "max_tokens": new_tokens})
-        if key not in answers.texts:
-            if not loaded:
-                loaded.extend((models.load(folder, device), models.load_tokenizer(folder)))
-            answers.add(key, _decode(*loaded, messages, new_tokens), 0.0, 0.0)
-        return answers.texts[key]
-
-    ask.__name__ = f"{folder.name} (local)"
-    return ask
-
-
 class AnswerCache:
     """Answers by the hash of their question, in a JSONL file that only grows. Costs are in millionths.
 
@@ -143,6 +127,76 @@ class AnswerCache:
             file.flush()
             os.fsync(file.fileno())
         self.texts[key], self.spent = text, self.spent + cost
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model of this lab as teacher; it is loaded at its first new question, and then kept."""
+
+    folder: Path
+    sha256: str  # of the artefact: the cache may be shared with others
+    answers: AnswerCache
+    new_tokens: int
+    device: str
+    schema: dict | None
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.folder.name} (local)"
+
+    def __call__(self, messages: list[dict]) -> str:
+        self.ahead([messages])
+        return self.answers.texts[self._key(messages)]
+
+    def ahead(self, questions: Sequence[list[dict]], *, progress: str = "") -> None:
+        """Answer what is not in the cache yet, batch after batch; later calls then cost nothing."""
+        new = {key: q for q in questions if (key := self._key(q)) not in self.answers.texts}
+        keys = list(new)
+        found = self._generated(list(new.values())) if new else ()
+        for index, text in tqdm(found, total=len(new), desc=progress, disable=not progress, leave=False):
+            self.answers.add(keys[index], text, 0.0, 0.0)
+
+    def _key(self, messages: list[dict]) -> str:
+        form = {} if self.schema is None else {"schema": self.schema}
+        return _key(self.sha256, {"messages": messages, "max_tokens": self.new_tokens, **form})
+
+    @cached_property
+    def _loaded(self) -> tuple:
+        from avalab import grammars, models
+
+        model, tokenizer = models.load(self.folder, self.device), models.load_tokenizer(self.folder)
+        if self.schema is None:
+            return model, tokenizer, None
+        engine = grammars.compiler(tokenizer, model.config.vocab_size).engine
+        compiled = engine.compile_json_schema(json.dumps(self.schema), any_whitespace=False)
+        return model, tokenizer, grammars.CallGrammar(compiled)
+
+    def _generated(self, questions: list[list[dict]]) -> Iterator[tuple[int, str]]:
+        from avalab import grammars
+
+        model, tokenizer, grammar = self._loaded
+        prompts = [tokenizer.apply_chat_template(q, tokenize=False, add_generation_prompt=True) for q in questions]
+        form = None if grammar is None else [grammar] * len(prompts)
+        return grammars.answers(model, tokenizer, prompts, grammars=form, max_new_tokens=self.new_tokens)
+
+
+def local(
+    artifact: Artifact | Path,
+    *,
+    cache: Path | str,
+    new_tokens: int = 128,
+    device: str = "cpu",
+    schema: dict | None = None,
+) -> Local:
+    """A model of this lab as teacher. The cache may be another teacher's too: keys hold the artefact's hash.
+
+    With `schema`, a grammar holds every answer to JSON that satisfies it (an answer that is cut off may not be whole).
+    """
+    from avalab import artifacts
+
+    folder = artifact if isinstance(artifact, Path) else artifact.path
+    answers = AnswerCache(Path(cache))
+    return Local(folder, artifacts.load(folder).sha256, answers, new_tokens, device, schema)
 
 
 @dataclass(frozen=True)
@@ -207,12 +261,3 @@ def _seconds_to_wait(response: httpx.Response) -> float:
         return max(0.0, float(response.headers.get("retry-after", 0)))
     except ValueError:  # a date: the pauses of our own will do
         return 0.0
-
-
-def _decode(model: object, tokenizer: object, messages: list[dict], new_tokens: int) -> str:
-    import torch
-
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.inference_mode():
-        out = model.generate(**ids.to(model.device), max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

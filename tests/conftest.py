@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import sys
+import warnings
 
 import pytest
 
@@ -23,6 +24,10 @@ os.environ.update(
 )
 
 from jaxtyping import install_import_hook  # after the environment is set
+
+with warnings.catch_warnings():  # its docstrings hold invalid escapes, which are errors where warnings are
+    warnings.simplefilter("ignore")
+    import torchao  # noqa: F401
 
 # Every annotated function of the package is checked when it is called, array shapes included; as everywhere in
 # Python's typing, an int will do where a float is asked for.

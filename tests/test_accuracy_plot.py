@@ -2,7 +2,7 @@
 
 import pytest
 
-from avalab import accuracy_plot, plots
+from avalab import accuracy_plot, marks
 from avalab.experiment import Record
 
 METRICS = ("call_accuracy_grammar:multiple", "irrelevance_accuracy")
@@ -17,7 +17,7 @@ RECORDS = [
 def test_the_figure_is_saved_and_names_baseline_and_shares(tmp_path):
     picture = accuracy_plot.accuracy(RECORDS, METRICS, path=tmp_path / "accuracy.png")
     assert picture.path.read_bytes() == picture.png
-    assert len(picture.png) <= plots.MAX_BYTES
+    assert len(picture.png) <= marks.MAX_BYTES
     assert "dashed: bf16" in picture.alt
     assert "int8 40 [30, 50] %" in picture.alt
 

@@ -253,3 +253,13 @@ def test_code_is_not_run_in_a_sandbox_without_enough_layers(run, respondent, mon
     monkeypatch.setattr(sandbox, "layers", lambda: ("limits", "audit"))
     with pytest.raises(ValueError, match="only audit, limits"):
         evaluate.record_pass_at_1(run, "bf16", respondent, [PROBLEM])
+
+
+def test_the_smoke_profile_brings_its_own_problems_and_they_can_be_solved():
+    found = evaluate.problems(Run("11_function_calling", "smoke"))
+    lines = (evaluate.ROOT / "data" / "toolbox_problems.jsonl").read_text().splitlines()
+    solutions = [json.loads(line)["canonical_solution"] for line in lines]
+    assert len(found) == len(solutions) == 4
+    for problem, solution in zip(found, solutions, strict=True):
+        namespace = {}
+        exec(f"{problem.prompt}{solution}\n{problem.test}\ncheck({problem.entry_point})\n", namespace)

@@ -1,12 +1,12 @@
 """The gates: what each rejects, what it lets through, and that the committed data passes them all."""
 
-import copy
+import inspect
 import random
 from pathlib import Path
 
 import pytest
 
-from avalab import drafts, gates, phrasing, synthesize
+from avalab import drafts, gates, phrasing, synthesize, toolbox
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "synthetic_datasets"
 TOOL = {
@@ -100,7 +100,9 @@ def test_pure_functions_are_executed_and_their_failure_is_the_reason():
     assert gates.execution(stated) == "math.gcd gives 2, the example says 3"
 
 
-@pytest.mark.parametrize("name", ["os.system", "subprocess.run", "re.match", "builtins.eval", "eval", "math.sub.x"])
+@pytest.mark.parametrize(
+    "name", ["os.system", "subprocess.run", "re.match", "builtins.eval", "eval", "math.sub.x", "posixpath.exists"]
+)
 def test_nothing_but_whitelisted_functions_is_executed(name):
     with pytest.raises(ValueError, match=r"is not executed"):
         gates.execute(name, {"x": "1"})
@@ -121,36 +123,44 @@ def test_language_and_length_reject(text):
     assert gates.language_and_length(example(text, {"guests": 2}))
 
 
-def test_near_duplicates_are_rejected_and_other_numbers_are_not():
-    gate = gates.near_duplicates()
-    text = "Could you book a table at the Copper Pot for me and my {} friends on Friday evening at seven"
-    assert gate(example(text.format("old"), {})) == ""
-    assert gate(example(text.format("old") + "!", {})) != ""
-    assert gate(example("Tell me how far the moon is from here", {})) == ""
-
-
-def test_overlap_finds_a_function_name_and_a_run_of_eight_words_but_not_seven():
-    known = gates._set("known", ["One two three four five six seven eight nine"], {"secret_tool"})
-    gate = gates.overlap([known])
-    assert gate(example("zero one two three four five six seven", {})) == ""
-    assert "known has the words" in gate(example("Zero, one two three four five six seven eight!", {}))
-    named = example("For 2", {}, tools=[{**TOOL, "name": "secret_tool"}])
-    assert gate(named) == "known has the function secret_tool"
-    told = copy.deepcopy(example("For 2", {}))
-    told["tools"][0]["parameters"]["properties"]["date"]["description"] = "two three four five six seven eight nine"
-    assert "known has the words" in gate(told)
-
-
 def test_the_perplexity_band_names_the_value():
     gate = gates.perplexity_band(lambda text: float(len(text)), 5, 10)
     assert gate(example("A table", {})) == ""
     assert gate(example("A table for two", {})) == "perplexity 15.0 is outside 5 to 10"
 
 
-def test_diversity_counts_by_hand():
-    found = gates.diversity([example("One two", {}), example("one three four", {}, "other")])
-    assert (found["examples"], found["functions_offered"], found["functions_called"]) == (2, 1, 2)
-    assert (found["first_words"], found["words_in_requests"]) == (1, 4)
+def test_the_band_of_a_hundred_values_leaves_out_one_at_each_end():
+    assert gates.band([float(v) for v in range(101)], share=0.98) == (1.0, 99.0)
+    assert gates.band([3.0, 1.0, 2.0], share=1.0) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(("values", "share"), [([], 0.9), ([1.0], 0), ([1.0], 1.5)])
+def test_a_band_of_nothing_is_refused(values, share):
+    with pytest.raises(ValueError, match=r"needs values, and a share in \(0, 1\]"):
+        gates.band(values, share)
+
+
+def said_to_be(words: str) -> dict:
+    return example(f"Book it for {words}", {"guests": 2})
+
+
+def test_survivors_pass_every_gate_but_the_one_left_out():
+    row = {
+        "even": lambda e: "" if len(e["messages"][0]["content"]) % 2 == 0 else "odd",
+        "long": lambda e: "" if len(e["messages"][0]["content"]) > 14 else "short",
+    }
+    texts = [said_to_be(words) for words in ("us", "two", "three", "four men")]  # 14, 15, 17 and 20 characters
+    assert gates.survivors(texts, row) == texts[3:]
+    assert gates.survivors(texts, row, without="even") == texts[1:]
+    assert gates.survivors(texts, row, without="long") == [texts[0], texts[3]]
+    with pytest.raises(ValueError, match=r"no gate 'odd' in the row; it has even, long"):
+        gates.survivors(texts, row, without="odd")
+
+
+def test_more_gates_stand_before_those_that_remember():
+    row = gates.standard([], {"perplexity_band": lambda example: ""})
+    assert list(row)[:4] == list(gates.STANDARD)
+    assert list(row)[-3:] == ["perplexity_band", "diversity", "near_duplicates"]
 
 
 def test_more_than_two_hundred_and_fifty_tools_in_more_than_twenty_domains_have_valid_schemas():
@@ -159,6 +169,24 @@ def test_more_than_two_hundred_and_fifty_tools_in_more_than_twenty_domains_have_
     assert len({tool.domain for tool in tools}) > 20
     for tool in tools:
         gates.checked_schema(phrasing.describe(tool, phrasing.dressed(tool, rng)))
+
+
+def test_the_parameters_of_library_tools_are_those_of_their_signatures():
+    checked = 0
+    for tool in phrasing.tools():
+        if not tool.in_library:
+            continue
+        try:
+            real = inspect.signature(toolbox.resolve(tool.name)).parameters
+        except ValueError:  # a built-in that does not say
+            continue
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in real.values()):
+            continue
+        assert {p.name for p in tool.parameters} <= real.keys(), tool.name
+        needed = {name for name, p in real.items() if p.default is p.empty}
+        assert needed <= {p.name for p in tool.parameters if not p.optional}, tool.name
+        checked += 1
+    assert checked > 20
 
 
 def test_every_sentence_of_every_tool_can_be_said_with_and_without_its_optional_arguments():

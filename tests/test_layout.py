@@ -26,19 +26,20 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "experiment assets numerics kernels gguf_blocks quiet allocation",
-    1: "models artifacts corpora cost storage probe plots tables labels executed roofline accuracy_plot answer_cache "
-    "toolbox phrasing sandbox calibration",
-    2: "quality quantize sensitivity compressors rounding packing ava prune adapters calls grammars gates drafts "
-    "teachers",
-    3: "train synthesize evaluate ensemble engines",
-    4: "search serve",
+    0: "experiment assets numerics kernels gguf_blocks quiet allocation layer_sparsity sparse_storage "
+    "sparsity_patterns variety",
+    1: "models artifacts corpora cost storage probe marks plots tables labels executed roofline accuracy_plot "
+    "gate_plot pruning_plot training_plot answer_cache toolbox phrasing sandbox calibration packed_rows "
+    "packed_attention train_memory structured sparse_speed",
+    2: "quality quantize sensitivity compressors rounding packing ava prune removal moments saliency surgeon adapters "
+    "calls grammars gates overlap drafts teachers example_files",
+    3: "train rehearsal finetune answer_loss synthesize evaluate self_improvement ensemble engines harness",
+    4: "search serve train_bench conversation",
     5: "plan review",
-    6: "cli report headless dependencies",
+    6: "cli cli_learn cli_options report headless dependencies",
 }
 LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
-# The last two draw a figure in the same style.
-PLOTTERS = {"avalab.cli", "avalab.report", "avalab.roofline", "avalab.accuracy_plot"}
+PLOTTERS = {"avalab.cli", "avalab.report"}
 MODEL_CODE = {"avalab.models", "avalab.quality", "avalab.quantize", "avalab.prune", "avalab.adapters", "avalab.train"}
 
 notebooks = pytest.mark.parametrize("notebook", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
@@ -250,5 +251,5 @@ def test_the_conda_environment_installs_what_pyproject_lists_on_a_python_it_allo
 def test_make_help_describes_every_public_target_in_one_line():
     made = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True).stdout
     named = {line.split()[1] for line in made.splitlines()}
-    public = "help setup lab reproduce smoke bench-kernels test lint report clean"
+    public = "help setup lab reproduce smoke bench-kernels bench-train test lint report clean"
     assert named == set(public.split())

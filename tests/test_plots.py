@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from avalab import labels, plots, tables
+from avalab import labels, marks, plots, tables
 from avalab.executed import picture_size_and_alt
 from avalab.experiment import Record
 
@@ -74,7 +74,7 @@ FIGURES = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> dict[str, plots.Picture]:
+def pictures(tmp_path_factory) -> dict[str, marks.Picture]:
     folder = tmp_path_factory.mktemp("results") / "figures"
     return {name: draw(folder / f"01_{name}.png") for name, draw in FIGURES.items()}
 
@@ -112,7 +112,7 @@ def test_a_figure_says_in_words_what_it_shows(pictures, name):
 @pytest.mark.parametrize("name", sorted(FIGURES.keys() - {"heat_map"}))
 def test_the_baseline_is_drawn_in_its_own_colour_in_every_figure_of_methods(pictures, name):
     lines = [line for axes in pictures[name].figure.axes for line in axes.lines]
-    assert plots.BASELINE_COLOUR in [line.get_color() for line in lines]
+    assert marks.BASELINE_COLOUR in [line.get_color() for line in lines]
 
 
 def test_a_figure_is_the_same_for_the_same_records(pictures):

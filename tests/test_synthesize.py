@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from avalab import calls, drafts, gates, synthesize
+from avalab import calls, drafts, example_files, gates, synthesize
 
 FEW = 40
 
@@ -77,7 +77,7 @@ def test_a_missing_argument_is_asked_for_and_belongs_to_the_function(row):
 
 def test_structured_output_is_json_that_the_system_message_describes(row):
     for example in synthesize.generate(10, 3, kinds=("structured_output",), row=row):
-        assert example["messages"][0]["content"].startswith(synthesize.JSON_PROMPT)
+        assert example["messages"][0]["content"].startswith(example_files.JSON_PROMPT)
         assert json.loads(example["messages"][-1]["content"]) == example["calls"][0]["arguments"]
 
 
@@ -93,6 +93,49 @@ def test_no_surviving_example_names_the_gate(monkeypatch):
         list(synthesize.generate(3, 0, row={"never": lambda example: "never good enough"}))
 
 
+def test_a_kind_that_never_passes_is_noticed_among_kinds_that_do(monkeypatch):
+    monkeypatch.setattr(synthesize, "PATIENCE", 5)
+    gate = {"no_reasons": lambda example: "no" if example["kind"] == "reasoning" else ""}
+    with pytest.raises(ValueError, match=r"5 of reasoning in a row.*'no_reasons'"):
+        list(synthesize.generate(10_000, 0, kinds=("reasoning", "instruction"), row=gate))
+
+
+def test_every_accepted_example_and_every_rejection_is_counted():
+    counts = Counter()
+    made = list(synthesize.generate(FEW, 9, row=gates.standard([]), counts=counts))
+    by_gate = sum(number for name, number in counts.items() if name.startswith("refined:"))
+    assert counts["accepted"] == len(made) == FEW
+    assert counts["refined"] == by_gate <= FEW
+
+
+def test_candidates_are_the_first_attempts_before_any_gate():
+    made = synthesize.candidates(FEW, 5)
+    accepted = list(synthesize.generate(FEW, 5, row={}))
+    assert made == accepted
+    with pytest.raises(ValueError, match=r"unknown kind 'poem'"):
+        synthesize.candidates(1, 0, kinds=("poem",))
+
+
+def test_a_teacher_who_can_answer_ahead_is_asked_once_for_all():
+    class Patient:
+        asked, __name__ = [], "patient"
+
+        def ahead(self, questions, progress=""):
+            self.asked.append(list(questions))
+
+        def __call__(self, messages):
+            assert messages in self.asked[0]
+            return '{"request": "Would you do this for me?"}' if len(self.asked[0]) % 2 == 0 else "rubbish"
+
+    teacher, counts = Patient(), Counter()
+    made = synthesize.candidates(FEW, 5, kinds=("single_call",), teacher=teacher, counts=counts)
+    assert [len(questions) for questions in teacher.asked] == [FEW]
+    assert {example["messages"][-2]["content"] for example in made} == {"Would you do this for me?"}
+    teacher.asked = []
+    assert synthesize.candidates(3, 5, kinds=("single_call",), teacher=teacher, counts=counts) == []
+    assert counts["rejected:teacher_format"] == 3
+
+
 def test_an_unknown_kind_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match=r"unknown kind 'poem'; choose of single_call"):
         synthesize.generate(1, 0, kinds=("poem",), row={})
@@ -103,6 +146,7 @@ def test_a_rejected_example_goes_back_at_most_k_rounds():
     gate = {"never": lambda example: seen.append(example["messages"][0]["content"]) or "no"}
     assert synthesize.refine("single_call", "s", row=gate, counts=counts, rounds=4) == "never"
     assert len(seen) == counts["rejected:never"] == 5
+    assert counts["abandoned"] == 1
     assert len(set(seen)) > 1
 
 
@@ -116,7 +160,7 @@ def test_other_words_for_the_same_calls_are_tried_when_the_wording_was_at_fault(
     counts = Counter()
     accepted = synthesize.refine("single_call", "s", row={"grounded": second_time}, counts=counts)
     assert accepted["calls"] == seen[0]["calls"]
-    assert counts["refined"] == 1
+    assert counts == {"rejected:grounded": 1, "refined": 1, "refined:grounded": 1}
 
 
 def test_a_teachers_wording_replaces_ours_and_the_calls_stay():
@@ -144,33 +188,6 @@ def test_a_teacher_who_drops_a_value_is_told_which_one():
         synthesize.refine("parallel_calls", "t", row=dict(gates.STANDARD), counts=counts, teacher=teacher) == "grounded"
     )
     assert "is not said in the request" in teacher.asked[1]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{broken", r"data\.jsonl:2: not JSON"),
-        ('{"kind": "x", "tools": [], "calls": []}', r"data\.jsonl:2: no field messages"),
-        ("[]", r"data\.jsonl:2: no field kind"),
-        (
-            '{"kind": "x", "tools": [{"name": "f", "parameters": {"type": 3}}], "calls": [], "messages": [{}]}',
-            r"data\.jsonl:2: tool 'f' is not valid JSON Schema",
-        ),
-    ],
-)
-def test_a_damaged_line_is_named_by_file_and_number_and_the_file_is_left_alone(tmp_path, line, message):
-    file = tmp_path / "data.jsonl"
-    good = json.dumps({"kind": "x", "tools": [], "calls": [], "messages": [{"role": "user", "content": "Hi"}]})
-    file.write_text(f"{good}\n{line}\n{good}\n")
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match=message):
-        synthesize.load(file)
-    assert file.read_bytes() == before
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \.jsonl file"):
-        synthesize.load(tmp_path)
 
 
 def test_a_failed_generation_leaves_the_old_files_alone(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from avalab import gates, teachers
+from avalab import gates, synthesize, teachers
 from avalab.experiment import Run
 from avalab.teachers import CostLimitReached, Limits, TeacherUnavailable
 
@@ -135,6 +135,19 @@ def test_a_server_that_is_down_loses_nothing_and_work_resumes(server, tmp_path):
     assert len(server.seen) == 1
 
 
+def test_a_generation_whose_server_dies_half_way_goes_on_without_asking_twice(server, tmp_path):
+    reply = completion(json.dumps({"request": "Could you do this for me, please?"}))
+    good, how = (200, reply, {}, 0), {"kinds": ("single_call",), "row": {}}
+    server.script = [good, good, good, (503, "gone", {}, 0)]
+    with pytest.raises(TeacherUnavailable, match="503"):
+        list(synthesize.generate(5, 1, teacher=ask(server, tmp_path), **how))
+    asked, server.script = len(server.seen), [good]
+    made = list(synthesize.generate(5, 1, teacher=ask(server, tmp_path), **how))
+    assert asked == 3 + QUICK.attempts
+    assert len(server.seen) - asked == 2
+    assert {example["messages"][-2]["content"] for example in made} == {"Could you do this for me, please?"}
+
+
 def test_the_cost_limit_holds_across_restarts(server, tmp_path):
     """10 tokens in at 1,000 and 20 out at 2,000 a million: 0.05 an answer."""
     limits = Limits(requests_per_minute=1e9, price_in=1000, price_out=2000, cost=0.12, new_tokens=20)
@@ -192,6 +205,27 @@ def test_a_local_model_answers_the_same_text_twice_and_from_the_cache(base, tmp_
     first = teacher(ASK)
     assert teacher(ASK) == first
     assert len(Path(tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_questions_asked_ahead_are_answered_once_and_then_known(base, tmp_path):
+    questions = [[{"role": "user", "content": f"Say {word}."}] for word in ("one", "two", "one")]
+    teacher = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=4)
+    teacher.ahead(questions)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    again = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=4)
+    assert [again(q) for q in questions] == [teacher(q) for q in questions]
+    assert "_loaded" not in vars(again), "the model was loaded for answers that were known"
+
+
+def test_an_answer_held_to_a_schema_begins_like_it_and_is_another_question_than_a_free_one(base, tmp_path):
+    schema = {"type": "object", "properties": {"request": {"type": "string", "maxLength": 8}}, "required": ["request"]}
+    held = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=32, schema=schema)
+    answer = json.loads(held(ASK))
+    assert list(answer) == ["request"]
+    assert len(answer["request"]) <= 8
+    assert held.__name__ == "tiny-llama (local)"
+    teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=32)(ASK)
+    assert len(teachers.AnswerCache(tmp_path / "answers.jsonl").texts) == 2
 
 
 def test_a_model_finds_noise_more_perplexing_than_words(base):

@@ -1,4 +1,6 @@
-"""A linear layer of a frozen 4-bit weight with a low-rank adapter: y = x W^T + s (x A^T) B^T, both directions.
+"""A linear layer of a frozen weight with a low-rank adapter: y = x W^T + s (x A^T) B^T, both directions.
+
+The weight has 4 bits, or is dense: then nothing is decoded, and what is saved are the adapter's copies and sums.
 
 Method:
 1. forward: the 4-bit product; x A^T, a few numbers a token, is kept; s B^T times it is added into the product's own
@@ -26,7 +28,7 @@ from avalab.kernels.weight import Weight4, decode
 
 def linear(
     x: Float[Tensor, "*batch cols"],
-    weight: Weight4,
+    weight: Weight4 | Float[Tensor, "rows cols"],
     *,
     a: Float[Tensor, "rank cols"] | None = None,
     b: Float[Tensor, "rows rank"] | None = None,
@@ -34,7 +36,8 @@ def linear(
 ) -> Float[Tensor, "*batch rows"]:
     """x W^T + scaling (x A^T) B^T, differentiable in x, A and B; without A and B, x W^T.
 
-    Adapters of another dtype than x (float32 masters) are rounded to it, and their gradients come back in theirs.
+    A dense weight has x's dtype and gets no gradient. Adapters of another dtype than x (float32 masters) are rounded
+    to it, and their gradients come back in theirs.
     Raises ValueError for one adapter matrix without the other or shapes that do not fit, and what `multiply` raises.
     """
     rows, cols = weight.shape
@@ -47,9 +50,9 @@ def linear(
     return choose("lora", LORA, x.device, x, weight).run(x, weight, a, b, scaling)
 
 
-def lora_reference(x: Tensor, weight: Weight4, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+def lora_reference(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
     """Three dense products, autograd's own gradients."""
-    y = x @ decode(weight, x.dtype).T
+    y = x @ (decode(weight, x.dtype) if isinstance(weight, Weight4) else weight.detach()).T
     return y if a is None else y + scaling * (x @ a.T) @ b.T
 
 
@@ -57,8 +60,8 @@ class _Lora(torch.autograd.Function):
     """The method above; tensors are flattened to [token, ...] by `lora_fused`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Weight4, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
-        y = multiply(x, weight)
+    def forward(ctx, x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+        y = multiply(x, weight) if isinstance(weight, Weight4) else x @ weight.T
         inner = None if a is None else x @ a.T
         if a is not None:
             y.addmm_(inner, b.T, alpha=scaling)
@@ -73,7 +76,7 @@ class _Lora(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
         outer = None if b is None else ctx.scaling * (g @ b)
-        dx = multiply_transposed(g, ctx.weight) if wants_x else None
+        dx = _times(g, ctx.weight) if wants_x else None
         if wants_x and a is not None:
             dx.addmm_(outer, a)
         da = outer.T @ x if wants_a else None
@@ -81,14 +84,23 @@ class _Lora(torch.autograd.Function):
         return dx, None, da, db, None
 
 
-def lora_fused(x: Tensor, weight: Weight4, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+def _times(g: Tensor, weight: Weight4 | Tensor) -> Tensor:
+    return multiply_transposed(g, weight) if isinstance(weight, Weight4) else g @ weight
+
+
+def lora_fused(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
     """`lora_reference` with the weight decoded tile by tile in both directions."""
     y = _Lora.apply(x.reshape(-1, x.shape[-1]), weight, a, b, scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(device: str) -> None:
-    weight = sample(device, kind="int4_zero_point", rows=32, cols=64)
+    packed = sample(device, kind="int4_zero_point", rows=32, cols=64)
+    for weight in (packed, decode(packed, torch.float64)):
+        _check_one(device, weight)
+
+
+def _check_one(device: str, weight: Weight4 | Tensor) -> None:
     generator = torch.Generator().manual_seed(2)
     parts = [torch.randn(s, generator=generator).double().to(device) for s in ((5, 64), (4, 64), (32, 4))]
     found = []

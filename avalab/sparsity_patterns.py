@@ -1,0 +1,118 @@
+"""Which weights go: masks from scores, with the exact number of zeros that was asked for.
+
+A mask is True where a weight goes. `lowest` takes the lowest scores of a layer, or of each row alike; `n_of_m` takes
+the lowest n of every m neighbours in a row, the pattern that sparse tensor cores read (Mishra et al. 2021, arXiv
+2104.08378). `keep` takes whole structures by their summed scores, in steps that keep what is left a round number.
+
+`structured` patterns leave a smaller dense model (`avalab.structured`); the others leave zeros.
+What it does not do: score, or change weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LARGEST_STEP = 64  # channels: what kernels and quantization groups like to divide
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A shape of sparsity: zeros anywhere, `zeros` of every `group` neighbours, or whole structures."""
+
+    zeros: int = 0
+    group: int = 1
+    structured: bool = False
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The one sparsity that an n:m pattern has; None where it can be chosen."""
+        return self.zeros / self.group if self.zeros else None
+
+
+def lowest(scores: Float[Tensor, "rows cols"], count: int, *, compared: str = "layer") -> Bool[Tensor, "rows cols"]:
+    """True at exactly `count` lowest scores; compared "row": the same number in each row, the rest one a row.
+
+    Raises ValueError for a count below zero or above the number of weights.
+    """
+    rows, columns = scores.shape
+    if not 0 <= count <= rows * columns:
+        raise ValueError(f"cannot remove {count} of {rows * columns} weights")
+    if compared == "layer":
+        mask = torch.zeros(rows * columns, dtype=torch.bool, device=scores.device)
+        mask[scores.flatten().topk(count, largest=False, sorted=False).indices] = True
+        return mask.view(rows, columns)
+    each, rest = divmod(count, rows)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for part, number in ((slice(rest), each + 1), (slice(rest, None), each)):
+        if number <= columns:  # else the first part is empty
+            mask[part].scatter_(1, scores[part].topk(number, dim=1, largest=False, sorted=False).indices, True)
+    return mask
+
+
+def n_of_m(scores: Float[Tensor, "rows cols"], zeros: int, group: int) -> Bool[Tensor, "rows cols"]:
+    """True at the `zeros` lowest scores of every `group` neighbouring columns.
+
+    Raises ValueError for a group that does not divide the columns.
+    """
+    refuse_ragged(scores.shape[1], group, "a weight")
+    parts = scores.unflatten(1, (-1, group))
+    mask = torch.zeros_like(parts, dtype=torch.bool)
+    return mask.scatter_(2, parts.topk(zeros, dim=2, largest=False).indices, True).flatten(1)
+
+
+def refuse_ragged(columns: int, group: int, name: str) -> None:
+    """Raise ValueError naming the layer whose columns a group does not divide."""
+    if columns % group:
+        raise ValueError(f"groups of {group} do not divide the {columns} columns of {name}")
+
+
+def is_legal(weight: Float[Tensor, "rows cols"], zeros: int, group: int) -> bool:
+    """Whether every group of neighbours has at least `zeros` zeros, as kernels for n:m sparsity require."""
+    return bool(((weight.unflatten(1, (-1, group)) == 0).sum(2) >= zeros).all())
+
+
+def step(count: int, *, of_heads: int = 1) -> int:
+    """The granularity at which `count` channels shrink: a multiple of the largest power of two, up to 64, that fits.
+
+    Steps are at most a quarter of the channels. Hidden channels also stay a multiple of the number of heads, which
+    transformers asks of a Llama configuration.
+    """
+    size = LARGEST_STEP
+    while size > 1 and (count % size or lcm(size, of_heads) > count / 4):
+        size //= 2
+    return lcm(size, of_heads)
+
+
+def removed(count: int, sparsity: float, *, of: str, granularity: int = 1) -> int:
+    """How many of `count` structures go: the nearest multiple of the granularity.
+
+    Raises ValueError where that is all of them, or none though some were asked for; it names what is possible.
+    """
+    gone = round(count * sparsity / granularity) * granularity
+    if gone >= count or (sparsity > 0 and gone == 0):
+        possible = ", ".join(f"{k / count:.3g}" for k in range(granularity, count, granularity))
+        which = "every one" if gone >= count else "none"
+        raise ValueError(f"sparsity {sparsity} removes {which} of {count} {of}; possible: {possible or 'nothing'}")
+    return gone
+
+
+def keep(scores: Float[Tensor, "item"], gone: int) -> Int[Tensor, "kept"]:
+    """Indices of what stays when the `gone` lowest scores go, ascending."""
+    return scores.argsort(stable=True)[gone:].sort().values
+
+
+PATTERNS: dict[str, Pattern] = {
+    "unstructured": Pattern(),
+    "2:4": Pattern(2, 4),
+    "4:8": Pattern(4, 8),
+    "heads": Pattern(structured=True),
+    "kv_groups": Pattern(structured=True),
+    "mlp_channels": Pattern(structured=True),
+    "hidden": Pattern(structured=True),
+    "layers": Pattern(structured=True),
+}

@@ -1,0 +1,270 @@
+"""The chat: which code a tool may name, what a call gives, and turns with a scripted and with the tiny model."""
+
+import json
+import random
+
+import pytest
+from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
+
+from avalab import calls, conversation, evaluate, grammars, models, toolbox
+from avalab.calls import Call
+from avalab.experiment import Run
+
+COMB = {
+    "name": "ways",
+    "description": "The ways to choose k of n things.",
+    "parameters": {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}, "k": {"type": "integer"}},
+        "required": ["n", "k"],
+    },
+    "callable": "math:comb",
+}
+FACTORIAL = {
+    "name": "factorial",
+    "description": "The factorial of n.",
+    "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
+    "callable": "math:factorial",
+}
+TOOLS = [conversation.Tool(**COMB), conversation.Tool(**FACTORIAL)]
+
+
+def text_of(*found: tuple[str, dict]) -> str:
+    listed = [{"name": name, "arguments": arguments} for name, arguments in found]
+    return f"<tool_call>{json.dumps(listed)}</tool_call>"
+
+
+def scripted(*texts: str):
+    """A model that gives these answers one after the other."""
+    left = list(texts)
+    return lambda chat: left.pop(0)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: object):
+        path = tmp_path / "tools.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+# --- tools -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tool_file_is_read_as_it_stands(write):
+    assert conversation.read_tools(write([COMB, FACTORIAL])) == TOOLS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("os:system", "subprocess:run", "builtins:eval", "math", "math.comb", "math:__loader__", "math:pi", "re:sub"),
+        *("statistics:sys", "textwrap:re", "math:no_such", "importlib:import_module", "shlex:os.system", ":comb", ""),
+    ],
+)
+def test_a_callable_outside_the_list_of_pure_functions_is_refused_by_name(write, name):
+    with pytest.raises(ValueError, match=r"tools\.json, tool 1: callable '.*'"):
+        conversation.read_tools(write([COMB | {"callable": name}]))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[{", "is not JSON"),
+        ({"name": "x"}, "holds no list of tools"),
+        ([], "holds no list of tools"),
+        ([{"name": "x"}], "tool 1: a tool has name, description, parameters, callable"),
+        ([COMB, 7], "tool 2: a tool has"),
+        ([COMB | {"name": 7}], "are text"),
+        ([COMB, COMB], "tool 2: the name 'ways' stands twice"),
+        ([COMB | {"parameters": {"type": "object", "properties": {"n": {"type": 5}}}}], "not valid JSON Schema"),
+        ([COMB | {"parameters": "none"}], "not valid JSON Schema"),
+    ],
+)
+def test_a_damaged_tool_file_is_refused_with_the_tool_and_the_reason(write, content, said):
+    with pytest.raises(ValueError, match=said):
+        conversation.read_tools(write(content))
+
+
+def test_every_built_in_tool_runs_with_arguments_of_its_kinds():
+    rng, offered = random.Random(0), conversation.built_in()
+    rows = {row.name: row for row in toolbox._rows()}
+    for tool in offered:
+        kinds = rows[tool.name].kinds
+        arguments = {name: toolbox.KINDS[kind].sample(rng) for name, kind in kinds.items()}
+        result = conversation.execute(offered, Call(tool.name, arguments))
+        expected = toolbox.resolve(tool.name)
+        value = expected(*arguments.values()) if tool.name.startswith("math.") else expected(**arguments)
+        assert result == conversation.Result(json.dumps(value, default=str)), tool.name
+    assert {tool.name.split(".")[0] for tool in offered} == set(conversation.BUILT_IN)
+
+
+def test_arguments_reach_a_built_in_function_in_the_order_of_the_schema():
+    """C(5, 2) = 10; in the order of the call it would be C(2, 5) = 0."""
+    assert conversation.execute(TOOLS, Call("ways", {"k": 2, "n": 5})).text == "10"
+
+
+def test_what_never_ends_is_ended_by_the_time_limit():
+    result = conversation.execute(TOOLS, Call("factorial", {"n": 10**9}), seconds=0.5)
+    assert result == conversation.Result("no result within 0.5 s", failed=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (Call("nothing", {}), "there is no function 'nothing'"),
+        (Call("ways", {"n": 5}), "'k' is a required property"),
+        (Call("ways", {"n": "five", "k": 2}), "'five' is not of type 'integer'"),
+        (Call("ways", {"n": 5, "k": 2, "m": 1}), "Additional properties are not allowed"),
+        (Call("factorial", {"n": -1}), "ValueError: factorial() not defined for negative values"),
+        (Call("factorial", {"n": 2000}), "ValueError: Exceeds the limit"),
+    ],
+)
+def test_a_call_that_cannot_be_made_says_why(call, said):
+    result = conversation.execute(TOOLS, call)
+    assert result.failed
+    assert said in result.text
+
+
+def test_a_tool_made_by_hand_cannot_name_other_code():
+    tool = conversation.Tool(**COMB | {"callable": "os:system"})
+    with pytest.raises(ValueError, match="callable 'os:system' is none of the lab's pure functions"):
+        conversation.execute([tool], Call("ways", {"n": 5, "k": 2}))
+
+
+# --- turns -------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_shown_executed_and_its_result_goes_back():
+    said, chat = [], conversation.opening(TOOLS)
+    answer = scripted(text_of(("ways", {"n": 5, "k": 2})), "There are 10 ways.")
+    chat = conversation.respond("How many?", chat, TOOLS, answer, say=said.append)
+    assert said == ["  -> ways(n=5, k=2)", "  <- 10"]
+    assert [m["role"] for m in chat] == ["system", "user", "assistant", "tool", "assistant"]
+    assert chat[3] == {"role": "tool", "name": "ways", "content": "10"}
+    assert chat[4]["content"] == "There are 10 ways."
+
+
+def test_parallel_calls_have_a_result_each_and_a_failure_is_a_result():
+    found = text_of(("ways", {"n": 5, "k": 2}), ("ways", {"n": 5}))
+    said = []
+    chat = conversation.respond("Both?", [], TOOLS, scripted(found, "Done."), say=said.append)
+    assert [m["content"] for m in chat if m["role"] == "tool"] == ["10", '{"error": "\'k\' is a required property"}']
+    assert said[3] == "  <- failed: 'k' is a required property"
+
+
+def test_a_model_that_repeats_its_call_is_stopped():
+    found = text_of(("ways", {"n": 5, "k": 2}))
+    said = []
+    chat = conversation.respond("How many?", [], TOOLS, scripted(found, found, "never asked"), say=said.append)
+    assert len(said) == 2
+    assert [m["role"] for m in chat] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_a_model_that_always_calls_something_else_is_stopped_too():
+    numbers = iter(range(100))
+    chat = conversation.respond(
+        "Go on.", [], TOOLS, lambda chat: text_of(("factorial", {"n": next(numbers)})), say=lambda text: None
+    )
+    assert sum(m["role"] == "assistant" for m in chat) == conversation.ROUNDS
+
+
+def test_where_the_template_hides_results_they_are_only_shown():
+    said = []
+    answer = scripted(text_of(("ways", {"n": 5, "k": 2})), "never asked")
+    chat = conversation.respond("How many?", [], TOOLS, answer, say=said.append, returned=False)
+    assert [m["role"] for m in chat] == ["user", "assistant"]
+    assert said[-1] == "  <- 10"
+
+
+def test_a_call_that_cannot_be_read_is_said_to_be_one():
+    said = []
+    conversation.respond("How many?", [], TOOLS, scripted("<tool_call>[{"), say=said.append)
+    assert said == ["(this call cannot be read)"]
+
+
+def test_a_full_context_loses_its_oldest_turns_and_keeps_the_system_message():
+    """Four messages of one token each fit: the system message and the last turn with its three."""
+    roles = ["system", "user", "assistant", "user", "assistant", "tool"]
+    chat = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
+    assert conversation.fitted(chat, len, 6) == chat
+    assert [m["content"] for m in conversation.fitted(chat, len, 5)] == ["0", "3", "4", "5"]
+    with pytest.raises(ValueError, match="take 4 tokens; the model has room for 3"):
+        conversation.fitted(chat, len, 3)
+
+
+# --- the tiny model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def respondent(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conversation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
+        patch.setenv("AVALAB_DEVICE", "cpu")
+        yield evaluate.Respondent(models.base(Run("t", "smoke")))
+
+
+def reader(*lines: object):
+    """What a person types; an exception is raised where it stands."""
+    left = list(lines)
+
+    def read(prompt: str) -> str:
+        line = left.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    return read
+
+
+def test_the_tiny_models_template_shows_results_and_one_that_refuses_the_role_does_not(respondent):
+    tokenizer = models.load_tokenizer(respondent.artifact)
+    assert conversation.shows_results(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('no') if m.role == 'tool' }}{% endfor %}"
+    assert not conversation.shows_results(tokenizer)
+    tokenizer.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+    assert not conversation.shows_results(tokenizer)
+
+
+def test_under_the_grammar_the_tiny_model_answers_with_a_text_or_a_readable_call(respondent, capsys):
+    closed = {"type": "object", "properties": {"n": {"enum": [3, 5, 7]}}, "required": ["n"]}
+    tools = [conversation.Tool(**FACTORIAL | {"parameters": closed})]
+    answer = conversation.answerer(respondent, tools, "grammar", new_tokens=200)
+    text = answer([*conversation.opening(tools), {"role": "user", "content": "What is the factorial of 7?"}])
+    assert calls.parse_calls(text) != "not_json"
+    assert capsys.readouterr().out.strip() == text.strip(), "what is streamed is the answer"
+
+
+def test_the_greedy_answer_is_that_of_the_evaluation(respondent):
+    tokenizer, chat = respondent.tokenizer, [*conversation.opening(TOOLS), {"role": "user", "content": "Hello."}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ((_, expected),) = grammars.answers(respondent.model, tokenizer, [prompt], max_new_tokens=24)
+    assert conversation.answerer(respondent, TOOLS, "free", stream=False, new_tokens=24)(chat) == expected
+
+
+@pytest.mark.parametrize("end", ["/quit", EOFError, KeyboardInterrupt])
+@pytest.mark.parametrize("mode", conversation.MODES)
+def test_a_chat_ends_cleanly(respondent, monkeypatch, mode, end):
+    monkeypatch.setattr(conversation, "answerer", lambda *_: scripted("Hello.", "Again."))
+    said = []
+    chat = conversation.converse(respondent, TOOLS, mode=mode, read=reader("Hi.", "", "Again?", end), say=said.append)
+    assert [m["content"] for m in chat[1:]] == ["Hi.", "Hello.", "Again?", "Again."]
+    assert "ways, factorial" in said[0]
+
+
+def test_a_request_that_is_too_long_is_refused_and_the_chat_goes_on(respondent):
+    said = []
+    read = reader("word " * 4000, "/quit")
+    chat = conversation.converse(respondent, TOOLS, read=read, say=said.append)
+    assert len(chat) == 1
+    assert "the model has room for" in said[1]
+
+
+def test_an_unknown_mode_is_refused_before_anything_is_loaded(respondent):
+    fresh = evaluate.Respondent(respondent.artifact)
+    with pytest.raises(ValueError, match="unknown mode 'forced'; choose one of free, grammar"):
+        conversation.converse(fresh, TOOLS, mode="forced")
+    assert "model" not in vars(fresh)

@@ -1,0 +1,174 @@
+"""Training: it learns, resumes exactly, counts tokens not batches, and several processes equal one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from avalab import adapters, models, packed_rows, toolbox, train
+from avalab.experiment import ROOT
+from avalab.train import Schedule
+
+TINY = ROOT / "data" / "tiny-llama"
+SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    examples = toolbox.function_calling_examples(8, seed=0)
+    return packed_rows.rows(tokenizer, examples, row_tokens=1000, context=1024, seed=0)
+
+
+def student(dtype=torch.float32, fused=True):
+    model = models.load(TINY, dtype=dtype)
+    adapters.attach(model, rank=4, alpha=8, seed=1)
+    if fused:
+        adapters.apply_fused(model)
+    return model
+
+
+def losses(history):
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_the_loss_falls_and_only_adapters_change(rows, tmp_path):
+    model = student()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    history = train.fit(model, rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    assert losses(history)[-1] < losses(history)[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert history[-1]["tokens"] == 3 * sum(len(row["input_ids"]) for row in rows)
+    assert not (tmp_path / "run").exists()
+
+
+class Stop(train.Progress):
+    """Ends the run as an interrupt does, after the checkpoint of step 4."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(rows, tmp_path, monkeypatch):
+    whole = train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "whole")
+    progress = train.Progress
+    monkeypatch.setattr(train, "Progress", Stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    monkeypatch.setattr(train, "Progress", progress)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.003 then, 0.1 now"):
+        train.fit(student(), rows, schedule=replace(SCHEDULE, learning_rate=0.1), folder=tmp_path / "run")
+    with pytest.raises(ValueError, match="rows: "):
+        train.fit(student(), rows[:1], schedule=SCHEDULE, folder=tmp_path / "run")
+    resumed = train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    assert [e["loss"] for e in resumed if e["step"] > 4] == [e["loss"] for e in whole if e["step"] > 4]
+
+
+def test_a_step_is_the_mean_over_tokens_however_they_are_dealt_out(rows, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    examples = list(toolbox.function_calling_examples(4, seed=3))
+    firsts = []
+    for row_tokens, accumulated in ((1000, 1), (600, 4)):
+        dealt = packed_rows.rows(tokenizer, examples, row_tokens=row_tokens, context=1024, seed=0)
+        schedule = Schedule(rows_per_step=max(accumulated, len(dealt)), steps=1)
+        firsts += losses(train.fit(student(), dealt, schedule=schedule, folder=tmp_path / "run"))
+    assert firsts[0] == pytest.approx(firsts[1], abs=1e-5)
+
+
+def test_held_out_rows_are_scored_and_patience_ends_the_run(rows, tmp_path):
+    schedule = Schedule(learning_rate=0.0, checkpoint_every=1, epochs=50, patience=2)
+    history = train.fit(student(), rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=rows[1:])
+    held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
+    assert len(losses(history)) < 6
+    assert len(set(held_out)) == 1
+
+
+def test_recomputed_activations_change_no_loss(rows, tmp_path):
+    schedule = Schedule(steps=2)
+    plain = train.fit(student(), rows, schedule=schedule, folder=tmp_path / "run")
+    less = train.fit(student(), rows, schedule=replace(schedule, gradient_checkpointing=True), folder=tmp_path / "run")
+    assert losses(less) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_the_libraries_own_forward_pass_and_loss_give_the_same_curve(rows, tmp_path):
+    """PEFT's layers and the causal LM's own cross-entropy, one row at a time, against the fused path."""
+    fused = losses(train.fit(student(), rows, schedule=Schedule(steps=4), folder=tmp_path / "run"))
+    plain = losses(train.fit(student(fused=False), rows, schedule=Schedule(steps=4), folder=tmp_path / "run"))
+    assert fused == pytest.approx(plain, abs=1e-4)
+    model, row = student(fused=False), packed_rows.collate(rows[:1])
+    (start, end, *_), total, count = row["boundaries"].tolist(), 0.0, 0
+    for start, end in zip(row["boundaries"][:-1].tolist(), row["boundaries"][1:].tolist(), strict=True):
+        labels = row["labels"][:, start:end]
+        logits = model(row["input_ids"][:, start:end]).logits
+        total += torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum").item()
+        count += int((labels != -100).sum())
+    ours = train.Student(model, train.next_token)
+    train.apply_packed_attention(model)
+    assert ours(**row)["loss"].item() == pytest.approx(total / count, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(rows, tmp_path):
+    model = student()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        train.fit(model, rows, schedule=Schedule(steps=2), folder=tmp_path / "run")
+
+
+def test_a_model_without_trainable_parameters_is_refused(rows, tmp_path):
+    model = models.load(TINY).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model is trainable"):
+        train.fit(model, rows, schedule=SCHEDULE, folder=tmp_path / "run")
+
+
+def test_no_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        train.fit(student(), [], schedule=SCHEDULE, folder=tmp_path / "run")
+
+
+def test_a_curve_is_drawn_in_eighths_and_never_wider_than_asked():
+    assert train.sparkline([2, 1, 0]) == "█▅▁"
+    assert train.sparkline([1.0]) == "▁"
+    assert len(train.sparkline(list(range(1000)))) <= 16
+
+
+SCRIPT = """
+import json, sys, torch
+from transformers import AutoTokenizer
+from avalab import adapters, models, packed_rows, toolbox, train
+torch.set_num_threads(1)
+tiny, rows_per_step, folder, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+model = models.load(tiny, dtype=torch.float32)
+adapters.attach(model, rank=4, alpha=8, seed=1)
+adapters.apply_fused(model)
+examples = list(toolbox.function_calling_examples(8, seed=5))
+rows = packed_rows.rows(AutoTokenizer.from_pretrained(tiny), examples, row_tokens=600, context=1024, seed=0)
+schedule = train.Schedule(steps=2, rows_per_step=rows_per_step)
+from pathlib import Path
+history = train.fit(model, rows, schedule=schedule, folder=Path(folder))
+if int(__import__("os").environ.get("RANK", 0)) == 0:
+    Path(out).write_text(json.dumps(history))
+"""
+
+
+# `accelerate launch` starts several processes on GPUs, on CPUs only through MPI; torchrun is what it calls itself.
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    found = {}
+    for processes, rows_per_step in ((1, 2), (2, 1)):
+        out = tmp_path / f"{processes}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = launch if processes > 1 else [sys.executable]
+        command += ["script.py", str(TINY), str(rows_per_step), str(tmp_path / f"run{processes}"), str(out)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = losses(json.loads(out.read_text()))
+    assert found[2] == pytest.approx(found[1], abs=1e-5)

@@ -1,0 +1,56 @@
+"""The training benchmark: every arm trains on the same examples, is timed in turn and compared with the baseline."""
+
+import pytest
+
+from avalab import experiment, train_bench
+from avalab.experiment import ROOT, Run
+from avalab.packed_rows import IGNORED, Encoded
+from avalab.train_bench import Sizes
+
+TINY = ROOT / "data" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(experiment, "ROOT", tmp_path_factory.mktemp("root"))
+    run = Run("bench_train", "smoke", 0, str(TINY))
+    train_bench.measure(run, Sizes(rounds=3, steps=1, rank=4))
+    patch.undo()
+    return {(record.subject, record.metric): record for record in run.records}
+
+
+def test_every_arm_has_speed_memory_and_its_distance_from_the_baselines_curve(records):
+    for arm in train_bench.ARMS:
+        assert records[arm, "train_tokens_per_s"].value > 0
+        assert records[arm, "peak_rss_bytes"].value > 2**27
+        assert len(records[arm, "loss_gap"].samples) == 3
+
+
+def test_the_baseline_is_compared_with_itself_at_one_and_no_distance(records):
+    assert records["peft", "train_tokens_per_s/peft"].value == 1
+    assert records["peft", "peak_rss_bytes/peft"].value == 1
+    assert records["peft", "loss_gap"].value == 0
+
+
+def test_all_arms_follow_the_same_curve(records):
+    assert all(records[arm, "loss_gap"].value < 0.05 for arm in train_bench.ARMS)
+
+
+def test_arms_get_the_same_examples_and_padding_is_not_counted():
+    counts = [[count for _, count in train_bench.batches(arm, TINY, "cpu", steps=2)] for arm in ("peft", "decoded")]
+    assert counts[0] == counts[1]
+    batch, count = next(train_bench.batches("peft", TINY, "cpu", steps=1))
+    assert int(batch["attention_mask"].sum()) == count < batch["input_ids"].numel()
+
+
+def test_padded_labels_stand_where_their_tokens_stand():
+    batch = train_bench.padded([Encoded([5, 6, 7], [IGNORED, 7, IGNORED]), Encoded([8, 9], [9, IGNORED])])
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_the_profiles_examples_suffice():
+    for sizes in train_bench.SIZES.values():
+        needed = sizes.rounds * sizes.steps * train_bench.EXAMPLES_PER_STEP
+        assert needed <= 1200
