@@ -1,7 +1,8 @@
 """The figure of a training run: loss against tokens seen, every step as a thin line, its running median on top.
 
-Held-out losses are the markers. The style is that of `marks`. What it does not do: smooth away a divergence (the thin
-line shows every step), or compare runs of different data.
+Held-out losses are the markers. A step of rehearsal rows has a loss near zero: its targets are the base's own. The
+style is that of `marks`. What it does not do: smooth away a divergence (the thin line shows every step), or compare
+runs of different data.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def loss_curves(records: list[Record], *, path: Path | None = None) -> marks.Pic
             axes.plot(
                 *zip(*held_out, strict=True), marker, color=colour, mec="black", label=f"{curve.subject}, held out"
             )
-    axes.set(xlabel="training tokens", ylabel="loss on answers [nats/token]", yscale="log")
+    axes.set(xlabel="training tokens", ylabel="loss of a step [nats/token]", yscale="log")
     axes.legend(frameon=False)
     alt = "Loss against tokens. " + "; ".join(f"{c.subject}: {c.samples[0]:.2f} to {c.value:.3f}" for c in curves) + "."
     return marks.finish(figure, path, alt, records, ["train_loss"])
