@@ -136,6 +136,7 @@ def _says_number(value: float, request: str) -> bool:
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", request)
     said = {float(n) for n in re.findall(r"(?<![\d.\w])-?\d+(?:\.\d+)?", plain)}
     said |= {float(n) / 100 for n in re.findall(r"(\d+(?:\.\d+)?)\s?(?:%|percent|per cent)", plain)}
+    said |= {float(n) * 1000 for n in re.findall(r"\$(\d+)k\b", plain)}
     said |= {float(phrasing.WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in phrasing.WORDS}
     return any(math.isclose(value, number, rel_tol=1e-9, abs_tol=1e-12) for number in said)
 

@@ -2,8 +2,9 @@
 
 1. `tools()` reads `domains/*.txt` (the format stands in `domains/README.txt`) and the training half of
    `avalab.toolbox`; a tool of the standard library without a description takes its docstring's first sentence.
-2. `sample` draws arguments: a kind is an integer range `1..9`, a decimal range `0.5..9.5`, an enumeration `a|b`,
-   `bool`, `%` (a fraction said in per cent), a pool of strings, `[kind]` (a list) or `&record` (a nested object).
+2. `sample` draws arguments: a kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$` before it
+   (money, which people write in their own ways), an enumeration `a|b`, `bool`, `%` (a fraction said in per cent), a
+   pool of strings, `[kind]` (a list) or `&record` (a nested object).
 3. `phrase` fills one of the tool's sentences and sets it into a frame. Square brackets hold what is said only when its
    argument is given: that is how optional and missing arguments come about.
 4. `describe` renders the JSON schema; a `Dress` varies spelling, where defaults stand and the names of the types, so
@@ -180,7 +181,7 @@ def kind_of(text: str) -> Kind:
     if text in _SIMPLE:
         return _SIMPLE[text]
     if ".." in text:
-        return _range(*text.split(".."))
+        return _range(*text.removeprefix("$").split(".."))
     if "|" in text:
         choices = text.split("|")
         return Kind("", {"type": "string", "enum": choices}, lambda rng: rng.choice(choices))
@@ -281,10 +282,10 @@ def _renamed_types(schema: dict) -> dict:
 
 
 def sample(tool: Tool, rng: random.Random) -> dict:
-    """Arguments of one call under the tool's own parameter names; an optional one is there in a third of the calls."""
+    """Arguments of one call under the tool's own parameter names; an optional one is there in half of the calls."""
     drawn = {}
     for p in tool.parameters:
-        if not p.optional or rng.random() < 0.35:
+        if not p.optional or rng.random() < 0.5:
             value = kind_of(p.kind).sample(rng)
             if not (p.optional and value == p.default):  # what is the default anyway is not passed
                 drawn[p.name] = value
@@ -358,6 +359,8 @@ def surfaces(value: object, kind: str = "") -> list[str]:
     """The ways in which a scalar may be said; the likely ones several times."""
     if isinstance(value, bool):
         return ["yes" if value else "no"]
+    if kind.startswith("$"):
+        return _amounts(value)
     if isinstance(value, int):
         words = [WORDS[value]] if 1 <= value <= 12 else []
         return [str(value), str(value), *words, *([f"{value:,}"] if value >= 10_000 else [])]
@@ -370,3 +373,10 @@ def surfaces(value: object, kind: str = "") -> list[str]:
         hour, minute = map(int, value.split(":"))
         return [value, f"{(hour - 1) % 12 + 1}{f':{minute:02}' if minute else ''} {'am' if hour < 12 else 'pm'}"]
     return [value.replace("_", " ")] if re.fullmatch(r"[a-z]+(_[a-z]+)+", value) else [value]
+
+
+def _amounts(value: float) -> list[str]:
+    """The ways in which people write an amount of money: $45,000, 45000 dollars, $45k."""
+    plain = f"{value:.2f}" if isinstance(value, float) else str(value)
+    short = [f"${value // 1000}k"] if isinstance(value, int) and value % 1000 == 0 else []
+    return [f"${value:,}" if isinstance(value, int) else f"${plain}", f"{plain} dollars", plain, *short]
