@@ -143,14 +143,15 @@ def _others(tool: Tool, count: int, rng: Random) -> list[Tool]:
 
 
 @cache
-def _stems(tool: Tool) -> frozenset[str]:
-    words = re.findall(r"[a-z]{4,}", f"{tool.name} {tool.description}".replace("_", " ").lower())
+def stems(name: str, description: str) -> frozenset[str]:
+    """What a tool is about: the first five letters of its words, without those that say nothing."""
+    words = re.findall(r"[a-z]{4,}", f"{name} {description}".replace("_", " ").lower())
     return frozenset(word[:5] for word in words) - VAGUE
 
 
 def _alike(one: Tool, other: Tool) -> bool:
     """Whether two tools may do the same: a word of name or description is shared, by its first five letters."""
-    return bool(_stems(one) & _stems(other))
+    return bool(stems(one.name, one.description) & stems(other.name, other.description))
 
 
 def _call(tool: Tool, arguments: dict, dress: Dress) -> dict:

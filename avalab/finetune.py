@@ -23,7 +23,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from avalab import adapters, artifacts, kernels, models, packed_attention, packed_rows, quantize, rehearsal, train
+from avalab import (
+    adapters,
+    artifacts,
+    first_token,
+    kernels,
+    models,
+    packed_attention,
+    packed_rows,
+    quantize,
+    rehearsal,
+    train,
+)
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 from avalab.train import Schedule
@@ -31,7 +42,7 @@ from avalab.train import Schedule
 HISTORY = "history.json"
 REHEARSAL_ROW = 512  # tokens
 SOURCES = [Path(module.__file__) for module in (adapters, kernels.lora, kernels.loss, packed_attention, packed_rows)]
-SOURCES += [Path(rehearsal.__file__), Path(train.__file__), Path(__file__)]
+SOURCES += [Path(module.__file__) for module in (rehearsal, first_token, train)] + [Path(__file__)]
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Recipe:
     target_modules: tuple[str, ...] = ("attention", "mlp")
     row_tokens: int = 1024
     rehearsal_tokens: int = 0  # of general text, held to what the base says there (`rehearsal`)
+    first_token_weight: float = 0.0  # of answers' first tokens, which decide between call and refusal (`first_token`)
     schedule: Schedule = field(default_factory=Schedule)
     fused: bool = True  # the lab's kernels instead of PEFT's forward pass
     decoded: bool = True  # a 4-bit base is held in bf16 while training
@@ -80,10 +92,9 @@ def write(
         if recipe.rehearsal_tokens:
             about = {"tokens": recipe.rehearsal_tokens, "row_tokens": min(recipe.row_tokens, REHEARSAL_ROW)}
             rows += rehearsal.rows(run, models.base(run), **about)
+        how = {"schedule": recipe.schedule, "loss": first_token.weighted(recipe.first_token_weight)}
         checkpoints = run.artifacts_dir / "checkpoints" / name
-        history = train.fit(
-            model, rows, schedule=recipe.schedule, folder=checkpoints, held_out=kept, loss=rehearsal.loss
-        )
+        history = train.fit(model, rows, folder=checkpoints, held_out=kept, **how)
         adapters.save(model, folder)
         tokenizer.save_pretrained(folder)
         (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Chats as rows of tokens for training: several in one row, none of them seeing another, loss on the answers only.
 
-1. `encode` renders a chat through the tokenizer's template and splits it where the last answer begins, so that the
-   tokens before are exactly those of generation. A label stands at the position that predicts it: no later shift.
+1. `encode` renders a chat through the tokenizer's template and splits it where each answer begins, so that the tokens
+   before are exactly those of generation. A label stands at the position that predicts it: no later shift.
 2. `pack` fills rows of at most `row_tokens` with whole examples in a seeded order, each into the first row with room
    (first fit, at most twice the fewest rows). Rows are not padded.
 3. A row is `input_ids`, `labels`, `position_ids` (from zero in each example) and `boundaries` (where examples begin,
@@ -34,20 +34,25 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
-    """A chat whose last message is the answer to learn.
+    """A chat that ends with an answer; every answer in it is learned.
 
     Raises ValueError for a chat that does not end with an assistant's message, or a template that renders the prompt
     differently once it is answered.
     """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"a chat to learn from ends with an assistant's answer, this one has {_roles(messages)}")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError("the chat template renders an answered prompt differently; answers cannot be told apart")
-    # The template's newline after the end token is never generated.
-    asked, answer = (tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, whole[len(prompt) :].rstrip()))
-    return Encoded(asked + answer, [IGNORED] * (len(asked) - 1) + answer + [IGNORED])
+    ids, learned, done = [], [], ""
+    for answered in [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]:
+        prompt = tokenizer.apply_chat_template(messages[:answered], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: answered + 1], tokenize=False).rstrip()
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            raise ValueError("the chat template renders an answered prompt differently; answers cannot be told apart")
+        # The template's newline after the end token is never generated: it belongs to the next prompt.
+        for text, counts in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
+            tokens = tokenizer(text, add_special_tokens=False).input_ids
+            ids, learned, done = ids + tokens, learned + [counts] * len(tokens), whole
+    labels = [following if counts else IGNORED for following, counts in zip(ids[1:], learned[1:], strict=True)]
+    return Encoded(ids, [*labels, IGNORED])
 
 
 def rows(

@@ -48,6 +48,9 @@ METRICS = {
     "irrelevance_accuracy_free": Metric("irrelevance noticed, free form", "%", 100, True),
     "irrelevance_accuracy": Metric("irrelevance noticed", "%", 100, True),
     "pass_at_1": Metric("pass@1", "%", 100, True),
+    "rejected_share": Metric("rejected", "%", 100),
+    "rejected_alone_share": Metric("rejected by no other gate", "%", 100),
+    "right_share": Metric("right answers", "%", 100, True),
 }
 
 

@@ -26,17 +26,19 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "experiment assets numerics kernels gguf_blocks quiet allocation layer_sparsity sparse_storage "
-    "sparsity_patterns variety",
+    0: "experiment assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
+    "sparse_storage sparsity_patterns variety",
     1: "models artifacts corpora cost storage probe marks plots tables labels executed roofline accuracy_plot "
     "gate_plot pruning_plot training_plot answer_cache toolbox phrasing sandbox calibration packed_rows "
-    "packed_attention train_memory structured sparse_speed",
+    "packed_attention train_memory distill_losses distill_plot structured",
     2: "quality quantize sensitivity compressors rounding packing ava prune removal moments saliency surgeon adapters "
-    "calls grammars gates overlap drafts teachers example_files",
-    3: "train rehearsal finetune answer_loss synthesize evaluate self_improvement ensemble engines harness",
-    4: "search serve train_bench conversation",
+    "calls call_cases grammars gates overlap drafts teachers example_files whole_training recovery",
+    3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
+    "engines harness gguf_tokenizer gguf_export onnx_file sparse_speed targets distill_rows distill_objective distill "
+    "chain",
+    4: "search serve engine_bench train_bench train_limit chat_tools conversation",
     5: "plan review",
-    6: "cli cli_learn cli_options report headless dependencies",
+    6: "cli cli_learn cli_distill cli_export cli_options report headless dependencies",
 }
 LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
 PLOTTERS = {"avalab.cli", "avalab.report"}

@@ -35,6 +35,14 @@ def test_the_tokens_before_the_answer_are_those_of_generation(tokenizer):
     assert packed_rows.encode(tokenizer, chat()).ids[: len(before)] == before
 
 
+def test_every_answer_of_a_dialogue_counts_and_nothing_else(tokenizer):
+    messages = chat() + chat("And 3 + 3?", "6")
+    encoded = packed_rows.encode(tokenizer, messages)
+    assert tokenizer.decode([label for label in encoded.labels if label != IGNORED]) == "4<|im_end|>6<|im_end|>"
+    whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    assert encoded.ids == tokenizer(whole, add_special_tokens=False).input_ids
+
+
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=40), seed=st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
 def test_every_example_is_in_exactly_one_row_and_no_row_is_too_long(lengths, seed):

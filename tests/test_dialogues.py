@@ -1,0 +1,59 @@
+"""Dialogues ask several times about one set of tools, and every turn stays what its example was."""
+
+
+import pytest
+
+from avalab import calls, dialogues, synthesize
+from avalab.experiment import ROOT
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return synthesize.load(ROOT / "data" / "synthetic_datasets")
+
+
+@pytest.fixture(scope="module")
+def joined(examples):
+    return dialogues.join(examples, 40, seed=3)
+
+
+def turns(dialogue: dict) -> list[tuple[str, str]]:
+    said = [m["content"] for m in dialogue["messages"] if m["role"] != "system"]
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def test_the_same_seed_joins_the_same_dialogues(examples, joined):
+    assert dialogues.join(examples, 40, seed=3) == joined
+    assert dialogues.join(examples, 40, seed=4) != joined
+
+
+def test_every_turn_is_a_request_and_answer_of_a_gated_example(examples, joined):
+    known = {(e["messages"][-2]["content"], e["messages"][-1]["content"]) for e in examples}
+    requests = {request for request, _ in known}
+    for dialogue in joined:
+        for request, answer in turns(dialogue):
+            refused = calls.parse_calls(answer) == "no_call"
+            assert request in requests if refused else (request, answer) in known
+
+
+def test_every_call_is_to_a_listed_tool_and_every_refused_request_was_made_for_none(examples, joined):
+    made_for = {e["messages"][-2]["content"]: e["calls"][0]["name"] for e in examples if e["kind"] == "single_call"}
+    for dialogue in joined:
+        listed = {tool["name"] for tool in dialogue["tools"]}
+        assert {call["name"] for call in dialogue["calls"]} <= listed
+        refused = [request for request, answer in turns(dialogue) if calls.parse_calls(answer) == "no_call"]
+        assert not {made_for[request] for request in refused} & listed
+
+
+def test_there_are_one_to_three_calls_and_three_refusals_in_any_order(joined):
+    first = set()
+    for dialogue in joined:
+        refusals = [calls.parse_calls(answer) == "no_call" for _, answer in turns(dialogue)]
+        assert (len(refusals) - sum(refusals), sum(refusals)) in {(1, 3), (2, 3), (3, 3)}
+        first.add(refusals[0])
+    assert first == {True, False}
+
+
+def test_fewer_than_two_single_calls_are_refused(examples):
+    with pytest.raises(ValueError, match="0 of 3 examples are single calls"):
+        dialogues.join([e for e in examples if e["kind"] == "no_function"][:3], 1, 0)
