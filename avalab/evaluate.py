@@ -20,7 +20,6 @@ batch can turn a near-tie of two tokens.
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,18 +31,16 @@ from scipy import stats
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import answer_cache, artifacts, assets, calls, grammars, models, sandbox, toolbox
+from avalab import answer_cache, artifacts, assets, calls, grammars, models, sandbox
 from avalab.artifacts import Artifact
+from avalab.call_cases import cases, prompt
 from avalab.calls import Case, Verdict
 from avalab.experiment import ROOT, Run
 from avalab.quality import Estimate
 from avalab.sandbox import Problem
 
 MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
-TOOLBOX = ("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance")  # need no download
-CATEGORIES = (*calls.CATEGORIES, *TOOLBOX)
 CALL_TOKENS, CODE_TOKENS = 128, 256
-LISTED = 3  # tools on offer in toolbox_multiple and toolbox_irrelevance
 _END_OF_FUNCTION = re.compile(r"\n(?=\S)|<\|")
 
 
@@ -85,32 +82,6 @@ class Comparison:
         return f"{self.verdict}: {flips} (p = {self.p_value:.2g})"
 
 
-def cases(category: str, limit: int | None = None) -> list[Case]:
-    """The first `limit` cases of a category of BFCL v4 (fetched when absent) or of the toolbox.
-
-    Raises ValueError for an unknown category, or when the toolbox is asked for without a limit.
-    """
-    if category not in CATEGORIES:
-        raise ValueError(f"unknown category {category!r}; choose one of {', '.join(CATEGORIES)}")
-    if category not in TOOLBOX:
-        return calls.load_cases(assets.fetch("bfcl-v4"), category, limit)
-    if limit is None:
-        raise ValueError(f"{category} has no end; give a limit")
-    examples = toolbox.function_calling_examples(limit, seed=2, split="heldout")
-    return [_toolbox_case(f"{category}_{i}", category, example) for i, example in enumerate(examples)]
-
-
-def _toolbox_case(id: str, category: str, example: dict) -> Case:
-    (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
-    heldout = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"]
-    fitting = [t for t in heldout if t["name"] == call["name"]]
-    others = random.Random(id).sample([t for t in heldout if t not in fitting], LISTED)
-    if category == "toolbox_irrelevance":
-        return Case(id, category, messages, others, [])
-    listed = fitting if category == "toolbox_simple" else [*others[:1], *fitting, *others[2:]]
-    return Case(id, category, messages, listed, [{call["name"]: {k: [v] for k, v in call["arguments"].items()}}])
-
-
 def problems(run: Run, limit: int | None = None) -> list[Problem]:
     """The first problems of the profile's set: HumanEval, or the lab's own few where nothing may be downloaded."""
     source = run.profile.code_problems
@@ -118,20 +89,10 @@ def problems(run: Run, limit: int | None = None) -> list[Problem]:
     return sandbox.load_problems(path)[: limit or run.profile.humaneval_items]
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
-    """The chat text of a case up to the answer: tools in the system message, before what the case says itself."""
-    own = [m["content"] for m in case.messages if m["role"] == "system"]
-    system = {"role": "system", "content": "\n\n".join([toolbox.system_prompt(case.functions), *own])}
-    messages = [system, *(m for m in case.messages if m["role"] != "system")]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def answer_calls(respondent: Respondent, asked: list[Case], mode: str, cache: Path, *, progress: str = "") -> list[str]:
     """The answers to cases of one category, in their order; read from `cache` where known. Raises as `metric` does."""
     metric(asked[0].category, mode)  # refuses such a mode
-    prompts = [prompt(respondent.tokenizer, case) for case in asked]
-    schemas = [{f["name"]: calls.to_json_schema(f) for f in case.functions} for case in asked]
-    keys = [_key(text, schema if mode != "free" else None) for text, schema in zip(prompts, schemas, strict=True)]
+    prompts, keys = _call_prompts(respondent, asked, mode)
 
     def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
         chosen = None if mode == "free" else [_grammar(respondent, asked[i], mode) for i in wanted]
@@ -139,6 +100,22 @@ def answer_calls(respondent: Respondent, asked: list[Case], mode: str, cache: Pa
 
     path = _cache_file(cache, respondent, f"{asked[0].category}-{mode}")
     return answer_cache.resumed(path, keys, generate, progress=progress)
+
+
+def items_per_s(respondent: Respondent, asked: list[Case], mode: str, cache: Path) -> float | None:
+    """How many of these cases were answered a second, loading apart, whenever that was; None where it is not known."""
+    path = _cache_file(cache, respondent, f"{asked[0].category}-{mode}")
+    keys = _call_prompts(respondent, asked, mode)[1]
+    taken = answer_cache.seconds(path, keys)
+    return len(set(keys)) / taken if taken else None
+
+
+def _call_prompts(respondent: Respondent, asked: list[Case], mode: str) -> tuple[list[str], list[str]]:
+    """The prompt of each case, and the key that its answer is kept under."""
+    prompts = [prompt(respondent.tokenizer, case) for case in asked]
+    schemas = [{f["name"]: calls.to_json_schema(f) for f in case.functions} for case in asked]
+    keys = [_key(text, schema if mode != "free" else None) for text, schema in zip(prompts, schemas, strict=True)]
+    return prompts, keys
 
 
 def answer_code(respondent: Respondent, problems: list[Problem], cache: Path, *, progress: str = "") -> list[str]:
@@ -197,11 +174,12 @@ def answerable(categories: Sequence[str], mode: str) -> list[str]:
 def record(
     run: Run, subject: str, respondent: Respondent, *, category: str, mode: str, limit: int | None = None
 ) -> list[Verdict]:
-    """Append the accuracy of one category (its first `limit` cases; the profile's number without) and its errors."""
+    """Append the accuracy of one category (first `limit` cases; the profile's number without), its errors and speed."""
     asked = cases(category, limit or run.profile.call_items)
-    label = f"{subject} {category} {mode}"
-    verdicts = judge(asked, answer_calls(respondent, asked, mode, run.artifacts_dir / "cache", progress=label))
+    cache, label = run.artifacts_dir / "cache", f"{subject} {category} {mode}"
+    verdicts = judge(asked, answer_calls(respondent, asked, mode, cache, progress=label))
     details = {"errors": errors(verdicts), "mode": mode, "max_calls": _max_calls(category)}
+    details["items_per_s"] = items_per_s(respondent, asked, mode, cache)
     share = wilson(sum(v.correct for v in verdicts), len(verdicts))
     _record(run, subject, respondent, metric(category, mode), share, details)
     return verdicts

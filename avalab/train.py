@@ -9,6 +9,7 @@
    early stopping are the Trainer's; a checkpoint of other settings or other data is refused, naming the difference.
 
 A loss is a function `(hidden ["1 token channel"], head ["vocab channel"], batch) -> mean over the tokens that count`.
+One with a true `needs_layers` finds the residual stream before, between and after the blocks in `batch["layers"]`.
 Under `accelerate launch` every process calls the same function; process 0 writes.
 
 What it does not do: choose hyper-parameters, or pad.
@@ -90,8 +91,10 @@ class Student(nn.Module):
         """`{"loss"}`: this row's share of the step's mean, or its own mean when nobody says what the step has."""
         model, loss = self.hidden_model
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "boundaries")}
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        mean = loss(hidden, model.get_output_embeddings().weight.to(hidden.dtype), batch)
+        needs_layers = getattr(loss, "needs_layers", False)
+        outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=needs_layers)
+        hidden, more = outputs.last_hidden_state, {"layers": outputs.hidden_states} if needs_layers else {}
+        mean = loss(hidden, model.get_output_embeddings().weight.to(hidden.dtype), batch | more)
         if num_items_in_batch is None:
             return {"loss": mean}
         return {"loss": mean * (batch["labels"] != IGNORED).sum() / num_items_in_batch}
@@ -115,8 +118,8 @@ def fit(
 
     `folder` keeps checkpoints while training and goes when it is done; what was killed goes on from the last one.
     With `held_out` rows and `patience` the best checkpoint's parameters are the result.
-    Raises ValueError when the folder holds a checkpoint of other settings or rows, when no parameter is trainable, or
-    when the loss is not finite.
+    Raises ValueError when the folder holds a checkpoint of other settings, rows or loss (its `identity` or name), when
+    no parameter is trainable, or when the loss is not finite.
     """
     if not rows:
         raise ValueError("there is nothing to train on: no rows")
@@ -126,7 +129,8 @@ def fit(
     if schedule.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = _arguments(schedule, folder, model.device.type, evaluate=bool(held_out))
-    _claim(folder, _settings(schedule, rows, held_out), writes=arguments.process_index == 0)
+    settings = _settings(schedule, rows, held_out) | {"loss": getattr(loss, "identity", getattr(loss, "__name__", ""))}
+    _claim(folder, settings, writes=arguments.process_index == 0)
     trainer = Trainer(
         student,
         arguments,

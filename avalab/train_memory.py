@@ -10,20 +10,24 @@ rank r, in bytes:
   14 r; the attention's probabilities 2 n t on a CPU, its output and sums 2 q + 4 n where the fused kernel runs;
 - with recomputation, one block's activations and 2 h for each other block's input;
 - the backward pass's own: gradients of the widest place, 3 x 2 m T;
-- loss: the final norm and the hidden states, and one chunk of logits in float32 and their gradients.
+- loss: the final norm and the hidden states; one buffer of bf16 logits where they come in chunks (`kernels`), or 12 a
+  token and word where they come at once: a log-softmax in float32 4, its gradient before and after it 4 + 4.
 
-Activations are what autograd keeps, term by term, and are tested against it. What it does not do: allocator
-fragmentation, the CUDA context, or libraries' workspaces: on a GPU leave a margin, on a CPU add the runtime.
+Activations are what autograd keeps, term by term, and the sum is what a profiler sees a CPU step allocate, within 20 %;
+both are tested. What it does not do: allocator fragmentation, the CUDA context, or workspaces of libraries: on a GPU
+leave a margin, on a CPU add the runtime.
 """
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 
-from avalab import storage
-from avalab.storage import Shape
+import torch
 
-LOGIT_CHUNK_BYTES = 2**26  # about what one chunk of the chunked loss holds
+from avalab import storage
+from avalab.kernels import loss_tokens
+from avalab.storage import Shape
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Step:
     decoded: bool = False
     recompute: bool = False
     optimizer_bytes: int = 8  # a trained number: 8 for AdamW, 2 for its 8-bit form
-    fused_attention: bool = False  # as on a GPU
+    chunked_loss: bool = True
+    on_gpu: bool = False  # fused attention, and a larger buffer for logits
 
 
 def predict(shape: Shape, step: Step) -> dict[str, int]:
@@ -47,21 +52,28 @@ def predict(shape: Shape, step: Step) -> dict[str, int]:
     stored = storage.BF16 if step.method == "bf16" else storage.of_method(step.method, {"double_quantization": True})
     block = step.tokens * block_activation_bytes(shape, step)
     kept = block + 2 * shape.hidden * step.tokens * (shape.layers - 1) if step.recompute else block * shape.layers
+    logits = _logit_buffer_bytes(shape, step) if step.chunked_loss else 12 * shape.vocab * step.tokens
     return {
         "weights": storage.predict_artifact_bytes(shape, stored) + (dense if step.decoded else 0),
         "adapters": trained * (10 + step.optimizer_bytes),
         "activations": kept,
         "backward": 6 * shape.mlp * step.tokens,
-        "loss": step.tokens * (6 * shape.hidden + 4) + 2 * LOGIT_CHUNK_BYTES,
+        "loss": step.tokens * (6 * shape.hidden + 4) + logits,
     }
 
 
 def block_activation_bytes(shape: Shape, step: Step) -> int:
     """Bytes a token that one block keeps for the backward pass; see the module."""
     h, m, q, k = shape.hidden, shape.mlp, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = 2 * q + 4 * shape.heads if step.fused_attention else 2 * shape.heads * step.example_tokens
+    attention = 2 * q + 4 * shape.heads if step.on_gpu else 2 * shape.heads * step.example_tokens
     inputs = 2 * (2 * h + q + m)
     return 8 * h + 8 + inputs + 2 * q + 4 * k + attention + 6 * m + 14 * step.rank
+
+
+def _logit_buffer_bytes(shape: Shape, step: Step) -> int:
+    room, fewest = loss_tokens.LOGIT_BYTES["cuda" if step.on_gpu else "cpu"], loss_tokens.FEWEST_TOKENS
+    chunk = max(fewest, room // (2 * shape.vocab) // fewest * fewest)
+    return 2 * shape.vocab * min(step.tokens, chunk)
 
 
 # Sizes from the models' published configurations.
@@ -71,3 +83,10 @@ KNOWN_SHAPES = {
     "qwen2.5-3b": Shape(151936, 2048, 11008, 36, 16, 2, 128, True),
     "llama-3.2-3b": Shape(128256, 3072, 8192, 28, 24, 8, 128, True),
 }
+
+
+def peak_bytes(device: str) -> int:
+    """Most bytes that this process has held so far: resident, or on a GPU those of torch's tensors."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

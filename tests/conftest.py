@@ -1,5 +1,6 @@
-"""What holds for every test: shapes and types are checked, one thread, no network, fixed seeds."""
+"""What holds for every test: shapes and types are checked, one thread, no network, fixed seeds; and the tiny model."""
 
+import logging
 import os
 import random
 import socket
@@ -25,6 +26,8 @@ os.environ.update(
 
 from jaxtyping import install_import_hook  # after the environment is set
 
+for _name in ("torchao", "torch.utils._pytree"):  # as `avalab.quiet`, which must not be imported before the hook is set
+    logging.getLogger(_name).setLevel(logging.ERROR)
 with warnings.catch_warnings():  # its docstrings hold invalid escapes, which are errors where warnings are
     warnings.simplefilter("ignore")
     import torchao  # noqa: F401
@@ -79,3 +82,31 @@ def fixed_seeds():
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the smoke profile on the CPU whose artefacts lie in a folder of the test file's own."""
+    from avalab.experiment import Run
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
+        patch.setenv("AVALAB_DEVICE", "cpu")
+        yield Run("t", "smoke")
+
+
+@pytest.fixture(scope="module")
+def base(run):
+    """The artefact of the tiny model."""
+    from avalab import models
+
+    return models.base(run)
+
+
+@pytest.fixture(scope="module")
+def respondent(base):
+    """The tiny model, ready to answer."""
+    from avalab import evaluate
+
+    return evaluate.Respondent(base)

@@ -7,21 +7,6 @@ import torch
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
 from avalab import answer_loss, evaluate, models, packed_rows, quality, toolbox
-from avalab.experiment import Run
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("answer_loss")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        yield Run("t", "smoke")
-
-
-@pytest.fixture(scope="module")
-def respondent(run):
-    return evaluate.Respondent(models.base(run))
 
 
 @pytest.fixture(scope="module")

@@ -27,20 +27,6 @@ ADD = {
 PROBLEM = Problem("t/0", "def one():\n", "    return 1\n", "def check(f):\n    assert f() == 1\n", "one")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        yield Run("t", "smoke")
-
-
-@pytest.fixture(scope="module")
-def respondent(run):
-    return evaluate.Respondent(models.base(run))
-
-
 def call(**arguments) -> str:
     return f"<tool_call>{json.dumps([{'name': 'add', 'arguments': arguments}])}</tool_call>"
 
@@ -204,6 +190,19 @@ def test_a_line_that_was_cut_off_is_asked_again_and_the_file_stays_readable(tmp_
     assert [json.loads(line)["key"] for line in path.read_text().splitlines() if line.endswith("}")] == list("abc")
 
 
+def test_the_time_of_answers_is_kept_with_them_and_unknown_for_lines_without_one(tmp_path, monkeypatch):
+    """Clock readings 0, 2, 2 and 5: a batch of two took 2 s, the next answer 3 s."""
+    clock = iter([0.0, 2.0, 2.0, 5.0])
+    monkeypatch.setattr(answer_cache.time, "perf_counter", lambda: next(clock))
+    path = tmp_path / "answers.jsonl"
+    answer_cache.resumed(path, list("abc"), numbered)
+    assert answer_cache.seconds(path, list("abc")) == 5
+    assert answer_cache.seconds(path, list("ab")) == 2
+    assert answer_cache.seconds(path, list("abd")) is None
+    path.write_text(json.dumps({"key": "a", "text": "of an older version"}) + "\n")
+    assert answer_cache.seconds(path, ["a"]) is None
+
+
 # --- the tiny model ----------------------------------------------------------------------------------------------
 
 
@@ -222,9 +221,12 @@ def test_the_tiny_model_answers_each_mode_once_and_is_read_back_after_that(run, 
     assert made.artifact_sha256 == respondent.artifact.sha256
     assert sum(made.details["errors"].values()) == sum(not v.correct for v in verdicts)
 
+    assert made.details["items_per_s"] > 0
+
     unloaded = evaluate.Respondent(respondent.artifact)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the answers were known"))
     assert evaluate.record(run, "bf16", unloaded, **how) == verdicts
+    assert run.records[-1].details == made.details, "the speed is that of the answering, not of the reading"
 
 
 def test_a_forced_answer_is_one_call_to_a_listed_function_or_was_cut_off(run, respondent):

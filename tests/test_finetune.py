@@ -36,11 +36,6 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
-
-
-@pytest.fixture(scope="module")
 def examples():
     return list(toolbox.function_calling_examples(8, seed=0))
 
@@ -126,6 +121,13 @@ def test_targets_that_match_nothing_and_impossible_ranks_are_refused(run, base, 
         finetune.write(base, examples, run=run, name="x", recipe=replace(RECIPE, target_modules=("experts",)))
     with pytest.raises(ValueError, match="rank is 0"):
         finetune.write(base, examples, run=run, name="x", recipe=replace(RECIPE, rank=0))
+
+
+def test_unsloth_trains_where_it_is_installed_and_a_gpu_is_there_and_peft_everywhere_else(monkeypatch):
+    for installed in (None, object()):
+        monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name, found=installed: found)
+        expected = "unsloth" if installed else "peft"
+        assert [finetune.backend(device) for device in ("cpu", "cuda", "cuda:0")] == ["peft", expected, expected]
 
 
 def test_only_an_adapter_can_be_merged(base):

@@ -13,25 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from avalab import corpora, models, quality
-from avalab.experiment import Run
 from avalab.quality import Estimate
 
 HOW = {"resamples": 300, "seed": 0}
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quality")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        yield Run("t", "smoke")
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
 
 
 @pytest.fixture(scope="module")

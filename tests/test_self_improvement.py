@@ -8,22 +8,7 @@ import pytest
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
 from avalab import calls, evaluate, gates, models, self_improvement, synthesize, toolbox
-from avalab.experiment import Run
 from avalab.self_improvement import precision, self_improve
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("self_improvement")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        yield Run("t", "smoke")
-
-
-@pytest.fixture(scope="module")
-def respondent(run):
-    return evaluate.Respondent(models.base(run))
 
 
 @pytest.fixture(scope="module")

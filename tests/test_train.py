@@ -1,7 +1,10 @@
 """Training: it learns, resumes exactly, counts tokens not batches, and several processes equal one."""
 
 import json
+import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,16 +21,20 @@ TINY = ROOT / "data" / "tiny-llama"
 SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2, epochs=3)
 
 
-@pytest.fixture(scope="module")
-def rows():
+def packed():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     examples = toolbox.function_calling_examples(8, seed=0)
     return packed_rows.rows(tokenizer, examples, row_tokens=1000, context=1024, seed=0)
 
 
-def student(dtype=torch.float32, fused=True):
+@pytest.fixture(scope="module")
+def rows():
+    return packed()
+
+
+def student(dtype=torch.float32, fused=True, dropout=0.0):
     model = models.load(TINY, dtype=dtype)
-    adapters.attach(model, rank=4, alpha=8, seed=1)
+    adapters.attach(model, rank=4, alpha=8, dropout=dropout, seed=1)
     if fused:
         adapters.apply_fused(model)
     return model
@@ -35,6 +42,10 @@ def student(dtype=torch.float32, fused=True):
 
 def losses(history):
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def after(history, step):
+    return [entry["loss"] for entry in history if entry["step"] > step]
 
 
 def test_the_loss_falls_and_only_adapters_change(rows, tmp_path):
@@ -57,19 +68,53 @@ class Stop(train.Progress):
             raise KeyboardInterrupt
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(rows, tmp_path, monkeypatch, dropout):
+    """Also where chance decides: the generators' states are part of a checkpoint."""
+    whole = train.fit(student(dropout=dropout), rows, schedule=SCHEDULE, folder=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Progress", Stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(student(dropout=dropout), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    resumed = train.fit(student(dropout=dropout), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    assert after(resumed, 4) == after(whole, 4)
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import test_train as here
+from avalab import train
+class Kill(train.Progress):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+train.Progress = Kill
+train.fit(here.student(), here.packed(), schedule=here.SCHEDULE, folder=Path(sys.argv[2]))
+"""
+
+
+def test_a_run_whose_process_was_killed_goes_on_from_its_last_checkpoint(rows, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(ROOT / "tests"), str(tmp_path / "run")]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
     whole = train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "whole")
-    progress = train.Progress
+    resumed = train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    assert after(resumed, 4) == after(whole, 4)
+
+
+def test_an_unfinished_run_of_other_settings_or_rows_is_not_continued(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Progress", Stop)
     with pytest.raises(KeyboardInterrupt):
         train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    monkeypatch.setattr(train, "Progress", progress)
     with pytest.raises(ValueError, match=r"learning_rate: 0.003 then, 0.1 now"):
         train.fit(student(), rows, schedule=replace(SCHEDULE, learning_rate=0.1), folder=tmp_path / "run")
     with pytest.raises(ValueError, match="rows: "):
         train.fit(student(), rows[:1], schedule=SCHEDULE, folder=tmp_path / "run")
-    resumed = train.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    assert [e["loss"] for e in resumed if e["step"] > 4] == [e["loss"] for e in whole if e["step"] > 4]
 
 
 def test_a_step_is_the_mean_over_tokens_however_they_are_dealt_out(rows, tmp_path):
@@ -133,6 +178,38 @@ def test_no_rows_are_refused(tmp_path):
         train.fit(student(), [], schedule=SCHEDULE, folder=tmp_path / "run")
 
 
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(rows, tmp_path):
+    """Two of ten steps of warm-up: 0, 1/2, 1; then (1 + cos(pi k / 8)) / 2, which is 1/2 half-way."""
+    schedule = Schedule(learning_rate=1.0, warmup=0.2, steps=10, clip=1e-9, epochs=50)
+    history = train.fit(student(), rows[:1], schedule=schedule, folder=tmp_path / "run")
+    rates = [entry["learning_rate"] for entry in history]
+    assert rates[:3] == pytest.approx([0, 0.5, 1.0])
+    assert rates[2:] == pytest.approx([(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)])
+
+
+def test_the_bar_shows_the_curve_the_speed_and_the_time_left(rows, tmp_path, capsys):
+    train.fit(student(), rows, schedule=Schedule(steps=3), folder=tmp_path / "run")
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(r"3/3 \[\d\d:\d\d<\d\d:\d\d.*loss [▁-█]+ \d\.\d{3}, \d+ tokens/s\]", shown)
+
+
+def test_a_gpu_gets_the_paged_8_bit_optimizer_and_a_cpu_the_plain_one(tmp_path):
+    chosen = {d: train._arguments(SCHEDULE, tmp_path, d, evaluate=False).optim.value for d in ("cuda", "cpu")}
+    assert chosen == {"cuda": "paged_adamw_8bit", "cpu": "adamw_torch"}
+
+
+def test_the_best_checkpoint_is_the_result_where_training_stops_early(rows, tmp_path):
+    """A learning rate that ruins the model: the held-out loss only rises, and the first checkpoint comes back."""
+    schedule = Schedule(learning_rate=1.0, warmup=0.0, checkpoint_every=1, epochs=20, patience=2)
+    model, kept = student(), rows[1:2]
+    history = train.fit(model, rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=kept)
+    held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
+    with torch.inference_mode():
+        final = train.Student(model, train.next_token)(**packed_rows.collate(kept))["loss"].item()
+    assert final == pytest.approx(min(held_out), rel=1e-4)
+    assert final < max(held_out)
+
+
 def test_a_curve_is_drawn_in_eighths_and_never_wider_than_asked():
     assert train.sparkline([2, 1, 0]) == "█▅▁"
     assert train.sparkline([1.0]) == "▁"
@@ -149,6 +226,7 @@ model = models.load(tiny, dtype=torch.float32)
 adapters.attach(model, rank=4, alpha=8, seed=1)
 adapters.apply_fused(model)
 examples = list(toolbox.function_calling_examples(8, seed=5))
+assert int(__import__("os").environ.get("WORLD_SIZE", 1)) * rows_per_step == 2
 rows = packed_rows.rows(AutoTokenizer.from_pretrained(tiny), examples, row_tokens=600, context=1024, seed=0)
 schedule = train.Schedule(steps=2, rows_per_step=rows_per_step)
 from pathlib import Path
@@ -158,16 +236,19 @@ if int(__import__("os").environ.get("RANK", 0)) == 0:
 """
 
 
-# `accelerate launch` starts several processes on GPUs, on CPUs only through MPI; torchrun is what it calls itself.
-def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+# Without a GPU this is two processes on the CPU, through gloo.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def test_two_processes_under_accelerate_launch_train_as_one_with_the_doubled_batch(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     found = {}
     for processes, rows_per_step in ((1, 2), (2, 1)):
         out = tmp_path / f"{processes}.json"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = launch if processes > 1 else [sys.executable]
+        command = [sys.executable, *(LAUNCH if processes > 1 else [])]
         command += ["script.py", str(TINY), str(rows_per_step), str(tmp_path / f"run{processes}"), str(out)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found[processes] = losses(json.loads(out.read_text()))

@@ -61,15 +61,20 @@ def test_parts_can_be_redone_with_a_pencil():
     assert parts["activations"] == 170 * 3 * 2
     assert parts["backward"] == 6 * 8 * 3
     assert parts["weights"] == storage.predict_artifact_bytes(shape, storage.BF16)
+    # 6 a channel and 4 a token; then bf16 logits of the three tokens, or three numbers of four bytes a word
+    assert parts["loss"] == 3 * (6 * 4 + 4) + 2 * 10 * 3
+    assert train_memory.predict(shape, replace(step, chunked_loss=False))["loss"] == 3 * (6 * 4 + 4) + 12 * 10 * 3
 
 
 def test_recomputing_and_smaller_optimizers_need_less_and_decoding_more():
     shape = train_memory.KNOWN_SHAPES["qwen2.5-1.5b"]
-    step = Step(tokens=1024, example_tokens=1024, fused_attention=True)
+    step = Step(tokens=1024, example_tokens=1024, on_gpu=True)
     total = {name: sum(train_memory.predict(shape, s).values()) for name, s in {
         "plain": step,
         "recompute": replace(step, recompute=True),
         "8-bit": replace(step, optimizer_bytes=2),
         "decoded": replace(step, decoded=True),
+        "dense loss": replace(step, chunked_loss=False),
     }.items()}  # fmt: skip
+    assert total["plain"] < total["dense loss"]
     assert total["recompute"] < total["8-bit"] < total["plain"] < total["decoded"]
