@@ -115,8 +115,9 @@ report: $(ready) ## build results/<run>/index.html from the results as they are
 
 sources := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
+# Two processes of one thread each, a file's tests in one of them: fixtures are made once, and laptops have two cores.
 test: $(ready) ## unit tests, then every notebook on the tiny model (nbval)
-	@$(python) -m pytest tests
+	@$(python) -m pytest tests -n 2 --dist loadfile
 	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 $(sources),:)
 
 lint: $(ready) ## style, formatting, and that no notebook holds outputs

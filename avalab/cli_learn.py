@@ -76,6 +76,10 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 5e-4,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     row_tokens: Annotated[int, typer.Option(help="Tokens of a packed row; longer examples are left out.")] = 1024,
+    rehearsal: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Tokens of general text a token of examples, against forgetting; 0: none."),
+    ] = 0.25,
     limit: Annotated[int, typer.Option(min=0, help="Examples to learn from; 0: the profile's number.")] = 0,
     profile: Profile = "laptop",
     seed: Seed = 0,
@@ -94,13 +98,17 @@ def finetune(
     examples = synthesize.load(data or ROOT / "data" / "synthetic_datasets")
     run = Run("avalab_finetune", profile, seed, model)
     base = models.base(run)
-    fitting = packed_rows.fitting(models.load_tokenizer(base), examples, row_tokens)
+    tokenizer = models.load_tokenizer(base)
+    fitting = packed_rows.fitting(tokenizer, examples, row_tokens)
     chosen, held_out = split(fitting, limit or run.profile.train_examples, run.profile.held_out_examples, seed)
     print(f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {row_tokens} tokens and are left out")
     start = base if method == "lora" else quantize.write(base, "nf4", run=run, double_quantization=True)
     schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2)
     about = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": tuple(target_modules.split())}
-    recipe = finetune_.Recipe(**about, row_tokens=row_tokens, schedule=schedule)
+    tokens = sum(len(packed_rows.encode(tokenizer, example["messages"]).ids) for example in chosen)
+    rehearsed = int(rehearsal * tokens)
+    recipe = finetune_.Recipe(**about, row_tokens=row_tokens, rehearsal_tokens=rehearsed, schedule=schedule)
+    print(f"{tokens:,} tokens of examples, {rehearsed:,} of rehearsal")
     name = f"{base.name}+{method}-{out.name}"
     adapter = finetune_.write(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
     merged = adapters.merge(adapter, name=out.name, directory=out.resolve().parent)
@@ -130,9 +138,9 @@ def chat(
     mode: Annotated[str, typer.Option(help="free (any text) or grammar (a readable call, or a text).")] = "grammar",
 ) -> None:
     """Chat with an artefact that really calls its tools: each call is executed in a sandbox and shown."""
-    from avalab import artifacts, conversation, evaluate
+    from avalab import artifacts, chat_tools, conversation, evaluate
     from avalab.experiment import Run
 
-    offered = conversation.read_tools(tools) if tools else conversation.built_in()
+    offered = chat_tools.read_tools(tools) if tools else chat_tools.built_in()
     respondent = evaluate.Respondent(artifacts.load(artifact), Run("avalab_chat").device)
     conversation.converse(respondent, offered, mode=mode)

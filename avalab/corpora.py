@@ -7,9 +7,9 @@ Evaluation texts come from two domains that need no download beyond the assets:
 - `function_calls`: tools and a request in the model's chat format, from the Berkeley Function Calling Leaderboard
   (`bfcl`), or, where nothing may be downloaded, from the held-out tools of `avalab.toolbox` (`toolbox`).
 
-`wikitext2` is read from the hub when it can be reached. The calibration text is the docstrings of the standard
-library; a docstring that shares eight consecutive words with any evaluation text is left out. Docstrings and topics
-belong to the running Python, so every text carries its SHA-256 and records repeat it.
+`wikitext2` is read from the hub, at a pinned commit, when it can be reached. The calibration text is the docstrings of
+the standard library; a docstring that shares eight consecutive words with any evaluation text is left out. Docstrings
+and topics belong to the running Python, so every text carries its SHA-256 and records repeat it.
 
 What it does not do: download anything by itself (that is `assets`), or score.
 """
@@ -37,6 +37,8 @@ from avalab.experiment import Run
 
 BFCL_CATEGORIES = ("simple_python", "multiple")
 OVERLAP_WORDS = 8
+# As many public manifests give it (data/README.md); a commit that does not exist is refused by the hub.
+WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 CHAT_EXAMPLES = 400  # of the toolbox; more than any profile's windows need
 
 
@@ -181,7 +183,7 @@ def wikitext2(tokenizer: PreTrainedTokenizerBase) -> str:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test", revision=WIKITEXT_COMMIT)
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no text
         raise assets.AssetUnavailable(f"wikitext2 needs the Hugging Face hub: {error}") from error
     return "\n\n".join(rows["text"])

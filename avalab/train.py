@@ -38,7 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from avalab import artifacts, kernels, models
 from avalab.experiment import write_atomically
@@ -141,7 +141,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     models.quiet_libraries()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
     history = [_entry(logged) for logged in trainer.state.log_history if "loss" in logged or "eval_loss" in logged]
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -246,3 +246,9 @@ def _claim(folder: Path, settings: dict, *, writes: bool) -> None:
     if differing:
         changes = ", ".join(f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in differing)
         raise ValueError(f"{folder} holds an unfinished run with other settings ({changes}); finish or delete it")
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the state comes last, and a killed run may leave half a one."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

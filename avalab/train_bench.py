@@ -12,7 +12,7 @@
    from the baseline's over the first fifty steps, `loss_gap:last` that at the last of them: the same curve, or
    something was changed.
 
-What a step of larger, published shapes would need within 4 GiB is predicted (`train_memory`), never called measured.
+What a step of larger, published shapes needs within 4 GiB is `train_limit`'s: predicted, and measured on a GPU only.
 
 What it does not do: the Trainer's work (checkpoints, logging), which is the same for all.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -33,11 +32,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import adapters, models, packed_rows, quantize, synthesize, train, train_memory
+from avalab import adapters, models, packed_rows, quantize, synthesize, train, train_limit, train_memory
 from avalab.experiment import PROFILES, ROOT, Run, load_average
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import IGNORED, Encoded
-from avalab.train_memory import Step
 
 ARMS = ("peft", "unfused", "packed", "decoded")
 EXAMPLES_PER_STEP = 4
@@ -71,18 +69,9 @@ def measure(run: Run, sizes: Sizes | None = None) -> None:
             process.kill()
     for arm in ARMS:
         _record(run, arm, found, base.sha256)
-    predict_known_shapes(run, sizes.rank)
-
-
-def predict_known_shapes(run: Run, rank: int) -> None:
-    """Append what a QLoRA step of 1,024 tokens needs on a GPU for published shapes: predicted, not measured."""
-    for name, shape in train_memory.KNOWN_SHAPES.items():
-        for recompute in (False, True):
-            about = {"rank": rank, "recompute": recompute, "fused_attention": True, "optimizer_bytes": 2}
-            parts = train_memory.predict(shape, Step(tokens=1024, example_tokens=1024, **about))
-            subject = f"{name}, recomputed" if recompute else name
-            note = "predicted from the shape; nothing of this size was run"
-            run.record(subject, "predicted_bytes", sum(parts.values()), "bytes", note=note, details=parts)
+    train_limit.predict(run, sizes.rank)
+    if run.device.startswith("cuda"):
+        train_limit.measure(run, sizes.rank)
 
 
 def _start(context: multiprocessing.context.SpawnContext, about: tuple) -> tuple:
@@ -159,7 +148,12 @@ def serve(pipe: Connection, arm: str, folder: Path, device: str, sizes: Sizes) -
             tokens += count
             losses.append(loss.item())
         pipe.send(
-            {"seconds": time.perf_counter() - start, "tokens": tokens, "losses": losses, "peak_bytes": _peak(device)}
+            {
+                "seconds": time.perf_counter() - start,
+                "tokens": tokens,
+                "losses": losses,
+                "peak_bytes": train_memory.peak_bytes(device),
+            }
         )
 
 
@@ -203,10 +197,8 @@ def padded(members: list[Encoded]) -> dict[str, torch.Tensor]:
     return {"input_ids": padded([m.ids for m in members], 0), "attention_mask": mask, "labels": padded(labels, IGNORED)}
 
 
-def _peak(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _fits(details: dict) -> str:
+    return {True: ", fits", False: ", does not fit", None: ""}[details.get("fits")]
 
 
 def main() -> None:
@@ -217,7 +209,8 @@ def main() -> None:
     measure(run)
     path = run.save()
     for record in run.records:
-        print(f"{record.subject:26} {record.metric:26} {record.value:14.4g} {record.unit}")
+        value = record.note if record.value is None else f"{record.value:14.4g} {record.unit:10} {record.engine}"
+        print(f"{record.subject:32} {record.metric:26} {value}{_fits(record.details)}")
     print(f"load average {load_average()}; records: {path.relative_to(ROOT)}")
 
 

@@ -1,14 +1,11 @@
-"""The chat: which code a tool may name, what a call gives, and turns with a scripted and with the tiny model."""
+"""The chat: turns with a scripted model and with the tiny one."""
 
 import json
-import random
 
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
 
-from avalab import calls, conversation, evaluate, grammars, models, toolbox
-from avalab.calls import Call
-from avalab.experiment import Run
+from avalab import calls, chat_tools, conversation, evaluate, grammars, models
 
 COMB = {
     "name": "ways",
@@ -26,7 +23,7 @@ FACTORIAL = {
     "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
     "callable": "math:factorial",
 }
-TOOLS = [conversation.Tool(**COMB), conversation.Tool(**FACTORIAL)]
+TOOLS = [chat_tools.Tool(**COMB), chat_tools.Tool(**FACTORIAL)]
 
 
 def text_of(*found: tuple[str, dict]) -> str:
@@ -38,100 +35,6 @@ def scripted(*texts: str):
     """A model that gives these answers one after the other."""
     left = list(texts)
     return lambda chat: left.pop(0)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content: object):
-        path = tmp_path / "tools.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return path
-
-    return write
-
-
-# --- tools -------------------------------------------------------------------------------------------------------
-
-
-def test_a_tool_file_is_read_as_it_stands(write):
-    assert conversation.read_tools(write([COMB, FACTORIAL])) == TOOLS
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("os:system", "subprocess:run", "builtins:eval", "math", "math.comb", "math:__loader__", "math:pi", "re:sub"),
-        *("statistics:sys", "textwrap:re", "math:no_such", "importlib:import_module", "shlex:os.system", ":comb", ""),
-    ],
-)
-def test_a_callable_outside_the_list_of_pure_functions_is_refused_by_name(write, name):
-    with pytest.raises(ValueError, match=r"tools\.json, tool 1: callable '.*'"):
-        conversation.read_tools(write([COMB | {"callable": name}]))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("[{", "is not JSON"),
-        ({"name": "x"}, "holds no list of tools"),
-        ([], "holds no list of tools"),
-        ([{"name": "x"}], "tool 1: a tool has name, description, parameters, callable"),
-        ([COMB, 7], "tool 2: a tool has"),
-        ([COMB | {"name": 7}], "are text"),
-        ([COMB, COMB], "tool 2: the name 'ways' stands twice"),
-        ([COMB | {"parameters": {"type": "object", "properties": {"n": {"type": 5}}}}], "not valid JSON Schema"),
-        ([COMB | {"parameters": "none"}], "not valid JSON Schema"),
-    ],
-)
-def test_a_damaged_tool_file_is_refused_with_the_tool_and_the_reason(write, content, said):
-    with pytest.raises(ValueError, match=said):
-        conversation.read_tools(write(content))
-
-
-def test_every_built_in_tool_runs_with_arguments_of_its_kinds():
-    rng, offered = random.Random(0), conversation.built_in()
-    rows = {row.name: row for row in toolbox._rows()}
-    for tool in offered:
-        kinds = rows[tool.name].kinds
-        arguments = {name: toolbox.KINDS[kind].sample(rng) for name, kind in kinds.items()}
-        result = conversation.execute(offered, Call(tool.name, arguments))
-        expected = toolbox.resolve(tool.name)
-        value = expected(*arguments.values()) if tool.name.startswith("math.") else expected(**arguments)
-        assert result == conversation.Result(json.dumps(value, default=str)), tool.name
-    assert {tool.name.split(".")[0] for tool in offered} == set(conversation.BUILT_IN)
-
-
-def test_arguments_reach_a_built_in_function_in_the_order_of_the_schema():
-    """C(5, 2) = 10; in the order of the call it would be C(2, 5) = 0."""
-    assert conversation.execute(TOOLS, Call("ways", {"k": 2, "n": 5})).text == "10"
-
-
-def test_what_never_ends_is_ended_by_the_time_limit():
-    result = conversation.execute(TOOLS, Call("factorial", {"n": 10**9}), seconds=0.5)
-    assert result == conversation.Result("no result within 0.5 s", failed=True)
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (Call("nothing", {}), "there is no function 'nothing'"),
-        (Call("ways", {"n": 5}), "'k' is a required property"),
-        (Call("ways", {"n": "five", "k": 2}), "'five' is not of type 'integer'"),
-        (Call("ways", {"n": 5, "k": 2, "m": 1}), "Additional properties are not allowed"),
-        (Call("factorial", {"n": -1}), "ValueError: factorial() not defined for negative values"),
-        (Call("factorial", {"n": 2000}), "ValueError: Exceeds the limit"),
-    ],
-)
-def test_a_call_that_cannot_be_made_says_why(call, said):
-    result = conversation.execute(TOOLS, call)
-    assert result.failed
-    assert said in result.text
-
-
-def test_a_tool_made_by_hand_cannot_name_other_code():
-    tool = conversation.Tool(**COMB | {"callable": "os:system"})
-    with pytest.raises(ValueError, match="callable 'os:system' is none of the lab's pure functions"):
-        conversation.execute([tool], Call("ways", {"n": 5, "k": 2}))
 
 
 # --- turns -------------------------------------------------------------------------------------------------------
@@ -198,15 +101,6 @@ def test_a_full_context_loses_its_oldest_turns_and_keeps_the_system_message():
 # --- the tiny model ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def respondent(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("conversation")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        yield evaluate.Respondent(models.base(Run("t", "smoke")))
-
-
 def reader(*lines: object):
     """What a person types; an exception is raised where it stands."""
     left = list(lines)
@@ -231,7 +125,7 @@ def test_the_tiny_models_template_shows_results_and_one_that_refuses_the_role_do
 
 def test_under_the_grammar_the_tiny_model_answers_with_a_text_or_a_readable_call(respondent, capsys):
     closed = {"type": "object", "properties": {"n": {"enum": [3, 5, 7]}}, "required": ["n"]}
-    tools = [conversation.Tool(**FACTORIAL | {"parameters": closed})]
+    tools = [chat_tools.Tool(**FACTORIAL | {"parameters": closed})]
     answer = conversation.answerer(respondent, tools, "grammar", new_tokens=200)
     text = answer([*conversation.opening(tools), {"role": "user", "content": "What is the factorial of 7?"}])
     assert calls.parse_calls(text) != "not_json"

@@ -192,6 +192,19 @@ def test_a_text_that_needs_the_hub_says_so_without_one(tokenizer, monkeypatch):
         corpora.text("wikitext2", tokenizer)
 
 
+def test_the_text_of_the_hub_is_asked_for_at_one_commit(tokenizer, monkeypatch):
+    asked = {}
+
+    def rows(*_arguments, **options):
+        asked.update(options)
+        return {"text": ["= Title =", "A line."]}
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    assert corpora.text("wikitext2", tokenizer).content == "= Title =\n\nA line."
+    assert asked == {"split": "test", "revision": corpora.WIKITEXT_COMMIT}
+    assert len(corpora.WIKITEXT_COMMIT) == 40
+
+
 def test_windows_hold_no_token_outside_the_vocabulary(tokenizer, calibration):
     ids = windows(calibration, tokenizer, count=100, tokens=64)
     assert ids.dtype == torch.int64

@@ -5,18 +5,8 @@ import torch
 from transformers import PreTrainedModel
 
 from avalab import corpora, models, numerics, quality, sensitivity
-from avalab.experiment import Run
 
 FORMAT = numerics.FORMATS["int4-g64"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sensitivity")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        yield Run("t", "smoke")
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 import json
 import threading
 import time
-import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from avalab import gates, synthesize, teachers
-from avalab.experiment import Run
 from avalab.teachers import CostLimitReached, Limits, TeacherUnavailable
 
 ASK = [{"role": "user", "content": "Say it otherwise."}]
@@ -188,16 +186,6 @@ def test_a_damaged_line_in_the_middle_of_the_cache_is_named(tmp_path):
 def test_a_base_url_needs_a_scheme(tmp_path):
     with pytest.raises(ValueError, match=r"must begin with http"):
         teachers.endpoint("api.example.org/v1", "m", cache=tmp_path / "a")
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """The smoke profile's model as an artefact in a temporary folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's deprecations at import are not this test's question
-        from avalab import models
-    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / "artifacts"))
-    return models.base(Run("test_teachers", "smoke"))
 
 
 def test_a_local_model_answers_the_same_text_twice_and_from_the_cache(base, tmp_path):

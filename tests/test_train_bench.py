@@ -37,6 +37,27 @@ def test_all_arms_follow_the_same_curve(records):
     assert all(records[arm, "loss_gap"].value < 0.05 for arm in train_bench.ARMS)
 
 
+def test_without_a_gpu_what_is_within_4_gib_is_predicted_and_nothing_of_it_measured(records):
+    within = {key: record for key, record in records.items() if key[0] not in train_bench.ARMS}
+    assert {metric for _, metric in within} == {"predicted_bytes:peak_vram"}
+    assert {record.engine for record in within.values()} == {"predicted"}
+
+
+def test_the_table_says_what_is_predicted_and_what_fits(monkeypatch, tmp_path, capsys):
+    def measure(run):
+        run.record("a, all", "predicted_bytes:peak_vram", 2e9, "bytes", engine="predicted", details={"fits": True})
+        run.record("a, none", "peak_vram_bytes", None, "bytes", note="does not fit into 4 GiB")
+
+    monkeypatch.setattr(train_bench, "measure", measure)
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    monkeypatch.setattr(train_bench, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_bench", "--profile", "smoke"])
+    train_bench.main()
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.split() == ["a,", "all", "predicted_bytes:peak_vram", "2e+09", "bytes", "predicted,", "fits"]
+    assert second.endswith("does not fit into 4 GiB")
+
+
 def test_arms_get_the_same_examples_and_padding_is_not_counted():
     counts = [[count for _, count in train_bench.batches(arm, TINY, "cpu", steps=2)] for arm in ("peft", "decoded")]
     assert counts[0] == counts[1]

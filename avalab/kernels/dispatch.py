@@ -53,7 +53,8 @@ def passes(operation: str, form: Form, device: str) -> bool:
     if form.check is not None and key not in _verdicts:
         _verdicts[key] = False  # a check that calls the operation itself must not recurse
         try:
-            with torch.no_grad():
+            # Recomputation watches what autograd saves; it must not see the check's own tensors.
+            with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
                 form.check(device)
             _verdicts[key] = True
         except Exception as error:  # whatever a broken kernel raises, the next form still computes
