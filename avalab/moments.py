@@ -3,7 +3,8 @@
 One walk over the unchanged model serves every score, pattern and sparsity. For each block its file holds
 
 - the second moment X^T X / tokens of every input that its linear layers read, named by those layers;
-- the block's influence 1 - E[cos(input, output)] (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+- the block's influence 1 - E[cos(input, output)] (ShortGPT, Men et al. 2024, arXiv 2403.03853);
+- the seconds that all this took, so that a score can be charged for a walk that another one needed first.
 
 A walk that was killed goes on at the first block without a file; those before are only passed through. Memory is one
 block's inputs and moments. Squared gradients of all weights come from one backward pass; they need a model's
@@ -16,6 +17,7 @@ left out, which is what lets one walk serve all.
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from avalab.artifacts import Artifact
 from avalab.sensitivity import block_index
 
 GRADIENT_WINDOWS = 8
-INFLUENCE = "influence"
+INFLUENCE, SECONDS = "influence", "seconds"
 
 
 def folder_of(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) -> Path:
@@ -41,24 +43,28 @@ def folder_of(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) 
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, windows: Int[Tensor, "window time"], folder: Path) -> None:
-    """Write a file for each block that has none yet; see the module.
+def measure(model: PreTrainedModel, windows: Int[Tensor, "window time"], folder: Path) -> list[Path]:
+    """Write a file for each block that has none yet, and return all of them; see the module.
 
     Raises ValueError for no calibration text, and for activations that are not finite, naming the layer.
     """
     if windows.numel() == 0:
         raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
     blocks = model.base_model.layers
-    finished = [_is_readable(path_of(folder, index)) for index in range(len(blocks))]
+    files = [path_of(folder, index) for index in range(len(blocks))]
+    finished = [_is_readable(file) for file in files]
     if all(finished):
-        return
+        return files
+    start = time.perf_counter()
     calls = calibration._entering(model, blocks[0], windows)
     for index, block in enumerate(tqdm(blocks, desc="calibration", leave=False)):
         if finished[index]:
             calls = [calibration._next_call(block, call) for call in calls]
             continue
         found, calls = _of_block(block, calls, index)
-        quality.save_atomically(found, path_of(folder, index))
+        quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, files[index])
+        start = time.perf_counter()
+    return files
 
 
 def path_of(folder: Path, block: int) -> Path:
@@ -84,15 +90,25 @@ def influence(folder: Path, block: int) -> float:
         return float(file.get_tensor(INFLUENCE))
 
 
+def seconds(files: list[Path]) -> float:
+    """What measuring took, summed over the files that it left."""
+    total = 0.0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            total += float(file.get_tensor(SECONDS))
+    return total
+
+
 def squared_gradients(
     model: PreTrainedModel, windows: Int[Tensor, "window time"], path: Path, *, seed: int = 0
-) -> None:
-    """Write E[(dL/dw)^2] a token of every linear layer's weights, in bfloat16, unless the file is there.
+) -> Path:
+    """Write E[(dL/dw)^2] a token of all linear layers' weights, in bfloat16, unless the file is there; its path.
 
     L is the loss of labels drawn from the model's own predictions; each token's gradient counts by itself.
     """
     if _is_readable(path):
-        return
+        return path
+    start = time.perf_counter()
     names = {layer: name for name, layer in models.linear_layers(model).items()}
     found: dict[str, Tensor] = {}
 
@@ -102,7 +118,8 @@ def squared_gradients(
 
     calibration.gradient_pass(model, windows[:GRADIENT_WINDOWS], list(names.values()), measure_layer, seed=seed)
     _refuse_non_finite(found, "gradients of")
-    quality.save_atomically(found, path)
+    quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
+    return path
 
 
 def squared_gradient(path: Path, name: str) -> Float[Tensor, "rows cols"]:

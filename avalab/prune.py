@@ -21,7 +21,7 @@ embeddings and norms (but for the hidden width), prune what is quantised already
 from __future__ import annotations
 
 import time
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from pathlib import Path
 
 from avalab import (
@@ -45,7 +45,6 @@ from avalab.saliency import SCORES
 from avalab.sparsity_patterns import PATTERNS
 
 ALLOCATIONS = ("uniform", "sensitivity")
-KINDS = ("attention", "mlp")
 # A configuration has one size for all blocks: these layers have to be among the targets.
 CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": removal.READERS}
 _MODULES = (layer_sparsity, moments, removal, saliency, sparsity_patterns, structured, surgeon)
@@ -66,8 +65,8 @@ def write(
     """Prune `base` into the folder `out`, or one below `run.artifacts_dir` named after the recipe.
 
     `sparsity` is the share that goes: of the targeted weights, or of the structures. `target_modules` are kinds
-    ("attention", "mlp"), exact names or globs of linear layers; all without. `allocation` "sensitivity" lets layers
-    share the loss unevenly. An artefact of the same recipe and base is reused.
+    ("attention", "mlp"), names, their ends ("q_proj") or globs of linear layers; all without. `allocation`
+    "sensitivity" lets layers share the loss unevenly. An artefact of the same recipe and base is reused.
     Raises ValueError for a base that is not in bf16 and for everything that `planned` refuses.
     """
     if base.format != "bf16":
@@ -121,26 +120,14 @@ def planned(
     _refuse_sparsity(pattern, sparsity)
     skeleton = quantize.skeleton(folder)
     layers = models.linear_layers(skeleton)
-    targets = targeted(list(layers), target_modules)
+    wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
+    targets = models.select_linear(skeleton, wanted) if wanted else list(layers)
     plan = Plan(score, pattern, float(sparsity), targets, allocation, seed)
     if PATTERNS[pattern].structured:
         _refuse_structures(plan, list(layers), structured.sizes(skeleton))
     for name in targets:
         sparsity_patterns.refuse_ragged(layers[name].in_features, PATTERNS[pattern].group, name)
     return plan
-
-
-def targeted(names: list[str], wanted: str | tuple[str, ...]) -> list[str]:
-    """The names that a kind, an exact name or a glob selects, in their order; all of them when nothing is wanted.
-
-    Raises ValueError for one that selects nothing.
-    """
-    wanted = (wanted,) if isinstance(wanted, str) else wanted
-    chosen = {glob: [n for n in names if glob == models.component(n) or fnmatchcase(n, glob)] for glob in wanted}
-    if missed := [glob for glob, found in chosen.items() if not found]:
-        kinds = " or ".join(KINDS)
-        raise ValueError(f"target {missed[0]!r} matches no linear layer; give {kinds}, or names like {names[0]}")
-    return [n for n in names if not wanted or any(n in found for found in chosen.values())]
 
 
 def label(plan: Plan, folder: Path) -> str:
@@ -154,11 +141,18 @@ def label(plan: Plan, folder: Path) -> str:
     return "-".join(parts + ([f"only{len(plan.targets)}.{only}"] if plan.targets != names else []))
 
 
+def total_seconds(made: Iterable[Artifact]) -> float:
+    """Seconds that some pruned artefacts took together: what they share of calibration counts once."""
+    measured = [artifact.card["measured"] for artifact in made]
+    walks = {m["calibration_seconds"] for m in measured}  # stored with the walk: equal where it was the same one
+    return sum(m["compress_seconds"] - m["calibration_seconds"] for m in measured) + sum(walks)
+
+
 def record(run: Run, subject: str, artifact: Artifact) -> None:
     """Append `sparsity` (share of the base's linear weights that is gone), `parameters`, bytes and seconds.
 
     `artifact_bytes` are those of the file that engines load, `sparse_bytes` those of the compressed layout, where zeros
-    were made. The base itself has sparsity 0.
+    were made. `compress_seconds` count calibration, whoever needed it first. The base itself has sparsity 0.
     """
     measured, sparse = artifact.card["measured"], artifact.path / sparse_storage.FILE
     about = {"artifact_sha256": artifact.sha256, "details": {"recipe": artifact.card["recipe"]}}
@@ -176,7 +170,7 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
     model, tokenizer = models.load(base, run.device), models.load_tokenizer(base)
     models.refuse_non_finite(model)
     before = sum(layer.weight.numel() for layer in models.linear_layers(model).values())
-    known, calibration_seconds = _calibrated(model, base, plan, run)
+    known, calibration_seconds, waited = _calibrated(model, base, plan, run)
     if PATTERNS[plan.pattern].structured:
         structured.save(model, removal.kept_structures(model, plan, known), folder)
         tokenizer.save_pretrained(folder)
@@ -187,23 +181,25 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
         models.save_model(model, tokenizer, folder)
         after = sum(int(layer.weight.count_nonzero()) for layer in models.linear_layers(model).values())
         sizes = {"sparse_bytes": _save_compressed(model, plan, folder)}
-    seconds = {"compress_seconds": time.perf_counter() - start, "calibration_seconds": calibration_seconds}
+    own = time.perf_counter() - start - waited
+    seconds = {"compress_seconds": own + calibration_seconds, "calibration_seconds": calibration_seconds}
     return seconds | sizes | {"sparsity": 1 - after / before}
 
 
-def _calibrated(model, base: Artifact, plan: Plan, run: Run) -> tuple[Known, float]:
-    """Where calibration's findings are, and the seconds that finding them took now."""
+def _calibrated(model, base: Artifact, plan: Plan, run: Run) -> tuple[Known, float, float]:
+    """Where calibration's findings are, the seconds that finding them took, now or earlier, and those waited now."""
     start, cache = time.perf_counter(), run.artifacts_dir / "cache"
     if not plan.needs:
-        return Known(cache, cache), 0.0
+        return Known(cache, cache), 0.0, 0.0
     windows = corpora.calibration_windows(run, models.load_tokenizer(base))
     folder = moments.folder_of(base, windows, cache)
     known = Known(folder, folder / f"gradients-seed{run.seed}.safetensors")
+    files: list[Path] = []
     if "moments" in plan.needs:
-        moments.measure(model, windows, folder)
+        files += moments.measure(model, windows, folder)
     if "gradients" in plan.needs:
-        moments.squared_gradients(model, windows, known.gradients, seed=run.seed)
-    return known, time.perf_counter() - start
+        files += [moments.squared_gradients(model, windows, known.gradients, seed=run.seed)]
+    return known, moments.seconds(files), time.perf_counter() - start
 
 
 def _save_compressed(model, plan: Plan, folder: Path) -> int:
@@ -217,7 +213,7 @@ def _save_compressed(model, plan: Plan, folder: Path) -> int:
 
 def _step(plan: Plan, run: Run) -> dict:
     """The recipe's step. The code's own hash: an artefact that an older version made is made again, not trusted."""
-    code = artifacts.combined_sha256((file.name, artifacts.sha256_of(file)) for file in SOURCES)[:12]
+    code = artifacts.code_sha256(SOURCES)[:12]
     sizes = {"calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]} if plan.needs else {}
     return {"step": "prune", **vars(plan), "code": code} | sizes
 

@@ -25,9 +25,17 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 @rc_context(marks.STYLE)
 def curves(
-    records: list[Record], metrics: Sequence[str], *, baseline: str = "bf16", path: Path | None = None
+    records: list[Record],
+    metrics: Sequence[str],
+    *,
+    baseline: str = "bf16",
+    apart: float = 0.0,
+    path: Path | None = None,
 ) -> marks.Picture:
     """Each of `metrics` against the share of weights that is gone (`sparsity`), a panel each; dashed: the baseline.
+
+    Hollow points, which no line joins, are named in the first panel. `apart` moves the scores sideways from each other
+    by as many per cent, where their error bars would hide each other.
 
     Raises ValueError when the baseline lacks one of the metrics or nothing has a sparsity.
     """
@@ -37,13 +45,14 @@ def curves(
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         values = tables.measured(records, metric, baseline)
-        points = {s: (100 * shares[s].value, value) for s, value in values.items() if s in shares}
-        alone = _draw_lines(axes, records, points, baseline)
+        shifts = _shifts([s for s in values if _JOINED.fullmatch(s)], apart)
+        points = {s: (100 * shares[s].value + shifts.get(s, 0), value) for s, value in values.items() if s in shares}
+        alone, drawn = _draw_lines(axes, records, points, baseline)
         marks.scale_y(axes, [tables.scaled(value)[0] for _, value in points.values()])
         level = tables.scaled(values[baseline])[0]
         axes.axhline(level, color=marks.BASELINE_COLOUR, lw=1.2, ls="--", zorder=1)
-        if alone:
-            marks.place_names(axes, alone, [], [(0, level), (100, level)])
+        if alone and axes is panels[0]:  # the same markers mean the same in the others
+            marks.place_names(axes, alone, [], drawn)
         axes.set(xlabel="weights removed from the linear layers [%]", ylabel=tables.axis_label(values[baseline]))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, frameon=False)
     worst = max(values, key=lambda s: values[s].value)
@@ -73,6 +82,9 @@ def speed_up(
             _draw_ratio(axes, points[subject], values[subject], values[baseline].value, style)
         ends = [1, 1.05 * max(ratios.values())]
         axes.plot(ends, ends, color="0.6", zorder=1)
+        axes.text(
+            ends[1], ends[1], "as many times faster as smaller ", ha="right", va="bottom", fontsize=8, color="0.4"
+        )
         axes.axhline(1, color=marks.BASELINE_COLOUR, lw=1.2, ls="--", zorder=1)
         axes.margins(x=0.5, y=0.2)
         axes.set(xlabel=f"{baseline} parameters / parameters [x]", ylabel=f"speed / {baseline} speed [x]")
@@ -83,10 +95,19 @@ def speed_up(
     return marks.finish(figure, path, alt, records, metrics)
 
 
+def _shifts(subjects: list[str], apart: float) -> dict[str, float]:
+    """How far each subject moves sideways: the scores stand `apart` from each other, around their share."""
+    families = list(dict.fromkeys(map(marks.family, subjects)))
+    return {s: apart * (families.index(marks.family(s)) - (len(families) - 1) / 2) for s in subjects}
+
+
 def _draw_lines(
     axes: Axes, records: list[Record], points: dict[str, tuple[float, Record]], baseline: str
-) -> dict[str, tuple[float, float]]:
-    """Draw every point, hollow where it stands alone, and the lines of the others; returns the lone ones."""
+) -> tuple[dict[str, tuple[float, float]], list[tuple[float, float]]]:
+    """Draw every point, hollow where it stands alone, and the lines of the others.
+
+    Returns the lone points, and one path along all lines: they start at the baseline, so it goes there and back.
+    """
     styles, families, alone = marks.subject_styles(records, baseline, points), {}, {}
     for subject, (share, value) in points.items():
         height = tables.scaled(value)[0]
@@ -96,12 +117,13 @@ def _draw_lines(
             families.setdefault(marks.family(subject), []).append((share, height, subject))
         else:
             alone[subject] = share, height
-    start = families.pop(baseline)
+    start, path = families.pop(baseline), []
     for (family, line), dash in zip(families.items(), DASHES * len(families), strict=False):
         *along, names = zip(*sorted(start + line), strict=True)
+        path += [*zip(*along, strict=True), *reversed(list(zip(*along, strict=True)))]
         look = {k: v for k, v in styles[names[-1]].items() if k in ("color", "marker")}
         axes.plot(*along, ls=dash, lw=1.4, zorder=2, label=family, ms=5, **look)
-    return alone
+    return alone, path
 
 
 def _draw_ratio(axes: Axes, point: tuple[float, float], value: Record, base: float, style: dict) -> None:

@@ -1,9 +1,10 @@
 """Whether zeros make anything faster: one linear layer, multiplied by every kernel that this machine has for it.
 
 A row of `KERNELS` prepares a weight once and returns the product to be timed: dense bf16, what transformers runs;
-dense float32; compressed sparse rows (CSR) in float32 and bf16; 2:4 on the sparse tensor cores of a GPU. Kernels take
-turns in every round, so that what else the machine does hits all of them. What a kernel cannot do here is recorded
-with its reason. Each product is compared with the dense one first.
+dense float32; compressed sparse rows (CSR) in float32 and bf16; 2:4 on the sparse tensor cores of a GPU; ONNX Runtime
+where it is installed, given the weight as a dense and as a sparse tensor. Kernels take turns in every round, so that
+what else the machine does hits all of them. What a kernel cannot do here is recorded with its reason. Each product is
+compared with the dense one first.
 
 Whole pruned models are measured as all artefacts are (`avalab.cost`): whatever was pruned, they are stored in bf16.
 What it does not do: choose layers, or decide what is worth it.
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from avalab import cost, storage
+from avalab import cost, onnx_file, storage
 from avalab.artifacts import Artifact
 from avalab.experiment import Run, load_average
 
@@ -65,12 +66,26 @@ def semi_structured(weight: Tensor, inputs: Tensor) -> Callable[[], Tensor]:
     return lambda: F.linear(rows, sparse)
 
 
+def onnx_runtime(*, sparse: bool) -> Callable[[Tensor, Tensor], Callable[[], Tensor]]:
+    """The product in ONNX Runtime, which makes a weight that it is given as a sparse tensor dense."""
+
+    def prepare(weight: Tensor, inputs: Tensor) -> Callable[[], Tensor]:
+        if weight.is_cuda:
+            raise RuntimeError("ONNX Runtime is measured on the CPU only")
+        product, rows = onnx_file.product(weight, sparse=sparse), inputs.float()
+        return lambda: product(rows)
+
+    return prepare
+
+
 KERNELS: dict[str, Callable[[Tensor, Tensor], Callable[[], Tensor]]] = {
     BASELINE: dense(torch.bfloat16),
     "dense fp32": dense(torch.float32),
     "CSR fp32": compressed_rows(torch.float32),
     "CSR bf16": compressed_rows(torch.bfloat16),
     "2:4 bf16": semi_structured,
+    "dense ONNX fp32": onnx_runtime(sparse=False),
+    "sparse ONNX fp32": onnx_runtime(sparse=True),
 }
 
 
@@ -93,7 +108,7 @@ def milliseconds(
             try:
                 ready[name] = KERNELS[name](weight, inputs)
                 _refuse_wrong(name, ready[name](), expected)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:  # what torch raises, as NotImplementedError too, for a kernel it lacks
                 ready.pop(name, None)
                 found[name] = Timing(reason=str(error).splitlines()[0])
         samples = [{name: _timed(product) for name, product in ready.items()} for _ in range(rounds + 1)]

@@ -1,5 +1,6 @@
 """How layers share the loss: exact totals, and more from layers that mind less."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,8 +40,22 @@ def test_the_layer_that_minds_less_loses_more():
 
 def test_a_curve_rises_and_its_end_is_half_the_energy():
     """All weights cost 1/2 sum g^2 w^2; with equal energies the curve is a straight line."""
-    options = layer_sparsity.curve(torch.arange(40.0).view(4, 10), torch.full((4, 10), 0.5))
-    assert [option.cost for option in options] == sorted(option.cost for option in options)
-    by_level = {option.format: option for option in options}
-    assert by_level["0.5"].cost == 10
-    assert by_level["0.5"].bytes == 20
+    rises = layer_sparsity.curve(torch.arange(40.0).view(4, 10), torch.full((4, 10), 0.5))
+    assert rises.tolist() == sorted(rises.tolist())
+    assert (rises[10], rises[20]) == (10, 20)
+
+
+def test_one_price_finds_the_least_sum_of_all_allocations():
+    """Three layers of 20 weights, one weight a level, with convex curves: compared with every allocation there is."""
+    rises = torch.rand(3, 20, dtype=torch.float64).sort(1).values.cumsum(1)
+    rises = torch.cat([torch.zeros(3, 1, dtype=torch.float64), rises], 1)
+    for count in (1, 17, 30, 59, 60):
+        found = layer_sparsity.cheapest(rises, torch.tensor([20, 20, 20]), count)
+        least = min(
+            float(rises[0, a] + rises[1, b] + rises[2, count - a - b])
+            for a in range(21)
+            for b in range(21)
+            if 0 <= count - a - b <= 20
+        )
+        assert sum(found) == count
+        assert sum(float(rises[layer, gone]) for layer, gone in enumerate(found)) == pytest.approx(least)

@@ -1,7 +1,11 @@
 """What calibration leaves behind: one file a block, resumed after a kill, and refusals that name the layer."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from avalab import calibration, models, moments
@@ -33,6 +37,13 @@ def test_influence_is_one_less_the_cosine_of_what_enters_and_leaves_a_block(mode
         assert moments.influence(tmp_path, block) == pytest.approx(float(expected), rel=1e-4)
 
 
+def findings(folder: Path, block: int) -> dict[str, list]:
+    """What a block's file holds, without the seconds that it took."""
+    return {
+        name: value.tolist() for name, value in load_file(moments.path_of(folder, block)).items() if name != "seconds"
+    }
+
+
 def test_a_killed_walk_goes_on_at_the_first_block_without_a_file(model, tmp_path, monkeypatch):
     whole, resumed, done = tmp_path / "whole", tmp_path / "resumed", []
     moments.measure(model, WINDOWS, whole)
@@ -52,15 +63,25 @@ def test_a_killed_walk_goes_on_at_the_first_block_without_a_file(model, tmp_path
     moments.measure(model, WINDOWS, resumed)
     assert done == [0, "killed", 1, 2]
     for index in range(3):
-        assert moments.path_of(whole, index).read_bytes() == moments.path_of(resumed, index).read_bytes()
+        assert findings(whole, index) == findings(resumed, index)
 
 
 def test_a_damaged_file_is_measured_again(model, tmp_path):
     moments.measure(model, WINDOWS, tmp_path)
-    before = moments.path_of(tmp_path, 1).read_bytes()
-    moments.path_of(tmp_path, 1).write_bytes(before[:50])
+    before, path = findings(tmp_path, 1), moments.path_of(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:50])
     moments.measure(model, WINDOWS, tmp_path)
-    assert moments.path_of(tmp_path, 1).read_bytes() == before
+    assert findings(tmp_path, 1) == before
+
+
+def test_the_seconds_of_a_walk_are_kept_for_those_who_share_it(model, tmp_path):
+    start = time.perf_counter()
+    files = moments.measure(model, WINDOWS, tmp_path)
+    files.append(moments.squared_gradients(model, WINDOWS, tmp_path / "g"))
+    took = time.perf_counter() - start
+    again = [*moments.measure(model, WINDOWS, tmp_path), moments.squared_gradients(model, WINDOWS, tmp_path / "g")]
+    assert again == files
+    assert 0 < moments.seconds(again) == moments.seconds(files) <= took
 
 
 def test_squared_gradients_are_sums_of_each_tokens_own(model, tmp_path):

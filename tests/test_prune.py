@@ -19,23 +19,14 @@ STRUCTURED = [name for name, pattern in prune.PATTERNS.items() if pattern.struct
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A smoke run with a folder of its own, whose calibration text is read once."""
-    folder = tmp_path_factory.mktemp("prune")
+def run(run):
+    """A run that calibrates on more text than the profile's: updates need data."""
+    tokenizer = models.load_tokenizer(models.base(run))
+    text = corpora.calibration_text(tokenizer, evaluation=corpora.evaluation_texts(run, tokenizer))
+    samples = corpora.windows(text, tokenizer, count=96, tokens=64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        run = Run("t", "smoke")
-        tokenizer = models.load_tokenizer(models.base(run))
-        text = corpora.calibration_text(tokenizer, evaluation=corpora.evaluation_texts(run, tokenizer))
-        samples = corpora.windows(text, tokenizer, count=96, tokens=64)  # more than the profile's: updates need data
         patch.setattr(corpora, "calibration_windows", lambda *arguments: samples)
         yield run
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +110,12 @@ def test_the_compressed_file_holds_the_very_weights_in_the_bytes_that_the_card_s
 
 
 def test_targets_are_kinds_names_or_globs_and_no_other_layer_loses_anything(run, base):
-    wanted = ("mlp", "model.layers.0.self_attn.q_proj", "*.3.self_attn.*")
+    wanted = ("mlp", "layers.0.self_attn.q_proj", "*.3.self_attn.*")
     artifact = prune.write(base, "magnitude", run=run, sparsity=0.25, target_modules=wanted)
     pruned = {name for name, weight in linear_weights(artifact).items() if (weight == 0).any()}
-    expected = {n for n in linear_weights(base) if ".mlp." in n or n == wanted[1] or n.startswith("model.layers.3.")}
+    expected = {
+        n for n in linear_weights(base) if ".mlp." in n or n == f"model.{wanted[1]}" or n.startswith("model.layers.3.")
+    }
     assert pruned == expected
     assert artifact.name.startswith("tiny-llama+magnitude-s25-only17.")
 
@@ -188,6 +181,17 @@ def test_an_equal_recipe_is_reused_and_the_walk_is_shared(run, base, made, monke
     prune.write(base, "wanda", run=run, sparsity=0.4)
     monkeypatch.setattr(prune, "_prune_into", lambda *arguments, **more: pytest.fail("made a second time"))
     assert prune.write(base, "wanda", run=run, sparsity=0.5).sha256 == made["wanda"].sha256
+
+
+def test_a_score_is_charged_for_calibration_alone_and_together_they_pay_it_once(made):
+    alone = {score: artifact.card["measured"] for score, artifact in made.items()}
+    walk = alone["wanda"]["calibration_seconds"]
+    assert alone["sparsegpt"]["calibration_seconds"] == walk > 0  # whichever of the two came first
+    assert alone["magnitude"]["calibration_seconds"] == 0
+    assert all(m["compress_seconds"] > m["calibration_seconds"] for m in alone.values())
+    pair = [made["wanda"], made["sparsegpt"]]
+    both = sum(artifact.card["measured"]["compress_seconds"] for artifact in pair)
+    assert prune.total_seconds(pair) == pytest.approx(both - walk)
 
 
 def test_a_killed_run_goes_on_at_the_first_unfinished_block_and_ends_the_same(run, base, monkeypatch, tmp_path):
@@ -262,7 +266,7 @@ def test_a_sparsity_outside_the_range_is_refused(sparsity, run, base):
         (("wanda", "2:4"), {"sparsity": 0.4}, "pattern '2:4' removes exactly 0.5; got sparsity 0.4"),
         (("wanda", "2:4"), {"allocation": "sensitivity"}, "'2:4' takes the same share of every layer"),
         (("influence",), {}, "'influence' belongs to whole blocks; use it with pattern 'layers', not 'unstructured'"),
-        (("wanda",), {"target_modules": "conv"}, "target 'conv' matches no linear layer; give attention or mlp"),
+        (("wanda",), {"target_modules": "conv"}, "'conv' matches no linear layer; use attention, mlp"),
         (("wanda", "kv_groups"), {"sparsity": 0.9}, "removes every one of 2 KV groups of each block; possible: 0.5"),
         (("wanda", "heads"), {"sparsity": 0.95}, "removes every one of 2 query heads of each KV group"),
         (("influence", "layers"), {"sparsity": 0.95}, "removes every one of 4 blocks; possible: 0.25, 0.5, 0.75"),

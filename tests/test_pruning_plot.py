@@ -31,11 +31,19 @@ def test_a_score_is_one_line_from_the_baseline_on_and_patterns_stand_alone(tmp_p
     assert "dashed: bf16" in picture.alt
 
 
+def test_scores_can_stand_beside_each_other_around_their_share():
+    (axes,) = pruning_plot.curves(RECORDS, ["kl_divergence:docs"], apart=2).figure.axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines if not line.get_label().startswith("_")}
+    assert lines == {"wanda": [0, 29, 49], "magnitude": [0, 51]}
+
+
 def test_labels_end_in_a_unit_and_each_metric_has_a_panel():
     more = [Record("t", s, "perplexity:docs", 10 + v, "1") for s, v in RISES.items()]
     picture = pruning_plot.curves(RECORDS + more, ["kl_divergence:docs", "perplexity:docs"])
     assert [axes.get_xlabel()[-3:] for axes in picture.figure.axes] == ["[%]", "[%]"]
     assert picture.figure.axes[0].get_ylabel() == "KL divergence, docs [nats/token]"
+    named = [{text.get_text() for text in axes.texts} & SHARES.keys() for axes in picture.figure.axes]
+    assert named == [{"wanda-2of4"}, set()]
 
 
 def test_speed_is_drawn_against_size_with_the_line_on_which_they_are_equal():

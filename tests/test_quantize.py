@@ -17,21 +17,12 @@ KEPT = ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.down_proj"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A smoke run with a folder of its own, whose calibration text is read once."""
-    folder = tmp_path_factory.mktemp("quantize")
+def run(run):
+    """A run whose calibration text is read once."""
+    samples = corpora.calibration_windows(run, models.load_tokenizer(models.base(run)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
-        patch.setenv("AVALAB_DEVICE", "cpu")
-        run = Run("t", "smoke")
-        samples = corpora.calibration_windows(run, models.load_tokenizer(models.base(run)))
         patch.setattr(corpora, "calibration_windows", lambda *arguments: samples)
         yield run
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
 
 
 @pytest.fixture(scope="module")
