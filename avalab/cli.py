@@ -3,11 +3,13 @@
     avalab assets                                   what can be downloaded, and what is here
     avalab quantize --method nf4 --out small        compress a model into an artefact
     avalab prune --method sparsegpt --out sparse    remove weights
+    avalab export sparse --to onnx --out there      write it for another engine
     avalab show small                               what an artefact is made of
     avalab bench small --json                       what it costs to run
     avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
     avalab synthesize --count 400 --out mine        make function-calling examples and check them
     avalab finetune --data mine --out tuned         train an adapter on them and merge it
+    avalab distill --teacher T --student S --out O  win back what a smaller model lost
     avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
 
@@ -24,7 +26,7 @@ from typing import Annotated
 
 import typer
 
-from avalab import cli_learn
+from avalab import cli_distill, cli_export, cli_learn
 from avalab.cli_options import ArtifactFolder, AsJson, Limit, Mode, Model, Profile, Seed, print_records
 
 app = typer.Typer(
@@ -35,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (cli_learn.synthesize, cli_learn.finetune, cli_learn.chat):
+for command in (cli_export.export, cli_learn.synthesize, cli_learn.finetune, cli_distill.distill, cli_learn.chat):
     app.command()(command)
 
 
@@ -119,12 +121,12 @@ def quantize(
 
 @app.command()
 def prune(
-    out: Annotated[Path, typer.Option(help="Folder of the new artefact.")],
     method: Annotated[str, typer.Option(help="Score: random, magnitude, wanda, sparsegpt, gradient or influence.")],
     sparsity: Annotated[float, typer.Option(help="Share of the weights to remove, in [0, 1).")] = 0.5,
     pattern: Annotated[str, typer.Option(help="A pattern of avalab.prune, such as 2:4; a wrong one lists them.")] = "",
     target_modules: Annotated[list[str] | None, typer.Option(help="Kind, glob or name; may be repeated.")] = None,
     allocation: Annotated[str, typer.Option(help="uniform or sensitivity.")] = "uniform",
+    out: Annotated[Path | None, typer.Option(help="Folder of the new artefact; named by its recipe without.")] = None,
     model: Model = "",
     profile: Profile = "laptop",
     seed: Seed = 0,
@@ -145,6 +147,8 @@ def prune(
         print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
     if benchmark:
         _score(run, {"bf16": base, artifact.name: artifact})
+        if "sparse_bytes" in measured and measured["sparsity"]:
+            _time_zeros(run, artifact)
 
 
 def byte_count(size: str) -> int:
@@ -169,21 +173,43 @@ def show(artifact: ArtifactFolder) -> None:
     print(f"sha256    {found.sha256}")
     for step in card["recipe"]:
         print(f"recipe    {json.dumps(step, sort_keys=True)}")
-    for component, count in storage.bytes_by_component(found).items():
-        print(f"bytes     {component:10} {count:>14,}  {count / found.bytes:6.1%}")
-    print(f"bytes     {'total':10} {found.bytes:>14,}")
+    files = {file["name"]: file["bytes"] for file in card["files"]}
+    parts = storage.bytes_by_component(found) if list(found.path.glob("*.safetensors")) else files
+    total = sum(parts.values())
+    for part, count in parts.items():
+        print(f"bytes     {part:10} {count:>14,}  {count / total:6.1%}")
+    print(f"bytes     {'total':10} {total:>14,}")
 
 
 @app.command()
-def bench(artifact: ArtifactFolder, profile: Profile = "laptop", seed: Seed = 0, as_json: AsJson = False) -> None:
+def bench(
+    artifact: ArtifactFolder,
+    engine: Annotated[str, typer.Option(help="An engine of avalab.engines; without, torch and the roofline.")] = "",
+    threads: Annotated[int, typer.Option(help="Threads of that engine; 0 leaves its own choice.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
     """Load and run an artefact in a process of its own: bytes, memory, load time, prefill, decode, latency."""
     from avalab import artifacts, cost
     from avalab.experiment import Run
 
     run = Run("avalab_bench", profile, seed)
     found = artifacts.load(artifact)
-    cost.record(run, found.name, found)
+    if engine:
+        _race(run, found, engine, threads)
+    else:
+        cost.record(run, found.name, found)
     print_records(run, as_json)
+
+
+def _race(run, artifact, engine: str, threads: int) -> None:
+    """One cell of the benchmark; what the engine refuses is the caller's error."""
+    from avalab import engine_bench
+
+    race = engine_bench.Race(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
+    cell = engine_bench.measure(artifact, engine, race=race)
+    engine_bench.add_records(run, artifact, engine=engine, race=race, cell=cell)
 
 
 @app.command("eval")
@@ -268,6 +294,21 @@ def _compare_loss(run, pair: list, limit: int | None) -> None:
         gap = quality.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
         ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
         print(f"{'loss, ' + text.name:44} {quality.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
+
+
+def _time_zeros(run, artifact) -> None:
+    """Whether any kernel here gains from an artefact's zeros, on the last layer that has some."""
+    from avalab import models, sparse_speed
+
+    layers = models.linear_layers(models.load(artifact, run.device)).values()
+    weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
+    for tokens in (1, run.profile.prompt_tokens):
+        timings = sparse_speed.record(run, f"{artifact.name}, {tokens} tokens", artifact, weight, tokens=tokens)
+        ratio = sparse_speed.best_ratio(timings)
+        print(
+            f"{tokens} tokens: {'faster' if ratio < 1 else 'no faster'}, the best sparse kernel takes {ratio:.2f} "
+            "times the best dense one's time"
+        )
 
 
 def _score(run, subjects: dict) -> None:

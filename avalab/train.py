@@ -249,6 +249,6 @@ def _claim(folder: Path, settings: dict, *, writes: bool) -> None:
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the state comes last, and a killed run may leave half a one."""
+    """The newest checkpoint that was written to its end; the state comes last, and a killed run may leave a half."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

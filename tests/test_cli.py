@@ -1,15 +1,17 @@
 """The command line: sizes, exit codes and one-line errors, on the committed tiny model."""
 
+import io
 import json
+import re
 import warnings
 
 import pytest
 
-from avalab import cli, experiment
+from avalab import cli, cli_export, experiment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
-    from avalab import quantize  # noqa: F401
+    from avalab import models
 
 
 @pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("64MiB", 67_108_864), ("1.5kB", 1500), ("7", 7)])
@@ -23,7 +25,7 @@ def test_what_is_no_size_is_refused_with_an_example(size):
         cli.byte_count(size)
 
 
-def run(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
+def avalab(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of `avalab ARGUMENTS`."""
     monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
@@ -34,10 +36,10 @@ def run(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
 def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment.Run, "artifacts_dir", tmp_path / "artifacts")
     out = tmp_path / "small"
-    code, text, _ = run(["quantize", "--method", "nf4", "--profile", "smoke", "--out", out], monkeypatch, capsys)
+    code, text, _ = avalab(["quantize", "--method", "nf4", "--profile", "smoke", "--out", out], monkeypatch, capsys)
     assert code == 0
     assert "smaller than tiny-llama" in text
-    code, text, _ = run(["show", out], monkeypatch, capsys)
+    code, text, _ = avalab(["show", out], monkeypatch, capsys)
     assert code == 0
     assert "bitsandbytes" in text
     assert "embedding" in text
@@ -58,14 +60,20 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, capsys):
         (["synthesize", "--out", "x", "--teacher", "http://127.0.0.1:9/v1"], "needs --teacher-model"),
         (["prune", "--out", "x", "--method", "guess", "--profile", "smoke"], "sparsegpt"),
         (["prune", "--out", "x", "--method", "wanda", "--sparsity", "1", "--profile", "smoke"], "[0, 1)"),
+        (["export", "nothing/here", "--to", "onnx", "--out", "x"], "no artefact at"),
         (["finetune", "--out", "x", "--method", "full"], "choose lora or qlora"),
         (["finetune", "--out", "x", "--profile", "smoke", "--target-modules", "experts"], "matches no linear layer"),
         (["finetune", "--out", "x", "--profile", "smoke", "--row-tokens", "8"], "no example fits into a row"),
         (["finetune", "--out", "x", "--data", "nothing/here"], "nothing/here"),
+        (["finetune", "--out", "x", "--profile", "smoke", "--rank", "0"], "rank is 0"),
+        (["finetune", "--out", "tests", "--profile", "smoke"], "is not an artefact; name a new folder"),
+        (["eval", "nothing/here"], "no artefact at"),
+        (["chat", "nothing/here"], "no artefact at"),
+        (["chat", "nothing/here", "--tools", "LICENSE"], "LICENSE is not JSON"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, monkeypatch, capsys):
-    code, _, error = run(arguments, monkeypatch, capsys)
+    code, _, error = avalab(arguments, monkeypatch, capsys)
     assert code == 2
     assert says in error
     assert error.count("\n") == 1
@@ -73,7 +81,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, monkeypatch, c
 
 def test_examples_are_made_and_counted(tmp_path, monkeypatch, capsys):
     arguments = ["synthesize", "--count", "8", "--kinds", "single_call", "--overlap", "none", "--out", tmp_path]
-    code, text, _ = run(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
     assert code == 0
     assert text.split()[:2] == ["accepted", "8"]
     assert "single_call.jsonl: 8 examples" in text
@@ -87,17 +95,87 @@ def test_a_model_is_tuned_on_a_file_of_chats_and_merged(tmp_path, monkeypatch, c
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(line | {"messages": chat}) + "\n" for chat in chats))
     arguments = ["finetune", "--profile", "smoke", "--data", data, "--out", tmp_path / "tuned", "--rank", "2"]
-    code, text, _ = run(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
     assert code == 0
     assert "0 of 12 examples exceed" in text
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    examples, rehearsed = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens of|of rehearsal)", text))
+    assert rehearsed == int(0.25 * examples)
+    code, text, _ = avalab([*arguments[:-4], "--out", tmp_path / "bare", "--rehearsal", "0"], monkeypatch, capsys)
+    assert code == 0
+    assert " 0 of rehearsal" in text
+    recipes = [json.loads((tmp_path / name / "card.json").read_text())["recipe"] for name in ("tuned", "bare")]
+    assert [recipe[-2]["rehearsal_tokens"] for recipe in recipes] == [rehearsed, 0]
+
+
+@pytest.fixture
+def tiny(base):
+    """The folder of the tiny model's artefact; commands put their own beside it."""
+    return base.path
+
+
+def test_an_artefact_is_asked_and_its_errors_and_speed_are_recorded(tiny, monkeypatch, capsys):
+    arguments = ["eval", tiny, "--tasks", "bfcl,humaneval", "--profile", "smoke", "--limit", "2", "--json"]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    records = {record["metric"]: record for record in json.loads(text)}
+    assert records["call_accuracy_grammar:toolbox_multiple"]["n"] == 2
+    assert records["call_accuracy_grammar:toolbox_multiple"]["details"]["items_per_s"] > 0
+    assert {"irrelevance_accuracy:toolbox_irrelevance", "pass_at_1"} <= records.keys()
+
+
+def test_an_artefact_is_not_distinguishable_from_itself(tiny, monkeypatch, capsys):
+    code, text, _ = avalab(["compare", tiny, tiny, "--profile", "smoke", "--limit", "2"], monkeypatch, capsys)
+    assert code == 0
+    assert text.splitlines()[-1].startswith("all")
+    assert all("not distinguishable: 0 of" in line for line in text.splitlines())
+
+
+def test_a_chat_in_the_terminal_answers_and_ends_with_quit(tiny, tmp_path, monkeypatch, capsys):
+    tool = {"name": "ways", "description": "Ways to choose.", "callable": "math:comb"}
+    tool["parameters"] = {"type": "object", "properties": {"n": {"type": "integer"}, "k": {"type": "integer"}}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many ways are there to choose 2 of 5?\n/quit\n"))
+    code, text, _ = avalab(["chat", tiny, "--tools", tmp_path / "tools.json"], monkeypatch, capsys)
+    assert code == 0
+    assert "with ways. /quit or Ctrl-D ends." in text
 
 
 def test_a_model_is_pruned_scored_and_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment.Run, "artifacts_dir", tmp_path / "artifacts")
     arguments = ["prune", "--method", "magnitude", "--profile", "smoke", "--out", tmp_path / "sparse", "--benchmark"]
-    code, text, _ = run(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
     assert code == 0
     assert "50.0% of the linear weights gone" in text
     assert "in the compressed layout" in text
     assert "predicted" in text
+    assert "times the best dense one's time" in text
+
+
+def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment.Run, "artifacts_dir", tmp_path)
+    arguments = [
+        "prune",
+        "--model",
+        "data/tiny-llama",
+        "--profile",
+        "smoke",
+        "--method",
+        "magnitude",
+        "--pattern",
+        "2:4",
+    ]
+    code, _, _ = avalab([*arguments, "--target-modules", "mlp", "--target-modules", "q_proj"], monkeypatch, capsys)
+    assert code == 0
+    assert len(list(tmp_path.glob("tiny-llama+magnitude-2of4-only16.*"))) == 1
+
+
+def test_an_artefact_is_exported_by_its_formats_row_in_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment.Run, "artifacts_dir", tmp_path)
+    base = models.base(experiment.Run("t", "smoke"))
+    monkeypatch.setitem(cli_export.EXPORTERS, "other", "{0.name} to {1.name} as {2}".format)
+    arguments = ["export", base.path, "--to", "other", "--out", tmp_path / "there", "--weights", "packed"]
+    assert avalab(arguments, monkeypatch, capsys)[:2] == (0, "tiny-llama to there as packed\n")
+    code, _, error = avalab(["export", base.path, "--to", "rtf", "--out", "x"], monkeypatch, capsys)
+    assert code == 2
+    assert "unknown format 'rtf'; choose one of onnx" in error
