@@ -34,7 +34,8 @@ LAYERS = {
     2: "quality quantize sensitivity compressors rounding packing ava prune removal moments saliency surgeon adapters "
     "calls call_cases grammars gates overlap drafts teachers example_files whole_training recovery",
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
-    "engines harness gguf_tokenizer gguf_export onnx_file sparse_speed targets distill_rows distill_objective distill "
+    "engines harness gguf_tokenizer gguf_packed gguf_export onnx_file sparse_speed targets distill_rows "
+    "distill_objective distill "
     "chain",
     4: "search serve engine_bench train_bench train_limit chat_tools conversation",
     5: "plan review",

@@ -9,6 +9,7 @@ from avalab.kernels.dispatch import Form, verdicts
 from avalab.kernels.library import prepare
 from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
+from avalab.kernels.loss_sparse import SPARSE, linear_sparse
 from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
 from avalab.kernels.weight import Weight4, checked, decode, from_bitsandbytes, from_encoded
 
@@ -19,6 +20,7 @@ OPERATIONS: dict[str, tuple[Form, ...]] = {
     "lora": LORA,
     "linear_cross_entropy": CROSS_ENTROPY,
     "linear_kl": KL,
+    "linear_sparse": SPARSE,
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_kl",
+    "linear_sparse",
     "multiply",
     "multiply_transposed",
     "prepare",

@@ -1,0 +1,139 @@
+"""Divergence from a teacher of whom a few words a token are known: head and loss in one, full logits never held.
+
+With q = softmax(z / T), ids and weights w of a token's known words, W = sum(w) and c the weight of a row:
+- whole targets (`tail` False; W is 1 for sampled ones): loss = -sum(w log q); gradient of z = c T (W q - w);
+- `tail` (the k most probable words, and the mass 1 - W of all others together): loss = -sum(w log q) - (1 - W)
+  log(1 - Q) with Q = q's mass on the known words; gradient = c T (q - w) on them and c T q (W - Q) / (1 - Q) elsewhere.
+  All other words are one event: nothing is taught about their shares, and the loss is least at the teacher's w.
+
+Losses are cross-entropies times T^2: subtract the teacher's entropy times T^2 and they are divergences. Rows come by
+chunks of tokens, the gradient in the logits' own memory, as in `loss_tokens`.
+
+Sources: targets of sampled words: Anshumann et al. 2025, arXiv 2503.16870, section 3; the tail as one event is the
+divergence of coarsened distributions, never above the whole one (Cover and Thomas 2006, theorem 2.8.1 applied to sums).
+What it does not do: second derivatives, a gradient for the targets, reverse divergence (its tail is unknown).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from avalab.kernels import loss_tokens
+from avalab.kernels.dispatch import Form, choose
+from avalab.kernels.loss import _selected
+from avalab.kernels.loss_rows import wide, working_dtype
+
+LEAST_TAIL = 1e-6  # what is left beside the known words counts as at least this: float32 knows no less
+
+
+def linear_sparse(
+    hidden: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, "vocab width"],
+    ids: Int[Tensor, "*batch known"],
+    weights: Float[Tensor, "*batch known"],
+    *,
+    keep: Bool[Tensor, "*batch"] | None = None,
+    tail: bool = False,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats of `hidden @ weight.T / temperature` from sparse targets, times temperature squared.
+
+    Unused places of `ids` hold any word with weight 0; with `tail`, no word stands in a token's `ids` twice with a
+    weight above 0. Tokens where `keep` is False do not count. Raises ValueError for shapes or dtypes that do not match,
+    a word outside the vocabulary or a temperature that is not positive.
+    """
+    keep = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if keep is None else keep
+    flat, kept = _selected(hidden, weight, keep.reshape(-1), temperature)
+    if ids.shape != weights.shape or ids.shape[:-1].numel() != keep.numel():
+        shapes = f"{tuple(ids.shape)} and {tuple(weights.shape)}"
+        raise ValueError(f"words and weights of shapes {shapes} do not fit {keep.numel()} hidden states")
+    known, shares = (t.reshape(-1, t.shape[-1])[kept] for t in (ids, weights))
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < len(weight):
+        raise ValueError(f"targets run from {known.min()} to {known.max()}; the vocabulary has {len(weight)} words")
+    form = choose("linear_sparse", SPARSE, weight.device, flat)
+    return form.run(flat, weight, (known, shares.to(working_dtype(flat.dtype))), tail=tail, temperature=temperature)
+
+
+def sparse_reference(
+    hidden: Float[Tensor, "token width"],
+    weight: Float[Tensor, "vocab width"],
+    targets: tuple[Tensor, Tensor],
+    *,
+    tail: bool = False,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Full logits, then the definition."""
+    ids, weights = targets
+    log_q = ((hidden @ weight.T).to(working_dtype(hidden.dtype)) / temperature).log_softmax(-1)
+    found = log_q.gather(1, ids)
+    losses = -(weights * found).sum(1)
+    if tail:
+        known = torch.zeros_like(log_q).scatter_add_(1, ids, (weights > 0).to(log_q.dtype)) > 0
+        rest = log_q.exp().masked_fill(known, 0).sum(1).clamp(min=LEAST_TAIL)
+        losses = losses - (1 - weights.sum(1)) * rest.log()
+    return temperature**2 * losses.sum() / max(1, len(hidden))
+
+
+def sparse_rows(
+    logits: Float[Tensor, "token vocab"],
+    ids: Int[Tensor, "token known"],
+    weights: Float[Tensor, "token known"],
+    row_weight: float,
+    *,
+    tail: bool = False,
+    temperature: float = 1.0,
+) -> Float[Tensor, "token"]:
+    """Loss of each row; `logits` become the gradient of their sum times `row_weight`."""
+    losses = weights.new_empty(len(logits))
+    for part, x in wide(logits, temperature):
+        known, w = ids[part], weights[part]
+        top, q = x.amax(1, keepdim=True), torch.softmax(x, 1)
+        norm = top - q.amax(1, keepdim=True).log()
+        whole = w.sum(1, keepdim=True)
+        losses[part] = (w * (norm - x.gather(1, known))).sum(1)
+        if tail:
+            mine = q.gather(1, known) * (w > 0)
+            rest = (1 - mine.sum(1, keepdim=True)).clamp(min=LEAST_TAIL)
+            losses[part] -= ((1 - whole) * rest.log()).squeeze(1)
+            share = (whole - 1 + rest) / rest
+            q.mul_(share).scatter_add_(1, known, mine * (1 - share) - w)
+        else:
+            q.mul_(whole).scatter_add_(1, known, -w)
+        logits[part] = q.mul_(row_weight * temperature)
+    return losses.mul_(temperature**2)
+
+
+def sparse_tokens(
+    hidden: Tensor, weight: Tensor, targets: tuple[Tensor, Tensor], **options: float | bool
+) -> Float[Tensor, ""]:
+    """`sparse_reference` by chunks of tokens."""
+    ids, weights = targets
+
+    def rows(logits: Tensor, part: slice, row_weight: float) -> Tensor:
+        return sparse_rows(logits, ids[part], weights[part], row_weight, **options)
+
+    return loss_tokens.mean_loss(hidden, weight, rows)
+
+
+def _check(device: str) -> None:
+    """Loss and both gradients against the reference, in float32, on 21 tokens, 67 words and five known ones."""
+    generator = torch.Generator().manual_seed(1)
+    h, w, p = (torch.randn(shape, generator=generator).to(device) for shape in ((21, 8), (67, 8), (21, 67)))
+    shares, ids = p.softmax(-1).topk(5)
+    shares[:, -1] = 0  # an unused place
+    for tail in (True, False):
+        found = []
+        for run in (sparse_reference, sparse_tokens):
+            inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+            with torch.enable_grad():
+                loss = run(*inputs, (ids, shares), tail=tail, temperature=1.5)
+            found.append([loss, *torch.autograd.grad(loss, inputs)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+SPARSE = (
+    Form("tiles", sparse_tokens, lambda hidden: True, _check),
+    Form("reference", sparse_reference, lambda hidden: True),
+)
