@@ -59,6 +59,8 @@ class Reader:
 
 def check(file: Path) -> None:
     """Raise ValueError naming file, offset and tensor for one that is no GGUF, truncated, or of an unknown type."""
+    if not file.stat().st_size:
+        raise ValueError(f"{file} is damaged: it is empty")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = Reader(data)
         try:

@@ -1,6 +1,5 @@
 """Dialogues ask several times about one set of tools, and every turn stays what its example was."""
 
-
 import pytest
 
 from avalab import calls, dialogues, synthesize

@@ -7,12 +7,13 @@ token bounds that on the tiny model (its own 4-bit rounding costs 0.03 to 0.06).
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from avalab import engines, gguf_export, grammars, models, quality
+from avalab import artifacts, engines, gguf_export, grammars, models, quality
 from avalab.engines import kinds, onnx_export, openvino_export, openvino_graph
 from avalab.engines.engine import Engine
 
@@ -202,6 +203,22 @@ def test_an_openvino_folder_is_close_to_its_dense_model(weights, allowed, made, 
     engine = engines.load("openvino", made(f"openvino-{weights}"), threads=1)
     assert divergence(engine.logits(prompt), reference(TINY).logits(prompt)) < allowed
     assert engine.generate(prompt, 4, past_end=True)[0] == int(engine.logits(prompt)[-1].argmax())
+
+
+@openvino
+def test_an_openvino_artefact_names_what_it_was_made_from_and_is_made_once(tmp_path, monkeypatch, prompt):
+    # Plain bytes in a file called .bin; whether artefacts may hold one is not this test's matter.
+    monkeypatch.setattr(artifacts, "UNSAFE_SUFFIXES", artifacts.UNSAFE_SUFFIXES - {".bin"})
+
+    def save(folder: Path) -> None:
+        shutil.copytree(TINY, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+    base = artifacts.write("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
+    made = openvino_export.write(base, "f16")
+    assert (made.name, made.format, made.card["base"]["sha256"]) == ("tiny+openvino-f16", "openvino-f16", base.sha256)
+    assert engines.load("openvino", made, threads=1).generate(prompt, 3, past_end=True)
+    monkeypatch.setattr(openvino_export, "export", lambda *arguments: pytest.fail("it was made a second time"))
+    assert openvino_export.write(base, "f16").sha256 == made.sha256
 
 
 @openvino

@@ -259,9 +259,14 @@ def with_another_beginning(file: Path) -> None:
     overwritten(file, b"GGUF", b"FUGG")
 
 
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
+        (emptied, "it is empty"),
         (without_its_end, r"is truncated: it has \d+ bytes, tensor .* ends at byte \d+"),
         (without_most_of_its_header, r"its header breaks off at byte \d+"),
         (with_an_unknown_type, r"tensor output_norm\.weight at byte \d+ has the unknown type 99"),

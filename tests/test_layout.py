@@ -37,7 +37,7 @@ LAYERS = {
     "engines harness gguf_tokenizer gguf_packed gguf_export onnx_file sparse_speed targets distill_rows "
     "distill_objective distill "
     "chain",
-    4: "search serve engine_bench train_bench train_limit chat_tools conversation",
+    4: "search serve engine_bench distill_bench train_bench train_limit chat_tools conversation",
     5: "plan review",
     6: "cli cli_learn cli_distill cli_export cli_options report headless dependencies",
 }

@@ -41,11 +41,8 @@ def load(
     facts = kinds.facts(folder)
     facts = replace(facts, context=min(context, facts.context))
     cache = KvCacheConfig(enable_block_reuse=False)  # timing one prompt twice would time nothing
-    model = LLM(
-        model=str(folder), dtype=PRECISIONS[precision], max_seq_len=facts.context, kv_cache_config=cache,
-        gather_generation_logits=True,
-    )  # fmt: skip
-    return Engine("tensorrt", folder, facts, {"model": model, "end": facts.stops[0]}, _new_tokens, _logits)
+    model = LLM(model=str(folder), dtype=PRECISIONS[precision], max_seq_len=facts.context, kv_cache_config=cache)
+    return Engine("tensorrt", folder, facts, {"model": model}, _new_tokens, _logits)
 
 
 def _logits(state: dict, tokens: list[int]) -> Tensor:

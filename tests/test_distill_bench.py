@@ -1,0 +1,35 @@
+"""The step's time with each loss: the same student in turn, unchanged, with the first recipe as the measure."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
+
+from avalab import distill_bench, distill_rows, experiment, finetune, models
+from avalab.distill_objective import Recipe
+from avalab.experiment import Run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    return Run("03_distillation", "smoke", 0, str(models.assets.resolve("data/tiny-llama")))
+
+
+def test_every_recipe_has_a_time_and_a_ratio_to_the_first(run):
+    base = models.base(run)
+    rows = [distill_rows.window_row(torch.arange(5, 37)), distill_rows.window_row(torch.arange(40, 72))]
+    listen = Recipe(training=finetune.Recipe(rank=2))
+    recipes = {
+        "labels": replace(listen, kl=0.0, cross_entropy=1.0),
+        "kl": listen,
+        "inside": replace(listen, hidden=1.0),
+        "sampled": replace(listen, teacher="sampled"),
+    }
+    distill_bench.record(run, base, base, rows, recipes)
+    found = {(r.subject, r.metric): r for r in run.records}
+    assert {subject for subject, _ in found} == set(recipes)
+    assert found["labels", "step_time/labels"].value == 1
+    assert all(found[name, "step_ms"].value > 0 for name in recipes)
+    assert len(found["sampled", "step_time/labels"].samples) == run.profile.latency_samples
