@@ -272,3 +272,12 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert artifacts.sha256_of(tmp_path / "abc") == artifacts.sha256_of_text("abc") == expected
+
+
+def test_the_bare_numbers_beside_an_openvino_graph_are_no_pickle(tmp_path):
+    def save(folder: Path) -> None:
+        (folder / "openvino_model.xml").write_text("<net/>")
+        (folder / "openvino_model.bin").write_bytes(b"1234")
+
+    written = artifacts.write("x", tmp_path, save, base={"name": "b", "sha256": "0"}, recipe=[], format="openvino")
+    assert written.bytes == 4
