@@ -39,22 +39,19 @@ def distill(
     as_json: AsJson = False,
 ) -> None:
     """Train a smaller model towards a larger one; stopped, it goes on from its last checkpoint when run again."""
-    from avalab import adapters, finetune
+    from avalab import adapters
     from avalab import distill as distill_
     from avalab.distill_objective import Recipe
     from avalab.experiment import Run
-    from avalab.train import Schedule
 
     run, by_text = Run("avalab_distill", profile, seed), teacher.startswith(("http://", "https://"))
     learner = _artifact(student, run)
     name = _adapter_name(learner, out, rank)
-    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
-    training = finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
-    recipe = Recipe(1.0, temperature, reverse, cross_entropy, hidden, attention, teacher=targets, count=count)
-    recipe = replace(recipe, training=training)
+    training = _training(rank=rank, row_tokens=row_tokens, learning_rate=learning_rate, epochs=epochs)
+    weights = {"reverse": reverse, "cross_entropy": cross_entropy, "hidden": hidden, "attention": attention}
+    listening = {"kl": 0.0, "cross_entropy": 1.0} if by_text else weights | {"teacher": targets, "count": count}
+    recipe = Recipe(temperature=temperature, training=training, **listening)
     told = _asked(teacher, teacher_model, cost) if by_text else None
-    if by_text:
-        recipe = Recipe(kl=0.0, cross_entropy=1.0, training=training)
     rows = _rows(run, learner, data, told=told, own_answers=own_answers, size=(row_tokens, tokens))
     taught = distill_.write(
         learner, None if by_text else _artifact(teacher, run), rows, run=run, name=name, recipe=recipe
@@ -64,6 +61,14 @@ def distill(
         taught = adapters.merge(taught, name=out.name, directory=out.resolve().parent)
     print_records(run, as_json)
     print(f"student {taught.path}")
+
+
+def _training(*, rank: int, row_tokens: int, learning_rate: float, epochs: float):
+    from avalab import finetune
+    from avalab.train import Schedule
+
+    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
+    return finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
 
 
 def _artifact(name: str, run):

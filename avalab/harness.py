@@ -34,6 +34,7 @@ import httpx
 from avalab import artifacts, evaluate, experiment, models
 from avalab.artifacts import Artifact
 from avalab.assets import AssetUnavailable
+from avalab.engines import EngineUnavailable
 from avalab.experiment import Record, Run
 from avalab.quality import Estimate
 
@@ -41,10 +42,6 @@ BATCH = 16
 KEPT = ("results", "n-samples", "versions", "n-shot", "higher_is_better")  # of the harness's answer
 INSTALL = 'pip install -e ".[harness]"'
 Z = 1.959964  # the 97.5 % point of the normal distribution
-
-
-class EngineUnavailable(RuntimeError):
-    """The library is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)

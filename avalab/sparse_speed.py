@@ -108,7 +108,7 @@ def milliseconds(
             try:
                 ready[name] = KERNELS[name](weight, inputs)
                 _refuse_wrong(name, ready[name](), expected)
-            except RuntimeError as error:  # what torch raises, as NotImplementedError too, for a kernel it lacks
+            except RuntimeError as error:  # a kernel or package that is missing here: the row says which
                 ready.pop(name, None)
                 found[name] = Timing(reason=str(error).splitlines()[0])
         samples = [{name: _timed(product) for name, product in ready.items()} for _ in range(rounds + 1)]

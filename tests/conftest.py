@@ -110,3 +110,14 @@ def respondent(base):
     from avalab import evaluate
 
     return evaluate.Respondent(base)
+
+
+@pytest.fixture(scope="module")
+def few_docstrings():
+    """Some of the standard library's docstrings stand for all, which take seconds to compare."""
+    from avalab import corpora
+
+    few = corpora.standard_library_docstrings()[:300]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "standard_library_docstrings", lambda: few)
+        yield

@@ -4,22 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import adapters, artifacts, chain, experiment, finetune, models, prune, quantize, toolbox
+from avalab import adapters, artifacts, chain, finetune, models, prune, quantize, toolbox
 from avalab.experiment import Run
 from avalab.train import Schedule
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(experiment, "ROOT", tmp_path_factory.mktemp("root"))
-    yield Run("03_distillation", "smoke", 0, str(models.assets.resolve("data/tiny-llama")))
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from avalab import (
     distill,
     distill_objective,
     distill_rows,
-    experiment,
     finetune,
     kernels,
     models,
@@ -25,7 +24,6 @@ from avalab import (
     train,
 )
 from avalab.distill_objective import Recipe
-from avalab.experiment import Run
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import collate
 from avalab.train import Schedule
@@ -42,19 +40,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(experiment, "ROOT", tmp_path_factory.mktemp("root"))
-    few = corpora.standard_library_docstrings()[:300]  # all of them take seconds to compare
-    patch.setattr(corpora, "standard_library_docstrings", lambda: few)
-    yield Run("03_distillation", "smoke", 0, str(models.assets.resolve("data/tiny-llama")))
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
+pytestmark = pytest.mark.usefixtures("few_docstrings")
 
 
 @pytest.fixture(scope="module")

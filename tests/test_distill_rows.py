@@ -4,24 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import corpora, distill_rows, experiment, models, packed_rows, toolbox
+from avalab import corpora, distill_rows, models, packed_rows, toolbox
 from avalab.experiment import Run
 from avalab.packed_rows import IGNORED
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(experiment, "ROOT", tmp_path_factory.mktemp("root"))
-    few = corpora.standard_library_docstrings()[:300]  # all of them take seconds to compare
-    patch.setattr(corpora, "standard_library_docstrings", lambda: few)
-    yield Run("03_distillation", "smoke", 0, str(models.assets.resolve("data/tiny-llama")))
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
+pytestmark = pytest.mark.usefixtures("few_docstrings")
 
 
 @pytest.fixture(scope="module")

@@ -9,25 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import distill_rows, experiment, kernels, models, targets
-from avalab.experiment import Run
+from avalab import distill_rows, kernels, models, targets
 from avalab.packed_rows import IGNORED
 from avalab.targets import Form
 
 DRAWS = 4000
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(experiment, "ROOT", tmp_path_factory.mktemp("root"))
-    yield Run("03_distillation", "smoke", 0, str(models.assets.resolve("data/tiny-llama")))
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def base(run):
-    return models.base(run)
 
 
 @pytest.fixture(scope="module")
