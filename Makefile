@@ -73,7 +73,7 @@ setup: $(ready) ## build .venv, or complete the active environment (every other 
 lab: $(ready) ## JupyterLab, opened on notebooks/
 	@$(python) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(LAB_FLAGS)
 
-reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke] [MODEL=id or folder] [SEED=0] [NOTEBOOKS="01 06"]
+reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke|long] [MODEL=id or folder] [SEED=0] [NOTEBOOKS="01 06"]
 	@trap 'exit 130' INT TERM; status=0; \
 	$(MAKE) --no-print-directory --keep-going notebooks || status=1; \
 	$(MAKE) --no-print-directory report-page || status=1; \
@@ -127,4 +127,4 @@ lint: $(ready) ## style, formatting, and that no notebook holds outputs
 
 clean: ## remove stamps, artefacts and results that are not committed; keep downloads and environments
 	@rm -rf artifacts .stamps/*/ results/*/*.failed.ipynb results/*/*.traceback.txt
-	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 -exec rm -rf {} +
+	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long -exec rm -rf {} +

@@ -10,6 +10,7 @@
     avalab synthesize --count 400 --out mine        make function-calling examples and check them
     avalab finetune --data mine --out tuned         train an adapter on them and merge it
     avalab distill --teacher T --student S --out O  win back what a smaller model lost
+    avalab ensemble --models A B --prompt hello     several models answer together
     avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
 
@@ -218,6 +219,7 @@ def evaluate_(
     tasks: Annotated[str, typer.Option(help="bfcl, humaneval, tasks of lm-evaluation-harness; with commas.")] = "bfcl",
     mode: Mode = "grammar",
     limit: Limit = None,
+    skip: Annotated[int, typer.Option(min=0, help="Cases of each BFCL category to leave out at its beginning.")] = 0,
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -233,7 +235,8 @@ def evaluate_(
     run = Run("avalab_eval", profile, seed)
     respondent = evaluate.Respondent(artifacts.load(artifact), run.device)
     for category in evaluate.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
-        evaluate.record(run, respondent.artifact.name, respondent, category=category, mode=mode, limit=limit)
+        how = {"category": category, "mode": mode, "limit": limit, "skip": skip}
+        evaluate.record(run, respondent.artifact.name, respondent, **how)
     if "humaneval" in wanted:
         problems = evaluate.problems(run, limit)
         evaluate.record_pass_at_1(run, respondent.artifact.name, respondent, problems)

@@ -12,7 +12,7 @@ import typer
 Model = Annotated[
     str, typer.Option(help="Embedded model, folder with config.json, or hub id; '' is the profile's own.")
 ]
-Profile = Annotated[str, typer.Option(help="Sizes of calibration and measurement: smoke, laptop or a2000.")]
+Profile = Annotated[str, typer.Option(help="Sizes of calibration and measurement: smoke, laptop, a2000 or long.")]
 Seed = Annotated[int, typer.Option(help="Seed of samples, adapters and intervals.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print records as JSON.")]
 Mode = Annotated[str, typer.Option(help="free (any text), grammar (a call or a refusal) or forced (a call).")]

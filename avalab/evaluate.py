@@ -172,13 +172,18 @@ def answerable(categories: Sequence[str], mode: str) -> list[str]:
 
 
 def record(
-    run: Run, subject: str, respondent: Respondent, *, category: str, mode: str, limit: int | None = None
+    run: Run, subject: str, respondent: Respondent, *, category: str, mode: str, limit: int | None = None, skip: int = 0
 ) -> list[Verdict]:
-    """Append the accuracy of one category (first `limit` cases; the profile's number without), its errors and speed."""
-    asked = cases(category, limit or run.profile.call_items)
+    """Append the accuracy of one category, its errors and speed: `limit` cases (or the profile's number) after `skip`.
+
+    Raises ValueError when no case of the category is left.
+    """
+    asked = cases(category, skip + (limit or run.profile.call_items))[skip:]
+    if not asked:
+        raise ValueError(f"skip {skip} leaves no case of {category}; it has {len(cases(category, skip))}")
     cache, label = run.artifacts_dir / "cache", f"{subject} {category} {mode}"
     verdicts = judge(asked, answer_calls(respondent, asked, mode, cache, progress=label))
-    details = {"errors": errors(verdicts), "mode": mode, "max_calls": _max_calls(category)}
+    details = {"errors": errors(verdicts), "mode": mode, "skipped": skip, "max_calls": _max_calls(category)}
     details["items_per_s"] = items_per_s(respondent, asked, mode, cache)
     share = wilson(sum(v.correct for v in verdicts), len(verdicts))
     _record(run, subject, respondent, metric(category, mode), share, details)

@@ -52,6 +52,7 @@ class Sizes:
 
 
 SIZES = {"smoke": Sizes(3, 2, 4), "laptop": Sizes(11, 5, 16), "a2000": Sizes(11, 10, 16)}
+SIZES["long"] = SIZES["laptop"]
 
 
 def measure(run: Run, sizes: Sizes | None = None) -> None:

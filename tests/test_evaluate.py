@@ -229,6 +229,18 @@ def test_the_tiny_model_answers_each_mode_once_and_is_read_back_after_that(run, 
     assert run.records[-1].details == made.details, "the speed is that of the answering, not of the reading"
 
 
+def test_skipped_cases_are_not_asked_and_skipping_all_of_them_is_refused(run, respondent, monkeypatch):
+    how = {"category": "toolbox_simple", "mode": "forced", "limit": 2}
+    seen = []
+    monkeypatch.setattr(evaluate, "answer_calls", lambda respondent, asked, *_, **__: seen.extend(asked) or [""] * 2)
+    evaluate.record(run, "bf16", respondent, skip=3, **how)
+    assert [case.id for case in seen] == ["toolbox_simple_3", "toolbox_simple_4"]
+    assert run.records[-1].details["skipped"] == 3
+    monkeypatch.setattr(evaluate, "cases", lambda category, limit: [])
+    with pytest.raises(ValueError, match="skip 9 leaves no case of toolbox_simple"):
+        evaluate.record(run, "bf16", respondent, skip=9, **how)
+
+
 def test_a_forced_answer_is_one_call_to_a_listed_function_or_was_cut_off(run, respondent):
     asked = evaluate.cases("toolbox_multiple", 3)
     texts = evaluate.answer_calls(respondent, asked, "forced", run.artifacts_dir / "cache")
