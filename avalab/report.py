@@ -1,8 +1,9 @@
 """The findings of a results folder, as one static page and as the table of a README.
 
-The page shows each notebook's question, finding, tables, figures and records; a failed notebook shows the last line of
-its error, and beneath it the earlier good run, if there is one. It asks for nothing from elsewhere and runs no script.
-The table, one row for each executed notebook, stands between the lines `<!-- findings -->` and `<!-- /findings -->`.
+The page begins with questions and headlines, a headline being the first line of a finding; then it shows each
+notebook's question, finding, tables, figures and records. A failed notebook shows the last line of its error, and
+beneath it the earlier good run, if there is one. It asks for nothing from elsewhere and runs no script.
+The table of headlines, one row for each executed notebook, stands between `<!-- findings -->` and `<!-- /findings -->`.
 Both are the same for the same inputs. What is read from a notebook is the matter of `executed`.
 
 What it does not do: compute or judge anything, or render whole notebooks (it links to them).
@@ -84,7 +85,7 @@ def findings_table(entries: list[Entry], link: str) -> str:
     rows = [
         (
             _markdown(entry.question),
-            ("Earlier run: " if entry.state == "failed" else "") + (_markdown(entry.finding) or "no finding printed"),
+            ("Earlier run: " if entry.state == "failed" else "") + (_markdown(_headline(entry)) or "no finding printed"),
             ", ".join(f"[{Path(f.path).stem[3:].replace('_', ' ')}]({link}/{quote(f.path)})" for f in entry.figures),
             f"[{entry.name}]({link}/{quote(entry.name)}.ipynb)",
         )
@@ -92,6 +93,10 @@ def findings_table(entries: list[Entry], link: str) -> str:
     ]
     lines = [("question", "finding", "figure", "notebook"), ("---",) * 4, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _headline(entry: Entry) -> str:
+    return entry.finding.strip().partition("\n")[0]
 
 
 def _markdown(text: str) -> str:
@@ -136,7 +141,7 @@ def _summary(entries: list[Entry]) -> str:
 
 
 def _summary_row(entry: Entry) -> str:
-    found = _inline(entry.finding.replace("\n", " ")) or ("no finding printed" if entry.state == "done" else "")
+    found = _inline(_headline(entry)) or ("no finding printed" if entry.state == "done" else "")
     state = "" if entry.state == "done" else f'<strong class="bad">{entry.state}</strong> {_inline(entry.error)} '
     link = f'<a href="#{quote(entry.name)}">{html.escape(entry.name)}</a>'
     before = "Earlier run: " if entry.state == "failed" and found else ""

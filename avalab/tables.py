@@ -50,6 +50,7 @@ METRICS = {
     "pass_at_1": Metric("pass@1", "%", 100, True),
     "rejected_share": Metric("rejected", "%", 100),
     "rejected_alone_share": Metric("rejected by no other gate", "%", 100),
+    "recovered": Metric("recovered", "%", 100, True),
     "right_share": Metric("right answers", "%", 100, True),
 }
 

@@ -195,7 +195,7 @@ def test_the_findings_stand_between_the_markers_with_links_that_lead_somewhere(l
         "| question | finding | figure | notebook |",
         "| --- | --- | --- | --- |",
         "| How small is &lt;small&gt; &amp; still good? "
-        "| **nf4** is 2x smaller &amp; &lt;i&gt;worse&lt;/i&gt;. So be it. "
+        "| **nf4** is 2x smaller &amp; &lt;i&gt;worse&lt;/i&gt;. "
         "| [pareto](results/laptop/figures/01_pareto.png) | [01_small](results/laptop/01_small.ipynb) |",
         "<!-- /findings -->",
     ]
@@ -212,7 +212,7 @@ def test_the_findings_written_twice_are_the_same(lab, readme):
 
 
 def test_a_column_sign_in_a_finding_is_no_column_and_code_stays_code():
-    entry = executed.Entry("04_x", "done", "Is a|b?", finding="`a<b` is\n1 < 2")
+    entry = executed.Entry("04_x", "done", "Is a|b?", finding="`a<b` is 1 < 2\nand more")
     assert report.findings_table([entry], "r").splitlines()[2] == (
         "| Is a\\|b? | `a<b` is 1 &lt; 2 |  | [04_x](r/04_x.ipynb) |"
     )
