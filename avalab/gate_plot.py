@@ -60,6 +60,7 @@ def losses(records: list[Record], part: str, *, baseline: str, path: Path | None
         axes.axvline(value[baseline].value, color=marks.BASELINE_COLOUR, lw=1.2, ls="--", zorder=1)
         name = "rise over the baseline, paired" if "rise" in metric else "loss of the right answer"
         axes.set(xlabel=f"{name} [{value[baseline].unit}]")
+        axes.locator_params(axis="x", nbins=5)
     found = "; ".join(f"{s} {tables.show(values[1][s])}" for s in subjects if s != baseline)
     alt = f"Loss and its rise over {baseline} (dashed), bars: 95 % intervals. Rise: {found}."
     return marks.finish(figure, path, alt, records, metrics)

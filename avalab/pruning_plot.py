@@ -82,9 +82,8 @@ def speed_up(
             _draw_ratio(axes, points[subject], values[subject], values[baseline].value, style)
         ends = [1, 1.05 * max(ratios.values())]
         axes.plot(ends, ends, color="0.6", zorder=1)
-        axes.text(
-            ends[1], ends[1], "as many times faster as smaller ", ha="right", va="bottom", fontsize=8, color="0.4"
-        )
+        corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 8, "color": "0.4"}
+        axes.text(0.98, 0.02, "grey: as many times faster as smaller", **corner)
         axes.axhline(1, color=marks.BASELINE_COLOUR, lw=1.2, ls="--", zorder=1)
         axes.margins(x=0.5, y=0.2)
         axes.set(xlabel=f"{baseline} parameters / parameters [x]", ylabel=f"speed / {baseline} speed [x]")

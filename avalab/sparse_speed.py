@@ -83,7 +83,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Callable[[], Tensor]]] = {
     "dense fp32": dense(torch.float32),
     "CSR fp32": compressed_rows(torch.float32),
     "CSR bf16": compressed_rows(torch.bfloat16),
-    "2:4 bf16": semi_structured,
+    "2of4 bf16": semi_structured,
     "dense ONNX fp32": onnx_runtime(sparse=False),
     "sparse ONNX fp32": onnx_runtime(sparse=True),
 }
