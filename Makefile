@@ -15,7 +15,7 @@ NOTEBOOKS =
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab reproduce smoke bench-kernels bench-train test lint report clean notebooks report-page
+.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-peers test lint report clean notebooks report-page
 
 # Quiet libraries, set in this one place.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -66,9 +66,13 @@ stamps := .stamps/$(run)
 -include $(if $(run),$(stamps)/dependencies.mk)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(ready) ## build .venv, or complete the active environment (every other target does it when needed)
+
+setup-llamacpp: $(ready) ## build llama.cpp for the engine `llamacpp` (a C++ compiler, 4 to 8 minutes)
+	@flags="$$($(python) -m avalab.llamacpp_build)" || exit 1; echo "building with $$flags"; \
+	env -u PYTHONPATH CMAKE_ARGS="$$flags" $(python) -m pip install --no-cache-dir --editable '.[llamacpp]'
 
 lab: $(ready) ## JupyterLab, opened on notebooks/
 	@$(python) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(LAB_FLAGS)
@@ -82,11 +86,17 @@ reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke|lo
 smoke: ## every notebook on the tiny model, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
+bench: $(ready) ## race every artefact in every engine, without the notebook [PROFILE=laptop]
+	@$(python) -m avalab.race --profile '$(PROFILE)'
+
 bench-kernels: $(ready) ## time the kernels, their peers and this machine's limits, without a notebook [PROFILE=laptop]
 	@$(python) -m avalab.kernels.bench --profile '$(PROFILE)'
 
 bench-train: $(ready) ## time a training step against peft + bitsandbytes, in speed and memory [PROFILE=laptop]
 	@$(python) -m avalab.train_bench --profile '$(PROFILE)'
+
+bench-peers: $(ready) ## score other methods at the same file bytes as ours, here or on another model [PROFILE=laptop] [MODEL=id]
+	@$(python) -m avalab.peers --profile '$(PROFILE)' --model '$(MODEL)'
 
 notebooks: $(selected:%=$(stamps)/%.done)
 	@:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 CARD = "card.json"
 REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
 REMEDY = "delete the artefact folder and make it again"
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", "openvino_model.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", "openvino_model.bin", ".pt2", ".pte")
 UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 

@@ -1,17 +1,14 @@
 """The lab's own compressor: bits where they matter, rounding that repairs itself, one file that transformers loads.
 
-1. Sensitivity: one calibration pass with gradients gives every linear layer the Fisher information of its outputs and
-   the cost D of a rounding error in each column (`rounding.Problem`). The expected rise in KL divergence is
-
-       KL = 1/2 sum_rows E[g_row^2] sum_columns D_column e_row,column^2,
-
-   g the gradient of the log-likelihood of labels drawn from the model itself (Martens 2020, arXiv 1412.1193, eq. 27),
-   e the error of the group's best grid. Gradients count as independent of inputs (K-FAC, Martens and Grosse 2015).
+1. Sensitivity: one calibration pass with gradients (`expected_rise`) gives every linear layer the rise in KL divergence
+   that each grid should cost; that of int8 rows for the embedding is measured.
 2. Choice: `allocation` picks a grid for every layer, and int8 rows or bf16 for the embedding, under a budget of bytes.
-3. Rounding: `calibration.walk` and `rounding`, block by block, each layer aiming at the original outputs.
+3. Rounding: `rounded_walk` and `rounding`, block by block, each layer aiming at the original outputs.
 4. Files: a compressed-tensors checkpoint (`packing`), the embedding stored once though it serves as head too.
 
-What it does not do: train, choose text, change norms or biases, export to other engines.
+With `format="gguf"` the options are GGUF's block types instead, and the artefact is one .gguf file: see `ava_gguf`.
+
+What it does not do: train, choose text, change norms or biases.
 """
 
 from __future__ import annotations
@@ -20,35 +17,62 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from avalab import allocation, calibration, models, packing, quality, rounding
+from avalab import (
+    allocation,
+    ava_gguf,
+    block_rounding,
+    calibration,
+    expected_rise,
+    gguf_blocks,
+    gguf_export,
+    gguf_mixed,
+    models,
+    packing,
+    rounded_walk,
+    rounding,
+)
 from avalab.allocation import Allocation, Option
 from avalab.compressors import Job
+from avalab.expected_rise import BF16, Candidate
+from avalab.gguf_mixed import GgufModel
 from avalab.packing import Packed
-from avalab.rounding import Grid, Rounded
+from avalab.rounding import Grid, Problem, Rounded
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128)
-FISHER_WINDOWS = 8
 EMBEDDING_WINDOWS = 2  # its rise is measured, not estimated
-SAMPLED_ROWS = 64  # of a layer, for its expected errors
 HEADER_BYTES = 130  # of a tensor in a safetensors header, at most
-BF16 = "bf16"
-DEFAULTS = {"bits_per_weight": 4.5, "bytes": 0, "group_size": 0, "embedding": "any"}
-SOURCES = (*(Path(m.__file__) for m in (allocation, calibration, packing, rounding)), Path(__file__))
+DEFAULTS = {
+    "bits_per_weight": 4.5,
+    "bytes": 0,
+    "group_size": 0,
+    "embedding": "any",
+    "format": "transformers",
+    "engine": "any",
+}
+FORMATS = {"transformers": ("compressed-tensors", ("torch",)), "gguf": ("gguf-mixed", gguf_export.ENGINES)}
+_PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
+SOURCES = (*(Path(part.__file__) for part in (*_PARTS, packing, rounded_walk, rounding)), Path(__file__))
 
 
-def compress(job: Job) -> Packed:
-    """Compress the model of a `Job`; its parameters are those of `DEFAULTS`, `bytes` overruling `bits_per_weight`."""
-    model = models.load(job.folder, job.device)
+def compress(job: Job) -> Packed | GgufModel | PreTrainedModel:
+    """Compress the model of a `Job`; its parameters are those of `DEFAULTS`, `bytes` overruling `bits_per_weight`.
+
+    A budget that the bf16 file fits gives the model as it is, with a note.
+    """
     parameters, windows = job.parameters, job.calibration
     if parameters["embedding"] not in ("any", BF16):
         raise ValueError(f"embedding {parameters['embedding']!r} is neither 'any' nor {BF16!r}")
-    budget = budget_bytes(model, parameters)
+    model = models.load(job.folder, job.device)
+    budget = budget_bytes(models.parameter_count(model), parameters)
+    if parameters["format"] == "gguf":
+        return ava_gguf.compress(job, model, budget)
+    if budget >= file_bytes(job.folder):
+        return _unchanged(model, budget)
     options = sensitivities(model, windows, group_size=parameters["group_size"], skipped=job.skipped)
     if parameters["embedding"] == BF16:
         options = {name: [o for o in row if o.format != packing.INT8_ROWS] for name, row in options.items()}
@@ -57,31 +81,63 @@ def compress(job: Job) -> Packed:
     predicted = {"predicted_kl_divergence": chosen.cost, "predicted_bytes": chosen.bytes + fixed}
     layers, damped = round_model(model, windows, chosen)
     measured = predicted | {"damped_moments": damped, "formats": _counts(chosen), "budget_bytes": budget}
+    measured["note"] = "; ".join(_notes(model, parameters["group_size"], damped))
     return packing.pack(model, layers, int8_rows_of=_int8(chosen), measured=measured)
 
 
+def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The artefact's format and the engines that load it; `count` and `folder` are the base's parameters and files.
+
+    Raises ValueError for an unknown format.
+    """
+    if parameters["format"] not in FORMATS:
+        raise ValueError(f"unknown format {parameters['format']!r}; choose one of {', '.join(FORMATS)}")
+    if parameters["format"] == "transformers" and budget_bytes(count, parameters) >= file_bytes(folder):
+        return BF16, ("torch",)
+    return FORMATS[parameters["format"]]
+
+
 def label(parameters: Mapping) -> str:
-    """What distinguishes an artefact's name: `4.5bpw`, `114000000b-g64-bf16emb`."""
+    """What distinguishes an artefact's name: `4.5bpw`, `114000000b-g64-bf16emb`, `4.5bpw-gguf-openvino`."""
     parts = [f"{parameters['bytes']}b" if parameters["bytes"] else f"{parameters['bits_per_weight']:g}bpw"]
     parts += [f"g{parameters['group_size']}"] if parameters["group_size"] else []
+    parts += ["gguf"] if parameters.get("format") == "gguf" else []
+    parts += [parameters["engine"]] if parameters.get("engine", "any") != "any" else []
     return "-".join(parts + (["bf16emb"] if parameters["embedding"] == BF16 else []))
 
 
-def budget_bytes(model: PreTrainedModel, parameters: Mapping) -> int:
-    """Bytes of the weight file: `bytes`, or `bits_per_weight` over all parameters, embedding included.
+def budget_bytes(count: int, parameters: Mapping) -> int:
+    """Bytes of the weight file: `bytes`, or `bits_per_weight` over all `count` parameters, embedding included.
 
-    Raises ValueError for a budget that is not positive or above the bf16 model's own size.
+    Raises ValueError for a budget that is not positive.
     """
-    count = models.parameter_count(model)
     budget = int(parameters["bytes"] or parameters["bits_per_weight"] * count / 8)
     if budget <= 0:
         raise ValueError(f"a budget has to be positive, got {budget} bytes")
-    if budget > 2 * count:
-        raise ValueError(
-            f"a budget of {budget:,} bytes ({8 * budget / count:.2f} bits a weight) is above the bf16 model's "
-            f"{2 * count:,}: there is nothing to compress, use the base artefact itself"
-        )
     return budget
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of the base's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _unchanged(model: PreTrainedModel, budget: int) -> PreTrainedModel:
+    note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
+    model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
+    return model
+
+
+def _notes(model: PreTrainedModel, group_size: int, damped: int) -> list[str]:
+    """What the card should say of columns that groups do not divide, and of damping."""
+    found = [f"{damped} second moments were singular and got more damping"] if damped else []
+    ragged: dict[str, int] = {}
+    for layer in models.linear_layers(model).values():
+        size = grids(layer.in_features, group_size)[0].group_size
+        if (group_size or size not in GROUP_SIZES) and size != group_size:
+            text = f"groups of {size} instead of {group_size or 'a usual size'} for {layer.in_features} columns"
+            ragged[text] = ragged.get(text, 0) + 1
+    return [*found, *(f"{text} in {count} layers" for text, count in ragged.items())]
 
 
 def choose(options: Mapping[str, list[Option]], budget: int, fixed: int) -> Allocation:
@@ -107,23 +163,13 @@ def sensitivities(
     `group_size` 0 offers every usual one that divides the layer's columns; a layer that the asked one does not divide
     takes the next larger usual one that does, else whole rows.
     """
-    names = {layer: name for name, layer in models.linear_layers(model).items() if name not in skipped}
-    found: dict[str, list[Option]] = {}
-    last: list = [None, None]  # layers with one input come after each other: their problem is solved once
 
-    def measure(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> None:
-        if last[0] is not inputs:
-            rows = inputs.detach().flatten(0, -2)
-            posed = rounding.problem(calibration.second_moment(rows) / len(rows))
-            last[:] = inputs, posed.column_cost
-        step = max(1, layer.out_features // SAMPLED_ROWS)
-        squared = gradients.flatten(0, -2)[:, ::step].float().square()
-        weights = torch.outer(squared.mean(0), last[1]) * (layer.out_features / squared.shape[1])
-        found[names[layer]] = _options(layer.weight.detach(), weights, last[1], group_size)
+    def candidates(rows: int, columns: int) -> list[Candidate]:
+        return [_candidate(grid, rows, columns) for grid in grids(columns, group_size)]
 
-    calibration.gradient_pass(model, windows[:FISHER_WINDOWS], list(names.values()), measure)
+    found = expected_rise.measure(model, windows, candidates, skipped=skipped).layers
     embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
-    return {embedding: _embedding_options(model, windows[:EMBEDDING_WINDOWS])} | {n: found[n] for n in names.values()}
+    return {embedding: _embedding_options(model, windows[:EMBEDDING_WINDOWS])} | found
 
 
 def grids(columns: int, group_size: int = 0) -> list[Grid]:
@@ -133,17 +179,11 @@ def grids(columns: int, group_size: int = 0) -> list[Grid]:
     return [Grid(bits, size) for bits in BITS for size in sizes]
 
 
-def _options(weight: Tensor, weights: Tensor, cost: Tensor, group_size: int) -> list[Option]:
-    """A layer's formats; `weights` are those of squared errors in the sampled rows."""
-    rows, columns = weight.shape
-    sample = weight[:: max(1, rows // SAMPLED_ROWS)].float()
-    found = [Option(BF16, 2 * rows * columns, 0.0)]
-    for grid in grids(columns, group_size):
-        scales, zeros = rounding.search(sample, cost, grid)
-        squared = (rounding.nearest(sample, grid, scales, zeros) - sample).square_()
-        rise = 0.5 * float((squared * weights).sum())
-        found.append(Option(grid.name, packing.stored_bytes(rows, columns, grid), rise))
-    return found
+def _candidate(grid: Grid, rows: int, columns: int) -> Candidate:
+    def approximate(sample: Tensor, cost: Tensor) -> Tensor:
+        return rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
+
+    return Candidate(grid.name, packing.stored_bytes(rows, columns, grid), approximate)
 
 
 def _embedding_options(model: PreTrainedModel, windows: Tensor) -> list[Option]:
@@ -151,53 +191,22 @@ def _embedding_options(model: PreTrainedModel, windows: Tensor) -> list[Option]:
     table = model.get_input_embeddings().weight
     rows, columns = table.shape
     tied = model.get_output_embeddings().weight is table
-    kept = table.data
-    head, softcap = quality.output_head(model)
-    before = quality.hidden_states(model, windows)
-    codes, scales = packing.int8_rows(kept)
-    try:
-        decoded = (codes.to(kept.dtype) * scales).to(kept.dtype)
-        table.data = decoded
-        after = quality.hidden_states(model, windows)
-        rises = []
-        for expected, candidate in zip(before, after, strict=True):
-            table.data = kept
-            reference = quality.log_probabilities(expected, head, softcap)
-            table.data = decoded
-            rises.append(quality.kl_divergence(reference, quality.log_probabilities(candidate, head, softcap)).mean())
-    finally:
-        table.data = kept
+    codes, scales = packing.int8_rows(table.detach())
+    rise = expected_rise.of_replacement(model, windows, table, (codes.to(table.dtype) * scales).to(table.dtype))
     size = rows * columns + 2 * rows * (2 if tied else 1)
-    return [
-        Option(BF16, 2 * rows * columns, 0.0),
-        Option(packing.INT8_ROWS, size, float(torch.stack(rises).detach().mean())),
-    ]
+    return [Option(BF16, 2 * rows * columns, 0.0), Option(packing.INT8_ROWS, size, rise)]
 
 
-@torch.no_grad()
 def round_model(
     model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation
 ) -> tuple[dict[str, Rounded], int]:
     """Replace, in place, the chosen layers' weights by rounded ones; also how many moments needed more damping."""
-    rounded: dict[str, Rounded] = {}
-    damped = 0
-    for site in calibration.walk(model, windows):
-        layers = {name: layer for name, layer in site.layers.items() if name in chosen.chosen}
-        by_format: dict[str, list[str]] = {}
-        for name in layers:
-            by_format.setdefault(chosen.chosen[name].format, []).append(name)
-        by_format.pop(BF16, None)
-        if by_format:
-            posed = rounding.problem(site.moment)
-            damped += posed.attempts > 1
-        for format, names in by_format.items():
-            weight = torch.cat([layers[name].weight.float() for name in names])
-            target = rounding.aim(weight, site.moment, site.cross)
-            result = rounding.round_weight(target, posed, rounding.grid_named(format))
-            for name, part in zip(names, rounding.split(result, [layers[n].out_features for n in names]), strict=True):
-                layers[name].weight.data = part.decode(layers[name].weight.dtype)
-                rounded[name] = part
-    return rounded, damped
+    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
+    return rounded_walk.apply(model, windows, formats, _round_rows)
+
+
+def _round_rows(weight: Tensor, posed: Problem, format: str, rows: list[int]) -> list[Rounded]:
+    return rounding.split(rounding.round_weight(weight, posed, rounding.grid_named(format)), rows)
 
 
 def _counts(chosen: Allocation) -> dict[str, int]:

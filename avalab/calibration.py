@@ -60,7 +60,10 @@ def walk(
     changed = _entering(model, blocks[0], windows)
     original = changed
     prefix = next(name for name, module in model.named_modules() if module is blocks)
+    keywords = _keywords(model, windows)
     for index, block in enumerate(blocks):
+        if keywords:  # the block's own rotary embedding and mask
+            original, changed = (_with_keywords(calls, keywords[index]) for calls in (original, changed))
         names = {module: f"{prefix}.{index}.{name}" for name, module in block.named_modules()}
         inputs, following = _original_inputs(block, original)
         for layers, rows in inputs:
@@ -74,20 +77,20 @@ def gradient_pass(
     model: PreTrainedModel,
     windows: Int[Tensor, "window time"],
     names: list[str],
-    measure: Callable[[nn.Linear, Tensor, Tensor], None],
+    measure: Callable[[nn.Module, Tensor, Tensor], None],
     *,
     seed: int = 0,
 ) -> None:
-    """Call `measure(layer, inputs, gradients)` for each named linear layer: of -log p(y) of all tokens to its outputs.
+    """Call `measure(layer, inputs, gradients)` for each named layer: of -log p(y) of all tokens to its outputs.
 
     The labels y are drawn from the model's own predictions, so mean squared gradients are Fisher information, not the
     text's surprise. One batch: inputs and gradients cover every token, `window time channel`. Layers that read one
-    input are handed the same tensor. Weights get no gradients.
+    input are handed the same tensor; head and embedding may be named too. Weights get no gradients.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())]
 
-    def listen(layer: nn.Linear, args: tuple, output: Tensor) -> None:
+    def listen(layer: nn.Module, args: tuple, output: Tensor) -> None:
         output.register_hook(lambda gradients: measure(layer, args[0], gradients))
 
     handles += [model.get_submodule(name).register_forward_hook(listen) for name in names]
@@ -126,6 +129,28 @@ def _entering(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list
             except _Reached:
                 continue
     return calls
+
+
+def _keywords(model: PreTrainedModel, windows: Tensor) -> list[list[dict]]:
+    """Keyword arguments by block and batch of a model whose blocks differ in them (Gemma 3), else nothing."""
+    kinds = getattr(model.config, "layer_types", None) or []
+    if len(set(kinds)) < 2:
+        return []
+    found: dict[str, list[dict]] = {}
+
+    def note(kind: str) -> Callable[..., None]:
+        return lambda _module, _args, kwargs: found.setdefault(kind, []).append(kwargs)
+
+    firsts = [model.base_model.layers[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
+    hooks = zip(firsts, map(note, dict.fromkeys(kinds)), strict=True)
+    with _hooked([block.register_forward_pre_hook(hook, with_kwargs=True) for block, hook in hooks]):
+        for batch in windows.split(BATCH_WINDOWS):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    return [found[kind] for kind in kinds]
+
+
+def _with_keywords(calls: list[Call], keywords: list[dict]) -> list[Call]:
+    return [(args, own) for (args, _shared), own in zip(calls, keywords, strict=True)]
 
 
 def _original_inputs(block: nn.Module, calls: list[Call]) -> tuple[list[tuple[list, list]], list[Call]]:

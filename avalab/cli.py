@@ -4,6 +4,7 @@
     avalab quantize --method nf4 --out small        compress a model into an artefact
     avalab prune --method sparsegpt --out sparse    remove weights
     avalab export sparse --to onnx --out there      write it for another engine
+    avalab compile --model sparse --out there       compile it into machine code
     avalab show small                               what an artefact is made of
     avalab bench small --json                       what it costs to run
     avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
@@ -11,6 +12,7 @@
     avalab finetune --data mine --out tuned         train an adapter on them and merge it
     avalab distill --teacher T --student S --out O  win back what a smaller model lost
     avalab ensemble --models A B --prompt hello     several models answer together
+    avalab recover small --out better               train codes and scales of a low-bit model, at the same bytes
     avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
 
@@ -27,7 +29,7 @@ from typing import Annotated
 
 import typer
 
-from avalab import cli_distill, cli_export, cli_learn
+from avalab import cli_compare, cli_distill, cli_ensemble, cli_export, cli_learn, cli_recover
 from avalab.cli_options import ArtifactFolder, AsJson, Limit, Mode, Model, Profile, Seed, print_records
 
 app = typer.Typer(
@@ -38,8 +40,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (cli_export.export, cli_learn.synthesize, cli_learn.finetune, cli_distill.distill, cli_learn.chat):
+for command in (
+    *(cli_export.export, cli_learn.synthesize, cli_learn.finetune, cli_distill.distill),
+    *(cli_ensemble.ensemble, cli_learn.chat, cli_recover.recover),
+):
     app.command()(command)
+app.command("compile")(cli_export.compile_)
+app.command()(cli_export.tensorrt)
+app.command()(cli_compare.compare)
 
 
 def main() -> None:
@@ -87,6 +95,8 @@ def quantize(
     static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Activation scales (smoothquant).")] = None,
     size: Annotated[str, typer.Option("--bytes", help="Budget of the weight file, such as 80MB (ava).")] = "",
     bits_per_weight: Annotated[float | None, typer.Option(help="The same in bits a parameter (ava).")] = None,
+    format: Annotated[str | None, typer.Option(help="transformers, or gguf: one mixed .gguf file (ava).")] = None,
+    engine: Annotated[str | None, typer.Option(help="Only GGUF types that this engine reads as written (ava).")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:
@@ -101,6 +111,8 @@ def quantize(
         "static": static,
         "bytes": byte_count(size) if size else None,
         "bits_per_weight": bits_per_weight,
+        "format": format,
+        "engine": engine,
     }
     from avalab import models
     from avalab import quantize as quantize_
@@ -115,7 +127,7 @@ def quantize(
         f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {base.bytes / artifact.bytes:.2f}x smaller than {base.name}"
     )
     if "predicted_kl_divergence" in artifact.card["measured"]:
-        print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
+        _predicted_and_measured(run, base, artifact)
     if benchmark:
         _score(run, {"bf16": base, artifact.name: artifact})
 
@@ -150,6 +162,21 @@ def prune(
         _score(run, {"bf16": base, artifact.name: artifact})
         if "sparse_bytes" in measured and measured["sparsity"]:
             _time_zeros(run, artifact)
+
+
+def _predicted_and_measured(run, base, artifact) -> None:
+    """What the allocation expected to lose, what the artefact loses on the profile's first text, and its notes."""
+    from avalab import corpora, models, quality
+
+    tokenizer, cache = models.load_tokenizer(base), run.artifacts_dir / "cache"
+    text = corpora.text(run.profile.eval_texts[0], tokenizer)
+    against = quality.reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
+    kl = quality.cached_score(artifact, against, cache, run.device).kl
+    found = quality.mean(kl, resamples=run.profile.resamples, seed=run.seed)
+    print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
+    print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
+    if artifact.card["measured"]["note"]:
+        print(artifact.card["measured"]["note"])
 
 
 def byte_count(size: str) -> int:
@@ -243,60 +270,6 @@ def evaluate_(
     if others:
         harness.record(respondent.artifact, others, run=run, limit=limit)
     print_records(run, as_json)
-
-
-@app.command()
-def compare(
-    ours: ArtifactFolder,
-    theirs: Annotated[Path, typer.Argument(help="The artefact it is compared with, such as the bf16 base.")],
-    task: Annotated[str, typer.Option(help="bfcl (McNemar's test) or text (paired bootstrap of the loss).")] = "bfcl",
-    mode: Mode = "forced",
-    limit: Limit = None,
-    profile: Profile = "laptop",
-    seed: Seed = 0,
-) -> None:
-    """Say whether the first artefact is better than the second, worse, or not distinguishable, on the same items."""
-    from avalab import artifacts
-    from avalab.experiment import Run
-
-    if task not in ("bfcl", "text"):
-        raise ValueError(f"unknown task {task!r}; choose bfcl or text")
-    run, pair = Run("avalab_compare", profile, seed), [artifacts.load(ours), artifacts.load(theirs)]
-    if task == "bfcl":
-        _compare_calls(run, pair, mode, limit)
-    else:
-        _compare_loss(run, pair, limit)
-
-
-def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
-    from avalab import evaluate
-
-    answered = [evaluate.Respondent(artifact, run.device) for artifact in pair]
-    every: list[list[bool]] = [[], []]
-    for category in evaluate.answerable(run.profile.call_categories, mode):
-        how = {"category": category, "mode": mode, "limit": limit}
-        right = [[v.correct for v in evaluate.record(run, r.artifact.name, r, **how)] for r in answered]
-        print(f"{evaluate.metric(category, mode):44} {evaluate.mcnemar(*right)}")
-        every = [known + new for known, new in zip(every, right, strict=True)]
-    print(f"{'all':44} {evaluate.mcnemar(*every)}")
-
-
-def _compare_loss(run, pair: list, limit: int | None) -> None:
-    from avalab import corpora, models, quality
-
-    tokenizers = [models.load_tokenizer(artifact) for artifact in pair]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise ValueError(
-            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
-        )
-    cache = run.artifacts_dir / "cache"
-    for text in corpora.evaluation_texts(run, tokenizers[1]):
-        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
-        against = quality.reference(pair[1], windows, cache, run.device)
-        ours, theirs = (quality.cached_score(artifact, against, cache, run.device).nll for artifact in pair)
-        gap = quality.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
-        ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
-        print(f"{'loss, ' + text.name:44} {quality.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
 
 
 def _time_zeros(run, artifact) -> None:

@@ -84,14 +84,18 @@ def windows(
 ) -> Int[Tensor, "window time"]:
     """The first `count` windows of `tokens` tokens after `offset` windows; fewer when the text ends before.
 
+    Each begins with the start token where the tokenizer puts one before a text (Gemma): without it such models fail.
     Raises ValueError when the text is shorter than one window.
     """
-    ids = tokenizer(source.content, return_tensors="pt", verbose=False).input_ids[0]
-    ids = ids[offset * tokens :]
-    available = min(count, len(ids) // tokens)
+    start = tokenizer("").input_ids[:1]
+    ids = tokenizer(source.content, return_tensors="pt", verbose=False).input_ids[0][len(start) :]
+    length = tokens - len(start)
+    ids = ids[offset * length :]
+    available = min(count, len(ids) // length)
     if available < 1:
         raise ValueError(f"text {source.name!r} has {len(ids)} tokens left, shorter than one window of {tokens}")
-    return ids[: available * tokens].view(available, tokens)
+    body = ids[: available * length].view(available, length)
+    return torch.cat([torch.tensor([start] * available, dtype=body.dtype), body], 1) if start else body
 
 
 def profile_windows(run: Run, source: Text, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "window time"]:
@@ -172,6 +176,9 @@ def toolbox_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> str:
+    """Conversations in the model's chat format; a base model without one gets the bare messages."""
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for messages in conversations for message in messages)
     return "".join(tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations)
 
 

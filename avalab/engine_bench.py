@@ -1,41 +1,49 @@
 """One cell of the race: an artefact in an engine, measured in a process of its own.
 
-1. A fresh process imports the package (its resident memory is then the *runtime*), loads the artefact in the engine
-   and generates once at each prompt length, which is also the warm-up.
+1. A process that has imported the lab's libraries (its resident memory is then the *runtime*) loads the artefact in the
+   engine and generates once at each prompt length, which is also the warm-up.
 2. Samples: prompts of random tokens, another one each time (an engine that remembers prompts gains nothing), lengths
    interleaved, exactly `new_tokens` greedy tokens each. A token counts once the engine tells it: the first one ends the
    time to first token, each further one is a latency.
-3. Peaks of resident memory, while loading and while generating, are reset in between (see `probe`).
+3. Peaks of resident memory, while loading and while generating, are reset in between (see `probe`). What the engine and
+   the artefact need is the peak above the runtime: it holds the engine's library, which `load` imports; the `torch`
+   engine's is in the runtime already, as far as its pages were touched before.
+4. The memory read rate is measured last, at the size of the weight files and with the cell's threads: decoding that
+   reads all of them for each token cannot be faster. An input embedding that is stored apart is counted, not read.
 
 Prefill speed is the prompt over the time to first token, one head product included. A cell that fails (library missing,
 artefact not read, out of memory, out of time) is a record without value whose note says why; the race goes on.
 
-What it does not do: batches, quality, GPU memory, or decide which cells are run.
+What it does not do: batches (`engine_batches`), quality (`engine_quality`), or decide which cells are run (`race`).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
-import subprocess
-import sys
-import tempfile
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from avalab import cost, engines, probe
+import torch
+
+from avalab import alone, cost, energy, engines, probe
 from avalab.artifacts import Artifact
 from avalab.experiment import Run, load_average
 
-WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data", ".bin")
+WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data", ".bin", ".pt2", ".pte")
 FAILURES = {"EngineUnavailable": engines.EngineUnavailable, "NotSupported": engines.NotSupported}
+QUANTILES = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
 
 
 @dataclass(frozen=True)
 class Race:
-    """Sizes of a cell: tokens, samples at each prompt length, threads (0: the engine's choice), seconds at most."""
+    """Sizes of a cell: tokens, samples at each prompt length, threads (0: the engine's choice), seconds at most.
+
+    `device` is that of the engine `torch`; the others choose theirs.
+    """
 
     prompts: tuple[int, ...] = (16, 512)
     new_tokens: int = 32
@@ -43,6 +51,7 @@ class Race:
     threads: int = 0
     seed: int = 0
     limit_seconds: float = 600
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,17 @@ class Cell:
     """What was measured: bytes and seconds. Samples by prompt length: to the first token, then of each further one."""
 
     runtime_bytes: int
-    load_seconds: float
+    load_seconds: list[float]  # one a process
     load_peak_bytes: int
     idle_bytes: int
     peak_bytes: int
     load_average: float
     first: dict[str, list[float]]
     further: dict[str, list[list[float]]]
+    joules: dict[str, list[float]]  # of each whole generation; empty where the machine shows no energy
+    energy_note: str = ""
+    read_bytes_per_s: float = 0.0  # memory, at the size of the weight files
+    peak_vram_bytes: int | None = None
 
 
 def measure(artifact: Artifact | Path, engine: str, *, race: Race = Race()) -> Cell:
@@ -66,51 +79,55 @@ def measure(artifact: Artifact | Path, engine: str, *, race: Race = Race()) -> C
     killed (out of memory, mostly), stopped after `limit_seconds`, or an error of the engine.
     """
     folder = Path(artifact.path if isinstance(artifact, Artifact) else artifact).resolve()
-    with tempfile.TemporaryDirectory() as temporary:
-        result = Path(temporary) / "cell.json"
-        request = json.dumps({"folder": str(folder), "engine": engine, **asdict(race)})
-        command = [sys.executable, "-m", "avalab.engine_bench", request, str(result)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=race.limit_seconds)
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{folder.name} in {engine} took longer than {race.limit_seconds:g} s") from error
-        if done.returncode or not result.is_file():
-            raise RuntimeError(f"{folder.name} in {engine} failed: {_why(done)}")
-        answer = json.loads(result.read_text())
-    if "error" in answer:
-        raise FAILURES.get(answer["error"], RuntimeError)(answer["message"])
-    return Cell(**answer)
-
-
-def main(request: str, result: str) -> None:
-    """Measure what the JSON `request` describes in this process and write the JSON answer to the file `result`."""
-    try:
-        answer = run(json.loads(request))
-    except Exception as error:  # told to the parent, which raises it
-        answer = {"error": type(error).__name__, "message": str(error) or type(error).__name__}
-    Path(result).write_text(json.dumps(answer))
+    request = {"folder": str(folder), "engine": engine, **asdict(race)}
+    how = {"limit_seconds": race.limit_seconds, "errors": FAILURES, "label": f"{folder.name} in {engine}"}
+    return Cell(**alone.call(f"{__name__}:run", request, **how))
 
 
 def run(request: dict) -> dict:
     """All measurements of one cell; `request` holds `folder`, `engine` and the fields of `Race`."""
     facts = {"load_average": load_average(), "runtime_bytes": probe.memory()["rss"]}
-    probe.reset_peak("cpu")
+    device, folder = request["device"], Path(request["folder"])
+    engine, loading = loaded(request)
+    facts |= loading
+    counters = energy.counters(device)
+    found = samples(engine, request, counters)
+    facts |= {"peak_bytes": probe.memory()["peak"], "energy_note": energy.missing(device), **found}
+    facts["peak_vram_bytes"] = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+    engine.close()
+    torch.set_num_threads(request["threads"] or torch.get_num_threads())
+    return facts | {"read_bytes_per_s": probe.memory_read_rate(weight_bytes(folder), device=device)}
+
+
+def loaded(request: dict, **options) -> tuple[engines.Engine, dict]:
+    """The engine of a request, and what loading it took; the peak of memory starts anew afterwards."""
+    if request["engine"] == "torch" and request["device"] != "cpu":
+        options["device"] = request["device"]
+    probe.reset_peak(request["device"])
     start = time.perf_counter()
-    engine = engines.load(request["engine"], Path(request["folder"]), threads=request["threads"])
-    facts["load_seconds"] = time.perf_counter() - start
+    engine = engines.load(request["engine"], Path(request["folder"]), threads=request["threads"], **options)
+    facts = {"load_seconds": [time.perf_counter() - start]}
     facts |= {"load_peak_bytes": probe.memory()["peak"], "idle_bytes": probe.memory()["rss"]}
-    probe.reset_peak("cpu")
+    probe.reset_peak(request["device"])
+    return engine, facts
+
+
+def samples(engine: engines.Engine, request: dict, counters: Sequence[energy.Counter] = ()) -> dict:
+    """Times (and joules, with `counters`) of `samples` generations at each prompt length that the context holds."""
     draw, new = random.Random(request["seed"]), request["new_tokens"]
     lengths = [n for n in request["prompts"] if n + new <= engine.facts.context]
-    first, further = ({str(n): [] for n in lengths} for _ in range(2))
+    first, further, joules = ({str(n): [] for n in lengths} for _ in range(3))
     for sample in range(request["samples"] + 1):
         for length in lengths:
             prompt = [draw.randrange(engine.facts.vocabulary) for _ in range(length)]
+            before = energy.readings(counters)
             told = timed(engine, prompt, new)
             if sample:  # the first round warms up
                 first[str(length)].append(told[0])
                 further[str(length)].append([b - a for a, b in itertools.pairwise(told)])
-    return facts | {"peak_bytes": probe.memory()["peak"], "first": first, "further": further}
+                if counters:
+                    joules[str(length)].append(energy.joules(counters, before, energy.readings(counters)))
+    return {"first": first, "further": further, "joules": joules}
 
 
 def timed(engine: engines.Engine, prompt: list[int], new_tokens: int) -> list[float]:
@@ -121,62 +138,109 @@ def timed(engine: engines.Engine, prompt: list[int], new_tokens: int) -> list[fl
     return told
 
 
+def merged(cells: Sequence[Cell]) -> Cell:
+    """Several measurements of the same cell as one: all samples, the highest peaks, the best read rate."""
+
+    def most(name: str) -> int | float:
+        return max(getattr(cell, name) for cell in cells)
+
+    def middle(name: str) -> int:
+        return int(statistics.median(getattr(cell, name) for cell in cells))
+
+    def joined(name: str) -> dict[str, list]:
+        return {n: [s for c in cells for s in getattr(c, name)[n]] for n in getattr(cells[0], name)}
+
+    video = [cell.peak_vram_bytes for cell in cells if cell.peak_vram_bytes is not None]
+    return Cell(
+        **{name: middle(name) for name in ("runtime_bytes", "idle_bytes")},
+        **{name: most(name) for name in ("load_peak_bytes", "peak_bytes", "load_average", "read_bytes_per_s")},
+        **{name: joined(name) for name in ("first", "further", "joules")},
+        load_seconds=[s for cell in cells for s in cell.load_seconds],
+        energy_note=cells[0].energy_note,
+        peak_vram_bytes=max(video, default=None),
+    )
+
+
+def decode_rates(steps: Sequence[Sequence[float]]) -> list[float]:
+    """Tokens a second of each generation, from the seconds of its further tokens."""
+    return [len(seconds) / sum(seconds) for seconds in steps]
+
+
 def record(run: Run, artifact: Artifact, *, engine: str, race: Race = Race()) -> Cell | None:
     """Measure a cell and append it to `run`; a failed one is one record with a note, and None is returned."""
-    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": race.threads}
     try:
         cell = measure(artifact, engine, race=race)
     except (RuntimeError, ValueError) as error:
-        run.record(artifact.name, "decode_tokens_per_s", None, "token/s", note=str(error), **about)
+        add_failure(run, artifact.name, str(error), artifact=artifact, engine=engine, threads=race.threads)
         return None
     add_records(run, artifact, engine=engine, race=race, cell=cell)
     return cell
 
 
-def add_records(run: Run, artifact: Artifact, *, engine: str, race: Race, cell: Cell) -> None:
-    """Append what was measured of a cell to `run`."""
+def add_failure(
+    run: Run, subject: str, note: str, *, artifact: Artifact | None = None, engine: str = "", threads: int = 0
+) -> None:
+    """Append the one record of a cell that was not measured."""
+    about = {"artifact_sha256": artifact.sha256 if artifact else "", "engine": engine, "threads": threads}
+    run.record(subject, "decode_tokens_per_s", None, "token/s", note=note, **about)
+
+
+def add_records(run: Run, artifact: Artifact, *, engine: str, race: Race, cell: Cell, subject: str = "") -> None:
+    """Append what was measured of a cell to `run`, under the artefact's name or `subject`."""
     about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": race.threads}
     about["details"] = {"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes}
 
-    def add(metric: str, value: float, unit: str, **more) -> None:
-        run.record(artifact.name, metric, value, unit, **about, **more)
+    def add(metric: str, value: float | None, unit: str, **more) -> None:
+        run.record(subject or artifact.name, metric, value, unit, **about, **more)
 
     add("artifact_bytes", weight_bytes(artifact.path), "byte")
-    add("load_seconds", cell.load_seconds, "s", n=1)
+    load = cell.load_seconds
+    add("load_seconds", statistics.median(load), "s", n=len(load), samples=load)
     for name, size in (("load", cell.load_peak_bytes), ("idle", cell.idle_bytes), ("inference", cell.peak_bytes)):
         add(f"peak_rss_bytes:{name}", size, "byte")
+    add("peak_rss_bytes:engine", max(0, cell.peak_bytes - cell.runtime_bytes), "byte")
+    if cell.peak_vram_bytes is not None:
+        add("peak_vram_bytes", cell.peak_vram_bytes, "byte")
     for length, first in cell.first.items():
         _add_speeds(add, int(length), first, cell.further[length])
+    _add_limits(add, cell, weight_bytes(artifact.path), race.new_tokens)
 
 
 def _add_speeds(add, length: int, first: list[float], further: list[list[float]]) -> None:
     latencies = {"time_to_first_token_ms": first, "token_latency_ms": [s for steps in further for s in steps]}
     for metric, seconds in latencies.items():
         samples = [1000 * s for s in seconds]
-        for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+        for name, q in QUANTILES:
             low, high = cost.quantile_interval(samples, q)
             value = cost.quantile(samples, q)
             add(f"{metric}:prompt{length}:{name}", value, "ms", low=low, high=high, n=len(samples))
-    rates = {"prefill_tokens_per_s": [length / s for s in first]}
-    rates["decode_tokens_per_s"] = [len(steps) / sum(steps) for steps in further]
+    rates = {"prefill_tokens_per_s": [length / s for s in first], "decode_tokens_per_s": decode_rates(further)}
     for metric, samples in rates.items():
         low, high = cost.quantile_interval(samples)
         add(f"{metric}:prompt{length}", cost.quantile(samples, 0.5), "token/s", low=low, high=high, n=len(samples),
             samples=samples)  # fmt: skip
 
 
+def _add_limits(add, cell: Cell, weights: int, new_tokens: int) -> None:
+    """How near decoding came to the memory's read rate, and the energy of a token."""
+    shortest = min(cell.further, key=int, default=None)
+    if shortest and cell.read_bytes_per_s:
+        rates = decode_rates(cell.further[shortest])
+        low, high = (None if r is None else r * weights / cell.read_bytes_per_s for r in cost.quantile_interval(rates))
+        value = cost.quantile(rates, 0.5) * weights / cell.read_bytes_per_s
+        add("roofline_fraction", value, "1", low=low, high=high, n=len(rates))
+        add("memory_read_bytes_per_s", cell.read_bytes_per_s, "byte/s")
+    if cell.energy_note:
+        add("energy_joules_per_token", None, "J/token", note=cell.energy_note)
+        return
+    for length, joules in cell.joules.items():
+        each = [j / new_tokens for j in joules]
+        low, high = cost.quantile_interval(each)
+        value = cost.quantile(each, 0.5)
+        add(f"energy_joules_per_token:prompt{length}", value, "J/token", low=low, high=high, n=len(each))
+
+
 def weight_bytes(folder: Path) -> int:
     """Bytes of the files that hold weights, whatever the engine; tokenizers not counted."""
     files = [path for path in folder.iterdir() if path.suffix in WEIGHT_FILES and "tokenizer" not in path.name]
     return sum(path.stat().st_size for path in files)
-
-
-def _why(done: subprocess.CompletedProcess) -> str:
-    if done.returncode == -9:
-        return "killed, most likely out of memory"
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit status {done.returncode}"
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

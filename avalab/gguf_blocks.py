@@ -6,17 +6,18 @@ the fields of a block in the order of their bytes; low and high bits of the code
 
 Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `numerics.encode` with the rules below, then packed: byte for byte what
 gguf-py writes, but for the sign of a minimum that is zero. In the K types a group's scale is a small integer times the
-super-block's float16; they are decoded here, exactly, and not encoded.
+super-block's float16. They and IQ4_NL, whose steps are unequal, are decoded here, exactly; `block_rounding` chooses
+their codes and scales, and `join` makes the bytes of those.
 
 Source: ggml's block structures (ggml-common.h) and the format's description in the GGUF documentation.
-What it does not do: importance-weighted searches for scales, the I types, GGUF files (headers, names, alignment).
+What it does not do: searches for scales, the other I types, GGUF files (headers, names, alignment).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, Int8, UInt8
 from torch import Tensor
 
 from avalab.numerics import Encoded, Groups, NumberFormat
@@ -39,6 +40,7 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
     "q5_0": (_SCALE, Field("high", 4, 1, 1), Field("low", 16, 4, 16)),
     "q5_1": (_SCALE, _MINIMUM, Field("high", 4, 1, 1), Field("low", 16, 4, 16)),
     "q8_0": (_SCALE, Field("low", 32, 8, 32)),
+    "iq4_nl": (_SCALE, Field("low", 16, 4, 16)),
     "q2_k": (Field("multipliers", 16), Field("low", 64, 2, 32), _SCALE, _MINIMUM),
     "q3_k": (Field("high", 32, 1, 32), Field("low", 64, 2, 32), Field("multipliers", 12), _SCALE),
     "q4_k": (_SCALE, _MINIMUM, Field("multipliers", 12), Field("low", 128, 4, 32)),
@@ -52,17 +54,37 @@ def pack(encoded: Encoded) -> UInt8[Tensor, "rows bytes"]:
 
     Raises ValueError for a format that has no block type, or a K type.
     """
-    layout = _layout(encoded.format)
-    if any(field.name == "multipliers" for field in layout):
+    if "multipliers" in (field.name for field in _layout(encoded.format)):
         raise ValueError(f"{encoded.format.name} is only decoded here; packed are {', '.join(_SIMPLE)}")
-    codes = encoded.codes.reshape(len(encoded.scales), -1)
+    return join(encoded.format, encoded.codes, {"scale": encoded.scales, "minimum": encoded.offsets})
+
+
+def join(
+    format: NumberFormat, codes: UInt8[Tensor, "rows cols"] | Int8[Tensor, "rows cols"], fields: dict[str, Tensor]
+) -> UInt8[Tensor, "rows bytes"]:
+    """Codes, and the fields that are not codes (float16, or the bytes of `joined_multipliers`), one row a block."""
+    layout, rows = _layout(format), len(codes)
+    codes = codes.reshape(-1, block_weights(format))
     # A signed byte is stored as it is, shorter codes from their lowest value up.
-    codes = codes.view(torch.uint8) if encoded.format.bits == 8 else (codes - encoded.format.low).to(torch.uint8)
+    codes = codes.view(torch.uint8) if format.bits == 8 else (codes - format.low).to(torch.uint8)
     low_bits = next(field.bits for field in layout if field.name == "low")
     parts = {"low": codes & (2**low_bits - 1), "high": codes >> low_bits if low_bits < 8 else None}
-    floats = {"scale": encoded.scales, "minimum": encoded.offsets}
-    columns = [_narrow(parts[f.name], f) if f.bits else floats[f.name].view(-1, 1).view(torch.uint8) for f in layout]
-    return torch.cat(columns, 1).view(len(encoded.codes), -1)
+    columns = [
+        _narrow(parts[f.name], f) if f.bits else fields[f.name].contiguous().view(len(codes), -1).view(torch.uint8)
+        for f in layout
+    ]
+    return torch.cat(columns, 1).view(rows, -1)
+
+
+def block_weights(format: NumberFormat) -> int:
+    """Weights of a block: 32, or 256 in a K type."""
+    low = next(field for field in _layout(format) if field.name == "low")
+    return low.size * 8 // low.bits
+
+
+def block_bytes(format: NumberFormat) -> int:
+    """Bytes of a block."""
+    return sum(field.size for field in _layout(format))
 
 
 def unpack(blocks: UInt8[Tensor, "rows bytes"], format: NumberFormat) -> Encoded:
@@ -98,7 +120,7 @@ def _codes(fields: dict[str, Tensor], format: NumberFormat) -> Tensor:
 
 def _scales(fields: dict[str, Tensor], format: NumberFormat) -> tuple[Tensor, Tensor | None]:
     scale, minimum = (fields[n].view(torch.float16) if n in fields else None for n in ("scale", "minimum"))
-    if format.scale_rule is not None:
+    if "multipliers" not in fields:
         return scale.flatten(), None if minimum is None else minimum.flatten()
     of_scale, of_minimum = _MULTIPLIERS[format.name](fields["multipliers"])
     minimums = None if minimum is None else -(minimum.float() * of_minimum).flatten()
@@ -134,6 +156,22 @@ def _six_bit(field: Tensor) -> tuple[Tensor, None]:
     low, high = field.split((8, 4), dim=1)
     codes = _spread(low.contiguous(), 4, 8) | _spread(high.contiguous(), 2, 4) << 4
     return codes.to(torch.int8) - 32, None
+
+
+def joined_multipliers(
+    format: NumberFormat, scales: Int[Tensor, "block groups"], minimums: Int[Tensor, "block groups"] | None
+) -> UInt8[Tensor, "block bytes"]:
+    """The bytes of a K type's multipliers, the inverse of reading them; one row a super-block."""
+    if format.name == "q6_k":
+        return scales.to(torch.int8).view(torch.uint8)
+    if format.name == "q3_k":
+        codes = (scales + 32).to(torch.uint8)
+        return torch.cat((_narrow(codes & 15, Field("", 8, 4, 8)), _narrow(codes >> 4, Field("", 4, 2, 4))), 1)
+    scales, minimums = scales.to(torch.uint8), minimums.to(torch.uint8)
+    if format.name == "q2_k":
+        return scales | minimums << 4
+    first, second = (part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minimums))
+    return torch.cat((first, second, scales[:, 4:] & 15 | (minimums[:, 4:] & 15) << 4), 1)
 
 
 _MULTIPLIERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
@@ -184,12 +222,16 @@ def _super(name: str, bits: int, group_size: int, scale_bits: int, low: int = 0)
     return NumberFormat(name, bits, group_size, scale_bits, None, low, high, offset=offset)
 
 
+# ggml's table of unequal steps, by code; a float16 scale multiplies it.
+_UNEQUAL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 _ROWS = (
     _simple("q4_0", 4, signed_extreme, -8, 7),
     _simple("q4_1", 4, least_to_greatest, 0, 15),
     _simple("q5_0", 5, signed_extreme, -16, 15),
     _simple("q5_1", 5, least_to_greatest, 0, 31),
     _simple("q8_0", 8, largest_magnitude, -127, 127, half_away),
+    NumberFormat("iq4_nl", 4, 32, 16, None, 0, 15, levels=tuple(map(float, _UNEQUAL))),
     _super("q2_k", 2, 16, 10),
     _super("q3_k", 3, 16, 7, -4),
     _super("q4_k", 4, 32, 16),

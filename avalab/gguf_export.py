@@ -9,15 +9,15 @@
    row that 32 does not divide stays float16.
 4. `write` makes an artefact of it: the file, configuration and tokenizer, and a `Modelfile` for Ollama.
 
-Source: the GGUF specification; names and keys by the gguf package. What it does not do: K-quants, importance-weighted
-rounding, SentencePiece tokenizers, scaled rotary embeddings, experts; each is refused by name.
+Source: the GGUF specification; names and keys by the gguf package. What it does not do: K-quants or weighting by
+importance (see `gguf_quantizer`), SentencePiece tokenizers, scaled rotary embeddings, experts; each is refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from avalab import artifacts, gguf_blocks, gguf_packed, gguf_tokenizer, models, numerics
+from avalab import exported, gguf_blocks, gguf_packed, gguf_tokenizer, models, numerics
 from avalab.artifacts import Artifact
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -50,34 +50,36 @@ def write(artifact: Artifact, block: str = "q8_0", *, out: Path | None = None) -
     One made before by the same code is reused. Raises ValueError for an unknown block type, a model family or tokenizer
     that is not exported, or weights that are quantised already.
     """
-    out = out or artifact.path.parent / f"{artifact.name}+gguf-{block}"
     sources = [Path(m.__file__) for m in (gguf_blocks, gguf_packed, gguf_tokenizer)] + [Path(__file__)]
-    recipe = [*artifact.card["recipe"], {"step": "gguf", "block": block, "code": artifacts.code_sha256(sources)}]
-    found = artifacts.find(out.name, out.parent, recipe, artifact.sha256)
-    if found:
-        return found
+    about = exported.Export({"step": "gguf", "block": block}, f"gguf-{block}", ENGINES, sources)
 
     def save(folder: Path) -> None:
         export(artifact.path, folder / f"{artifact.name}.{block}.gguf", block)
         copy_beside(artifact.path, folder)
 
-    about = {"format": f"gguf-{block}", "engines": ENGINES, "licence": artifact.card.get("licence", "")}
-    origin = {"name": artifact.name, "sha256": artifact.sha256}
-    return artifacts.write(out.name, out.parent, save, base=origin, recipe=recipe, **about)
+    return exported.write(artifact, about, save, out=out)
 
 
 def export(folder: Path, file: Path, block: str = "q8_0") -> None:
     """Write one GGUF file from a model folder in transformers' format, and Ollama's `Modelfile` beside it."""
+    if block not in (*BLOCKS, KEPT):
+        known = ", ".join((*BLOCKS, KEPT))
+        raise ValueError(f"no block type {block!r} is written; choose one of {known} (K types: gguf_quantizer)")
+    config = checked_config(folder, kept=block == KEPT)
+    write_tensors(folder, file, stored(folder, config, block), config=config, block=block)
+
+
+def write_tensors(
+    folder: Path, file: Path, tensors: Iterable[tuple[str, str, np.ndarray]], *, config: PreTrainedConfig, block: str
+) -> None:
+    """Write a file of tensors (name, block type, content in the file's order) with the folder's tokenizer."""
     import gguf
 
-    if block not in (*BLOCKS, KEPT):
-        raise ValueError(f"no block type {block!r} is written; choose one of {', '.join((*BLOCKS, KEPT))}")
-    config = checked_config(folder, kept=block == KEPT)
     writer = gguf.GGUFWriter(str(file), config.model_type)
     _write_sizes(writer, config, file.stem, block)
     tokenizer = models.load_tokenizer(folder)
     gguf_tokenizer.write(writer, tokenizer, rows=config.vocab_size)
-    for name, kind, values in stored(folder, config, block):
+    for name, kind, values in tensors:
         writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
     try:
         writer.write_header_to_file()
@@ -134,16 +136,16 @@ def encoded(tensor: Tensor, block: str) -> np.ndarray:
 
 def stored(folder: Path, config: PreTrainedConfig, block: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Name, block type and content of every tensor of the file, in the file's order of rows."""
-    names = _file_names(config)
+    names = file_names(config)
     for name, value in gguf_packed.tensors(folder) if block == KEPT else _parameters(folder, config):
         found = names(name)
         if isinstance(value, tuple):
-            steps, scales = (_in_file_order(name, part, config) for part in value)
+            steps, scales = (in_file_order(name, part, config) for part in value)
             kind = gguf_packed.block_of(steps)
             yield found, kind, gguf_packed.encoded(steps, scales, kind).numpy()
         else:
             kind = block_of(found, value, "bf16" if block == KEPT else block)
-            yield found, kind, encoded(_in_file_order(name, value, config), kind)
+            yield found, kind, encoded(in_file_order(name, value, config), kind)
 
 
 def _parameters(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
@@ -153,7 +155,8 @@ def _parameters(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, T
         yield name, parameter.detach().cpu()
 
 
-def _file_names(config: PreTrainedConfig) -> Callable[[str], str]:
+def file_names(config: PreTrainedConfig) -> Callable[[str], str]:
+    """The function from transformers' name of a tensor to the file's; it raises ValueError for one without."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
@@ -167,7 +170,8 @@ def _file_names(config: PreTrainedConfig) -> Callable[[str], str]:
     return file_name
 
 
-def _in_file_order(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+def in_file_order(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+    """A parameter's rows, or their bytes, as the file's rotary embedding needs them."""
     if config.model_type != "llama" or not any(part in name for part in (".q_proj.", ".k_proj.")):
         return tensor
     return interleaved(tensor, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)

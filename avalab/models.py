@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import artifacts, assets
+from avalab import artifacts, assets, gguf_vocabulary
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -39,6 +39,10 @@ EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_GGUF = "smollm2-135m-instruct-gguf"
 RESCALE_RANGE = 0.2
 RESCALE_SEED = 20260
+# The norm before the MLP, by family: Gemma has norms behind attention and MLP as well, which nothing here touches.
+MLP_NORMS = dict.fromkeys(("llama", "qwen2", "qwen3"), "post_attention_layernorm") | {
+    "gemma3_text": "pre_feedforward_layernorm"
+}
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -52,11 +56,10 @@ def base(run: Run) -> Artifact:
     and for one that is already quantised or holds NaN.
     """
     name = run.name_of_model
-    if run.model == EMBEDDED:
-        source = assets.fetch(EMBEDDED_GGUF)
+    source = assets.fetch(EMBEDDED_GGUF) if run.model == EMBEDDED else resolve(run.model)
+    if source.suffix == ".gguf":  # already on a grid
         step = {"step": "rescale_off_grid", "range": RESCALE_RANGE, "seed": RESCALE_SEED}
     else:
-        source = resolve(run.model)
         step = {"step": "cast", "dtype": "bfloat16"}
     origin = {"name": run.model, "sha256": _source_sha256(source)}
     found = artifacts.find(name, run.artifacts_dir, [step], origin["sha256"])
@@ -64,12 +67,13 @@ def base(run: Run) -> Artifact:
         return found
 
     def save(folder: Path) -> None:
-        model, tokenizer = _embedded(source) if run.model == EMBEDDED else _from_source(source)
+        model, tokenizer = _off_grid(source) if source.suffix == ".gguf" else _from_source(source)
         refuse_non_finite(model)
         save_model(model, tokenizer, folder)
 
+    licence = _licence(run.model)
     return artifacts.write(
-        name, run.artifacts_dir, save, base=origin, recipe=[step], format="bf16", engines=["torch"], licence="see base"
+        name, run.artifacts_dir, save, base=origin, recipe=[step], format="bf16", engines=["torch"], licence=licence
     )
 
 
@@ -93,6 +97,9 @@ def load(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = to
     folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve(str(Path(artifact).resolve()))
     if (folder / ADAPTER_CONFIG).is_file():
         return _load_adapter(artifacts.load(folder, verify=False), device, dtype)
+    if not list(folder.glob("*.safetensors")) and len(files := list(folder.glob("*.gguf"))) == 1:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            return nn.Module.to(from_gguf(files[0])[0], device, dtype)
     quiet_libraries()
     # The libraries' own deprecations and progress bars that cannot be turned off: nothing a reader can act on.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -202,12 +209,21 @@ def refuse_non_finite(model: nn.Module) -> None:
 
 @torch.no_grad()
 def rescale_off_grid(model: PreTrainedModel, *, limit: float = RESCALE_RANGE, seed: int = RESCALE_SEED) -> None:
-    """Multiply matching channels of a Llama-family model, in place, by random factors that cancel (see the module)."""
+    """Multiply matching channels, in place, by random factors that cancel (see the module).
+
+    Raises ValueError for a family that it does not know: compressed from its grid, a model would flatter some methods.
+    """
+    kind = model.config.model_type
+    if kind not in MLP_NORMS:
+        raise ValueError(
+            f"a GGUF file's weights lie on its own grid, and {kind} models are not taken off it; known are "
+            f"{', '.join(MLP_NORMS)}: give a folder with 16-bit weights"
+        )
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         _move_scale(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), limit, generator)
-        _move_scale(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), limit, generator)
+        _move_scale(getattr(layer, MLP_NORMS[kind]), (mlp.gate_proj, mlp.up_proj), limit, generator)
         factors = _factors(mlp.up_proj.out_features, limit, generator)
         mlp.up_proj.weight.mul_(factors[:, None])
         mlp.down_proj.weight.div_(factors)
@@ -232,7 +248,15 @@ def _factors(count: int, limit: float, generator: torch.Generator) -> torch.Tens
 
 def _move_scale(norm: nn.Module, readers: tuple[nn.Linear, ...], limit: float, generator: torch.Generator) -> None:
     factors = _factors(norm.weight.numel(), limit, generator)
-    norm.weight.mul_(factors)
+    if type(norm).__name__.startswith("Gemma"):  # multiplies by 1 + weight
+        gain = 1 + norm.weight
+        # A gain near 0 is the small difference of 1 and a bf16 number: the factor is what that number gives.
+        moved = (gain * factors - 1).bfloat16().to(gain.dtype)
+        movable = (gain != 0) & (1 + moved != 0)
+        factors = torch.where(movable, (1 + moved) / gain, 1.0)
+        norm.weight.copy_(torch.where(movable, moved, norm.weight))
+    else:
+        norm.weight.mul_(factors)
     for reader in readers:
         reader.weight.div_(factors)
 
@@ -243,7 +267,13 @@ def _per_query_head(factors: torch.Tensor, attention: nn.Module) -> torch.Tensor
     return per_head.repeat_interleave(attention.num_key_value_groups, dim=0).flatten()
 
 
-def _embedded(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _licence(model: str) -> str:
+    """The licence of an asset; the embedded base's cards have always said `see base`."""
+    asset = assets.manifest().get(model)
+    return asset.licence if asset else "see base"
+
+
+def _off_grid(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = from_gguf(gguf)
     rescale_off_grid(model)
     return nn.Module.to(model, torch.bfloat16), tokenizer
@@ -253,7 +283,10 @@ def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
     quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if model.config.model_type in gguf_vocabulary.MODEL_TYPES:
+        tokenizer = gguf_vocabulary.tokenizer(gguf)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     forget_quantisation(model)
     model.config.name_or_path = ""  # otherwise the path of this machine is saved
     return model.eval(), tokenizer

@@ -200,6 +200,7 @@ def _export_into(folder: Path, artifact: Artifact, weights: str) -> dict:
         raise ValueError(f"{artifact.name} takes {size:,} bytes; a file with sparse tensors ends at {FILE_BYTES:,}")
     onnx.save_model(proto, folder / FILE, save_as_external_data=size > FILE_BYTES, location=f"{FILE}.data")
     tokenizer.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # context and vocabulary, for the engine onnxruntime
     return {
         "onnx_bytes": sum(file.stat().st_size for file in folder.glob(f"{FILE}*")),
         **_checked(model, folder / FILE),

@@ -75,6 +75,9 @@ def write(
     found = artifacts.find(out.name, out.parent, recipe, base.sha256)
     if found:
         return found
+    format, engines = (row.format, ("torch",))
+    if row.compress is ava.compress:
+        format, engines = ava.shipped_as(parameters, models.parameter_count(skeleton(base.path)), base.path)
     calibration = corpora.calibration_windows(run, models.load_tokenizer(base)) if row.calibrated else None
     job = Job(base.path, run.device, parameters, skipped, calibration)
     return artifacts.write(
@@ -83,7 +86,8 @@ def write(
         lambda folder: _compress_into(folder, row, job),
         base=origin,
         recipe=recipe,
-        format=row.format,
+        format=format,
+        engines=engines,
         licence=base.card["licence"],
     )
 

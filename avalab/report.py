@@ -85,7 +85,7 @@ def findings_table(entries: list[Entry], link: str) -> str:
     rows = [
         (
             _markdown(entry.question),
-            ("Earlier run: " if entry.state == "failed" else "") + (_markdown(_headline(entry)) or "no finding printed"),
+            _markdown(_headline(entry)) or "no finding printed",
             ", ".join(f"[{Path(f.path).stem[3:].replace('_', ' ')}]({link}/{quote(f.path)})" for f in entry.figures),
             f"[{entry.name}]({link}/{quote(entry.name)}.ipynb)",
         )
@@ -96,7 +96,8 @@ def findings_table(entries: list[Entry], link: str) -> str:
 
 
 def _headline(entry: Entry) -> str:
-    return entry.finding.strip().partition("\n")[0]
+    first = entry.finding.strip().partition("\n")[0]
+    return f"Earlier run: {first}" if first and entry.state == "failed" else first
 
 
 def _markdown(text: str) -> str:
@@ -144,8 +145,7 @@ def _summary_row(entry: Entry) -> str:
     found = _inline(_headline(entry)) or ("no finding printed" if entry.state == "done" else "")
     state = "" if entry.state == "done" else f'<strong class="bad">{entry.state}</strong> {_inline(entry.error)} '
     link = f'<a href="#{quote(entry.name)}">{html.escape(entry.name)}</a>'
-    before = "Earlier run: " if entry.state == "failed" and found else ""
-    return f"<tr><td>{link}</td><td>{_inline(entry.question)}</td><td>{state}{before}{found}</td></tr>\n"
+    return f"<tr><td>{link}</td><td>{_inline(entry.question)}</td><td>{state}{found}</td></tr>\n"
 
 
 def _section(entry: Entry) -> str:

@@ -24,7 +24,10 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from avalab.numerics import NumberFormat
+
 DAMPING = 0.01  # of the moment's mean diagonal
+ENOUGH_TOKENS, FEW_TOKENS = 5, 3  # for each column
 SHRINKS = tuple(1 - 0.04 * step for step in range(12))  # of a group's range, tried in this order
 BLOCK_COLUMNS = 32
 CHUNK_WEIGHTS = 2**20  # worked on at a time: a few MiB, near the cores
@@ -49,6 +52,10 @@ class Grid:
     @property
     def high(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,16 @@ class Problem:
         cost = torch.empty_like(self.order, dtype=self.factor.dtype)
         cost[self.order] = self.factor.diagonal() ** -2
         return cost
+
+
+def damping_for(columns: int, tokens: int) -> float:
+    """Damping of a moment estimated from so many tokens, as a share of its mean diagonal.
+
+    `DAMPING` for five tokens a column or more; 1 for three or fewer, whose correlations are mostly chance (there it
+    gave the least divergence on other text); between them in equal ratios.
+    """
+    missing = (ENOUGH_TOKENS - tokens / columns) / (ENOUGH_TOKENS - FEW_TOKENS)
+    return DAMPING ** (1 - min(1.0, max(0.0, missing)))
 
 
 def problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAMPING) -> Problem:
@@ -128,10 +145,10 @@ def round_weight(
         raise ValueError(f"a group of {grid.group_size} does not divide {weight.shape[1]} columns")
     weight = weight.float()
     scales, zeros = search(weight, posed.column_cost, grid)
-    codes = _compensated(weight, posed, grid, scales, zeros)
+    codes = compensated(weight, posed, grid, scales, zeros)
     for _ in range(min(2, max(0, 6 - grid.bits)) if repairs is None else repairs):
         scales = refit(weight, posed.moment, grid, codes, scales, zeros)
-        codes = _descended(weight, posed, grid, codes, scales, zeros)
+        codes = descended(weight, posed, grid, codes, scales=scales, zeros=zeros)
     return Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
 
 
@@ -197,8 +214,21 @@ def _stored(scale: Tensor) -> Tensor:
     return scale.clamp(min=1e-8).bfloat16().float()
 
 
-def _compensated(weight: Tensor, posed: Problem, grid: Grid, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Codes by error-compensated rounding; works on the transpose, whose rows are contiguous columns."""
+def snap(values: Tensor, grid: Grid | NumberFormat) -> Tensor:
+    """The nearest points of a grid whose scale is 1, in place where it can be: integers, or the grid's own levels."""
+    if not grid.levels:
+        return values.round_().clamp_(grid.low, grid.high)
+    levels = torch.tensor(grid.levels, device=values.device)
+    return levels[torch.bucketize(values, (levels[:-1] + levels[1:]) / 2)]
+
+
+def compensated(
+    weight: Tensor, posed: Problem, grid: Grid | NumberFormat, scales: Tensor, zeros: Tensor
+) -> Float[Tensor, "rows cols"]:
+    """Points of the grid by error-compensated rounding; a weight is (point - zero) * scale, zeros need not be whole.
+
+    Works on the transpose, whose rows are contiguous columns.
+    """
     order, factor = posed.order, posed.factor
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
@@ -210,7 +240,7 @@ def _compensated(weight: Tensor, posed: Problem, grid: Grid, scales: Tensor, zer
         errors = torch.empty_like(left[start:end])
         for j in range(start, end):
             scale, zero = scales[group[j]], zeros[group[j]]
-            codes[j] = (left[j] / scale + zero).round_().clamp_(grid.low, grid.high)
+            codes[j] = snap(left[j] / scale + zero, grid)
             errors[j - start] = left[j] - (codes[j] - zero) * scale
             left[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
@@ -241,7 +271,9 @@ def _refit_rows(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, *,
     return torch.where(kept, _stored(found), scales)
 
 
-def _descended(weight: Tensor, posed: Problem, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def descended(
+    weight: Tensor, posed: Problem, grid: Grid | NumberFormat, codes: Tensor, *, scales: Tensor, zeros: Tensor
+) -> Float[Tensor, "rows cols"]:
     """One sweep of coordinate descent over the columns, each code the best integer given all the others."""
     moment, order = posed.moment[posed.order][:, posed.order], posed.order
     group = order // grid.group_size
@@ -255,7 +287,7 @@ def _descended(weight: Tensor, posed: Problem, grid: Grid, codes: Tensor, scales
         for j in range(start, end):
             scale, zero = scales[group[j]], zeros[group[j]]
             wanted = (decoded[j] + pull[j] / diagonal[j]) / scale + zero
-            code = wanted.round_().clamp_(grid.low, grid.high)
+            code = snap(wanted, grid)
             moves[j - start] = (code - codes[j]) * scale
             codes[j] = code
             pull[j + 1 : end].addr_(moment[j, j + 1 : end], moves[j - start], alpha=-1)

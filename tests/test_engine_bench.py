@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import artifacts, cli, engine_bench, engines
+from avalab import alone, artifacts, cli, engine_bench, engines
 from avalab.engine_bench import Cell, Race
 from avalab.engines.engine import Engine, Request
 from avalab.engines.kinds import Facts
@@ -16,7 +16,18 @@ from avalab.experiment import Run
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny-llama"
 RACE = Race(prompts=(4, 16, 4000), new_tokens=3, samples=2, threads=1)
-CELL = Cell(100, 1.5, 300, 250, 400, 0.5, {"16": [0.1, 0.2, 0.4]}, {"16": [[0.01, 0.03], [0.02, 0.02], [0.05, 0.05]]})
+CELL = Cell(
+    runtime_bytes=100,
+    load_seconds=[1.5],
+    load_peak_bytes=300,
+    idle_bytes=250,
+    peak_bytes=400,
+    load_average=0.5,
+    first={"16": [0.1, 0.2, 0.4]},
+    further={"16": [[0.01, 0.03], [0.02, 0.02], [0.05, 0.05]]},
+    joules={"16": [3.0, 6.0, 9.0]},
+    read_bytes_per_s=1e9,
+)
 
 
 @pytest.fixture
@@ -71,7 +82,27 @@ def test_what_was_measured_becomes_records_by_pencil(run, artifact):
     assert found["token_latency_ms:prompt16:p50"] == pytest.approx(25)
     assert found["prefill_tokens_per_s:prompt16"] == pytest.approx(80)
     assert found["decode_tokens_per_s:prompt16"] == pytest.approx(50)
+    assert found["peak_rss_bytes:engine"] == 300
+    assert found["roofline_fraction"] == pytest.approx(50 * (TINY / "model.safetensors").stat().st_size / 1e9)
+    assert found["energy_joules_per_token:prompt16"] == pytest.approx(2)
     assert {record.engine for record in run.records} == {"torch"}
+
+
+def test_a_machine_that_shows_no_energy_is_one_record_that_says_so(run, artifact):
+    silent = replace(CELL, energy_note="not measured: no counter", joules={"16": []})
+    engine_bench.add_records(run, artifact, engine="torch", race=RACE, cell=silent, subject="tiny in torch")
+    (record,) = [r for r in run.records if r.metric.startswith("energy")]
+    assert (record.subject, record.value, record.note) == ("tiny in torch", None, "not measured: no counter")
+
+
+def test_two_visits_of_a_cell_are_one_with_the_samples_of_both_and_the_highest_peak():
+    other = replace(CELL, peak_bytes=500, idle_bytes=240, load_seconds=[2.5], first={"16": [0.3]}, read_bytes_per_s=2e9)
+    both = engine_bench.merged([CELL, other])
+    assert both.first == {"16": [0.1, 0.2, 0.4, 0.3]}
+    assert len(both.further["16"]) == 6
+    assert (both.peak_bytes, both.idle_bytes, both.load_seconds) == (500, 245, [1.5, 2.5])
+    assert both.read_bytes_per_s == 2e9
+    assert engine_bench.merged([CELL]) == CELL
 
 
 def test_a_cell_is_measured_in_a_process_of_its_own(artifact):
@@ -79,7 +110,9 @@ def test_a_cell_is_measured_in_a_process_of_its_own(artifact):
     cell = engine_bench.measure(artifact, "torch", race=RACE)
     assert {length: len(samples) for length, samples in cell.first.items()} == {"4": 2, "16": 2}
     assert [len(steps) for steps in cell.further["16"]] == [2, 2]
-    assert 0 < cell.runtime_bytes < cell.idle_bytes <= cell.peak_bytes
+    assert 0 < cell.runtime_bytes < cell.peak_bytes
+    assert cell.read_bytes_per_s > 0
+    assert cell.energy_note or all(map(len, cell.joules.values()))
     assert min(cell.first["4"]) > 0
 
 
@@ -90,26 +123,16 @@ def test_a_cell_that_takes_too_long_is_a_record_that_says_so(run, artifact):
     assert record.note == "tiny in torch took longer than 0.01 s"
 
 
-def test_what_an_engine_refuses_reaches_the_caller_as_the_same_error(artifact, tmp_path, monkeypatch):
+def test_what_an_engine_refuses_reaches_the_caller_as_the_same_error(artifact, monkeypatch):
     """The measuring process writes the error down; here both halves without the process."""
-    engine_bench.main(json.dumps({"folder": str(artifact.path), "engine": "onnx", "threads": 1}), str(tmp_path / "r"))
-    answer = json.loads((tmp_path / "r").read_text())
-    assert answer["error"] == "NotSupported"
-    monkeypatch.setattr(engine_bench.subprocess, "run", lambda command, **rest: _written(command, answer))
+    monkeypatch.setattr(alone, "_run", lambda arguments, limit: alone.main(*arguments[:3]) or 0)
     with pytest.raises(engines.NotSupported, match="onnx cannot load tiny"):
         engine_bench.measure(artifact, "onnx", race=RACE)
 
 
-def _written(command: list[str], answer: dict):
-    Path(command[-1]).write_text(json.dumps(answer))
-    return engine_bench.subprocess.CompletedProcess(command, 0)
-
-
-@pytest.mark.parametrize(("code", "says"), [(-9, "out of memory"), (1, "last words"), (3, "exit status 3")])
-def test_a_process_that_dies_says_why(code, says, artifact, monkeypatch):
-    died = engine_bench.subprocess.CompletedProcess([], code, stderr="first\nlast words\n" if code == 1 else "")
-    monkeypatch.setattr(engine_bench.subprocess, "run", lambda command, **rest: died)
-    with pytest.raises(RuntimeError, match=f"tiny in onnx failed: .*{says}"):
+def test_a_process_that_dies_says_why(artifact, monkeypatch):
+    monkeypatch.setattr(alone, "_run", lambda arguments, limit: -9)
+    with pytest.raises(RuntimeError, match=r"tiny in onnx failed: killed, most likely out of memory"):
         engine_bench.measure(artifact, "onnx", race=RACE)
 
 

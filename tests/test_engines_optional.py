@@ -5,6 +5,7 @@ activations to 8 bits where weights have 4 or 8, and keep keys and values in 16 
 token bounds that on the tiny model (its own 4-bit rounding costs 0.03 to 0.06).
 """
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -60,8 +61,15 @@ def made(tmp_path_factory):
     return folder_of
 
 
+@functools.cache
 def reference(folder: Path) -> Engine:
     return engines.load("torch", folder, dtype=torch.float32)
+
+
+@functools.cache
+def opened(name: str, folder: Path) -> Engine:
+    """An engine that several tests share; none of them closes it."""
+    return engines.load(name, folder, threads=1)
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -77,7 +85,7 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_a_gguf_file_gives_the_greedy_tokens_of_transformers(name, block, made, prompt):
     """16 tokens, all equal: at 8 bits and more no choice of the tiny model is close enough to flip."""
     folder = made(f"gguf-{block}")
-    engine = engines.load(name, folder, threads=1)
+    engine = opened(name, folder)
     assert engine.generate(prompt, 16, past_end=True) == reference(folder).generate(prompt, 16, past_end=True)
 
 
@@ -85,7 +93,7 @@ def test_a_gguf_file_gives_the_greedy_tokens_of_transformers(name, block, made, 
 @pytest.mark.parametrize("block", ["f16", "q8_0", "q4_0"])
 def test_a_gguf_file_gives_the_distributions_of_transformers(name, block, made, prompt):
     folder = made(f"gguf-{block}")
-    ours, theirs = (e.logits(prompt) for e in (engines.load(name, folder, threads=1), reference(folder)))
+    ours, theirs = (e.logits(prompt) for e in (opened(name, folder), reference(folder)))
     assert ours.shape == theirs.shape == (len(prompt), 1024)
     assert divergence(ours, theirs) < 0.005
 
@@ -94,7 +102,7 @@ def test_a_gguf_file_gives_the_distributions_of_transformers(name, block, made, 
 def test_a_grammar_makes_a_readable_call_in_every_engine(name, made, prompt):
     tokenizer = models.load_tokenizer(TINY)
     grammar = grammars.call_grammar(grammars.compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
-    engine = engines.load(name, made("gguf-q8_0"), threads=1)
+    engine = opened(name, made("gguf-q8_0"))
     text = tokenizer.decode(engine.generate(prompt, 120, grammar), skip_special_tokens=True)
     call = json.loads(text.removeprefix(grammars.BEGIN).removesuffix(grammars.END))
     assert (call[0]["name"], list(call[0]["arguments"])) == ("add", ["a"])
@@ -102,7 +110,7 @@ def test_a_grammar_makes_a_readable_call_in_every_engine(name, made, prompt):
 
 @every_reader_of_gguf
 def test_tokens_are_told_as_they_come_and_generations_do_not_hang_together(name, made, prompt):
-    engine, seen = engines.load(name, made("gguf-q8_0"), threads=1), []
+    engine, seen = opened(name, made("gguf-q8_0")), []
     first = engine.generate(prompt, 8, past_end=True, on_token=seen.append)
     assert seen == first
     engine.generate(prompt[:3], 4)
@@ -275,6 +283,8 @@ def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
     [
         ("openvino", "openvino_genai", "openvino"),
         ("onnx", "onnxruntime_genai", "onnx"),
+        ("onnxruntime", "onnxruntime", "onnx"),
+        ("executorch", "executorch", "executorch"),
         ("llamacpp", "llama_cpp", "llamacpp"),
         ("vllm", "vllm", "vllm"),
         ("tensorrt", "tensorrt_llm", "tensorrt"),

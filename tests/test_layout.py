@@ -27,19 +27,24 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
     0: "experiment assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
-    "sparse_storage sparsity_patterns variety",
-    1: "models artifacts corpora cost storage probe marks plots tables labels executed roofline accuracy_plot "
-    "gate_plot pruning_plot training_plot answer_cache toolbox phrasing sandbox calibration packed_rows "
-    "packed_attention train_memory distill_losses distill_plot structured",
-    2: "quality quantize sensitivity compressors rounding packing ava prune removal moments saliency surgeon adapters "
-    "calls call_cases grammars gates overlap drafts teachers example_files whole_training recovery",
+    "sparse_storage sparsity_patterns variety cascade llamacpp_build",
+    1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
+    "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
+    "training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
+    "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot",
+    2: "block_rounding rounded_walk expected_rise additivity ava_gguf gguf_mixed gguf_tokenizer gguf_packed "
+    "gguf_export quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
+    "surgeon adapters calls call_cases grammars gates overlap drafts teachers example_files whole_training "
+    "recovery answers_vote fake_quant packed_file torchao_qat agreement",
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
-    "engines harness gguf_tokenizer gguf_packed gguf_export onnx_file sparse_speed targets distill_rows "
-    "distill_objective distill "
-    "chain",
-    4: "search serve engine_bench distill_bench train_bench train_limit chat_tools conversation",
-    5: "plan review",
-    6: "cli cli_learn cli_distill cli_export cli_options report headless dependencies",
+    "mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
+    "distill block_training qat chain rating",
+    4: "race contestants engine_batches engine_quality peers peers_making peers_autoround peers_embedding "
+    "peers_gguf peers_runtimes peers_scores search serve engine_bench distill_bench train_bench train_limit "
+    "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side",
+    5: "plan review rating_form",
+    6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options report headless dependencies "
+    "cli_compare",
 }
 LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
 PLOTTERS = {"avalab.cli", "avalab.report"}
@@ -240,7 +245,10 @@ def test_every_package_of_the_projects_card_is_declared_where_it_belongs():
 
 
 def test_every_pin_of_the_lab_is_exact():
-    ranged = {name for name, r in requirements("lab").items() if [s.operator for s in r.specifier] != ["=="]}
+    lab = requirements("lab")
+    named = set(lab.pop("avalab").extras)  # the lab takes some extras whole
+    pins = lab | {name: r for extra in named for name, r in requirements(extra).items()}
+    ranged = {name for name, r in pins.items() if [s.operator for s in r.specifier] != ["=="]}
     assert not ranged
 
 
@@ -254,5 +262,6 @@ def test_the_conda_environment_installs_what_pyproject_lists_on_a_python_it_allo
 def test_make_help_describes_every_public_target_in_one_line():
     made = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True).stdout
     named = {line.split()[1] for line in made.splitlines()}
-    public = "help setup lab reproduce smoke bench-kernels bench-train test lint report clean"
+    public = "help setup setup-llamacpp lab reproduce smoke bench bench-kernels bench-train bench-peers test lint"
+    public += " report clean"
     assert named == set(public.split())

@@ -34,7 +34,7 @@ def test_two_columns_by_hand_the_second_makes_up_for_the_first():
     """H = [[1, .9], [.9, 1]]; 0.5 rounds to 0 on the grid of integers, and the second column takes 0.9 x 0.5 of it."""
     posed = rounding.problem(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=1e-7)
     grid, one, zero = Grid(4, 2), torch.ones(1, 1), torch.zeros(1, 1)
-    codes = rounding._compensated(torch.tensor([[0.4, 1.2]]), posed, grid, one, zero)
+    codes = rounding.compensated(torch.tensor([[0.4, 1.2]]), posed, grid, one, zero)
     assert codes.tolist() == [[0.0, 2.0]]  # 1.2 + 0.9 * 0.4 = 1.56
 
 
@@ -65,14 +65,14 @@ def test_each_step_of_the_repair_never_raises_the_error():
     grid, posed = Grid(3, 32), rounding.problem(moment)
     moment = posed.moment  # what is minimised
     scales, zeros = rounding.search(weight, posed.column_cost, grid)
-    codes = rounding._compensated(weight, posed, grid, scales, zeros)
+    codes = rounding.compensated(weight, posed, grid, scales, zeros)
     errors = []
     for _ in range(3):
         for step in ("scales", "codes"):
             if step == "scales":
                 scales = rounding.refit(weight, moment, grid, codes, scales, zeros)
             else:
-                codes = rounding._descended(weight, posed, grid, codes, scales, zeros)
+                codes = rounding.descended(weight, posed, grid, codes, scales=scales, zeros=zeros)
             rounded = rounding.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
             errors.append(float(rounding.error(weight, rounded, moment).sum()))
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors)), errors
@@ -237,10 +237,27 @@ def test_a_group_that_does_not_divide_gives_way_to_the_next_larger_one():
     assert {grid.group_size for grid in ava.grids(576, 128)} == {576}
 
 
-def test_a_budget_below_the_smallest_or_above_bf16_is_refused_with_the_limit(tiny):
+def test_a_budget_below_the_smallest_is_refused_with_the_limit(tiny):
     with pytest.raises(ValueError, match=r"below the smallest file, [\d,]+ bytes"):
         ava.compress(tiny.job(bits_per_weight=1.0))
-    with pytest.raises(ValueError, match="above the bf16 model's"):
-        ava.compress(tiny.job(bits_per_weight=17.0))
     with pytest.raises(ValueError, match="'nf4' is neither"):
         ava.compress(tiny.job(embedding="nf4"))
+
+
+def test_few_tokens_a_column_are_damped_more_than_many():
+    """Five a column: 0.01; three: 1; four, in the middle, 0.1."""
+    assert rounding.damping_for(100, 500) == pytest.approx(0.01)
+    assert rounding.damping_for(100, 400) == pytest.approx(0.1)
+    assert rounding.damping_for(100, 300) == pytest.approx(1)
+    assert rounding.damping_for(100, 10) == pytest.approx(1)
+
+
+def test_groups_that_do_not_divide_are_named_in_the_notes(tiny):
+    assert ava._notes(models.load(tiny.folder), 0, 0) == []
+    notes = ava._notes(models.load(tiny.folder), 96, 0)
+    assert notes == ["groups of 128 instead of 96 for 128 columns in 24 layers", notes[1]]
+    assert notes[1] == "groups of 128 instead of 96 for 384 columns in 4 layers"
+
+
+def test_damped_moments_are_counted_in_the_notes(tiny):
+    assert ava._notes(models.load(tiny.folder), 0, 2) == ["2 second moments were singular and got more damping"]

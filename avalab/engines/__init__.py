@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avalab.artifacts import Artifact
-from avalab.engines import llamacpp, onnx, openvino, tensorrt, torch, vllm
+from avalab.engines import aot, executorch, llamacpp, onnx, onnxruntime, openvino, tensorrt, torch, vllm
 from avalab.engines.engine import Engine
 from avalab.engines.kinds import EngineUnavailable, NotSupported
 
@@ -21,6 +21,9 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "openvino": openvino.load,
     "onnx": onnx.load,
     "llamacpp": llamacpp.load,
+    "onnxruntime": onnxruntime.load,
+    "aot": aot.load,
+    "executorch": executorch.load,
     "vllm": vllm.load,
     "tensorrt": tensorrt.load,
 }

@@ -30,12 +30,16 @@ READERS: dict[str, tuple[str, ...]] = {
     "gguf": ("torch", "openvino", "llamacpp"),
     "openvino": ("openvino",),
     "onnx": ("onnx",),
-    "onnx-graph": (),  # `onnx_file` checks it in ONNX Runtime; it has no cache to generate with
+    "onnx-graph": ("onnxruntime",),
+    "aot": ("aot",),
+    "executorch": ("executorch",),
 }
 OWN_FILES = {
     "adapter": models.ADAPTER_CONFIG,
     "openvino": "openvino_model.xml",
     "onnx": "genai_config.json",
+    "aot": "model.pt2",
+    "executorch": "model.pte",
     "onnx-graph": "model.onnx",  # ONNX Runtime GenAI has one too
 }
 

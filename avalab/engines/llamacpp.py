@@ -4,8 +4,7 @@ Prompt and steps go through `llama_decode`; logits are copied out and the shared
 and end tokens are the same as everywhere. The key-value cache is allocated whole when the model is loaded: `context`
 tokens of it, which is then the longest sequence.
 
-The package builds llama.cpp while it is installed and needs a C++ compiler (`INSTALL`). Its native build crashes on
-processors with AMX (in release 0.3): hence the list of instruction sets in its place; leave out what a processor lacks.
+The package builds llama.cpp while it is installed, with the flags of `llamacpp_build`: `make setup-llamacpp`.
 
 What it does not do: convert models (see `gguf_export`), batch sequences, or use llama.cpp's own tokenizer.
 """
@@ -23,28 +22,30 @@ from avalab.artifacts import Artifact
 from avalab.engines import engine, kinds
 from avalab.engines.engine import Engine, Request
 
-SETS = "AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16"
-INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=OFF {}" pip install -e ".[llamacpp]"'.format(
-    " ".join(f"-DGGML_{name}=ON" for name in SETS.split())
-)
+INSTALL = "make setup-llamacpp (it compiles llama.cpp and then the extra [llamacpp]; a C++ compiler is needed)"
 BATCH = 512  # tokens of a prompt that are read at once
 
 
-def load(artifact: Artifact | Path, *, context: int = 2048, threads: int = 0, gpu_layers: int = 0) -> Engine:
+def load(
+    artifact: Artifact | Path, *, context: int = 2048, threads: int = 0, gpu_layers: int = 0, cache_bits: int = 16
+) -> Engine:
     """Open a GGUF artefact; `gpu_layers` of its blocks go to a GPU (-1: all), `threads` 0 leaves llama.cpp's choice.
 
+    `cache_bits` 8 keeps keys and values as q8_0, which llama.cpp can only with its fused attention.
     Raises ValueError for a file that llama.cpp refuses (truncated, or with tensors of a type that it does not know).
     """
     folder = kinds.checked("llamacpp", artifact)
     kinds.require("llamacpp", "llama_cpp", INSTALL)
-    from llama_cpp import Llama
+    from llama_cpp import GGML_TYPE_F16, GGML_TYPE_Q8_0, Llama
 
     facts = kinds.facts(folder)
     facts = replace(facts, context=min(context, facts.context))
     file, sizes = kinds.gguf_file(folder), {"n_ctx": facts.context, "n_batch": BATCH, "n_ubatch": BATCH}
     threaded = {"n_threads": threads or None, "n_threads_batch": threads or None}
+    kept = GGML_TYPE_Q8_0 if cache_bits == 8 else GGML_TYPE_F16
+    cache = {"type_k": kept, "type_v": kept, "flash_attn": cache_bits == 8}
     try:
-        model = Llama(str(file), n_gpu_layers=gpu_layers, verbose=False, **sizes, **threaded)
+        model = Llama(str(file), n_gpu_layers=gpu_layers, verbose=False, **cache, **sizes, **threaded)
     except ValueError as error:
         raise ValueError(f"llama.cpp cannot read {file}: {error}") from error
     return Engine("llamacpp", folder, facts, {"model": model}, _new_tokens, _logits)

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from avalab import artifacts
+from avalab import exported
 from avalab.artifacts import Artifact
-from avalab.engines import kinds
+from avalab.engines import dense, kinds
 from avalab.engines.onnx import INSTALL
 
 WEIGHTS = ("fp32", "int8", "int4")
@@ -26,19 +26,10 @@ LIMIT_SECONDS = 3600
 
 def write(artifact: Artifact, weights: str = "int4", *, out: Path | None = None) -> Artifact:
     """Export a dense artefact into an ONNX artefact, `<name>+onnx-<weights>` beside it or the folder `out`."""
-    out = out or artifact.path.parent / f"{artifact.name}+onnx-{weights}"
-    code = artifacts.code_sha256([Path(__file__)])
-    recipe = [*artifact.card["recipe"], {"step": "onnxruntime-genai", "weights": weights, "code": code}]
-    found = artifacts.find(out.name, out.parent, recipe, artifact.sha256)
-    if found:
-        return found
-    about = {"format": f"onnx-{weights}", "engines": ["onnx"], "licence": artifact.card.get("licence", "")}
-    origin = {"name": artifact.name, "sha256": artifact.sha256}
-
-    def save(folder: Path) -> None:
-        export(artifact.path, folder, weights)
-
-    return artifacts.write(out.name, out.parent, save, base=origin, recipe=recipe, **about)
+    about = exported.Export(
+        {"step": "onnxruntime-genai", "weights": weights}, f"onnx-{weights}", ("onnx",), [Path(__file__)]
+    )
+    return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 
 def export(folder: Path, out: Path, weights: str = "int4") -> None:
@@ -47,10 +38,7 @@ def export(folder: Path, out: Path, weights: str = "int4") -> None:
     Raises ValueError for unknown weights or a model that is not dense, EngineUnavailable without the libraries,
     RuntimeError with the builder's last line when it fails.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"no weights {weights!r} for ONNX; choose one of {', '.join(WEIGHTS)}")
-    if kinds.kind(folder) != "dense":
-        raise ValueError(f"{folder.name} is {kinds.kind(folder)}; export the dense model that it was made from")
+    dense.check(folder, weights, known=WEIGHTS, form="ONNX")
     for module in ("onnxruntime_genai", "onnx_ir"):
         kinds.require("onnx", module, INSTALL)
     with tempfile.TemporaryDirectory() as cache:

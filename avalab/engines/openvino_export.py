@@ -17,9 +17,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from avalab import artifacts, gguf_export
+from avalab import exported, gguf_export
 from avalab.artifacts import Artifact
-from avalab.engines import kinds, openvino_graph
+from avalab.engines import dense, kinds, openvino_graph
 from avalab.engines.openvino import INSTALL
 
 WEIGHTS = ("f16", "int8", "int4")
@@ -28,28 +28,17 @@ GROUP_SIZE = 64
 
 def write(artifact: Artifact, weights: str = "int8", *, out: Path | None = None) -> Artifact:
     """Export a dense artefact into an OpenVINO artefact, `<name>+openvino-<weights>` beside it or the folder `out`."""
-    out = out or artifact.path.parent / f"{artifact.name}+openvino-{weights}"
-    code = artifacts.code_sha256([Path(__file__), Path(gguf_export.__file__)])
-    recipe = [*artifact.card["recipe"], {"step": "openvino", "weights": weights, "code": code}]
-    found = artifacts.find(out.name, out.parent, recipe, artifact.sha256)
-    if found:
-        return found
-    about = {"format": f"openvino-{weights}", "engines": ["openvino"], "licence": artifact.card.get("licence", "")}
-    origin = {"name": artifact.name, "sha256": artifact.sha256}
-
-    def save(folder: Path) -> None:
-        export(artifact.path, folder, weights)
-
-    return artifacts.write(out.name, out.parent, save, base=origin, recipe=recipe, **about)
+    sources = [Path(__file__), Path(gguf_export.__file__)]
+    about = exported.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",), sources)
+    return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 
 def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = GROUP_SIZE) -> None:
     """Fill `out` with graph, weights, tokenizers and configuration of the model in `folder`.
 
-    Raises ValueError for unknown weights, EngineUnavailable without openvino-genai or nncf.
+    Raises ValueError for unknown weights or a quantised model, EngineUnavailable without openvino-genai or nncf.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"no weights {weights!r} for OpenVINO; choose one of {', '.join(WEIGHTS)}")
+    dense.check(folder, weights, known=WEIGHTS, form="OpenVINO")
     for module in ("openvino_genai", "nncf"):
         kinds.require("openvino", module, INSTALL)
     import openvino

@@ -30,11 +30,8 @@ def load(
 
     Raises ValueError for another precision, EngineUnavailable without TensorRT-LLM or without a GPU.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     folder = kinds.checked("tensorrt", artifact)
-    kinds.require("tensorrt", "tensorrt_llm", INSTALL)
-    kinds.require_gpu("tensorrt")
+    require(precision)
     from tensorrt_llm import LLM
     from tensorrt_llm.llmapi import KvCacheConfig
 
@@ -43,6 +40,14 @@ def load(
     cache = KvCacheConfig(enable_block_reuse=False)  # timing one prompt twice would time nothing
     model = LLM(model=str(folder), dtype=PRECISIONS[precision], max_seq_len=facts.context, kv_cache_config=cache)
     return Engine("tensorrt", folder, facts, {"model": model}, _new_tokens, _logits)
+
+
+def require(precision: str) -> None:
+    """Raise what `load` raises for another precision, without the library, or without a GPU."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    kinds.require("tensorrt", "tensorrt_llm", INSTALL)
+    kinds.require_gpu("tensorrt")
 
 
 def _logits(state: dict, tokens: list[int]) -> Tensor:

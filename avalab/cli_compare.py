@@ -1,0 +1,137 @@
+"""`avalab compare A B`: is the first artefact better than the second, worse, or not distinguishable?
+
+    bfcl    the same function-calling cases, McNemar's exact test
+    text    the same windows of text, paired bootstrap of the loss
+    speed   the same prompts in the same engine, both artefacts loaded, generations in turn: each round is a ratio of
+            seconds, ours over theirs; the interval of their median is one of order statistics (see `cost`), which
+            takes no shape of the noise for granted. Whoever goes first changes from round to round, so that neither
+            profits from what the other left in a cache, and what disturbs the machine meets both.
+
+What it does not do: compare memory (see `avalab bench`), or engines with each other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avalab.cli_options import ArtifactFolder, Limit, Mode, Profile, Seed
+
+TASKS = ("bfcl", "text", "speed")
+SPEED_ROUNDS = 11  # an odd number, enough for an interval of the median
+
+
+def compare(
+    ours: ArtifactFolder,
+    theirs: Annotated[Path, typer.Argument(help="The artefact it is compared with, such as the bf16 base.")],
+    task: Annotated[
+        str, typer.Option(help="bfcl (McNemar's test), text (paired bootstrap of the loss) or speed (paired ratios).")
+    ] = "bfcl",
+    mode: Mode = "forced",
+    limit: Limit = None,
+    engine: Annotated[str, typer.Option(help="Engine of both in the task speed.")] = "torch",
+    threads: Annotated[int, typer.Option(help="Its threads; 0 leaves its own choice.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+) -> None:
+    """Say whether the first artefact is better than the second, worse, or not distinguishable, on the same items."""
+    from avalab import artifacts
+    from avalab.experiment import Run
+
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    run, pair = Run("avalab_compare", profile, seed), [artifacts.load(ours), artifacts.load(theirs)]
+    if task == "bfcl":
+        _compare_calls(run, pair, mode, limit)
+    elif task == "text":
+        _compare_loss(run, pair, limit)
+    else:
+        _compare_speed(run, pair, engine=engine, threads=threads, rounds=limit or SPEED_ROUNDS)
+
+
+def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
+    from avalab import evaluate
+
+    answered = [evaluate.Respondent(artifact, run.device) for artifact in pair]
+    every: list[list[bool]] = [[], []]
+    for category in evaluate.answerable(run.profile.call_categories, mode):
+        how = {"category": category, "mode": mode, "limit": limit}
+        right = [[v.correct for v in evaluate.record(run, r.artifact.name, r, **how)] for r in answered]
+        print(f"{evaluate.metric(category, mode):44} {evaluate.mcnemar(*right)}")
+        every = [known + new for known, new in zip(every, right, strict=True)]
+    print(f"{'all':44} {evaluate.mcnemar(*every)}")
+
+
+def _compare_loss(run, pair: list, limit: int | None) -> None:
+    from avalab import corpora, models, quality
+
+    tokenizers = [models.load_tokenizer(artifact) for artifact in pair]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise ValueError(
+            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
+        )
+    cache = run.artifacts_dir / "cache"
+    for text in corpora.evaluation_texts(run, tokenizers[1]):
+        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
+        against = quality.reference(pair[1], windows, cache, run.device)
+        ours, theirs = (quality.cached_score(artifact, against, cache, run.device).nll for artifact in pair)
+        gap = quality.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
+        ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
+        print(f"{'loss, ' + text.name:44} {quality.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
+
+
+def _compare_speed(run, pair: list, *, engine: str, threads: int, rounds: int) -> None:
+    from avalab import engines
+
+    loaded: list = []
+    try:
+        for artifact in pair:
+            loaded.append(engines.load(engine, artifact, threads=threads))
+        sizes = run.profile.prompt_tokens, run.profile.new_tokens
+        timings = paired_timings(*loaded, sizes=sizes, rounds=rounds, seed=run.seed)
+    finally:
+        for each in loaded:
+            each.close()
+    for name, (ours, theirs) in timings.items():
+        print(f"{f'{name}, {engine}':44} {speed_verdict(ours, theirs)}")
+
+
+def paired_timings(
+    ours, theirs, *, sizes: tuple[int, int], rounds: int, seed: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of two engines on the same prompts, in turn: to the first token, and a further one (mean of a round).
+
+    `sizes` are tokens of the prompt and new ones. A round before the first warms up and does not count. Raises
+    ValueError for fewer than two new tokens.
+    """
+    from avalab import engine_bench
+
+    if sizes[1] < 2:
+        raise ValueError(f"need at least 2 new tokens to time one, got {sizes[1]}")
+    draw, vocabulary = random.Random(seed), min(ours.facts.vocabulary, theirs.facts.vocabulary)
+    first, further = ([], []), ([], [])
+    for number in range(rounds + 1):
+        prompt = [draw.randrange(vocabulary) for _ in range(sizes[0])]
+        for index in (0, 1) if number % 2 else (1, 0):
+            told = engine_bench.timed((ours, theirs)[index], prompt, sizes[1])
+            if number:
+                first[index].append(told[0])
+                further[index].append((told[-1] - told[0]) / (len(told) - 1))
+    return {"time to first token": first, "time a token": further}
+
+
+def speed_verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """`better: 0.72 [0.70, 0.75] of the other's time, 11 rounds`; an interval that holds 1 distinguishes nothing."""
+    from avalab import cost, quality
+
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    value, (low, high) = cost.quantile(ratios, 0.5), cost.quantile_interval(ratios)
+    known = low is not None and high is not None
+    ends = (low - 1, high - 1) if known else (None, None)
+    verdict = quality.verdict(quality.Estimate(value - 1, *ends, len(ratios)))
+    interval = f" [{low:.3f}, {high:.3f}]" if known else " (too few rounds for an interval)"
+    return f"{verdict}: {value:.3f}{interval} of the other's time, {len(ratios)} rounds"

@@ -1,0 +1,100 @@
+"""The sub-command `ensemble`: several artefacts, or several draws of one, answer a prompt together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avalab.cli_options import Profile, Seed
+
+
+def ensemble(
+    models: Annotated[list[Path], typer.Option(help="Artefact folders, as in --models A B C; the first decides ties.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    more: Annotated[list[Path] | None, typer.Argument(help="Further artefact folders.", metavar="[MODEL]...")] = None,
+    method: Annotated[
+        str, typer.Option(help="mean, logits, weighted, vote, self-consistency or answer-cascade.")
+    ] = "mean",
+    weights: Annotated[str, typer.Option(help="Of `weighted`, such as 0.7,0.3; fitted on held-out text without.")] = "",
+    threshold: Annotated[float, typer.Option(help="Below this confidence `answer-cascade` asks the second.")] = 0.5,
+    samples: Annotated[int, typer.Option(min=1, help="Draws of `self-consistency`.")] = 5,
+    temperature: Annotated[float, typer.Option(help="Of these draws.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 128,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+) -> None:
+    """Answer a prompt with several models of one tokenizer, token by token, or by a vote over whole answers."""
+    from avalab import artifacts
+    from avalab import ensemble as ensemble_
+    from avalab.experiment import Run
+
+    members = [artifacts.load(folder) for folder in [*models, *(more or [])]]
+    run = Run("avalab_ensemble", profile, seed)
+    ask = _asker(prompt, max_new_tokens)
+    if method in ensemble_.VOTES:
+        text, note = _by_answers(run, members, method, ask, (samples, temperature, threshold))
+    else:
+        text, note = _by_distributions(run, members, method, ask, weights)
+    print(text)
+    total = sum({member.sha256: member.bytes for member in members}.values())
+    print(f"{method} of {', '.join(member.name for member in members)}: {total / 1e6:.1f} MB; {note}")
+
+
+def _asker(prompt: str, tokens: int):
+    """A function from a respondent to its chat prompt and its answer."""
+    from avalab import grammars
+
+    def ask(respondent) -> tuple[str, str]:
+        messages = [{"role": "user", "content": prompt}]
+        text = respondent.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ((_, answer),) = grammars.answers(respondent.model, respondent.tokenizer, [text], max_new_tokens=tokens)
+        return text, answer
+
+    return ask
+
+
+def _by_distributions(run, members: list, method: str, ask, weights: str) -> tuple[str, str]:
+    from avalab import ensemble as ensemble_
+    from avalab import ensemble_bench, mixture
+
+    if method == "cascade":
+        raise ValueError("a cascade of distributions reads every token with both models; use --method answer-cascade")
+    given = {"weights": [float(part) for part in weights.split(",")]} if weights else {}
+    about = ensemble_.assemble(members, method, **given)
+    if method == "weighted" and not weights:
+        about = ensemble_.assemble(members, method, weights=ensemble_bench.fitted_weights(run, about.members))
+    shares = ", ".join(f"{weight:.3f}" for weight in about.weights)
+    return ask(mixture.respondent(about, run.device))[1], f"weights {shares}"
+
+
+def _by_answers(run, members: list, method: str, ask, settings: tuple[int, float, float]) -> tuple[str, str]:
+    from avalab import answers_vote, ensemble_answers
+    from avalab.evaluate import Respondent
+
+    samples, temperature, threshold = settings
+    if method == "self-consistency":
+        if len(members) != 1:
+            raise ValueError(f"self-consistency draws from one model, got {len(members)}; use vote")
+        how = {"temperature": temperature, "seed": run.seed, "device": run.device}
+        voters = ensemble_answers.draws(members[0], samples, **how)
+    else:
+        voters = [Respondent(member, run.device) for member in members]
+    if method == "answer-cascade":
+        return _cascade(voters, ask, threshold)
+    answers = [ask(voter)[1] for voter in voters]
+    outcome = answers_vote.elect(answers, answers_vote.text_key)
+    return answers[outcome.voter], f"{outcome.agreement:.0%} of {len(answers)} answers agree"
+
+
+def _cascade(pair: list, ask, threshold: float) -> tuple[str, str]:
+    from avalab import ensemble_answers
+
+    if len(pair) != 2:
+        raise ValueError(f"a cascade has a small and a large model, got {len(pair)}")
+    text, answer = ask(pair[0])
+    sure = ensemble_answers.text_confidence(pair[0], text, answer)
+    if sure >= threshold:
+        return answer, f"{pair[0].artifact.name} was sure enough: {sure:.3f}"
+    return ask(pair[1])[1], f"{pair[0].artifact.name} was unsure ({sure:.3f}), so {pair[1].artifact.name} answered"

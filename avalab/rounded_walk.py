@@ -1,0 +1,56 @@
+"""Round the chosen layers of a model, block by block, each seeing and making up for what was rounded before it.
+
+`calibration.walk` hands out the sites; layers of a site that get one format are rounded together, onto the weights that
+give the original outputs from the present inputs (`rounding.aim`). What does the rounding is the caller's: one function
+from weight, problem and format's name to something that decodes and splits.
+
+What it does not do: choose formats, touch embedding or head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avalab import calibration, rounding
+from avalab.rounding import Problem
+
+RoundRows = Callable[[Tensor, Problem, str, list[int]], list[Any]]  # weight, problem, format, rows of each layer
+
+
+@torch.no_grad()
+def apply(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    formats: Mapping[str, str],
+    round_rows: RoundRows,
+) -> tuple[dict[str, Any], int]:
+    """Replace, in place, the weights of the layers in `formats` by rounded ones.
+
+    Returns what `round_rows` made, by layer, and how many moments needed more than the usual damping.
+    """
+    rounded: dict[str, Any] = {}
+    damped = 0
+    for site in calibration.walk(model, windows):
+        by_format: dict[str, list[str]] = {}
+        for name in site.layers:
+            if name in formats:
+                by_format.setdefault(formats[name], []).append(name)
+        damping = rounding.damping_for(len(site.moment), site.tokens)
+        if by_format:
+            posed = rounding.problem(site.moment, damping=damping)
+            damped += posed.attempts > 1
+        for format, names in by_format.items():
+            layers = [site.layers[name] for name in names]
+            weight = torch.cat([layer.weight.float() for layer in layers])
+            target = rounding.aim(weight, site.moment, site.cross, damping=damping)
+            parts = round_rows(target, posed, format, [layer.out_features for layer in layers])
+            for name, layer, part in zip(names, layers, parts, strict=True):
+                layer.weight.data = part.decode(layer.weight.dtype)
+                rounded[name] = part
+    return rounded, damped

@@ -1,0 +1,198 @@
+"""Training through the rounding on the tiny model: it helps, keeps bytes and grids, resumes, and refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
+
+from avalab import (
+    block_training,
+    cli,
+    corpora,
+    experiment,
+    fake_quant,
+    models,
+    packed_file,
+    qat,
+    quality,
+    quantize,
+    train,
+)
+from avalab.block_training import Blocks
+from avalab.qat import Recipe
+from avalab.train import Schedule
+
+pytestmark = pytest.mark.usefixtures("few_docstrings")
+SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2)
+KINDS = {
+    "scales": Recipe(schedule=SCHEDULE),
+    "zeros": Recipe(zeros=True, schedule=SCHEDULE),
+    "weights": Recipe(kind="weights", schedule=replace(SCHEDULE, learning_rate=1e-3)),
+    "torchao": Recipe(kind="torchao", schedule=replace(SCHEDULE, learning_rate=1e-4)),
+    "blocks": Recipe(kind="blocks", blocks=Blocks(steps=16)),
+    "online": Recipe(teacher="online", schedule=SCHEDULE),
+}
+
+
+@pytest.fixture(scope="module")
+def read(run, base):
+    return qat.windows(run, models.load_tokenizer(base), tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def low(run, base):
+    return quantize.write(base, "rtn", run=run, bits=3, group_size=32)
+
+
+@pytest.fixture(scope="module")
+def mixed(run, base):
+    return quantize.write(base, "ava", run=run, bits_per_weight=5.5)
+
+
+@pytest.fixture(scope="module")
+def against(run, base):
+    windows = corpora.calibration_windows(run, models.load_tokenizer(base))
+    return quality.reference(base, windows, run.artifacts_dir / "cache")
+
+
+def divergence(artifact, against):
+    return quality.score(models.load(artifact), against).kl.mean().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_closer_to_the_teacher_at_the_same_bytes_on_the_same_grids(
+    kind, run, base, low, read, against
+):
+    trained = qat.write(low, base, read, run=run, out=run.artifacts_dir / f"low-{kind}", recipe=KINDS[kind])
+    assert trained.bytes == low.bytes
+    assert trained.format == low.format
+    assert divergence(trained, against) < divergence(low, against)
+    before, after = packed_file.read(low), packed_file.read(trained)
+    assert {n: p.grid for n, p in before.items()} == {n: p.grid for n, p in after.items()}
+    assert trained.card["measured"]["codes_changed"] == 0 or kind in ("weights", "torchao", "blocks")
+    assert qat.write(low, base, read, run=run, out=trained.path, recipe=KINDS[kind]).sha256 == trained.sha256
+    qat.record(run, kind, trained)
+    found = {record.metric: record.value for record in run.records if record.subject == kind}
+    assert found["train_tokens"] == (16 * 4 * 64 if kind == "blocks" else 1024)
+    assert "train_seconds" in found
+
+
+def test_mixed_precision_stays_as_it_was_and_every_other_tensor_too(run, base, mixed, read):
+    trained = qat.write(mixed, base, read[:4], run=run, out=run.artifacts_dir / "mixed-scales", recipe=KINDS["scales"])
+    before, after = packed_file.read(mixed), packed_file.read(trained)
+    assert len({part.grid.name for part in before.values()}) > 1
+    assert [part.grid for part in before.values()] == [part.grid for part in after.values()]
+    assert trained.bytes == mixed.bytes
+    assert (trained.path / "config.json").read_bytes() == (mixed.path / "config.json").read_bytes()
+    ours, theirs = (models.load(a).get_input_embeddings().weight for a in (trained, mixed))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_packed_file_written_back_unchanged_is_the_same_file(low, tmp_path):
+    packed_file.write(low, tmp_path, packed_file.read(low))
+    assert (tmp_path / "model.safetensors").read_bytes() == (low.path / "model.safetensors").read_bytes()
+
+
+def test_the_layers_read_from_a_file_decode_to_the_weights_that_the_model_computes_with(low):
+    model = models.load(low)
+    for name, part in packed_file.read(low).items():
+        assert torch.equal(part.decode(), model.get_submodule(name).weight)
+
+
+def test_tensors_of_another_shape_or_name_are_refused(low, tmp_path):
+    with pytest.raises(ValueError, match=r"has no tensor lm_head\.bias"):
+        packed_file.write(low, tmp_path, {}, others={"lm_head.bias": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is .* in the file, not .*may not change the bytes"):
+        packed_file.write(low, tmp_path, {}, others={"model.norm.weight": torch.zeros(2)})
+
+
+def test_blocks_end_no_further_from_the_original_than_they_began(run, base, low, read):
+    layers, teacher = packed_file.read(low), models.load(base)
+    student, weights = models.load(low), {n: teacher.get_submodule(n).weight for n in layers}
+    fake_quant.replace_layers(student, layers, weights=weights)
+    errors = block_training.reconstruct(student, teacher, read[:4], Blocks(steps=4, windows_per_step=2), seed=0)
+    assert len(errors) == len(student.model.layers)
+    assert all(after <= before for before, after in errors)
+    assert all(part.position is None for part in fake_quant.fake_layers(student).values())
+
+
+def test_blocks_without_fake_quantizers_or_steps_are_refused(base, low, read):
+    teacher, student = models.load(base), models.load(low)
+    with pytest.raises(ValueError, match="no layer of the student is a fake quantizer"):
+        block_training.reconstruct(teacher, teacher, read, Blocks(), seed=0)
+    fake_quant.replace_layers(student, packed_file.read(low))
+    with pytest.raises(ValueError, match="0 steps of 4 of 16 windows"):
+        block_training.reconstruct(student, teacher, read, Blocks(steps=0), seed=0)
+
+
+class Stop(train.Progress):
+    """Ends the run as a kill does, after the checkpoint of step 4."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, base, low, read, monkeypatch):
+    whole = qat.write(low, base, read, run=run, out=run.artifacts_dir / "low-scales", recipe=KINDS["scales"])
+    out, progress = run.artifacts_dir / "killed", train.Progress
+    monkeypatch.setattr(train, "Progress", Stop)
+    with pytest.raises(KeyboardInterrupt):
+        qat.write(low, base, read, run=run, out=out, recipe=KINDS["scales"])
+    assert not out.exists()
+    assert (run.artifacts_dir / "checkpoints" / "killed" / "checkpoint-4").is_dir()
+    monkeypatch.setattr(train, "Progress", progress)
+    resumed = qat.write(low, base, read, run=run, out=out, recipe=KINDS["scales"])
+    hashes = [{f["name"]: f["sha256"] for f in a.card["files"]}["model.safetensors"] for a in (whole, resumed)]
+    assert hashes[0] == hashes[1]
+
+
+def test_training_text_holds_no_window_that_calibrated_the_rounding(run, base, read):
+    used = corpora.calibration_windows(run, models.load_tokenizer(base))
+    assert {tuple(w.tolist()) for w in used}.isdisjoint(tuple(w.tolist()) for w in read)
+
+
+def test_windows_in_one_row_are_told_apart_and_each_last_token_predicts_nothing(read):
+    row, *others = qat.rows(read, windows_per_row=3)
+    assert row["boundaries"].tolist() == [0, 64, 128, 192]
+    assert len(others[-1]["input_ids"]) == 64
+    assert row["labels"][63] == row["labels"][127] == -100
+    assert row["labels"][62] == read[0, 63]
+    assert row["position_ids"][64] == 0
+
+
+@pytest.mark.parametrize(
+    ("which", "recipe", "message"),
+    [
+        ("base", Recipe(), "is in format 'bf16' and holds no packed layers"),
+        ("low", Recipe(kind="magic"), "unknown kind 'magic'; choose one of scales, weights, blocks, torchao"),
+    ],
+)
+def test_impossible_starts_and_kinds_are_refused(run, base, low, read, which, recipe, message):
+    start = {"base": base, "low": low}[which]
+    with pytest.raises(ValueError, match=message):
+        qat.write(start, base, read, run=run, out=run.artifacts_dir / "x", recipe=recipe)
+    with pytest.raises(ValueError, match="it has to be the bf16 model"):
+        qat.write(low, low, read, run=run, out=run.artifacts_dir / "x")
+    with pytest.raises(ValueError, match="tokens asked for"):
+        qat.windows(run, models.load_tokenizer(base), tokens=10**9)
+
+
+def test_the_command_line_recovers_an_artefact_at_its_bytes(run, base, low, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment.Run, "artifacts_dir", tmp_path / "made")
+    how = ["--profile", "smoke", "--tokens", "256", "--steps", "2", "--out", str(tmp_path / "better"), "--json"]
+    monkeypatch.setattr("sys.argv", ["avalab", "recover", str(low.path), *how])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert not stopped.value.code
+    assert {"train_tokens", "train_loss"} <= {record["metric"] for record in told}
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "better", low.path)]
+    assert sizes[0] == sizes[1]
+    monkeypatch.setattr("sys.argv", ["avalab", "recover", str(low.path), "--out", "tests"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "is not an artefact; name a new folder" in capsys.readouterr().err
