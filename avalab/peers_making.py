@@ -17,11 +17,11 @@ from avalab import (
     artifacts,
     corpora,
     gguf_export,
+    gguf_quantizer,
     models,
     packing,
     peers_autoround,
     peers_embedding,
-    peers_gguf,
     peers_runtimes,
     quantize,
 )
@@ -31,7 +31,7 @@ from avalab.engines import openvino_export
 from avalab.experiment import Run
 
 Maker = Callable[[Artifact, Run], Artifact]
-ITERATIONS = 50  # of AutoRound: a quarter of its default, the budget of FACTS
+ITERATIONS = 50  # of AutoRound: a quarter of its default
 
 
 def quantized(method: str, **parameters) -> Maker:
@@ -112,9 +112,9 @@ def gguf(block: str) -> Maker:
     def make(base: Artifact, run: Run) -> Artifact:
         def fill(folder: Path) -> dict:
             windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-            return peers_gguf.quantise(base, folder, block, windows)
+            return gguf_quantizer.quantise(base, folder, block, windows)
 
-        step = {"step": "llama.cpp", "mixture": block, **_calibration(run), "code": _code(peers_gguf, gguf_export)}
+        step = {"step": "llama.cpp", "mixture": block, **_calibration(run), "code": _code(gguf_quantizer, gguf_export)}
         return _made(base, run, f"gguf-{block}", step, fill, format="gguf", engines=gguf_export.ENGINES)
 
     return make

@@ -20,7 +20,6 @@ from avalab import (
     peers,
     peers_autoround,
     peers_embedding,
-    peers_gguf,
     peers_making,
     peers_runtimes,
     peers_scores,
@@ -98,11 +97,6 @@ def test_an_unknown_peer_is_refused_with_the_known_ones(run, base):
 def test_what_is_compressed_already_is_no_base(run, rounded):
     with pytest.raises(ValueError, match="in format 'compressed-tensors'; only bf16"):
         peers.write(rounded, "nf4", run=run)
-
-
-def test_an_unknown_mixture_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="no mixture 'q9_k'; choose one of q4_k_m"):
-        peers_gguf.quantise(base, tmp_path, "q9_k", torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_only_a_compressed_checkpoint_gets_an_int8_embedding(base, tmp_path):
@@ -262,16 +256,6 @@ def test_a_window_is_what_the_stateful_graph_reads():
     assert inputs["position_ids"].tolist() == [[0, 1, 2]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1]]
     assert inputs["beam_idx"].tolist() == [0]
-
-
-def test_the_importance_of_a_column_is_its_mean_square_under_the_files_name(base):
-    windows = torch.arange(1, 33).reshape(2, 16)
-    model, seen = models.load(base), []
-    model.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].float()))
-    model(windows)
-    expected = seen[0].flatten(0, -2).square().mean(0)
-    found = torch.from_numpy(peers_gguf.importance(base, windows)["blk.1.ffn_up.weight"])
-    assert torch.allclose(found, expected, rtol=0.05, atol=1e-4)
 
 
 @has_llama_cpp
