@@ -14,9 +14,10 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from avalab import artifacts, engine_bench, engines, gguf_export, models, quantize
+from avalab import artifacts, corpora, engine_bench, engines, gguf_export, gguf_quantizer, models, quantize
 from avalab.artifacts import Artifact
 from avalab.engines import kinds, onnx_export, openvino_export
 from avalab.experiment import Run
@@ -33,6 +34,15 @@ def _ava(base: Artifact, run: Run) -> Artifact:
     return quantize.write(base, "ava", run=run, **({"bytes": size} if size else {"bits_per_weight": AVA_BITS}))
 
 
+def _gguf_ava(base: Artifact, run: Run) -> Artifact:
+    """The allocation over GGUF's own block types, at the bytes of Q4_0."""
+    return quantize.write(base, "ava", run=run, bytes=gguf_export.write(base, "q4_0").bytes, format="gguf")
+
+
+def _calibration(base: Artifact, run: Run) -> Tensor:
+    return corpora.calibration_windows(run, models.load_tokenizer(base))
+
+
 def _is_ava_of(base: Artifact, artifact: Artifact) -> bool:
     recipe = artifact.card["recipe"]
     return artifact.card["base"]["sha256"] == base.sha256 and bool(recipe) and recipe[-1].get("step") == "ava"
@@ -45,7 +55,8 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "ava": _ava,
     "gguf-q8_0": lambda base, run: gguf_export.write(base, "q8_0"),
     "gguf-q4_0": lambda base, run: gguf_export.write(base, "q4_0"),
-    "gguf-q4_k_m": lambda base, run: gguf_export.write(base, "q4_k_m"),
+    "gguf-q4_k_m": lambda base, run: gguf_quantizer.write(base, "q4_k_m", windows=_calibration(base, run)),
+    "gguf-ava": lambda base, run: _gguf_ava(base, run),
     "openvino-int8": lambda base, run: openvino_export.write(base, "int8"),
     "openvino-int4": lambda base, run: openvino_export.write(base, "int4"),
     "onnx-int4": lambda base, run: onnx_export.write(base, "int4"),
@@ -101,7 +112,10 @@ def entries(
     found = []
     for (name, artifact), count in itertools.product(contestants.items(), threads or thread_counts()):
         kind = kinds.kind(artifact.path)
-        for engine in kinds.READERS[kind]:
+        readers = kinds.READERS[kind]
+        if kind == "gguf":  # not every engine reads every block type
+            readers = tuple(engine for engine in readers if engine in artifact.card["engines"])
+        for engine in readers:
             if engine in engines.ENGINES and (not only or engine in only) and (kind, engine) not in left_out:
                 found.append(Entry(f"{name} in {engine}", artifact, engine, count))
     return found

@@ -3,8 +3,8 @@
 1. Text: the engine's logits on the windows of a `quality.Reference`, token by token; perplexity, KL divergence from the
    base's next-token distributions and top-1 agreement are then those of `quality`. Logits are taken as the engine gives
    them: torch's are rounded to bf16, which costs it a divergence of about 0.001 that `quality` itself does not count.
-2. Function calls, `free` and with a `grammar`: prompts, grammars and judgement are `evaluate`'s; the answers come from
-   the engine's `generate`, one after another. The torch engine answers in `evaluate`'s batches, which is the same
+2. Function calls, `free` and `forced` by a grammar: prompts, grammars and judgement are `evaluate`'s; the answers come
+   from the engine's `generate`, one after another. The torch engine answers in `evaluate`'s batches, which is the same
    model and the same greedy choice, and shares its cache.
 3. Both run in a process of their own, with a time limit; a failure is a record without value. What was scored is kept
    under artefact, engine, windows or cases, and code, and read back.
@@ -29,7 +29,7 @@ from avalab.corpora import Text
 from avalab.experiment import Run
 from avalab.quality import Reference, TokenScores
 
-MODES = ("free", "grammar")
+MODES = ("free", "forced")
 LIMIT_SECONDS = 600.0
 
 
@@ -101,7 +101,7 @@ def _scored(logits: Float[Tensor, "time vocab"], window: Tensor, against: Refere
 def record_calls(
     run: Run, subject: str, artifact: Artifact, *, engine: str, category: str, limit: int
 ) -> dict[str, list[bool]]:
-    """Append the share of right calls of a category, free and with grammar, and return which were right, by mode."""
+    """Append the share of right calls of a category, free and forced, and return which were right, by mode."""
     about = {"artifact_sha256": artifact.sha256, "engine": engine}
     asked, right = cases(category, limit), {}
     try:
@@ -148,7 +148,7 @@ def answered(request: dict) -> dict[str, list[str]]:
     compiler = grammars.compiler(tokenizer, loaded.facts.vocabulary)
     texts = []
     for mode, case in wanted:
-        grammar = _grammar(compiler, case) if mode == "grammar" else None
+        grammar = None if mode == "free" else _grammar(compiler, case)
         tokens = tokenizer(prompt(tokenizer, case), add_special_tokens=False).input_ids
         new = loaded.generate(tokens, evaluate.CALL_TOKENS, grammar)
         texts.append(tokenizer.decode(new, skip_special_tokens=True))
@@ -166,7 +166,7 @@ def _answered_in_batches(request: dict, wanted: list[tuple[str, calls.Case]]) ->
 
 def _grammar(compiler: grammars.Compiler, case: calls.Case) -> grammars.CallGrammar:
     most = grammars.MAX_CALLS if "parallel" in case.category else 1
-    return grammars.call_grammar(compiler, case.functions, refusal=True, max_calls=most)
+    return grammars.call_grammar(compiler, case.functions, refusal=False, max_calls=most)
 
 
 def _how(artifact: Artifact, engine: str, limit: float = LIMIT_SECONDS) -> dict:

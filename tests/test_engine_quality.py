@@ -53,7 +53,7 @@ def test_answers_of_the_torch_engine_are_those_of_evaluate_in_both_modes(run, ba
         assert texts[mode] == evaluate.answer_calls(respondent, asked, mode, run.artifacts_dir / "other")
         assert right[mode] == [verdict.correct for verdict in evaluate.judge(asked, texts[mode])]
     metrics = {r.metric for r in run.records}
-    assert {f"call_accuracy:{CATEGORY}", f"call_accuracy_grammar:{CATEGORY}"} <= metrics
+    assert {f"call_accuracy:{CATEGORY}", f"call_accuracy_forced:{CATEGORY}"} <= metrics
 
 
 def test_an_engine_that_generates_itself_answers_within_the_grammar(base, monkeypatch):
@@ -63,7 +63,7 @@ def test_an_engine_that_generates_itself_answers_within_the_grammar(base, monkey
     loaded, _ = engine_quality.engine_bench.loaded(request)
     monkeypatch.setattr(engine_quality.engine_bench, "loaded", lambda asked: (loaded, {}))
     (text,) = engine_quality.answered(request | {"engine": "another"})["texts"]
-    assert text.startswith("<tool_call>") or "<tool_call>" not in text
+    assert text.startswith("<tool_call>")
 
 
 def test_an_engine_that_cannot_read_the_artefact_is_a_record_that_says_so(run, base, against, text):
