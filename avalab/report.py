@@ -1,7 +1,7 @@
 """The findings of a results folder, as one static page and as the table of a README.
 
-The page begins with questions and headlines, a headline being the first line of a finding; then it shows each
-notebook's question, finding, tables, figures and records. A failed notebook shows the last line of its error, and
+The page begins with the choice for each memory budget, questions and headlines (the first line of a finding); then it
+shows each notebook's question, finding, tables, figures and records. A failed notebook shows the last line of its error, and
 beneath it the earlier good run, if there is one. It asks for nothing from elsewhere and runs no script.
 The table of headlines, one row for each executed notebook, stands between `<!-- findings -->` and `<!-- /findings -->`.
 Both are the same for the same inputs. What is read from a notebook is the matter of `executed`.
@@ -23,6 +23,7 @@ from avalab.executed import Entry, Figure, read_entries
 from avalab.experiment import ROOT, Record, write_atomically
 from avalab.tables import show, words
 
+LEAD = '<table><thead><tr><th scope="col">memory</th>'  # how the table of choices by budget begins
 MARKERS = ("<!-- findings -->", "<!-- /findings -->")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #5b636b; --line: #d5d9de; --soft: #f3f5f7;
@@ -124,11 +125,23 @@ def page(name: str, entries: list[Entry]) -> str:
 <p class="meta">{said}. Intervals are 95 %; 1 MB is 10<sup>6</sup> bytes.</p>
 </header>
 <main>
-{_summary(entries)}
+{_lead(entries)}{_summary(entries)}
 {"".join(_section(e) for e in entries)}</main>
 </body>
 </html>
 """
+
+
+def _lead(entries: list[Entry]) -> str:
+    """What to use for which budget, if a notebook has answered that."""
+    found = [
+        (entry.name, table) for entry in entries for table in entry.tables if table.replace("\n", "").startswith(LEAD)
+    ]
+    if not found:
+        return ""
+    name, table = found[0]
+    link = f'<p class="meta">From <a href="#{quote(name)}">{html.escape(name)}</a>.</p>'
+    return f'<h2>What should I use?</h2>\n<div class="scroll">{table}</div>\n{link}\n'
 
 
 def _summary(entries: list[Entry]) -> str:

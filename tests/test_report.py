@@ -224,3 +224,11 @@ def test_a_readme_without_one_pair_of_markers_is_refused_and_left_as_it_is(lab, 
     assert report.main([str(lab[0]), "--readme", str(readme)]) == 2
     assert "README.md needs one line <!-- findings -->" in capsys.readouterr().err
     assert readme.read_text() == text
+
+
+def test_the_choice_for_each_budget_opens_the_page_and_without_one_nothing_does():
+    table = '<table>\n<thead><tr><th scope="col">memory</th></tr></thead><tbody><tr><td>1 GiB</td></tr></tbody></table>'
+    entries = [executed.Entry("01_x", "done", "How small?"), executed.Entry("06_y", "done", "Which?", tables=(table,))]
+    page = report.page("laptop", entries)
+    assert page.index("What should I use?") < page.index("1 GiB") < page.index("How small?")
+    assert "What should I use?" not in report.page("laptop", entries[:1])
