@@ -1,8 +1,8 @@
 """The findings of a results folder, as one static page and as the table of a README.
 
 The page begins with the choice for each memory budget, questions and headlines (the first line of a finding); then it
-shows each notebook's question, finding, tables, figures and records. A failed notebook shows the last line of its error, and
-beneath it the earlier good run, if there is one. It asks for nothing from elsewhere and runs no script.
+shows each notebook's question, finding, tables, figures and records. A failed notebook shows the last line of its
+error, and beneath it the earlier good run, if there is one. The page asks for nothing from elsewhere, runs no script.
 The table of headlines, one row for each executed notebook, stands between `<!-- findings -->` and `<!-- /findings -->`.
 Both are the same for the same inputs. What is read from a notebook is the matter of `executed`.
 
