@@ -123,13 +123,16 @@ def quantize(
     quantize_.checked(method, parameters)
     base = models.base(run)
     artifact = quantize_.write(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
-    print(
-        f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {base.bytes / artifact.bytes:.2f}x smaller than {base.name}"
-    )
+    _say_size(artifact, base)
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)
     if benchmark:
         _score(run, {"bf16": base, artifact.name: artifact})
+
+
+def _say_size(artifact, base) -> None:
+    times = base.bytes / artifact.bytes
+    print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ from math import log
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from avalab import kernels
@@ -68,6 +68,7 @@ def test_a_label_with_weight_one_is_cross_entropy():
 
 
 @given(tokens=st.integers(1, 40), vocab=st.integers(2, 70), tail=st.booleans(), known=st.integers(1, 9))
+@example(tokens=17, vocab=2, tail=True, known=1)  # nothing is left for the tail
 @settings(max_examples=25, deadline=None)
 def test_chunks_and_both_gradients_agree_with_the_definition(tokens, vocab, tail, known):
     hidden, head, _, ids, weights = inputs(tokens, vocab, known=known)
@@ -76,10 +77,6 @@ def test_chunks_and_both_gradients_agree_with_the_definition(tokens, vocab, tail
         ours = kernels.linear_sparse(hidden, head, ids, weights, tail=tail, temperature=0.7)
     theirs = loss_sparse.sparse_reference(hidden, head, (ids, weights), tail=tail, temperature=0.7)
     torch.testing.assert_close(ours, theirs)
-    student = (hidden @ head.T / 0.7).softmax(-1)
-    rest = 1 - student.gather(1, ids).sum(1)
-    # Where the tail is cut there is a kink, and no gradient to agree on.
-    assume(not tail or known >= vocab or rest.min() > loss_sparse.LEAST_TAIL)
     both = (hidden, head)
     torch.testing.assert_close(torch.autograd.grad(ours, both), torch.autograd.grad(theirs, both), rtol=1e-5, atol=1e-8)
 

@@ -95,10 +95,12 @@ def sparse_rows(
         losses[part] = (w * (norm - x.gather(1, known))).sum(1)
         if tail:
             mine = q.gather(1, known) * (w > 0)
-            rest = (1 - mine.sum(1, keepdim=True)).clamp(min=LEAST_TAIL)
+            rest = 1 - mine.sum(1, keepdim=True)
+            cut = rest <= LEAST_TAIL  # a constant in the loss: nothing is learned from it
+            rest = rest.clamp(min=LEAST_TAIL)
             losses[part] -= ((1 - whole) * rest.log()).squeeze(1)
-            share = (whole - 1 + rest) / rest
-            q.mul_(share).scatter_add_(1, known, mine * (1 - share) - w)
+            share = torch.where(cut, whole, (whole - 1 + rest) / rest)
+            q.mul_(share).scatter_add_(1, known, mine * (1 - share).masked_fill(cut, 0) - w)
         else:
             q.mul_(whole).scatter_add_(1, known, -w)
         logits[part] = q.mul_(row_weight * temperature)
