@@ -55,10 +55,10 @@ def hold(run: Run, taking_part: list[Entry], *, race: Race, cap_seconds: float) 
     visits = {entry: known.get(keys[entry], []) for entry in taking_part}
     missing: dict[str, str] = {}  # engine -> what it lacks here
     for number in itertools.count():
-        waiting = [e for e in taking_part if not _finished(visits[e]) and e.engine not in missing]
+        waiting = [e for e in taking_part if not _finished(visits[e], cap_seconds) and e.engine not in missing]
         if number and _seconds(visits) > cap_seconds:
             for entry in waiting:
-                _append(file, keys[entry], {"end": "time cap"}, visits[entry])
+                _append(file, keys[entry], {"end": "time cap", "cap_seconds": cap_seconds}, visits[entry])
         elif waiting:
             _round(run, waiting, race=race, state=(file, keys, visits, missing), cap_seconds=cap_seconds)
             continue
@@ -130,8 +130,9 @@ def _cells(visits: list[dict]) -> list[Cell]:
     return [Cell(**visit["cell"]) for visit in visits if "cell" in visit]
 
 
-def _finished(visits: list[dict]) -> bool:
-    if any("end" in visit or "failed" in visit for visit in visits):
+def _finished(visits: list[dict], cap_seconds: float) -> bool:
+    """A cap ends a race only for those who do not grant it more time."""
+    if any("failed" in visit or visit.get("cap_seconds", -1) >= cap_seconds for visit in visits):
         return True
     return bool(visits) and settled(engine_bench.merged(_cells(visits)))
 

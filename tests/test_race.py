@@ -84,6 +84,16 @@ def test_a_cell_that_is_not_settled_is_visited_again_and_its_samples_are_kept(he
     assert len(found[entries[1]].first["16"]) == 8
 
 
+def test_a_race_that_the_cap_ended_goes_on_only_under_a_longer_cap(here, entries, monkeypatch):
+    asked = played(monkeypatch, {"torch": STEADY, "openvino": SHAKY, "onnx": STEADY})
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(race.time, "monotonic", lambda: next(ticks))  # a visit takes one second
+    for cap, visits in ((5, 4), (5, 4), (4, 4), (8, 7)):
+        hold(here, entries, cap=cap)
+        assert asked.count("openvino") == visits
+    assert asked.count("torch") == asked.count("onnx") == 1
+
+
 def test_what_failed_is_a_row_with_a_note_and_the_race_goes_on(here, entries, monkeypatch):
     played(monkeypatch, {"torch": STEADY, "openvino": RuntimeError("killed, most likely out of memory"),
                          "onnx": engines.NotSupported("onnx cannot load this")})  # fmt: skip
