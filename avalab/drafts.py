@@ -5,8 +5,8 @@ another wording is the same task said differently, which is how a rejected examp
 
 Kinds: `single_call`, `several_candidates`, `parallel_calls` (the same function or different ones), `no_function`
 (plain refusal), `missing_argument` (ask back), `structured_output` (JSON to a schema), `reasoning` (think, then answer)
-and `instruction`. An example is `{"kind", "tools", "messages" (user, assistant), "calls"}`; `checks` are computed
-results that the text states.
+and `instruction`. An example is `{"kind", "tools", "messages" (user, assistant), "calls"}`; `made_for` is the tool that
+a call is to, `domain.name` however it is dressed; `checks` are computed results that the text states.
 
 What it does not do: ask a teacher, or write files (that is `synthesize`).
 """
@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Callable
 from functools import cache
 
-from avalab import phrasing
+from avalab import argument_kinds, packaged_text, phrasing, surfaces
 from avalab.phrasing import Dress, Tool
 
 Random = random.Random
@@ -65,10 +65,10 @@ def no_function(content: Random, wording: Random) -> dict:
     listed = listed or [t for t in phrasing.tools() if not _alike(t, wanted)][:1]
     request = phrasing.phrase(*phrasing.core(wanted, phrasing.sample(wanted, content), wording), wording)
     if wording.random() < 0.2:
-        request = wording.choice(phrasing.lines_of("unrelated.txt"))
+        request = wording.choice(packaged_text.lines_of("unrelated.txt"))
     tools = [phrasing.describe(tool, phrasing.dressed(tool, content)) for tool in listed]
     offered = " ".join(tool["description"] for tool in tools)
-    refusal = wording.choice(phrasing.lines_of("refusals.txt")).replace("{}", offered)
+    refusal = wording.choice(packaged_text.lines_of("refusals.txt")).replace("{}", offered)
     return _example("no_function", tools, request, refusal, [])
 
 
@@ -78,7 +78,7 @@ def missing_argument(content: Random, wording: Random) -> dict:
     sentence, missing = content.choice(phrasing.droppable(tool))
     arguments = {k: v for k, v in phrasing.sample(tool, content).items() if k != missing}
     request = phrasing.phrase(*phrasing.core(tool, arguments, wording, sentence), wording)
-    question = wording.choice(phrasing.lines_of("ask_back.txt")).replace("{}", missing.replace("_", " "))
+    question = wording.choice(packaged_text.lines_of("ask_back.txt")).replace("{}", missing.replace("_", " "))
     return _example(
         "missing_argument", [phrasing.describe(tool, phrasing.dressed(tool, content))], request, question, []
     )
@@ -89,7 +89,7 @@ def structured_output(content: Random, wording: Random) -> dict:
     tool = content.choice([tool for tool in phrasing.tools() if len(tool.parameters) > 1])
     arguments, dress = phrasing.sample(tool, content), phrasing.dressed(tool, content)
     message = phrasing.phrase(*phrasing.core(tool, arguments, wording), wording)
-    request = wording.choice(phrasing.lines_of("extract.txt")).replace("{}", message)
+    request = wording.choice(packaged_text.lines_of("extract.txt")).replace("{}", message)
     call = _call(tool, arguments, dress)
     answer = json.dumps(call["arguments"], ensure_ascii=False)
     return _example("structured_output", [phrasing.describe(tool, dress)], request, answer, [call])
@@ -97,7 +97,7 @@ def structured_output(content: Random, wording: Random) -> dict:
 
 def reasoning(content: Random, wording: Random) -> dict:
     """Steps, then the answer: a call whose arguments are derived one by one, or an arithmetic result."""
-    style = wording.choice(phrasing.lines_of("think.txt"))
+    style = wording.choice(packaged_text.lines_of("think.txt"))
     if content.random() < 0.4:
         question, steps, answer, check = content.choice((_euclid, _mean, _multiple))(content)
         reply = f"{' '.join(steps)} Answer: {answer}"
@@ -132,14 +132,14 @@ def _called(kind: str, content: Random, wording: Random, *, others: int) -> dict
     tools.insert(content.randint(0, len(tools)), phrasing.describe(tool, dress))
     call = _call(tool, arguments, dress)
     request = phrasing.phrase(*phrasing.core(tool, arguments, wording), wording)
-    return _example(kind, tools, request, _answer([call]), [call])
+    return _example(kind, tools, request, _answer([call]), [call]) | {"made_for": f"{tool.domain}.{tool.name}"}
 
 
 def _others(tool: Tool, count: int, rng: Random) -> list[Tool]:
-    """Distractors, more than half of them from the same domain."""
+    """Distractors, three of four from the same domain, where a careless reader would take them for the tool."""
     everything = [t for t in phrasing.tools() if t is not tool and (t.domain == tool.domain or not _alike(t, tool))]
     near = [other for other in everything if other.domain == tool.domain] or everything
-    return list(dict.fromkeys(rng.choice(near if rng.random() < 0.6 else everything) for _ in range(count)))
+    return list(dict.fromkeys(rng.choice(near if rng.random() < 0.75 else everything) for _ in range(count)))
 
 
 @cache
@@ -155,8 +155,7 @@ def _alike(one: Tool, other: Tool) -> bool:
 
 
 def _call(tool: Tool, arguments: dict, dress: Dress) -> dict:
-    spelt = {phrasing.spelt(name, dress) if not tool.in_library else name: v for name, v in arguments.items()}
-    return {"name": phrasing.name_of(tool, dress), "arguments": spelt}
+    return {"name": phrasing.name_of(tool, dress), "arguments": phrasing.passed(tool, arguments, dress)}
 
 
 def _answer(calls: list[dict]) -> str:
@@ -221,13 +220,13 @@ def _which(content: Random, library: list[Tool], wording: Random) -> tuple[str, 
 
 
 def _sort_words(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    words = phrasing.kind_of("[word]").sample(content)
+    words = argument_kinds.kind_of("[word]").sample(content)
     asked = (
         "Sort these words by the alphabet: {}.",
         "Put the words {} in alphabetical order.",
         "Can you sort {} from A to Z?",
     )
-    return wording.choice(asked).format(phrasing.shown(words, wording)), ", ".join(sorted(words))
+    return wording.choice(asked).format(surfaces.shown(words, wording)), ", ".join(sorted(words))
 
 
 def _statistic(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
@@ -238,18 +237,19 @@ def _statistic(content: Random, library: list[Tool], wording: Random) -> tuple[s
         "Give me the {0} number among {1}.",
         "Find the {0} of these numbers: {1}.",
     )
-    return wording.choice(asked).format(name, phrasing.shown(data, wording)), f"The {name} number is {function(data)}."
+    return wording.choice(asked).format(name, surfaces.shown(data, wording)), f"The {name} number is {function(data)}."
 
 
 def _select(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
     data, limit = [content.randint(1, 90) for _ in range(6)], content.randint(20, 60)
     kept = [str(n) for n in data if n > limit]
     asked = ("Which numbers in {0} are larger than {1}?", "From {0}, list only what is above {1}.")
-    return wording.choice(asked).format(phrasing.shown(data, wording), limit), ", ".join(kept) or "None of them."
+    return wording.choice(asked).format(surfaces.shown(data, wording), limit), ", ".join(kept) or "None of them."
 
 
 def _as_json(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    record = {"name": phrasing.kind_of("person").sample(content), "city": phrasing.kind_of("city").sample(content)}
+    drawn = {field: argument_kinds.kind_of(kind) for field, kind in (("name", "person"), ("city", "city"))}
+    record = {field: kind.sample(content) for field, kind in drawn.items()}
     asked = (
         "Write as a JSON object that {name} lives in {city}.",
         "{name} lives in {city}. Give me this as a JSON object.",

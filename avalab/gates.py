@@ -29,7 +29,7 @@ from pathlib import Path
 
 import jsonschema
 
-from avalab import calls, phrasing, toolbox, variety
+from avalab import argument_kinds, calls, phrasing, surfaces, toolbox, variety
 from avalab.overlap import EvaluationSet as EvaluationSet  # the gate and what it compares with can be had from here
 from avalab.overlap import evaluation_sets as evaluation_sets
 from avalab.overlap import overlap
@@ -58,6 +58,7 @@ PURE_MODULES = {
 }
 PURE_MODULES |= {"ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"}
 PURE = {"re.escape"}
+STOP_WORDS = {"whether", "the", "are", "and", "not", "too", "default", "true", "false", "only", "for", "with", "also"}
 
 
 def schema_validity(example: dict) -> str:
@@ -111,25 +112,38 @@ def grounded(example: dict) -> str:
     """Every argument of every call is said in the request."""
     request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
     for call in example["calls"]:
+        about = _described(example["tools"], call["name"])
         for name, value in call["arguments"].items():
-            if missing := _unsaid(value, name, request):
+            if (missing := _unsaid(value, f"{name} {about.get(name, '')}", request)) is not None:
                 return f"{call['name']}: {name}={missing!r} is not said in the request"
     return ""
 
 
+def _described(tools: list[dict], name: str) -> dict[str, str]:
+    """What the function says of its parameters."""
+    tool = next((tool for tool in tools if tool["name"] == name), {"parameters": {}})
+    return {p: schema.get("description", "") for p, schema in tool["parameters"].get("properties", {}).items()}
+
+
 def _unsaid(value: object, name: str, request: str) -> object:
-    """The first part of the value that the request does not say, or None."""
+    """The first part of the value that the request does not say, or None.
+
+    A truth value is said in too many ways to be found; a word of its parameter's name or description has to be there.
+    """
     if isinstance(value, dict):
         return next((found for k, v in value.items() if (found := _unsaid(v, k, request)) is not None), None)
     if isinstance(value, list):
         return next((found for item in value if (found := _unsaid(item, name, request)) is not None), None)
     if isinstance(value, bool):
-        stems = {word[:4] for word in re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", name).lower()) if len(word) > 2}
+        words = re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", name).lower())
+        stems = {word[:4] for word in words if len(word) > 2 and word not in STOP_WORDS}
         return None if any(stem in request.lower() for stem in stems) else value
     if isinstance(value, int | float):
         return None if _says_number(value, request) else value
+    if re.fullmatch(r"-?\d+(\.\d+)?", str(value)) and _says_number(float(value), request):
+        return None  # a number that is passed as text
     plain = _plain(request)
-    return None if any(_plain(form) in plain for form in phrasing.surfaces(str(value))) else value
+    return None if any(_plain(form) in plain for form in surfaces.surfaces(str(value))) else value
 
 
 def _says_number(value: float, request: str) -> bool:
@@ -137,7 +151,8 @@ def _says_number(value: float, request: str) -> bool:
     said = {float(n) for n in re.findall(r"(?<![\d.\w])-?\d+(?:\.\d+)?", plain)}
     said |= {float(n) / 100 for n in re.findall(r"(\d+(?:\.\d+)?)\s?(?:%|percent|per cent)", plain)}
     said |= {float(n) * 1000 for n in re.findall(r"\$(\d+)k\b", plain)}
-    said |= {float(phrasing.WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in phrasing.WORDS}
+    said |= {float(n) * argument_kinds.MILLION for n in re.findall(r"(\d+(?:\.\d+)?) million\b", plain)}
+    said |= {float(surfaces.WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in surfaces.WORDS}
     return any(math.isclose(value, number, rel_tol=1e-9, abs_tol=1e-12) for number in said)
 
 

@@ -17,6 +17,7 @@ named in `CallGrammar.loosened`, and the caller can count it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,11 @@ NOT_ENFORCED = {
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
     *("dependentRequired", "dependentSchemas"),
 }
+
+FLOAT = (  # beside xgrammar's own rules: a number with a decimal point
+    "basic_float ::= ((basic_number_1 basic_number_2 basic_float_1 basic_number_5))\n"
+    'basic_float_1 ::= (("." basic_number_digits{1, -1}))\n'
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ def _compile(engine: xgrammar.GrammarCompiler, functions: list[dict], *, refusal
             schemas[name] = {"type": "object"}
             loosened.add(name)
     grammars = [_calls(schemas, max_calls)] if functions else []
+    if _declared(functions) & {"float", "number"} == {"float"}:
+        grammars = [with_fractions(grammar) for grammar in grammars]
     if refusal:
         text = {"type": "any_text", "excludes": [BEGIN], "max_tokens": REFUSAL_TOKENS}
         grammars.append(Grammar.from_structural_tag({"type": "structural_tag", "format": text}))
@@ -108,6 +116,26 @@ def _compile(engine: xgrammar.GrammarCompiler, functions: list[dict], *, refusal
 def _calls(schemas: dict[str, dict], max_calls: int) -> Grammar:
     begin, end = (Grammar.from_ebnf(f'root ::= "{text}"') for text in (BEGIN, END))
     return Grammar.concat(begin, _from_schema(answer_schema(schemas, max_calls=max_calls)), end)
+
+
+def with_fractions(grammar: Grammar) -> Grammar:
+    """The grammar with a decimal point in every number of a list: [12.0] where [12] was allowed, too.
+
+    Python's type float, which JSON Schema does not have, is written so. A checker of types takes a whole number for a
+    float argument, but not inside a list.
+    """
+    rules = re.sub(r'("\[" |::= \(\(", " )basic_number\b', r"\1basic_float", str(grammar))
+    return Grammar.from_ebnf(rules + FLOAT)
+
+
+def _declared(schema: Any) -> set[str]:
+    """The names of types that stand anywhere in these functions."""
+    if isinstance(schema, list):
+        return set().union(*map(_declared, schema))
+    if not isinstance(schema, dict):
+        return set()
+    own = {schema["type"]} if isinstance(schema.get("type"), str) else set()
+    return own.union(*map(_declared, schema.values()))
 
 
 def _from_schema(schema: dict) -> Grammar:

@@ -2,9 +2,7 @@
 
 1. `tools()` reads `domains/*.txt` (the format stands in `domains/README.txt`) and the training half of
    `avalab.toolbox`; a tool of the standard library without a description takes its docstring's first sentence.
-2. `sample` draws arguments: a kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$` before it
-   (money, which people write in their own ways), an enumeration `a|b`, `bool`, `%` (a fraction said in per cent), a
-   pool of strings, `[kind]` (a list) or `&record` (a nested object).
+2. `sample` draws arguments by kind (`argument_kinds`).
 3. `phrase` fills one of the tool's sentences and sets it into a frame. Square brackets hold what is said only when its
    argument is given: that is how optional and missing arguments come about.
 4. `describe` renders the JSON schema; a `Dress` varies spelling, where defaults stand and the names of the types, so
@@ -15,21 +13,17 @@ What it does not do: decide whether an example is good (that is `gates`) or whic
 
 from __future__ import annotations
 
-import calendar
 import inspect
-import json
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 
-from avalab import toolbox
-from avalab.toolbox import Kind
+from avalab import packaged_text, toolbox
+from avalab.argument_kinds import Parameter, kind_of, parameter
+from avalab.surfaces import shown
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-MONTHS = tuple(calendar.month_name[1:])
 PYTHON_DIALECT = {"number": "float", "object": "dict"}  # as many published tool lists spell the types
 VERBS = {  # first word of a description -> (verbs that may begin the name, words that may stand for it)
     "Compute": (("calculate", "compute", "get", "determine"), ("Calculate", "Compute", "Determine", "Calculates")),
@@ -41,17 +35,6 @@ VERBS = {  # first word of a description -> (verbs that may begin the name, word
 }
 _SEGMENT = re.compile(r"\[([^\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a tool; `kind` is the text of the data file, `default` is None where there is none."""
-
-    name: str
-    kind: str
-    description: str
-    optional: bool = False
-    default: object = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,8 @@ class Tool:
 @dataclass(frozen=True)
 class Dress:
     """How a schema is spelt: `case` of names, a domain prefix, default in the description or as a field, type names,
-    a verb before a function's name and another first word of its description.
+    a verb before a function's name, another first word of its description, whole numbers that are passed as text
+    (`quoted`), and a choice that is passed as a list of choices (`wrapped`).
     """
 
     case: str = "snake"
@@ -82,42 +66,16 @@ class Dress:
     python_types: bool = False
     verb: str = ""
     opening: str = ""
+    quoted: bool = False
+    wrapped: bool = False
 
 
 @cache
 def tools() -> tuple[Tool, ...]:
     """Every tool that training may use, in a fixed order; none of the toolbox's held-out ones."""
-    found = [tool for name in data_files("domains") for tool in _parse_domain(read("domains", name))]
+    texts = [packaged_text.read("domains", name) for name in packaged_text.data_files("domains")]
+    found = [tool for text in texts for tool in _parse_domain(text)]
     return (*found, *_toolbox_tools())
-
-
-def read(folder: str, name: str) -> str:
-    """A packaged data file's text. Raises FileNotFoundError."""
-    return resources.files("avalab").joinpath(folder, name).read_text(encoding="utf-8")
-
-
-def data_files(folder: str) -> list[str]:
-    """The domain files of a packaged folder, sorted."""
-    names = [entry.name for entry in resources.files("avalab").joinpath(folder).iterdir()]
-    return sorted(n for n in names if n.endswith(".txt") and n not in ("README.txt", "pools.txt"))
-
-
-@cache
-def lines_of(name: str) -> tuple[str, ...]:
-    """The lines of a prompt file without empty lines and comments."""
-    return tuple(line for line in read("prompts", name).splitlines() if line and not line.startswith("#"))
-
-
-@cache
-def _pools() -> dict[str, list[str]]:
-    rows = [line.split("=", 1) for line in read("domains", "pools.txt").splitlines() if "=" in line]
-    return {name.strip(): [value.strip() for value in values.split(";")] for name, values in rows}
-
-
-@cache
-def _records() -> dict[str, tuple[Parameter, ...]]:
-    rows = [row.split(" ", 1) for row in read("domains", "pools.txt").splitlines() if row.startswith("&")]
-    return {name: tuple(_parameter(part.strip()) for part in fields.split(";")) for name, fields in rows}
 
 
 def _parse_domain(text: str) -> Iterator[Tool]:
@@ -127,24 +85,11 @@ def _parse_domain(text: str) -> Iterator[Tool]:
             domain, (head, *rest) = head[1:].strip(), rest
         name, _, description = head.partition(":")
         fields = [field for line in rest if line.lstrip()[0] not in ">!~" for field in line.split(";")]
-        parameters = tuple(_parameter(field.strip()) for field in fields)
+        parameters = tuple(parameter(field.strip()) for field in fields)
         marks = {">": "question", "!": "order", "~": "whole"}
         said = [line.strip() for line in rest if line.lstrip()[0] in marks]
         sentences = tuple((marks[line[0]], line[1:].strip()) for line in said)
         yield Tool(name, domain, description.strip() or _docstring(name), parameters, sentences)
-
-
-def _parameter(line: str) -> Parameter:
-    name, kind, description = line.split(" ", 2)
-    kind, _, default = kind.partition("=")
-    return Parameter(name.rstrip("?"), kind, description, name.endswith("?"), _value(default) if default else None)
-
-
-def _value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _docstring(name: str) -> str:
@@ -167,61 +112,8 @@ def _toolbox_tools() -> Iterator[Tool]:
             yield Tool(name, domain, schema["description"], parsed, ((frame, request),))
 
 
-@cache
-def kind_of(text: str) -> Kind:
-    """The schema and sampler that a kind's text stands for. Raises ValueError for an unknown one."""
-    if text.startswith("toolbox:"):
-        return toolbox.KINDS[text.removeprefix("toolbox:")]
-    if text.startswith("["):
-        item = kind_of(text[1:-1])
-        schema = {"type": "array", "items": item.schema}
-        return Kind("", schema, lambda rng: _distinct(item, rng))
-    if text.startswith("&"):
-        return _record_kind(_records()[text])
-    if text in _SIMPLE:
-        return _SIMPLE[text]
-    if ".." in text:
-        return _range(*text.removeprefix("$").split(".."))
-    if "|" in text:
-        choices = text.split("|")
-        return Kind("", {"type": "string", "enum": choices}, lambda rng: rng.choice(choices))
-    if text in _pools():
-        return Kind("", {"type": "string"}, lambda rng: rng.choice(_pools()[text]))
-    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, {', '.join([*_SIMPLE, *_pools()])}")
-
-
-_SIMPLE = {
-    "bool": Kind("", {"type": "boolean"}, lambda rng: rng.random() < 0.6),
-    "%": Kind("", {"type": "number"}, lambda rng: rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 2.5)) / 100),
-    "date": Kind(
-        "", {"type": "string"}, lambda r: f"20{r.randint(24, 27)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"
-    ),
-    "time": Kind("", {"type": "string"}, lambda r: f"{r.randint(6, 22):02}:{r.choice((0, 0, 15, 30, 45)):02}"),
-    "code": Kind("", {"type": "string"}, lambda r: f"{r.choice('ABKMRX')}{r.choice('CDFLT')}-{r.randint(1000, 9999)}"),
-}
-
-
-def _range(low: str, high: str) -> Kind:
-    if "." in low + high:
-        places = len(high.partition(".")[2])
-        return Kind("", {"type": "number"}, lambda rng: round(rng.uniform(float(low), float(high)), places))
-    if int(high) > 5000 and int(low) % 100 == 0:  # amounts that people would name
-        return Kind("", {"type": "integer"}, lambda rng: rng.randrange(int(low), int(high), 100))
-    return Kind("", {"type": "integer"}, lambda rng: rng.randint(int(low), int(high)))
-
-
-def _distinct(item: Kind, rng: random.Random) -> list:
-    drawn = [item.sample(rng) for _ in range(rng.randint(2, 5))]
-    return [value for i, value in enumerate(drawn) if value not in drawn[:i]]
-
-
-def _record_kind(fields: tuple[Parameter, ...]) -> Kind:
-    schema = _object_schema(fields, {p.name: p.name for p in fields}, Dress())
-    return Kind("", schema, lambda rng: {p.name: kind_of(p.kind).sample(rng) for p in fields})
-
-
 def dressed(tool: Tool, rng: random.Random) -> Dress:
-    """A random spelling; the standard library's names stay as they are."""
+    """A random spelling; the standard library's names and types stay as they are."""
     if tool.in_library:
         return Dress(python_types=rng.random() < 0.5, default_in_text=rng.random() < 0.5)
     case = rng.choice(("snake", "snake", "snake", "camel"))
@@ -229,7 +121,7 @@ def dressed(tool: Tool, rng: random.Random) -> Dress:
     already = tool.name.split("_")[0] in {"find", "search", *(verb for row, _ in VERBS.values() for verb in row)}
     verb = "" if already or rng.random() < 0.4 else rng.choice(verbs)
     flags = (rng.random() < 0.3, rng.random() < 0.6, rng.random() < 0.5)
-    return Dress(case, *flags, verb, rng.choice(openings))
+    return Dress(case, *flags, verb, rng.choice(openings), quoted=rng.random() < 0.08, wrapped=rng.random() < 0.15)
 
 
 def spelt(name: str, dress: Dress) -> str:
@@ -259,7 +151,7 @@ def describe(tool: Tool, dress: Dress) -> dict:
 def _object_schema(parameters: tuple[Parameter, ...], names: dict[str, str], dress: Dress) -> dict:
     properties = {}
     for p in parameters:
-        schema = {**kind_of(p.kind).schema, "description": p.description}
+        schema = {**_passed_as(kind_of(p.kind).schema, dress), "description": p.description}
         if p.default is not None and dress.default_in_text:
             schema["description"] += f" Default is {p.default!r}."
         elif p.default is not None:
@@ -272,6 +164,27 @@ def _object_schema(parameters: tuple[Parameter, ...], names: dict[str, str], dre
     }
 
 
+def passed(tool: Tool, arguments: dict, dress: Dress) -> dict:
+    """The arguments as a call passes them: spelt, and as text or lists where the schema says so."""
+    if tool.in_library:
+        return arguments
+    own = {p.name: kind_of(p.kind).schema for p in tool.parameters}
+    found = {}
+    for name, value in arguments.items():
+        asked, given = _passed_as(own[name], dress)["type"], own[name]["type"]
+        found[spelt(name, dress)] = value if asked == given else [value] if asked == "array" else str(value)
+    return found
+
+
+def _passed_as(schema: dict, dress: Dress) -> dict:
+    """A kind's schema in this dress."""
+    if dress.quoted and schema["type"] == "integer":
+        return schema | {"type": "string"}
+    if dress.wrapped and "enum" in schema:
+        return {"type": "array", "items": schema}
+    return schema
+
+
 def _renamed_types(schema: dict) -> dict:
     renamed = {**schema, "type": PYTHON_DIALECT.get(schema["type"], schema["type"])}
     if "items" in schema:
@@ -282,10 +195,10 @@ def _renamed_types(schema: dict) -> dict:
 
 
 def sample(tool: Tool, rng: random.Random) -> dict:
-    """Arguments of one call under the tool's own parameter names; an optional one is there in half of the calls."""
+    """Arguments of one call under the tool's own parameter names; an optional one is there in two of three calls."""
     drawn = {}
     for p in tool.parameters:
-        if not p.optional or rng.random() < 0.5:
+        if not p.optional or rng.random() < 0.67:
             value = kind_of(p.kind).sample(rng)
             if not (p.optional and value == p.default):  # what is the default anyway is not passed
                 drawn[p.name] = value
@@ -337,46 +250,7 @@ def _appended(name: str, value: object, rng: random.Random, kind: str) -> str:
 def phrase(frame: str, text: str, rng: random.Random) -> str:
     """The request: the text in one of its frame's styles."""
     if frame != "whole":
-        text = rng.choice(lines_of(f"frames_{frame}.txt")).replace("{}", text)
+        text = rng.choice(packaged_text.lines_of(f"frames_{frame}.txt")).replace("{}", text)
     if rng.random() < 0.15:
-        text = rng.choice(lines_of("openings.txt")) + " " + text
+        text = rng.choice(packaged_text.lines_of("openings.txt")) + " " + text
     return text[0].upper() + text[1:] if rng.random() < 0.9 else text.rstrip(".?")
-
-
-def shown(value: object, rng: random.Random, kind: str = "") -> str:
-    """One way to say a value; lists are joined, records become `key value` pairs."""
-    if isinstance(value, list):
-        parts = [shown(item, rng, kind[1:-1]) for item in value]
-        if not isinstance(value[0], str | dict) and rng.random() < 0.5:
-            return json.dumps(value)
-        return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{key.replace('_', ' ')} {shown(item, rng)}" for key, item in value.items()) + ")"
-    return rng.choice(surfaces(value, kind))
-
-
-def surfaces(value: object, kind: str = "") -> list[str]:
-    """The ways in which a scalar may be said; the likely ones several times."""
-    if isinstance(value, bool):
-        return ["yes" if value else "no"]
-    if kind.startswith("$"):
-        return _amounts(value)
-    if isinstance(value, int):
-        words = [WORDS[value]] if 1 <= value <= 12 else []
-        return [str(value), str(value), *words, *([f"{value:,}"] if value >= 10_000 else [])]
-    if isinstance(value, float):
-        return [f"{round(value * 100, 4):g}%"] if kind == "%" else [f"{value:.10g}"]
-    if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
-        year, month, day = map(int, value.split("-"))
-        return [value, f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"]
-    if re.fullmatch(r"\d\d:\d\d", value):
-        hour, minute = map(int, value.split(":"))
-        return [value, f"{(hour - 1) % 12 + 1}{f':{minute:02}' if minute else ''} {'am' if hour < 12 else 'pm'}"]
-    return [value.replace("_", " ")] if re.fullmatch(r"[a-z]+(_[a-z]+)+", value) else [value]
-
-
-def _amounts(value: float) -> list[str]:
-    """The ways in which people write an amount of money: $45,000, 45000 dollars, $45k."""
-    plain = f"{value:.2f}" if isinstance(value, float) else str(value)
-    short = [f"${value // 1000}k"] if isinstance(value, int) and value % 1000 == 0 else []
-    return [f"${value:,}" if isinstance(value, int) else f"${plain}", f"{plain} dollars", plain, *short]

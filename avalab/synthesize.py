@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from avalab import drafts, example_files, gates, phrasing, variety
+from avalab import drafts, example_files, gates, packaged_text, variety
 from avalab.example_files import load as load  # for whoever reads what this module wrote
 from avalab.example_files import with_system
 from avalab.experiment import write_atomically
@@ -168,7 +168,7 @@ def _prompt(seed: str, wording: int = 0) -> str:
 
 def _question(example: dict, prompt: str, reason: str = "") -> list[dict]:
     why = f"Your last answer was refused because {reason}." if reason else ""
-    asked = phrasing.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
+    asked = packaged_text.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
     return [{"role": "user", "content": asked}]
 
 

@@ -13,7 +13,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def joined(examples):
-    return dialogues.join(examples, 40, seed=3)
+    return dialogues.join(examples, 40, seed=3, families=0.0)
 
 
 def turns(dialogue: dict) -> list[tuple[str, str]]:
@@ -22,8 +22,8 @@ def turns(dialogue: dict) -> list[tuple[str, str]]:
 
 
 def test_the_same_seed_joins_the_same_dialogues(examples, joined):
-    assert dialogues.join(examples, 40, seed=3) == joined
-    assert dialogues.join(examples, 40, seed=4) != joined
+    assert dialogues.join(examples, 40, seed=3, families=0.0) == joined
+    assert dialogues.join(examples, 40, seed=4, families=0.0) != joined
 
 
 def test_every_turn_is_a_request_and_answer_of_a_gated_example(examples, joined):
@@ -56,3 +56,23 @@ def test_there_are_one_to_three_calls_and_three_refusals_in_any_order(joined):
 def test_fewer_than_two_single_calls_are_refused(examples):
     with pytest.raises(ValueError, match="0 of 3 examples are single calls"):
         dialogues.join([e for e in examples if e["kind"] == "no_function"][:3], 1, 0)
+
+
+def test_a_family_offers_tools_of_one_domain_and_refuses_what_its_other_tools_do(examples):
+    made_for = {e["messages"][-2]["content"]: e["made_for"] for e in examples if e["kind"] == "single_call"}
+    refused_own = 0
+    for dialogue in dialogues.join(examples, 40, seed=5, families=1.0):
+        said = [(made_for[request], calls.parse_calls(answer) == "no_call") for request, answer in turns(dialogue)]
+        assert len({tool.partition(".")[0] for tool, _ in said}) == 1
+        called = {tool for tool, refused in said if not refused}
+        assert 1 <= len(called) <= 3
+        assert 2 <= len(dialogue["tools"]) <= 4
+        assert not called & {tool for tool, refused in said if refused}
+        refused_own += sum(refused for _, refused in said)
+    assert refused_own > 20
+
+
+def test_examples_without_a_note_of_their_tool_join_to_dialogues_of_unlike_tools(examples):
+    unnoted = [{k: v for k, v in example.items() if k != "made_for"} for example in examples]
+    joined = dialogues.join(unnoted, 5, seed=1, families=1.0)
+    assert joined == dialogues.join(unnoted, 5, seed=1, families=0.0)

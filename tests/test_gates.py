@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from avalab import drafts, gates, phrasing, synthesize, toolbox
+from avalab import argument_kinds, drafts, gates, phrasing, synthesize, toolbox
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "synthetic_datasets"
 TOOL = {
@@ -41,6 +41,8 @@ def example(request: str, arguments: dict, name: str = "book_table", tools: list
         ("For 2 on 5 March 2026", {"guests": 2, "date": "2026-03-05"}),
         ("For 2, outdoor seats", {"guests": 2, "outdoor": True}),
         ("For 2 at 7.5% service", {"guests": 2, "rate": 0.075}),
+        ("For four, costing 3.4 million", {"guests": "4", "price": 3_400_000}),
+        ("For 2, outside", {"guests": 2, "outdoor": True}),
     ],
 )
 def test_a_value_is_grounded_in_any_of_its_spellings(request_text, arguments):
@@ -54,6 +56,8 @@ def test_a_value_is_grounded_in_any_of_its_spellings(request_text, arguments):
         ("A table for 14, please", {"guests": 4}, "guests=4"),
         ("For 2 on March 6, 2026", {"guests": 2, "date": "2026-03-05"}, "date='2026-03-05'"),
         ("For 2 please", {"guests": 2, "outdoor": True}, "outdoor=True"),
+        ("For 2 please", {"guests": 2, "outdoor": False}, "outdoor=False"),
+        ("For 2 please", {"guests": "3"}, "guests='3'"),
         ("For 2 please", {"guests": [2, 3]}, "guests=3"),
     ],
 )
@@ -192,7 +196,7 @@ def test_the_parameters_of_library_tools_are_those_of_their_signatures():
 def test_every_sentence_of_every_tool_can_be_said_with_and_without_its_optional_arguments():
     rng = random.Random(0)
     for tool in phrasing.tools():
-        full = {p.name: phrasing.kind_of(p.kind).sample(rng) for p in tool.parameters}
+        full = {p.name: argument_kinds.kind_of(p.kind).sample(rng) for p in tool.parameters}
         for arguments in (full, {p.name: full[p.name] for p in tool.parameters if not p.optional}):
             for frame, sentence in tool.sentences:
                 said = phrasing.phrase(*phrasing.core(tool, arguments, rng, sentence), rng)
@@ -201,7 +205,7 @@ def test_every_sentence_of_every_tool_can_be_said_with_and_without_its_optional_
 
 def test_an_unknown_kind_of_argument_is_refused():
     with pytest.raises(ValueError, match=r"unknown kind 'colour'"):
-        phrasing.kind_of("colour")
+        argument_kinds.kind_of("colour")
 
 
 @pytest.fixture(scope="module")

@@ -173,6 +173,22 @@ def test_a_refusal_ends_after_its_token_limit(tokenizer, tiny_compiler, monkeypa
     assert tokens[0, 6] == stop
 
 
+def _mean_of(kind: str) -> dict:
+    values = {"type": "array", "items": {"type": kind}}
+    settings = {"type": "dict", "properties": {}, "additionalProperties": True}
+    fields = {"values": values, "places": {"type": "integer"}, "settings": settings}
+    return {"name": "mean", "parameters": {"type": "dict", "properties": fields, "required": ["values"]}}
+
+
+def test_a_list_of_python_floats_has_decimal_points_and_one_of_numbers_need_not(tiny_compiler):
+    whole, decimal = call_text(("mean", {"values": [12, -3]})), call_text(("mean", {"values": [12.0, -0.5]}))
+    floats, numbers = (call_grammar(tiny_compiler, [_mean_of(kind)]) for kind in ("float", "number"))
+    assert [accepts(floats, text) for text in (decimal, whole)] == [True, False]
+    assert [accepts(numbers, text) for text in (decimal, whole)] == [True, True]
+    assert accepts(floats, call_text(("mean", {"values": [1.0], "places": 2, "settings": {"seed": 3}})))
+    assert accepts(floats, "Nothing fits.")
+
+
 def test_what_a_grammar_cannot_enforce_is_loosened_and_named(tiny_compiler):
     odd = call_grammar(tiny_compiler, [ADD, ODD], refusal=False)
     assert odd.loosened == ("odd",)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from avalab import calls, drafts, example_files, gates, phrasing, synthesize
+from avalab import calls, drafts, example_files, gates, packaged_text, surfaces, synthesize
 from avalab.experiment import ROOT
 
 FEW = 40
@@ -78,15 +78,15 @@ def test_refusals_and_questions_back_call_nothing(row):
 
 
 def test_not_to_call_is_one_tokens_decision():
-    openings = {line.split()[0] for name in ("refusals.txt", "ask_back.txt") for line in phrasing.lines_of(name)}
+    openings = {line.split()[0] for name in ("refusals.txt", "ask_back.txt") for line in packaged_text.lines_of(name)}
     assert openings == {"I"}
 
 
 def test_money_is_written_as_people_write_it_and_stays_grounded():
-    assert phrasing.surfaces(45_000, "$100..90000") == ["$45,000", "45000 dollars", "45000", "$45k"]
-    assert phrasing.surfaces(8.5, "$1.00..9.50") == ["$8.50", "8.50 dollars", "8.50"]
-    for said in phrasing.surfaces(45_000, "$100..90000"):
-        request = {"messages": [{"role": "user", "content": f"I earn {said} a year."}]}
+    assert surfaces.surfaces(45_000, "$100..90000") == ["$45,000", "45000 dollars", "45000", "$45k"]
+    assert surfaces.surfaces(8.5, "$1.00..9.50") == ["$8.50", "8.50 dollars", "8.50"]
+    for said in surfaces.surfaces(45_000, "$100..90000"):
+        request = {"messages": [{"role": "user", "content": f"I earn {said} a year."}], "tools": []}
         assert gates.grounded(request | {"calls": [{"name": "tax", "arguments": {"income": 45_000}}]}) == ""
 
 
