@@ -41,6 +41,11 @@ LOOKS = {
     "bitsandbytes-decoded": (COLOURS[3], "v"),
     "peft-bitsandbytes": (COLOURS[4], "P"),
     "torch-int4pack": (COLOURS[2], "^"),
+    "bitsandbytes-gemm": (COLOURS[1], ">"),
+    "bitsandbytes-gemv": (COLOURS[1], "<"),
+    "gemlite": (COLOURS[5], "p"),
+    "liger": (COLOURS[5], "h"),
+    "cut-cross-entropy": (COLOURS[6], "8"),
 }
 QUANTITIES = {"kernel_ms": "time", "peak_bytes": "peak memory"}
 UNKNOWN_LOOK = (COLOURS[7], "X")
@@ -239,6 +244,7 @@ class Verdict:
 _LARGE = r" .* batch (?!1$|16$)\d+$"
 _BNB, _DECODED = "bitsandbytes", "bitsandbytes-decoded"
 _FUSED = ("liger", "cut-cross-entropy")
+_PEERS = (_BNB, _DECODED, "bitsandbytes-gemm", "bitsandbytes-gemv", "torch-int4pack", "gemlite")
 _GPU_PRODUCT = "product .* 14336x4096 batch 1$"
 TARGETS = (
     Target("large-batch NF4, faster than bitsandbytes' entry point", "cpu", "product nf4" + _LARGE, 3.0, (_BNB,)),
@@ -248,14 +254,17 @@ TARGETS = (
     Target("chunked loss, memory of the dense loss", "cpu", "loss ", 0.2, ("dense",), "peak_bytes", at_most=True),
     Target("chunked loss, time of the dense loss", "cpu", "loss ", 1.1, ("dense",), at_most=True),
     Target("batch-1 4 bit, share of the read rate", "cuda", _GPU_PRODUCT, 0.8, metric="roofline_fraction"),
-    Target("batch-1 4 bit, faster than the best peer", "cuda", _GPU_PRODUCT, 1.2, (_BNB, _DECODED, "torch-int4pack")),
+    Target("batch-1 4 bit, faster than the best peer", "cuda", _GPU_PRODUCT, 1.2, _PEERS),
     Target("LoRA step, faster than peft + bitsandbytes", "cuda", "lora ", 1.5, ("peft-bitsandbytes",)),
     Target("LoRA step, memory of peft's", "cuda", "lora ", 1.0, ("peft-bitsandbytes",), "peak_bytes", at_most=True),
     Target("chunked loss, time of the best fused peer", "cuda", "loss ", 1.1, _FUSED, at_most=True),
     Target("chunked loss, memory of the best fused peer", "cuda", "loss ", 1.1, _FUSED, "peak_bytes", at_most=True),
     Target("loss at 152k, memory of dense", "cuda", "loss .*x151936 ", 0.1, ("dense",), "peak_bytes", at_most=True),
-    Target("whole model's decoding, faster than bitsandbytes", "cuda", "decode ", 3.0, (_BNB,)),
-)
+    Target("whole model's decoding, faster than transformers + bitsandbytes", "cuda", "decode ", 3.0,
+           ("transformers-bitsandbytes",), "decode_tokens_per_s"),
+    Target("whole model's training step, faster than peft + bitsandbytes", "cuda", "train ", 1.5,
+           ("peft-bitsandbytes",), "train_tokens_per_s"),
+)  # fmt: skip
 
 
 def judge(records: list[Record], target: Target) -> Verdict:
@@ -286,10 +295,10 @@ def verdicts(judged: list[Verdict]) -> tuple[tuple[str, ...], tuple[tuple[str, .
 
 
 def _case(target: Target, work: str, ours: Record, peer: Record | None) -> Verdict:
-    """The ratio of the medians, with the range of the rounds' own ratios."""
+    """The ratio of the medians, with the range of the rounds' own ratios; of speeds, the faster is the larger."""
     if peer is None:
         return Verdict(target)
-    above, below = (ours, peer) if target.at_most else (peer, ours)
+    above, below = (ours, peer) if target.at_most or target.metric.endswith("_per_s") else (peer, ours)
     rounds = [a / b for a, b in zip(above.samples, below.samples, strict=True)]
     value = statistics.median(above.samples) / statistics.median(below.samples) if rounds else above.value / below.value
     peer_name = peer.subject.rpartition(":")[2]

@@ -85,8 +85,8 @@ def test_targets_compare_with_the_fastest_peer_that_is_not_closer_to_the_base(fo
     assert judged["decode, llama.cpp at one thread"][0] == pytest.approx(60 / 70)
     assert judged["decode, llama.cpp at one thread"][1].startswith("not reached: 0.86x [0.70, 1.05] of q4 in llamacpp")
     assert judged["prefill, llama.cpp at all threads"][0] == pytest.approx(2000 / 400)
-    assert judged["prefill, transformers + bitsandbytes NF4"][0] == pytest.approx(5)
-    assert judged["decode, transformers + bitsandbytes NF4"][1].startswith("reached: 2.40x")
+    assert judged["prefill, NF4 of the torch engine"][0] == pytest.approx(5)
+    assert judged["decode, NF4 of the torch engine"][1].startswith("reached: 2.40x")
 
 
 def test_peers_that_are_closer_to_the_base_are_named_and_not_counted(found):

@@ -160,12 +160,6 @@ def test_a_static_cache_changes_no_token(tiny, tokenizer):
     assert fixed.generate(prompt, 24, past_end=True) == tiny.generate(prompt, 24, past_end=True)
 
 
-def test_a_compiled_engine_refuses_bitsandbytes(tmp_path):
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
-    with pytest.raises(engines.NotSupported, match="compiled=False"):
-        engines.load("torch", tmp_path, compiled=True)
-
-
 def test_generation_stops_before_the_end_token(tiny, tokenizer):
     prompt = tokenizer(PROMPT).input_ids
     free = tiny.generate(prompt, 16, past_end=True)

@@ -25,16 +25,59 @@ def test_gradients_agree_with_finite_differences_in_float64(kind):
     assert torch.autograd.gradcheck(lambda t: kernels.linear(t, w), (x,))
 
 
-@given(rows=st.integers(1, 40), groups=st.integers(1, 4), rank=st.integers(1, 9), kind=st.sampled_from(KINDS))
-@settings(max_examples=25, deadline=None)
-def test_result_and_gradients_agree_with_the_reference(rows, groups, rank, kind):
-    w = sample("cpu", kind=kind, rows=rows, cols=64 * groups)
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([32, 64, 128]),
+    rank=st.integers(1, 9),
+    kind=st.sampled_from(KINDS),
+)
+@settings(max_examples=30, deadline=None)
+def test_result_and_gradients_agree_with_the_reference(rows, groups, group_size, rank, kind):
+    w = sample("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
     inputs = parts(w, rank, batch=(2, 3))
     found = []
     for run in (lora.lora_fused, lora.lora_reference):
         y = run(inputs[0], w, inputs[1], inputs[2], 2.0)
         found.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
     torch.testing.assert_close(*found)
+
+
+def result_and_gradients(w, inputs):
+    y = kernels.linear(inputs[0], w, a=inputs[1], b=inputs[2])
+    return [y.detach(), *torch.autograd.grad(y.sum(), inputs)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_input_and_memory_that_held_nan_leave_no_trace_and_the_result_repeats(kind, monkeypatch):
+    w, inputs = sample("cpu", kind=kind), parts(sample("cpu", kind=kind), batch=(2, 5), dtype=torch.bfloat16)
+    expected = result_and_gradients(w, inputs)
+    strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in inputs]
+    assert not any(t.is_contiguous() for t in strided)
+    plain, plain_new = torch.empty, torch.Tensor.new_empty
+    for owner, name, call in ((torch, "empty", plain), (torch.Tensor, "new_empty", plain_new)):
+        monkeypatch.setattr(owner, name, lambda *a, call=call, **k: poisoned(call(*a, **k)))
+    for ours, theirs in zip(result_and_gradients(w, inputs), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(result_and_gradients(w, strided), expected, strict=True):
+        assert ours.isfinite().all()
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm()  # other strides, another order of additions
+
+
+def poisoned(tensor):
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+def test_nan_in_a_token_reaches_its_result_and_the_adapters_gradients_and_no_other_token():
+    w = sample("cpu", kind="nf4")
+    x, a, b = parts(w)
+    with torch.no_grad():
+        x[1, 7] = float("nan")
+    y, dx, da, db = result_and_gradients(w, (x, a, b))
+    assert y.isnan().any(1).tolist() == [False, True, False, False, False]
+    assert dx.isfinite().all()  # of a sum: it does not depend on x
+    assert da.isnan().any()
+    assert db.isnan().any()
 
 
 def test_an_adapter_whose_b_is_zero_leaves_the_product_as_it_is():

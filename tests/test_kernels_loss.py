@@ -88,11 +88,23 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradients(small_chunks):
     torch.testing.assert_close(torch.autograd.grad(ours, both), torch.autograd.grad(theirs, both))
 
 
-def test_stored_and_live_teacher_give_the_same_loss():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_stored_and_live_teacher_give_the_same_loss_and_gradients(reverse):
     hidden, head, _ = inputs()
     other, other_head, _ = inputs(seed=1)
-    live = kernels.linear_kl(hidden, head, (other, other_head))
-    torch.testing.assert_close(live, kernels.linear_kl(hidden, head, (other @ other_head.T).detach()))
+    live = kernels.linear_kl(hidden, head, (other, other_head), reverse=reverse, temperature=1.5)
+    stored = (other @ other_head.T).detach()
+    kept = kernels.linear_kl(hidden, head, stored, reverse=reverse, temperature=1.5)
+    torch.testing.assert_close(live, kept)
+    torch.testing.assert_close(torch.autograd.grad(live, (hidden, head)), torch.autograd.grad(kept, (hidden, head)))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kl_of_some_tokens_is_the_mean_over_those(reverse):
+    hidden, head, _ = inputs()
+    teacher, keep = inputs(seed=1)[0].detach() @ head.detach().T, torch.arange(21) % 3 > 0
+    some = kernels.linear_kl(hidden, head, teacher, reverse=reverse, keep=keep)
+    torch.testing.assert_close(some, kernels.linear_kl(hidden[keep], head, teacher[keep], reverse=reverse))
 
 
 def test_kl_of_a_model_from_itself_is_zero_and_so_is_its_gradient():

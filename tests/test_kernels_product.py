@@ -1,5 +1,6 @@
 """The 4-bit weight and its product: pencil, properties, oracles (bitsandbytes, torch, torchao), refusals."""
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -10,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avalab import kernels
-from avalab.kernels import dispatch, library, product, weight
+from avalab.kernels import decoding, dispatch, library, product, weight
 from avalab.kernels.product_checks import KINDS, error_bound, sample
 from avalab.numerics import FORMATS, decode, encode
 
-FORMATS_4 = ("nf4", "nf4-dq", "fp4-dq", "int4-g32", "int4-g64", "int4-g128", "int4-g32-asym", "int4-g128-asym", "int4")
+FORMATS_4 = (
+    "nf4",
+    "nf4-dq",
+    "fp4-dq",
+    "int4",
+    *(f"int4-g{size}{kind}" for size in (32, 64, 128) for kind in ("", "-asym")),
+)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -48,7 +55,7 @@ def test_a_packed_weight_decodes_to_the_bits_of_its_format(name):
     packed = kernels.from_encoded(encoded)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(weight.decode(packed, dtype), decode(encoded, dtype))
-        assert torch.equal(weight.decode_by_pairs(packed, dtype), decode(encoded, dtype))
+        assert torch.equal(decoding.decode_by_pairs(packed, dtype), decode(encoded, dtype))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -72,7 +79,9 @@ def test_part_of_a_weight_decodes_to_that_part_of_the_whole(rows, groups, kind, 
     first, last = sorted(data.draw(st.tuples(st.integers(0, rows - 1), st.integers(1, rows))))
     left, right = sorted(data.draw(st.tuples(st.integers(0, groups - 1), st.integers(1, groups))))
     part, cols = slice(first, max(last, first + 1)), slice(64 * left, 64 * max(right, left + 1))
-    assert torch.equal(weight.decode_by_pairs(weight.take(w, part, cols), torch.float32), weight.decode(w)[part, cols])
+    assert torch.equal(
+        decoding.decode_by_pairs(weight.take(w, part, cols), torch.float32), weight.decode(w)[part, cols]
+    )
 
 
 # --- the product -------------------------------------------------------------------------------------------------
@@ -81,14 +90,15 @@ def test_part_of_a_weight_decodes_to_that_part_of_the_whole(rows, groups, kind, 
 @given(
     rows=st.integers(1, 70),
     groups=st.integers(1, 4),
+    group_size=st.sampled_from([32, 64, 128]),
     batch=st.integers(0, 20),
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
 )
-@settings(max_examples=60, deadline=None)
-def test_every_form_stays_within_four_roundings_of_the_exact_product(rows, groups, batch, kind, dtype):
-    w = library.prepare(sample("cpu", kind=kind, rows=rows, cols=64 * groups))
-    x = normal(batch, 64 * groups, dtype=dtype)
+@settings(max_examples=80, deadline=None)
+def test_every_form_stays_within_four_roundings_of_the_exact_product(rows, groups, group_size, batch, kind, dtype):
+    w = library.prepare(sample("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size))
+    x = normal(batch, group_size * groups, dtype=dtype)
     exact, bound = x.double() @ weight.decode(w, torch.float64).T, error_bound(x, w)
     forms = [form for form in product.PRODUCT if form.name != "triton" and form.serves(x, w)]
     for run in (kernels.multiply, *(form.run for form in forms)):
@@ -97,10 +107,17 @@ def test_every_form_stays_within_four_roundings_of_the_exact_product(rows, group
         assert ((y.double() - exact).abs() <= bound).all()
 
 
-@given(rows=st.integers(1, 70), groups=st.integers(1, 12), batch=st.integers(0, 5), kind=st.sampled_from(KINDS))
-@settings(max_examples=30, deadline=None)
-def test_the_transposed_product_equals_the_reference_in_float64(rows, groups, batch, kind):
-    w, g = sample("cpu", kind=kind, rows=rows, cols=64 * groups), normal(batch, rows, dtype=torch.float64)
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 12),
+    group_size=st.sampled_from([32, 64, 128]),
+    batch=st.integers(0, 5),
+    kind=st.sampled_from(KINDS),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_transposed_product_equals_the_reference_in_float64(rows, groups, group_size, batch, kind):
+    w = sample("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
+    g = normal(batch, rows, dtype=torch.float64)
     torch.testing.assert_close(product.transposed_tiles(g, w), product.transposed_reference(g, w))
 
 
@@ -145,6 +162,17 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda self, *size, **options: filled(plain_new(self, *size, **options))
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_transposed_product_keeps_nan_in_its_row_takes_strides_and_ignores_what_memory_held(kind, monkeypatch):
+    w, g = sample("cpu", kind=kind), normal(4, 192, dtype=torch.bfloat16)[:, ::2]
+    g[1, 7] = float("nan")
+    expected = kernels.multiply_transposed(g.contiguous(), w)
+    poisoned_empty(monkeypatch)
+    found = kernels.multiply_transposed(g, w)
+    assert found.isnan().any(1).tolist() == [False, True, False, False]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,6 +252,21 @@ print(w.small_batch, y.double().sum().item())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     expected = product.product_tiles(torch.ones(2, 192, dtype=torch.bfloat16), sample("cpu", kind="nf4"))
     assert done.stdout.split() == ["None", str(expected.double().sum().item())]
+
+
+def test_a_processor_without_the_instructions_falls_back_to_tiles_and_says_so_once(monkeypatch, caplog):
+    functional = pytest.importorskip("bitsandbytes").functional
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: False)
+    library.native_code.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            weights = [library.prepare(sample("cpu", kind="nf4")) for _ in range(2)]
+    finally:
+        library.native_code.cache_clear()
+    assert caplog.text.count("no small-batch NF4 kernel for this CPU") == 1
+    assert [w.small_batch for w in weights] == [None, None]
+    x = normal(1, 192, dtype=torch.bfloat16)
+    assert torch.equal(kernels.multiply(x, weights[0]), product.product_tiles(x, weights[0]))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

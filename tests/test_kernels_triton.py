@@ -97,6 +97,20 @@ def check_groups_of_any_multiple_of_32_are_taken(product, group_size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def check_strides_nan_and_what_memory_held_before_change_no_other_row(product, kind, monkeypatch):
+    w = sample(DEVICE, kind=kind, rows=33, cols=128)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, ::2]
+    expected = product.product(x.contiguous(), w)
+    x[1, 7] = float("nan")
+    plain = torch.empty
+    monkeypatch.setattr(product.torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    found = product.product(x, w)
+    rows = [0, 2, 3, 4]
+    assert torch.equal(found[rows], expected[rows])
+    assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def check_decoding_gives_the_bits_of_the_reference(product, kind):
     w = sample(DEVICE, kind=kind, rows=35, cols=192)
     assert torch.equal(product.decode(w, torch.float32), weight.decode(w))

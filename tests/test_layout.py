@@ -30,7 +30,7 @@ LAYERS = {
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
     1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
     "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
-    "packaged_text argument_kinds surfaces "
+    "packaged_text argument_kinds surfaces before_after "
     "training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
     "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot",
     2: "block_rounding rounded_walk expected_rise additivity ava_gguf gguf_mixed gguf_tokenizer gguf_packed "
@@ -42,7 +42,7 @@ LAYERS = {
     "distill block_training qat chain rating",
     4: "race contestants engine_batches engine_quality peers peers_making peers_autoround peers_embedding "
     "peers_runtimes peers_scores search serve engine_bench distill_bench train_bench train_limit "
-    "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side",
+    "kernels_end_to_end chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side",
     5: "plan review rating_form",
     6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options report headless dependencies "
     "cli_compare",

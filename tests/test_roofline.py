@@ -137,6 +137,20 @@ def test_a_target_of_cost_is_ours_over_the_peers():
     assert not roofline.judge(RECORDS, replace(memory, wanted=0.09)).reached
 
 
+def test_of_speeds_the_target_is_ours_over_the_peers():
+    """30 tokens a second against 20, rounds 30/20 and 32/16: 1.5x of the medians, 1.5 to 2."""
+    speeds = {"avalab": [30.0, 30.0, 32.0], "slow": [20.0, 20.0, 16.0]}
+    about = {"device": "cuda: a card", "threads": 2}
+    made = [
+        Record("n", f"decode m:{arm}", "decode_tokens_per_s", sorted(s)[1], "token/s", samples=s, **about)
+        for arm, s in speeds.items()
+    ]
+    wanted = target(device="cuda", works="decode ", peers=("slow",), metric="decode_tokens_per_s")
+    verdict = roofline.judge(made, wanted)
+    assert verdict.words == "not reached: 1.5x of 3x"
+    assert (verdict.low, verdict.high) == (1.5, 2.0)
+
+
 def test_a_target_without_peers_is_the_value_itself():
     verdict = roofline.judge(RECORDS, target(works=SMALL, peers=(), metric="roofline_fraction", wanted=0.8))
     assert verdict.words == "not reached: 0.4x of 0.8x"

@@ -2,17 +2,22 @@
 
 Eager decoding grows a dynamic key-value cache. `compiled` sends single-token steps through torch.compile over a static
 cache, whose length is the next power of two, so that one graph serves every generation of that length; reading the
-prompt stays eager, as its shape changes with every call. In eager mode a static cache only costs time: attention
-reads all of it at each step.
+prompt stays eager, as its shape changes with every call. On a GPU the compiled step is recorded as a CUDA graph, so
+that launching kernels does not decide the time of a small model's token. In eager mode a static cache only costs time:
+attention reads all of it at each step.
 
-A GGUF file is decoded to dense weights of `dtype`. What it does not do: compile bitsandbytes layers, whose kernels
-keep state that the compiler cannot follow.
+A GGUF file is decoded to dense weights of `dtype`. The 4-bit layers of a bitsandbytes artefact compute through
+`avalab.kernels` (see `four_bit`): the same codes and scales, AVALAB_KERNELS=reference for the definition.
+
+What it does not do: compile a layer that bitsandbytes has to keep, or its 8-bit ones: their kernels hold state that the
+compiler cannot follow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from avalab import artifacts, models
 from avalab.artifacts import Artifact
-from avalab.engines import engine, kinds
+from avalab.engines import engine, four_bit, kinds
 from avalab.engines.engine import Engine, Request
 
 SMALLEST_CACHE = 128  # tokens; shorter ones would only mean more graphs
@@ -38,8 +43,6 @@ def load(
     """Open any artefact that `models.load` can, or a GGUF file; `threads` 0 leaves torch's own choice."""
     folder = kinds.checked("torch", artifact)
     found = kinds.kind(folder)
-    if compiled and found == "bitsandbytes":
-        raise kinds.NotSupported(f"{folder.name}: bitsandbytes layers are not compiled; load it with compiled=False")
     if threads:
         torch.set_num_threads(threads)
     facts = kinds.facts(folder)
@@ -49,8 +52,24 @@ def load(
         model = torch.nn.Module.to(decoded, device, dtype)
     else:
         model = models.load(artifacts.load(folder, verify=False) if found == "adapter" else folder, device, dtype)
-    state = {"model": model, "step": torch.compile(model.forward, dynamic=False) if compiled else None}
+    four_bit.apply_kernels(model)
+    state = {"model": model, "step": _compiled(model, folder) if compiled else None}
     return Engine("torch", folder, facts, state, _new_tokens, _logits)
+
+
+@torch.inference_mode()
+def _compiled(model: PreTrainedModel, folder: Path) -> Callable:
+    """The compiled step. Raises NotSupported where a layer is bitsandbytes' own."""
+    kept = [name for name, layer in models.linear_layers(model).items() if type(layer).__module__.startswith("bitsa")]
+    if kept:
+        raise kinds.NotSupported(
+            f"{folder.name}: {len(kept)} layers of bitsandbytes, {kept[0]} the first, are not compiled; "
+            "load it with compiled=False"
+        )
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the kernels' checks run outside the compiler
+    four_bit.mark_static(model)
+    on_gpu = model.device.type == "cuda"
+    return torch.compile(model.forward, dynamic=False, mode="reduce-overhead" if on_gpu else None)
 
 
 @torch.inference_mode()

@@ -29,12 +29,13 @@ from pathlib import Path
 import torch
 
 from avalab.experiment import PROFILES, Record, Run, load_average
-from avalab.kernels import library
+from avalab.kernels import bench_peers, library
 from avalab.kernels.bench_arms import Arms, lora_arms, loss_arms, product_arms
 from avalab.kernels.product_checks import sample
 from avalab.kernels.weight import decode
 
 COLD_BYTES = 2**27  # more than the last cache holds
+PLAIN = ("bf16", "dense")  # the arm that the others must agree with
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,17 @@ def measure(run: Run) -> list[Record]:
     products(run, sizes)
     lora(run, sizes)
     losses(run, sizes)
-    if not run.device.startswith("cuda"):
-        for subject in ("product:triton", "linear_cross_entropy:triton", "linear_kl:triton"):
-            run.record(subject, "kernel_ms", None, "ms", note="not measured: no GPU here")
+    absent(run)
     return run.records
+
+
+def absent(run: Run) -> None:
+    """A record without value for every peer, and every form of ours, that cannot run here; its note says why."""
+    found = bench_peers.reasons(run.device)
+    if not run.device.startswith("cuda"):
+        found |= dict.fromkeys(("product:triton", "linear_cross_entropy:triton", "linear_kl:triton"), "needs a GPU")
+    for subject, reason in found.items():
+        run.record(subject, "kernel_ms", None, "ms", note=reason)
 
 
 def interleaved(arms: Arms, samples: int, device: str = "cpu") -> dict[str, list[float]]:
@@ -106,8 +114,10 @@ def read_rate(size: int, device: str = "cpu") -> float:
 
 
 def _record(run: Run, subject: str, arms: Arms, work: tuple[int, dict[str, int]], limits: tuple[float, float]) -> None:
-    """Time the arms; work: operations, and bytes read by arm; limits: operations and bytes a second."""
-    flops, read = work
+    """Time the arms that agree; work: operations, and bytes read by arm; limits: operations and bytes a second."""
+    (flops, read), (arms, dropped) = work, bench_peers.checked(arms, next(arm for arm in PLAIN if arm in arms))
+    for name, reason in dropped.items():
+        run.record(f"{subject}:{name}", "kernel_ms", None, "ms", note=reason)
     for name, samples in interleaved(arms, SIZES[run.profile_name].samples, run.device).items():
         median, lowest = statistics.median(samples), max(flops / limits[0], read[name] / limits[1]) * 1e3
         details = {"flops": flops, "bytes": read[name], "load_average": load_average()}
@@ -151,7 +161,8 @@ def losses(run: Run, sizes: Sizes) -> None:
         arms = loss_arms(run.device, sizes.loss, trained=trained)
         flops = 2 * tokens * width * vocab * (3 if trained else 2)
         _record(run, name, arms, (flops, dict.fromkeys(arms, 2 * width * vocab)), limits)
-        for arm in arms:
+        timed = {r.subject for r in run.records if r.metric == "kernel_ms" and r.value is not None}
+        for arm in (arm for arm in arms if f"{name}:{arm}" in timed):
             peak, details = _peak_alone(run, arm, trained), {"load_average": load_average()}
             run.record(f"{name}:{arm}", "peak_bytes", peak, "byte", n=1, details=details)
 

@@ -3,7 +3,7 @@
 Peers of the 4-bit product: bf16 (what 4 bits must not be slower than), bitsandbytes' own entry point in its inference
 layout, its decode-then-multiply form for training, and torch's int4 kernel (which torchao calls). Of the layer with an
 adapter: autograd over bitsandbytes' decoding, as peft has it. Of the loss: full logits widened to float32, as
-transformers has it, and in bf16.
+transformers has it, and in bf16. Kernels of other projects, where they are installed, come from `bench_peers`.
 
 What it does not do: time (`bench`).
 """
@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from avalab import kernels
-from avalab.kernels import library
+from avalab.kernels import bench_peers, library
+from avalab.kernels.bench_peers import Arms
 from avalab.kernels.product_checks import sample
 from avalab.kernels.weight import Weight4, decode, group_scales
-
-Arms = dict[str, Callable[[], object]]
 
 
 def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
@@ -30,11 +29,21 @@ def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
     small = weight.small_batch
     if small is not None and small.kernel == "int4pack":
         arms["torch-int4pack"] = lambda: library.product_library(x, weight)
+    if x.is_cuda and weight.zero_points is not None:
+        arms["torch-int4pack"] = _int4pack_gpu(x, weight)
     if library.is_nf4(weight.to("cpu")) and library.native_code():
         arms["bitsandbytes-decoded"] = lambda: functional.linear(x, _decoded_whole(weight))
         if small is not None:
             arms["bitsandbytes"] = _bitsandbytes(x, weight)
-    return arms
+    return arms | bench_peers.arms("nf4" if weight.zero_points is None else "int4", str(x.device), x, weight)
+
+
+def _int4pack_gpu(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
+    """torch's int4 product on a GPU: weights as (code - 8) * scale + offset."""
+    scales = group_scales(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack(weight.codes.contiguous(), 8)
+    both = torch.stack((scales, (8 - weight.zero_points) * scales), -1).transpose(0, 1).bfloat16().contiguous()
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, weight.group_size, both)
 
 
 def _bitsandbytes(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
@@ -98,8 +107,9 @@ def loss_arms(device: str, size: tuple[int, int, int], *, trained: bool) -> Arms
     def step(loss: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss(), wanted)
 
+    peers = bench_peers.arms("loss", device, hidden, head, targets)
     return {
         "avalab": step(lambda: kernels.linear_cross_entropy(hidden, head, targets)),
         "dense": step(lambda: functional.cross_entropy((hidden @ head.T).float(), targets)),
         "dense-bf16": step(lambda: functional.cross_entropy(hidden @ head.T, targets)),
-    }
+    } | {name: step(peer) for name, peer in peers.items()}

@@ -12,6 +12,8 @@ log message says so once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
 from dataclasses import replace
 from functools import cache
 
@@ -109,10 +111,25 @@ def product_library(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[T
     if small.kernel == "int4pack":
         run = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         y = run(flat, small.codes, weight.group_size, small.scales)
+    elif torch.compiler.is_compiling():  # a compiler sees into operators, not into native code
+        y = torch.ops.bitsandbytes.gemv_4bit.default(flat, small.codes, (rows, cols), small.scales, weight.levels, 64)
     else:
-        run = torch.ops.bitsandbytes.gemv_4bit.default
-        y = run(flat, small.codes, (rows, cols), small.scales, weight.levels, 64)
+        y = flat.new_empty(len(flat), rows)
+        sizes = [c_int64(size) for size in (len(flat), rows, cols)]
+        places = [c_void_p(tensor.data_ptr()) for tensor in (flat, small.codes, small.scales, y)]
+        _native_product()(*sizes, *places, c_int64(64), c_int64(cols), c_int64(rows))
     return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
+
+
+@cache
+def _native_product() -> Callable[..., None]:
+    """bitsandbytes' native NF4 product of few rows: sizes, pointers, group size, strides of input and output.
+
+    Called without the operator around it, whose Python costs several microseconds: much, for a small model's layer.
+    """
+    from bitsandbytes.cextension import lib
+
+    return lib.gemv_4bit_inference_cpu_nf4_bf16
 
 
 def serves_product(x: Float[Tensor, "*batch cols"], weight: Weight4) -> bool:

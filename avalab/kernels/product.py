@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from avalab.kernels.decoding import decode_by_pairs
 from avalab.kernels.dispatch import Form, choose
 from avalab.kernels.library import decode_library, product_library, serves_decode, serves_product
 from avalab.kernels.product_checks import decode_check, product_check, transposed_check
-from avalab.kernels.weight import DTYPES, Weight4, decode, decode_by_pairs, take
+from avalab.kernels.weight import DTYPES, Weight4, decode, take
 
 TILE_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}  # a few MiB of cache; few launches
 PANEL_COLS = 256  # fewer columns a panel make the matrix library slow

@@ -66,7 +66,11 @@ class Weight4:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors held, the second copy of `prepare` included."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors held, the second copy of `prepare` included."""
+        return _tensors(self)
 
     def to(self, device: str | torch.device) -> Weight4:
         """The same weight on another device; the second copy, which belongs to the machine, is dropped."""
@@ -214,22 +218,3 @@ def decode(weight: Weight4, dtype: torch.dtype = torch.float32) -> Float[Tensor,
     if weight.minimums is not None:
         values = values + weight.minimums[..., None].float()
     return values.view(weight.shape).to(dtype)
-
-
-def decode_by_pairs(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
-    """`decode`, bit for bit, from one table of 256 pairs of levels: a byte is looked up once, as 8 bytes.
-
-    A pair of float32 travels as one float64, which `index_select` copies at memory speed without looking inside.
-    """
-    byte = torch.arange(256, device=weight.device)
-    pairs = torch.stack((weight.levels[byte >> 4], weight.levels[byte & 15]), -1).view(torch.float64).view(-1)
-    values = pairs.index_select(0, weight.codes.reshape(-1).int()).view(torch.float32).view(-1, weight.group_size)
-    if weight.zero_points is not None:
-        values -= weight.zero_points.reshape(-1, 1).float()
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    scales = group_scales(weight).reshape(-1, 1)
-    if weight.minimums is None:
-        torch.mul(values, scales, out=out)
-    else:
-        out.copy_(values.mul_(scales).add_(weight.minimums.reshape(-1, 1).float()))
-    return out.view(weight.shape)
