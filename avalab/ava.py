@@ -6,7 +6,12 @@
 3. Rounding: `rounded_walk` and `rounding`, block by block, each layer aiming at the original outputs.
 4. Files: a compressed-tensors checkpoint (`packing`), the embedding stored once though it serves as head too.
 
+With `embedding="packed"` embedding and tied head are candidates on the same grids (`embedding_rounding`). Below 5 bits
+a parameter most is won there, but only `avalab.models.load` reads the file: transformers and vLLM refuse a packed
+embedding. `embedding="any"` stays portable.
+
 With `format="gguf"` the options are GGUF's block types instead, and the artefact is one .gguf file: see `ava_gguf`.
+With `format="onnx"` they are ONNX Runtime's blocks, and the artefact is a folder for its GenAI library: see `ava_onnx`.
 
 What it does not do: train, choose text, change norms or biases.
 """
@@ -24,13 +29,16 @@ from transformers import PreTrainedModel
 from avalab import (
     allocation,
     ava_gguf,
+    ava_onnx,
     block_rounding,
     calibration,
+    embedding_rounding,
     expected_rise,
     gguf_blocks,
     gguf_export,
     gguf_mixed,
     models,
+    onnx_mixed,
     packing,
     rounded_walk,
     rounding,
@@ -39,6 +47,7 @@ from avalab.allocation import Allocation, Option
 from avalab.compressors import Job
 from avalab.expected_rise import BF16, Candidate
 from avalab.gguf_mixed import GgufModel
+from avalab.onnx_mixed import OnnxModel
 from avalab.packing import Packed
 from avalab.rounding import Grid, Problem, Rounded
 
@@ -54,35 +63,54 @@ DEFAULTS = {
     "format": "transformers",
     "engine": "any",
 }
-FORMATS = {"transformers": ("compressed-tensors", ("torch",)), "gguf": ("gguf-mixed", gguf_export.ENGINES)}
+PACKED = "packed"
+PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and vLLM need embedding='any'"
+PACKED_DAMPING = 10.0  # times: at 2.7 bits a parameter 0.83x the KL on new text; portable files stay as they were
+EMBEDDINGS = ("any", BF16, PACKED)
+FORMATS = {
+    "transformers": ("compressed-tensors", ("torch",)),
+    "gguf": ("gguf-mixed", gguf_export.ENGINES),
+    "onnx": (onnx_mixed.FORMAT, onnx_mixed.ENGINES),
+    PACKED: ("compressed-tensors-packed-embedding", ("torch",)),
+}
 _PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
-SOURCES = (*(Path(part.__file__) for part in (*_PARTS, packing, rounded_walk, rounding)), Path(__file__))
+_OWN = (ava_onnx, *ava_onnx.PARTS, packing, rounded_walk, rounding)
+SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_OWN)), Path(__file__))
 
 
-def compress(job: Job) -> Packed | GgufModel | PreTrainedModel:
+def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
     """Compress the model of a `Job`; its parameters are those of `DEFAULTS`, `bytes` overruling `bits_per_weight`.
 
     A budget that the bf16 file fits gives the model as it is, with a note.
     """
     parameters, windows = job.parameters, job.calibration
-    if parameters["embedding"] not in ("any", BF16):
-        raise ValueError(f"embedding {parameters['embedding']!r} is neither 'any' nor {BF16!r}")
+    if parameters["embedding"] not in EMBEDDINGS:
+        raise ValueError(f"embedding {parameters['embedding']!r} is not one of {', '.join(EMBEDDINGS)}")
     model = models.load(job.folder, job.device)
     budget = budget_bytes(models.parameter_count(model), parameters)
+    if parameters["format"] != "transformers" and parameters["embedding"] == PACKED:
+        raise ValueError(
+            f"embedding='packed' is of the own format; {parameters['format']} rounds every embedding anyway"
+        )
     if parameters["format"] == "gguf":
         return ava_gguf.compress(job, model, budget)
+    if parameters["format"] == "onnx":
+        return ava_onnx.compress(job, model, budget)
     if budget >= file_bytes(job.folder):
         return _unchanged(model, budget)
-    options = sensitivities(model, windows, group_size=parameters["group_size"], skipped=job.skipped)
-    if parameters["embedding"] == BF16:
-        options = {name: [o for o in row if o.format != packing.INT8_ROWS] for name, row in options.items()}
+    how = {"group_size": parameters["group_size"], "skipped": job.skipped, "embedding": parameters["embedding"]}
+    options, moment = _measured(model, windows, **how)
     fixed = fixed_bytes(model, options)
     chosen = choose(options, budget, fixed)
     predicted = {"predicted_kl_divergence": chosen.cost, "predicted_bytes": chosen.bytes + fixed}
-    layers, damped = round_model(model, windows, chosen)
-    measured = predicted | {"damped_moments": damped, "formats": _counts(chosen), "budget_bytes": budget}
-    measured["note"] = "; ".join(_notes(model, parameters["group_size"], damped))
-    return packing.pack(model, layers, int8_rows_of=_int8(chosen), measured=measured)
+    table = _packed_table(model, moment, chosen)
+    times = PACKED_DAMPING if parameters["embedding"] == PACKED else 1.0
+    layers, damped = round_model(model, windows, chosen, damping_times=times)
+    counts = dict(sorted(Counter(option.format for option in chosen.chosen.values()).items()))
+    measured = predicted | {"damped_moments": damped, "formats": counts, "budget_bytes": budget}
+    measured["embedding"] = chosen.chosen[_embedding(model)].format
+    measured["note"] = "; ".join(([PACKED_NOTE] if table else []) + _notes(model, parameters["group_size"], damped))
+    return packing.pack(model, table | layers, int8_rows_of=_int8(chosen), measured=measured)
 
 
 def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -90,20 +118,21 @@ def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tupl
 
     Raises ValueError for an unknown format.
     """
-    if parameters["format"] not in FORMATS:
-        raise ValueError(f"unknown format {parameters['format']!r}; choose one of {', '.join(FORMATS)}")
+    if parameters["format"] not in ("transformers", "gguf", "onnx"):
+        raise ValueError(f"unknown format {parameters['format']!r}; choose one of transformers, gguf, onnx")
     if parameters["format"] == "transformers" and budget_bytes(count, parameters) >= file_bytes(folder):
         return BF16, ("torch",)
-    return FORMATS[parameters["format"]]
+    own = parameters["format"] == "transformers" and parameters["embedding"] == PACKED
+    return FORMATS[PACKED if own else parameters["format"]]
 
 
 def label(parameters: Mapping) -> str:
     """What distinguishes an artefact's name: `4.5bpw`, `114000000b-g64-bf16emb`, `4.5bpw-gguf-openvino`."""
     parts = [f"{parameters['bytes']}b" if parameters["bytes"] else f"{parameters['bits_per_weight']:g}bpw"]
     parts += [f"g{parameters['group_size']}"] if parameters["group_size"] else []
-    parts += ["gguf"] if parameters.get("format") == "gguf" else []
+    parts += [parameters["format"]] if parameters.get("format", "transformers") != "transformers" else []
     parts += [parameters["engine"]] if parameters.get("engine", "any") != "any" else []
-    return "-".join(parts + (["bf16emb"] if parameters["embedding"] == BF16 else []))
+    return "-".join(parts + {BF16: ["bf16emb"], PACKED: ["packedemb"]}.get(parameters["embedding"], []))
 
 
 def budget_bytes(count: int, parameters: Mapping) -> int:
@@ -156,20 +185,37 @@ def fixed_bytes(model: PreTrainedModel, options: Mapping[str, list[Option]]) -> 
 
 
 def sensitivities(
-    model: PreTrainedModel, windows: Int[Tensor, "window time"], *, group_size: int = 0, skipped: Sequence[str] = ()
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    *,
+    group_size: int = 0,
+    skipped: Sequence[str] = (),
+    embedding: str = "any",
 ) -> dict[str, list[Option]]:
     """Formats of every linear layer and of the embedding with their bytes and expected rise in KL, nats a token.
 
     `group_size` 0 offers every usual one that divides the layer's columns; a layer that the asked one does not divide
-    takes the next larger usual one that does, else whole rows.
+    takes the next larger usual one that does, else whole rows. `embedding` is one of `EMBEDDINGS`.
     """
+
+    return _measured(model, windows, group_size=group_size, skipped=skipped, embedding=embedding)[0]
+
+
+def _measured(
+    model: PreTrainedModel, windows: Tensor, *, group_size: int, skipped: Sequence[str], embedding: str
+) -> tuple[dict[str, list[Option]], Tensor]:
+    """`sensitivities`, and the moment that all rows of the embedding share."""
 
     def candidates(rows: int, columns: int) -> list[Candidate]:
         return [_candidate(grid, rows, columns) for grid in grids(columns, group_size)]
 
-    found = expected_rise.measure(model, windows, candidates, skipped=skipped).layers
-    embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
-    return {embedding: _embedding_options(model, windows[:EMBEDDING_WINDOWS])} | found
+    found = expected_rise.measure(model, windows, candidates, skipped=skipped)
+    name, few = _embedding(model), windows[:EMBEDDING_WINDOWS]
+    formats = embedding_rounding.portable_options(model, few, int8=embedding != BF16)
+    if embedding == PACKED:
+        columns = model.get_input_embeddings().weight.shape[1]
+        formats += embedding_rounding.options(model, few, found.moments[name], grids(columns, group_size))
+    return {name: formats} | found.layers, found.moments[name]
 
 
 def grids(columns: int, group_size: int = 0) -> list[Grid]:
@@ -186,31 +232,29 @@ def _candidate(grid: Grid, rows: int, columns: int) -> Candidate:
     return Candidate(grid.name, packing.stored_bytes(rows, columns, grid), approximate)
 
 
-def _embedding_options(model: PreTrainedModel, windows: Tensor) -> list[Option]:
-    """bf16, or int8 with a scale a row, whose rise in KL is measured: there is only one choice to try."""
-    table = model.get_input_embeddings().weight
-    rows, columns = table.shape
-    tied = model.get_output_embeddings().weight is table
-    codes, scales = packing.int8_rows(table.detach())
-    rise = expected_rise.of_replacement(model, windows, table, (codes.to(table.dtype) * scales).to(table.dtype))
-    size = rows * columns + 2 * rows * (2 if tied else 1)
-    return [Option(BF16, 2 * rows * columns, 0.0), Option(packing.INT8_ROWS, size, rise)]
+def _embedding(model: PreTrainedModel) -> str:
+    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
 
 
 def round_model(
-    model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation, *, damping_times: float = 1.0
 ) -> tuple[dict[str, Rounded], int]:
     """Replace, in place, the chosen layers' weights by rounded ones; also how many moments needed more damping."""
     formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
-    return rounded_walk.apply(model, windows, formats, _round_rows)
+    return rounded_walk.apply(model, windows, formats, _round_rows, damping_times=damping_times)
+
+
+def _packed_table(model: PreTrainedModel, moment: Tensor, chosen: Allocation) -> dict[str, Rounded]:
+    """The embedding, if a grid was chosen for it: rounded, in place, before the layers that read it."""
+    name = _embedding(model)
+    format = chosen.chosen[name].format
+    if format in (BF16, packing.INT8_ROWS):
+        return {}
+    return {name: embedding_rounding.apply(model, moment, rounding.grid_named(format))}
 
 
 def _round_rows(weight: Tensor, posed: Problem, format: str, rows: list[int]) -> list[Rounded]:
     return rounding.split(rounding.round_weight(weight, posed, rounding.grid_named(format)), rows)
-
-
-def _counts(chosen: Allocation) -> dict[str, int]:
-    return dict(sorted(Counter(option.format for option in chosen.chosen.values()).items()))
 
 
 def _int8(chosen: Allocation) -> str:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from avalab import distill_losses, fake_quant
-from avalab.calibration import Call, _entering, _next_call
+from avalab.calibration import Call, _entering, _keywords, _next_call, _with_keywords
 
 JUDGED = 4  # steps' worth of windows that say whether a block got better
 
@@ -57,8 +57,11 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     blocks = list(zip(student.base_model.layers, teacher.base_model.layers, strict=True))
     mine, theirs = (_streams(model, windows, how.windows_per_step) for model in (student, teacher))
+    own = _own_keywords(teacher, windows, how.windows_per_step)
     errors = []
-    for block, original in tqdm(blocks, desc="blocks", leave=False):
+    for index, (block, original) in enumerate(tqdm(blocks, desc="blocks", leave=False)):
+        if own:  # the block's own rotary embedding and mask
+            mine, theirs = (_with_keywords(calls, own[index]) for calls in (mine, theirs))
         with torch.no_grad():
             theirs = [_next_call(original, call) for call in theirs]
         aims = [args[0] for args, _ in theirs]
@@ -75,6 +78,13 @@ def _streams(model: PreTrainedModel, windows: Tensor, size: int) -> list[Call]:
     """What enters the first block, a call for every step's windows."""
     first = model.base_model.layers[0]
     return [call for part in windows.split(size) for call in _entering(model, first, part)]
+
+
+@torch.no_grad()
+def _own_keywords(model: PreTrainedModel, windows: Tensor, size: int) -> list[list[dict]]:
+    """Keyword arguments by block and call of a model whose blocks differ in them (Gemma 3), else nothing."""
+    parts = [_keywords(model, part) for part in windows.split(size)]
+    return [[one for calls in block for one in calls] for block in zip(*parts, strict=True)]
 
 
 def _fit(

@@ -20,10 +20,12 @@ CALIBRATED = ("onnx", "gguf")
 
 
 def onnx(artifact, out: Path, weights: str, windows) -> str:
-    """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products."""
+    """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; `onnx_genai` if packed."""
     from avalab import onnx_file
-    from avalab.engines import onnx_int8
+    from avalab.engines import kinds, onnx_export, onnx_int8
 
+    if weights == onnx_export.KEPT or (not weights and kinds.kind(artifact.path) == "compressed-tensors"):
+        return onnx_genai(artifact, out, onnx_export.KEPT, windows)
     if weights == "int8" or windows is not None:
         mode = "dynamic" if windows is None else "static"
         return _written(onnx_int8.write(artifact, mode, windows=windows, out=out), "onnxruntime")
@@ -36,11 +38,15 @@ def onnx(artifact, out: Path, weights: str, windows) -> str:
     )
 
 
-def onnx_genai(artifact, out: Path, weights: str, _windows) -> str:
-    """A folder for ONNX Runtime GenAI, by its own model builder."""
+def onnx_genai(artifact, out: Path, weights: str, windows) -> str:
+    """A folder for ONNX Runtime GenAI, by its own model builder; a packed artefact's layers as they are."""
     from avalab.engines import onnx_export
 
-    return _written(onnx_export.write(artifact, weights or "int4", out=out), "onnx")
+    if windows is not None:
+        raise ValueError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
+    made = onnx_export.write(artifact, weights or "int4", out=out)
+    told = made.card["measured"].get("note", "")
+    return _written(made, "onnx") + (f"\n{told}" if told else "")
 
 
 def gguf(artifact, out: Path, weights: str, windows) -> str:
@@ -87,9 +93,9 @@ EXPORTERS: dict[str, Callable[..., str]] = {
     "executorch": executorch,
     "aot": aot,
 }
-WEIGHTS_HELP = """How weights are stored. onnx: dense, sparse, bitmask, int8; onnx-genai: fp32, int8, int4; openvino:
-f16, int8, int4; gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, kept (ava's grids), q6_k, q5_k_m, q4_k_m, q3_k_m,
-q2_k; executorch: fp32; aot: bf16, fp32."""
+WEIGHTS_HELP = """How weights are stored. onnx: dense, sparse, bitmask, int8, kept (a packed artefact's own grids);
+onnx-genai: fp32, int8, int4, kept; openvino: f16, int8, int4; gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0,
+kept (ava's grids), q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k; executorch: fp32; aot: bf16, fp32."""
 CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matrix (gguf's K types)."
 Out = Annotated[Path, typer.Option(help="New folder of the artefact.")]
 

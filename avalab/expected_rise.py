@@ -44,10 +44,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rises:
-    """Options of every linear layer; and by name the problem of embedding and head (one of them if they are tied)."""
+    """Options of every linear layer; and by name problem and undamped moment of embedding and head (one if tied)."""
 
     layers: dict[str, list[Option]]
     tables: dict[str, Problem]
+    moments: dict[str, Tensor]
 
 
 def measure(
@@ -91,7 +92,7 @@ def measure(
         by_name = {first: sum((by_name[name] for name in rest), by_name[first])}
     tokens = windows[:FISHER_WINDOWS].numel()
     posed = {n: rounding.problem(m, damping=rounding.damping_for(len(m), tokens)) for n, m in by_name.items()}
-    return Rises({name: found[name] for name in names.values()}, posed)
+    return Rises({name: found[name] for name in names.values()}, posed, by_name)
 
 
 def _options(weight: Tensor, weights: Tensor, cost: Tensor, candidates: Sequence[Candidate]) -> list[Option]:
@@ -106,10 +107,12 @@ def _options(weight: Tensor, weights: Tensor, cost: Tensor, candidates: Sequence
 
 def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor:
     """Mean outer product, over tokens, of a head's inputs weighted by its gradients, or of an embedding's gradients."""
-    gradients = gradients.flatten(0, -2).float()
-    rows = gradients
-    if is_head:
-        rows = inputs.detach().flatten(0, -2).float() * gradients.square().sum(-1, keepdim=True).sqrt()
+    gradients = gradients.flatten(0, -2)
+    if is_head:  # a few tokens at a time: logits are many
+        parts = [part.float().square().sum(-1, keepdim=True) for part in gradients.split(quality.CHUNK_TOKENS)]
+        rows = inputs.detach().flatten(0, -2).float() * torch.cat(parts).sqrt()
+    else:
+        rows = gradients.float()
     return calibration.second_moment(rows) / len(rows)
 
 

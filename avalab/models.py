@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import artifacts, assets, gguf_vocabulary
+from avalab import artifacts, assets, gguf_vocabulary, hqq_checkpoint, packed_embedding
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -101,11 +101,13 @@ def load(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = to
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             return nn.Module.to(from_gguf(files[0])[0], device, dtype)
     quiet_libraries()
+    if hqq_checkpoint.is_one(folder):
+        return nn.Module.to(hqq_checkpoint.from_pretrained(folder, dtype=dtype), device).eval()
     # The libraries' own deprecations and progress bars that cannot be turned off: nothing a reader can act on.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = packed_embedding.from_pretrained(
                 folder, dtype=dtype, device_map=device if device != "cpu" else None, use_safetensors=True
             )
         except SafetensorError as error:

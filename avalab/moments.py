@@ -57,7 +57,10 @@ def measure(model: PreTrainedModel, windows: Int[Tensor, "window time"], folder:
         return files
     start = time.perf_counter()
     calls = calibration._entering(model, blocks[0], windows)
+    keywords = calibration._keywords(model, windows)
     for index, block in enumerate(tqdm(blocks, desc="calibration", leave=False)):
+        if keywords:  # the block's own rotary embedding and mask
+            calls = calibration._with_keywords(calls, keywords[index])
         if finished[index]:
             calls = [calibration._next_call(block, call) for call in calls]
             continue

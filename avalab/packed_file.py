@@ -5,7 +5,7 @@ llmcompressor's rtn, gptq and awq write what `packing` writes. Bits, group size 
 shapes, so that each layer keeps its own grid.
 
 `write` copies an artefact's folder and puts other numbers into the slots that are there: name, shape and type of every
-tensor stay, hence so do the bytes and whatever reads the file.
+tensor stay, hence so do the bytes and whatever reads the file. A packed embedding is one of the tensors that stay.
 
 Source: the format of compressed-tensors 0.19, whose own functions pack and unpack.
 What it does not do: add, drop or re-shape tensors; other formats (bitsandbytes, GGUF).
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avalab import artifacts
+from avalab import artifacts, packed_embedding
 from avalab.artifacts import Artifact
 from avalab.packing import packed_tensors
 from avalab.rounding import Grid, Rounded
@@ -35,7 +35,9 @@ def read(artifact: Artifact) -> dict[str, Rounded]:
     Raises ValueError for an artefact that has none, naming its format.
     """
     tensors = {name: tensor for path in _files(artifact.path) for name, tensor in load_file(path).items()}
+    embedding = packed_embedding.name_in(artifact.path)
     names = [name.removesuffix(f".{CODES}") for name in tensors if name.endswith(f".{CODES}")]
+    names = [name for name in names if name != embedding]
     if not names:
         raise ValueError(
             f"{artifact.name} is in format {artifact.format!r} and holds no packed layers; "

@@ -3,7 +3,10 @@
 Linear layers are `pack-quantized`: codes packed densely into int32 words, a bf16 scale and (asymmetric) a packed zero
 point a group; layers of one grid form one group of the configuration, listed by name. The embedding may be
 `int-quantized`: int8 codes under its own name with a scale a row. A tied embedding is stored once: the head shares its
-codes and repeats the scales. (transformers cannot load a packed embedding: it has no tensor called `weight`.)
+codes and repeats the scales.
+
+An embedding among the rounded layers is packed as they are, in a group of its own. transformers and vLLM refuse such a
+file (the embedding has no tensor called `weight`); `models.load` reads it through `packed_embedding`.
 
 Source: the format of compressed-tensors 0.19, whose own functions pack. What it does not do: choose or round.
 """
@@ -23,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from avalab.packed_embedding import GROUP
 from avalab.rounding import Grid, Rounded
 
 INT8_ROWS = "int8-rows"
@@ -46,16 +50,21 @@ class Packed:
 
 
 def pack(model: PreTrainedModel, layers: dict[str, Rounded], *, int8_rows_of: str = "", measured: dict) -> Packed:
-    """The checkpoint of a model whose linear `layers` were rounded and, if named, whose embedding goes to int8 rows."""
+    """The checkpoint of a model whose `layers` were rounded and, if named, whose embedding goes to int8 rows.
+
+    `layers` are linear ones and may hold the embedding, too, which only this package then loads.
+    """
     tied = bool(model.config.tie_word_embeddings)
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     tensors = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
     if tied:
         tensors.pop(f"{head}.weight", None)
     groups: dict[str, dict] = {}
     for name, part in layers.items():
         tensors |= {f"{name}.{key}": value for key, value in packed_tensors(part).items()}
-        groups.setdefault(part.grid.name, _group(part.grid))["targets"].append(name)
+        kind = GROUP if name == embedding else part.grid.name
+        groups.setdefault(kind, _group(part.grid))["targets"].append(name)
     if int8_rows_of:
         readers = [int8_rows_of, *([head] if tied else [])]
         codes, scales = int8_rows(tensors[f"{int8_rows_of}.weight"])
@@ -112,7 +121,7 @@ def _quantization(groups: dict[str, dict], *, ignore: list[str]) -> dict:
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "config_groups": {f"group_{at}": group for at, group in enumerate(groups.values())},
+        "config_groups": {name if name == GROUP else f"group_{at}": g for at, (name, g) in enumerate(groups.items())},
         "ignore": ignore,
         "version": compressed_tensors.__version__,
     }

@@ -2,8 +2,10 @@
 
 1. `write` makes an artefact with a peer; what calibrates does so on the run's own windows.
 2. `match` makes the lab's artefact of the same file bytes: its budget is a number of bytes, so the lab does the
-   matching, and one it has made already serves again within 1 %.
-3. `record` appends bytes, seconds and scores, and the ratio of the two KL divergences on the same windows.
+   matching, and one it has made already serves again within 1 %. It does so in every form of `FORMS`, a row each:
+   `ava-<bytes>b` (int8 embedding at least: transformers, vLLM), `ava-packed-<bytes>b` (embedding below 8 bits: only
+   this package loads it) and `ava-gguf-<bytes>b` (llama.cpp and its kin), so that portable forms stand by themselves.
+3. `record` appends bytes, seconds and scores, and the ratio of KL divergences to each form on the same windows.
 4. `python -m avalab.peers` does all of it for a model and writes results/<run>/peers.json after each subject.
 
 | peer | library | embedding in the file |
@@ -13,17 +15,18 @@
 | `autoround-*` | AutoRound | bf16; `-int8emb` likewise |
 | `openvino-int4`, `nncf-int4` | NNCF: no data; AWQ and scale estimation | int8, a scale and zero point a row |
 | `onnx-k-quant` | ONNX Runtime | int4 in groups of 32 |
+| `hqq-*` | HQQ, its own storage (`hqq_checkpoint`) | bf16; `-int8emb` likewise |
 | `gguf-*` | llama.cpp with an importance matrix | the mixture's choice, 8 bits where 256 does not divide a row |
 
 A missing library raises EngineUnavailable with the install line; the command records that and goes on. What it does not
-do: tune a peer, train after rounding, or HQQ, whose fractional zero points no file format here holds.
+do: tune a peer, train after rounding, or choose among the lab's forms.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from avalab import corpora, models, peers_making, quality, quantize
@@ -35,6 +38,7 @@ from avalab.peers_making import Maker, quantized, with_int8_embedding
 from avalab.quality import Reference, TokenScores
 
 LAB = 'pip install -e ".[lab]"'
+HQQ = "pip install hqq==0.2.8.post1"
 SAME_BYTES = 0.01  # two files within this share are of one size
 
 
@@ -69,13 +73,15 @@ def known(peer: str) -> Peer:
     return PEERS[peer]
 
 
-def match(base: Artifact, size: int, *, run: Run, made: Sequence[Artifact] = ()) -> Artifact:
-    """The lab's artefact of `size` bytes: one of `made` within 1 % of it, or a new one.
+def match(base: Artifact, size: int, *, run: Run, form: str = "ava", made: Sequence[Artifact] = ()) -> Artifact:
+    """The lab's artefact of `size` bytes in one of `FORMS`: one of `made` within 1 % of it, or a new one.
 
-    Raises ValueError as `ava` does for a budget that no file fits.
+    Raises ValueError for an unknown form, and as `ava` does for a budget that no file fits.
     """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r} of the lab's artefact; choose one of {', '.join(FORMS)}")
     near = [artifact for artifact in made if abs(artifact.bytes / size - 1) <= SAME_BYTES]
-    return near[0] if near else quantize.write(base, "ava", bytes=size, run=run)
+    return near[0] if near else quantize.write(base, "ava", bytes=size, run=run, **FORMS[form])
 
 
 def references(run: Run, base: Artifact) -> dict[str, Reference]:
@@ -93,12 +99,13 @@ def record(
     against: dict[str, Reference],
     *,
     peer: str = "",
-    rival: Artifact | None = None,
+    rivals: Mapping[str, Artifact] | None = None,
 ) -> dict[str, TokenScores]:
     """Append bytes, seconds and, for each text, KL (mean, 99th percentile), agreement, perplexity and rise in loss.
 
-    `peer` names the row whose engine scores the artefact (none: torch). With `rival`, which torch has to load, also
-    `kl_ratio`: the rival's mean KL divergence over this one's, windows paired. Returns the token scores by text.
+    `peer` names the row whose engine scores the artefact (none: torch). With `rivals` by form, which torch has to load,
+    also `kl_ratio` (`:packed` and `:gguf` behind the text for those forms): the rival's mean KL divergence over this
+    one's, windows paired. Returns the token scores by text.
     """
     row = known(peer) if peer else None
     about = {"artifact_sha256": artifact.sha256, "engine": row.engine if row else "torch"}
@@ -114,45 +121,53 @@ def record(
         rows = _estimates(run, found[text], base)
         for metric, unit, estimate in rows:
             run.record(subject, f"{metric}:{text}", unit=unit, **vars(estimate), **about)
-        if rival:
+        for form, rival in (rivals or {}).items():
             theirs = scoring.scores(rival, reference, cache, device=run.device)
             estimate = scoring.ratio(theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed)
             sizes = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
-            run.record(subject, f"kl_ratio:{text}", unit="1", **vars(estimate), details=sizes, **about)
+            run.record(subject, _ratio_of(text, form), unit="1", **vars(estimate), details=sizes, **about)
     return found
 
 
-def compare(run: Run, names: Sequence[str]) -> None:
-    """Record the base, each named peer and the lab's artefact of its size; the file is written after each subject."""
+def compare(run: Run, names: Sequence[str], *, forms: Sequence[str] = ()) -> None:
+    """Record the base, each named peer and the lab's artefacts of its size, in all forms or the named ones.
+
+    The file of records is written after each subject.
+    """
     base = models.base(run)
     against = references(run, base)
     record(run, "base", base, against)
-    rivals: list[Artifact] = []
+    made: dict[str, list[Artifact]] = {form: [] for form in forms or FORMS}
     for name in names:
-        _compare_one(run, base, name, against, rivals)
+        _compare_one(run, base, name, against, made)
         run.save()
 
 
-def _compare_one(run: Run, base: Artifact, name: str, against: dict[str, Reference], rivals: list[Artifact]) -> None:
+def _compare_one(run: Run, base: Artifact, name: str, against: dict[str, Reference], made: dict) -> None:
     try:
         artifact = write(base, name, run=run)
-        rival = _rival(run, base, artifact, against, rivals)
-        record(run, name, artifact, against, peer=name, rival=rival)
+        found = {form: _rival(run, base, artifact.bytes, against, form, made[form]) for form in made}
+        rivals = {form: rival for form, rival in found.items() if rival}
+        record(run, name, artifact, against, peer=name, rivals=rivals)
     except (kinds.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
         run.record(name, "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
 
 
-def _rival(run: Run, base: Artifact, artifact: Artifact, against: dict, rivals: list[Artifact]) -> Artifact | None:
-    """The lab's artefact of the same size, recorded when it is new; None, with the reason, where there is none."""
+def _rival(run: Run, base: Artifact, size: int, against: dict, form: str, made: list[Artifact]) -> Artifact | None:
+    """The lab's artefact of this size, recorded when it is new; None, with the reason, where there is none."""
     try:
-        rival = match(base, artifact.bytes, run=run, made=rivals)
+        rival = match(base, size, run=run, form=form, made=made)
     except ValueError as error:
-        run.record(f"ava-{artifact.bytes}b", "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
+        run.record(f"{form}-{size}b", "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
         return None
-    if rival not in rivals:
-        rivals.append(rival)
-        record(run, f"ava-{rival.bytes}b", rival, against)
+    if rival not in made:
+        made.append(rival)
+        record(run, f"{form}-{rival.bytes}b", rival, against)
     return rival
+
+
+def _ratio_of(text: str, form: str) -> str:
+    return ":".join(("kl_ratio", text, *form.split("-")[1:]))
 
 
 def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, quality.Estimate]]:
@@ -167,17 +182,10 @@ def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str
 
 
 def _shown(run: Run) -> str:
-    """A line a subject: bytes, seconds, and for each text the KL divergence and the lab's ratio to it."""
-    columns = ("artifact_bytes", "compress_seconds", *(f"{m}:{t}" for t in run.profile.eval_texts for m in SHOWN))
-    found = {(r.subject, r.metric): r for r in run.records}
-    lines = []
-    for subject in dict.fromkeys(r.subject for r in run.records):
-        cells = [found.get((subject, column)) for column in columns]
-        values = " ".join(f"{c.value:14.6g}" if c and c.value is not None else f"{'-':>14}" for c in cells)
-        note = next((r.note for r in run.records if r.subject == subject and r.note), "")
-        lines.append(f"{subject:28}{values}  {note}".rstrip())
-    headings = [c.removeprefix("artifact_").removeprefix("compress_").replace("_divergence", "") for c in columns]
-    return "\n".join([f"{'subject':28}" + " ".join(f"{heading[:14]:>14}" for heading in headings), *lines])
+    """A line a subject: bytes, seconds, and for each text its scores and the lab's ratio to it in every form."""
+    texts = run.profile.eval_texts
+    columns = ["artifact_bytes", "compress_seconds", *(f"{metric}:{text}" for text in texts for metric in SHOWN)]
+    return scoring.table(run.records, columns + [_ratio_of(text, form) for text in texts for form in FORMS])
 
 
 def main() -> None:
@@ -186,14 +194,16 @@ def main() -> None:
     parser.add_argument("--model", default="", help="asset, folder or hub id; the profile's own without it")
     parser.add_argument("--profile", choices=PROFILES, default="laptop")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forms", default=",".join(FORMS), help="forms of the lab's artefact, joined by commas")
     parser.add_argument("--peers", default=",".join(SHORT), help=f"names joined by commas; all: {', '.join(NAMES)}")
     options = parser.parse_args()
-    names = options.peers.split(",")
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        parser.error(f"unknown peer {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+    names, forms = options.peers.split(","), options.forms.split(",")
+    for kind, given, allowed in (("peer", names, PEERS), ("form", forms, FORMS)):
+        unknown = [name for name in given if name not in allowed]
+        if unknown:
+            parser.error(f"unknown {kind} {', '.join(unknown)}; choose from {', '.join(allowed)}")
     run = Run("peers", options.profile, options.seed, options.model)
-    compare(run, names)
+    compare(run, names, forms=forms)
     print(_shown(run))
     print(f"load average {load_average()}; records: {run.records_path.relative_to(ROOT)}")
 
@@ -207,8 +217,10 @@ def _int8(peer: Peer) -> Peer:
     return replace(peer, make=with_int8_embedding(peer.make), embedding="int8, a scale a row")
 
 
-SHOWN = ("kl_divergence", "kl_divergence_p99", "top1_agreement", "perplexity", "kl_ratio")
+FORMS: dict[str, dict] = {"ava": {}, "ava-packed": {"embedding": "packed"}, "ava-gguf": {"format": "gguf"}}
+SHOWN = ("kl_divergence", "kl_divergence_p99", "top1_agreement", "perplexity")
 _GGUF = {"module": "llama_cpp", "install": llamacpp.INSTALL, "embedding": "the mixture's choice"}
+_HQQ = {"module": "hqq", "install": HQQ, "embedding": "int8, a scale a row"}
 _WHOLE = {
     "rtn-w4g64": _library("rtn", 4, 64),
     "rtn-w3g64": _library("rtn", 3, 64),
@@ -226,6 +238,8 @@ _WHOLE = {
 PEERS: dict[str, Peer] = {
     **_WHOLE,
     **{f"{name}-int8emb": _int8(peer) for name, peer in _WHOLE.items()},
+    **{f"hqq-w{bits}g64": Peer(peers_making.hqq(bits, 64), "hqq", HQQ) for bits in (4, 3, 2)},
+    **{f"hqq-w{bits}g64-int8emb": Peer(peers_making.hqq(bits, 64, int8_embedding=True), **_HQQ) for bits in (4, 3, 2)},
     "nf4": Peer(quantized("nf4"), "bitsandbytes"),
     "nf4-dq": Peer(quantized("nf4", double_quantization=True), "bitsandbytes"),
     "openvino-int4": Peer(peers_making.openvino, "nncf", openvino.INSTALL, "openvino", "int8, a scale a row"),
@@ -234,8 +248,11 @@ PEERS: dict[str, Peer] = {
     **{f"gguf-{mixture}": Peer(peers_making.gguf(mixture), **_GGUF) for mixture in ("q4_k_m", "q3_k_m", "q2_k")},
 }
 NAMES: tuple[str, ...] = tuple(PEERS)
-# The strongest library and the fairest setting at each size, round-to-nearest beside them: minutes, not hours.
-SHORT = ("rtn-w4g64-int8emb", "gptq-w6g64-int8emb", "autoround-w4g64", "autoround-w4g64-int8emb", "nncf-int4")
+# The libraries that calibrate, at three sizes, and NNCF: two hours on one thread, most of them AutoRound's.
+SHORT = (
+    *(f"{method}-w{bits}g64-int8emb" for bits in (4, 3, 2) for method in ("gptq", "autoround")),
+    "nncf-int4",
+)
 
 if __name__ == "__main__":
     main()

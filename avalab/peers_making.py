@@ -18,6 +18,7 @@ from avalab import (
     corpora,
     gguf_export,
     gguf_quantizer,
+    hqq_checkpoint,
     models,
     packing,
     peers_autoround,
@@ -54,6 +55,29 @@ def autoround(bits: int, group_size: int) -> Maker:
 
         step = {"step": "autoround", **parameters, **_calibration(run), "code": _code(peers_autoround, packing)}
         return _made(base, run, f"autoround-w{bits}g{group_size}-asym", step, fill, format="compressed-tensors")
+
+    return make
+
+
+def hqq(bits: int, group_size: int, *, int8_embedding: bool = False) -> Maker:
+    """HQQ with its defaults, in its own storage; the embedding in bf16 or int8 rows."""
+
+    def make(base: Artifact, run: Run) -> Artifact:
+        def fill(folder: Path) -> None:
+            model = models.load(base)
+            embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
+            layers = list(models.linear_layers(model))
+            others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
+            if int8_embedding:
+                table = f"{embedding}.weight"
+                others[table], others[f"{table}_scale"] = packing.int8_rows(others[table])
+            with quantize.quietly():
+                hqq_checkpoint.write(model, layers, folder, bits=bits, group_size=group_size, others=others)
+            models.load_tokenizer(base).save_pretrained(folder)
+
+        step = {"step": "hqq", "bits": bits, "group_size": group_size, "int8_embedding": int8_embedding}
+        name = f"hqq-w{bits}g{group_size}" + ("-int8emb" if int8_embedding else "")
+        return _made(base, run, name, step | {"code": _code(hqq_checkpoint, packing)}, fill, format="hqq")
 
     return make
 

@@ -11,6 +11,7 @@ What it does not do: choose texts or artefacts, or write records.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from avalab import artifacts, engines, quality
 from avalab.artifacts import Artifact
+from avalab.experiment import Record
 from avalab.quality import Estimate, Reference, TokenScores
 
 TAIL = 0.99
@@ -93,6 +95,20 @@ def ratio(
         vectorized=True,
     ).confidence_interval
     return Estimate(value, float(found.low), float(found.high), len(a))
+
+
+def table(records: Sequence[Record], columns: Sequence[str]) -> str:
+    """A line a subject with the named metrics, and its first note."""
+    found = {(r.subject, r.metric): r for r in records}
+    names = [c.removeprefix("artifact_").removeprefix("compress_").replace("_divergence", "") for c in columns]
+    widths = [max(12, len(name)) for name in names]
+    lines = [f"{'subject':28}" + " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for subject in dict.fromkeys(r.subject for r in records):
+        values = [getattr(found.get((subject, column)), "value", None) for column in columns]
+        cells = [f"{'-' if v is None else f'{v:.6g}':>{width}}" for v, width in zip(values, widths, strict=True)]
+        note = next((r.note for r in records if r.subject == subject and r.note), "")
+        lines.append(f"{subject:28}{' '.join(cells)}  {note}".rstrip())
+    return "\n".join(lines)
 
 
 @torch.inference_mode()

@@ -29,9 +29,12 @@ def apply(
     windows: Int[Tensor, "window time"],
     formats: Mapping[str, str],
     round_rows: RoundRows,
+    *,
+    damping_times: float = 1.0,
 ) -> tuple[dict[str, Any], int]:
     """Replace, in place, the weights of the layers in `formats` by rounded ones.
 
+    `damping_times` multiplies the moments' damping, up to 1: more of it fits the calibration text less closely.
     Returns what `round_rows` made, by layer, and how many moments needed more than the usual damping.
     """
     rounded: dict[str, Any] = {}
@@ -41,7 +44,7 @@ def apply(
         for name in site.layers:
             if name in formats:
                 by_format.setdefault(formats[name], []).append(name)
-        damping = rounding.damping_for(len(site.moment), site.tokens)
+        damping = min(1.0, rounding.damping_for(len(site.moment), site.tokens) * damping_times)
         if by_format:
             posed = rounding.problem(site.moment, damping=damping)
             damped += posed.attempts > 1

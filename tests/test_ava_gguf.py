@@ -125,7 +125,7 @@ def test_a_budget_over_bf16_copies_and_says_so(run, base):
     ("parameters", "message"),
     [
         ({"bytes": 300_000, "format": "gguf"}, r"300,000 bytes is below the smallest GGUF file, [\d,]+ bytes"),
-        ({"format": "onnx"}, "unknown format 'onnx'; choose one of transformers, gguf"),
+        ({"format": "rtf"}, "unknown format 'rtf'; choose one of transformers, gguf, onnx"),
         ({"format": "gguf", "engine": "steam"}, "engine 'steam'; choose one of any, llamacpp, torch, openvino"),
         ({"bytes": -1}, "a budget has to be positive, got -1"),
     ],

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from avalab import cli, cli_export, experiment
+from avalab import cli, cli_compress, cli_export, experiment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
@@ -16,13 +16,13 @@ with warnings.catch_warnings():
 
 @pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("64MiB", 67_108_864), ("1.5kB", 1500), ("7", 7)])
 def test_a_size_is_read_with_decimal_and_binary_units(size, count):
-    assert cli.byte_count(size) == count
+    assert cli_compress.byte_count(size) == count
 
 
 @pytest.mark.parametrize("size", ["", "MB", "80 elephants", "1.2.3MB"])
 def test_what_is_no_size_is_refused_with_an_example(size):
     with pytest.raises(ValueError, match="write it like 80MB"):
-        cli.byte_count(size)
+        cli_compress.byte_count(size)
 
 
 def avalab(arguments, monkeypatch, capsys) -> tuple[int, str, str]:

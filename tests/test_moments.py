@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from avalab import calibration, models, moments
+from avalab import additivity, calibration, models, moments
 
 WINDOWS = torch.arange(40).view(4, 10) % 64
 
@@ -105,3 +105,25 @@ def test_activations_that_are_not_finite_name_the_layer(model, tmp_path):
 def test_no_calibration_text_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"\(0, 10\)"):
         moments.measure(model, WINDOWS[:0], tmp_path)
+
+
+@torch.no_grad()
+def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(tmp_path):
+    """Gemma 3 alternates two rotary embeddings and masks; also after a walk that was killed in between."""
+    model = alternating()
+    names = list(models.linear_layers(model))
+    expected = additivity.input_moments(model, WINDOWS, names)
+    moments.measure(model, WINDOWS, tmp_path)
+    moments.path_of(tmp_path, 1).unlink()
+    moments.measure(model, WINDOWS, tmp_path)
+    for name in names:
+        torch.testing.assert_close(moments.moment(tmp_path, name), expected[name], atol=1e-5, rtol=1e-3)
+
+
+def alternating() -> Gemma3ForCausalLM:
+    kinds, thetas = ["sliding_attention", "full_attention", "sliding_attention"], (10.0, 1e6, 10.0)
+    rotary = {k: {"rope_type": "default", "rope_theta": theta} for k, theta in zip(kinds, thetas, strict=True)}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, layer_types=kinds, rope_parameters=rotary)).eval()

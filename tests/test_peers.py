@@ -28,7 +28,7 @@ from avalab import (
 )
 from avalab.engines import kinds
 from avalab.engines.kinds import EngineUnavailable
-from avalab.experiment import load_records
+from avalab.experiment import Record, load_records
 from avalab.rounding import Grid
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
@@ -180,10 +180,22 @@ def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
     near = artifacts.Artifact(base.path, base.card)
     assert peers.match(base, round(base.bytes * 1.009), run=run, made=[near]) is near
     asked, other = [], artifacts.Artifact(base.path, base.card | {"name": "other"})
-    monkeypatch.setattr(quantize, "write", lambda _base, method, **how: asked.append((method, how["bytes"])) or other)
+
+    def written(_base, method, *, run, **how):
+        asked.append((method, how))
+        return other
+
+    monkeypatch.setattr(quantize, "write", written)
     size = round(base.bytes * 1.02)
-    assert peers.match(base, size, run=run, made=[near]) is other
-    assert asked == [("ava", size)]
+    for form in peers.FORMS:
+        assert peers.match(base, size, run=run, form=form, made=[near]) is other
+    assert asked == [
+        ("ava", {"bytes": size}),
+        ("ava", {"bytes": size, "embedding": "packed"}),
+        ("ava", {"bytes": size, "format": "gguf"}),
+    ]
+    with pytest.raises(ValueError, match="unknown form 'nf4' of the lab's artefact; choose one of ava, ava-packed"):
+        peers.match(base, size, run=run, form="nf4")
 
 
 # Scores
@@ -200,6 +212,16 @@ def test_the_tail_has_an_interval_around_it_and_none_for_one_window():
     found = peers_scores.tail(values, resamples=100, seed=0)
     assert found.low <= found.value <= found.high
     assert peers_scores.tail(values[:1], resamples=100, seed=0).low is None
+
+
+def test_a_table_has_a_line_a_subject_a_dash_for_what_is_missing_and_its_note():
+    rows = [Record("n", "a", "kl_divergence:t", 0.25, "nats"), Record("n", "b", "x", None, "1", note="no library")]
+    lines = peers_scores.table(rows, ["artifact_bytes", "kl_divergence:t"]).splitlines()
+    assert [line.split() for line in lines] == [
+        ["subject", "bytes", "kl:t"],
+        ["a", "-", "0.25"],
+        ["b", "-", "-", "no", "library"],
+    ]
 
 
 def test_half_of_everything_is_a_ratio_of_one_half_without_doubt():
@@ -278,19 +300,43 @@ def test_a_comparison_records_peer_rival_and_what_is_missing(run, base, rounded,
     kept = {(r.subject, r.metric): r for r in load_records(tmp_path / f"{run.notebook}.json")}
     texts = run.profile.eval_texts
     assert all(kept["base", f"kl_divergence:{text}"].value == pytest.approx(0, abs=1e-6) for text in texts)
-    ratio = kept["rtn-w4g64", f"kl_ratio:{texts[0]}"]
-    assert ratio.value == pytest.approx(1)
-    assert ratio.details["rival_bytes"] == rounded.bytes
+    for form, end in (("ava", ""), ("ava-packed", ":packed"), ("ava-gguf", ":gguf")):
+        ratio = kept["rtn-w4g64", f"kl_ratio:{texts[0]}{end}"]
+        assert ratio.value == pytest.approx(1)
+        assert ratio.details["rival_bytes"] == rounded.bytes
+        assert kept[f"{form}-{rounded.bytes}b", "artifact_bytes"].value == rounded.bytes
     assert "needs the package no_such_module" in kept["x", "kl_divergence"].note
     assert json.dumps(kept["rtn-w4g64", "artifact_bytes"].details["embedding"]) == '"bf16"'
     assert "rtn-w4g64" in peers._shown(run)
 
 
-def test_the_command_refuses_a_misspelt_peer_before_anything_runs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["peers", "--peers", "rtn-w4g64,gptqq"])
+def test_a_form_that_does_not_fit_is_recorded_with_the_reason(run, base, rounded, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(run), "results_dir", property(lambda self: tmp_path))
+
+    def refused(_base, size, **_how):
+        raise ValueError(f"a budget of {size:,} bytes is below the smallest file")
+
+    monkeypatch.setattr(peers, "match", refused)
+    run.records.clear()
+    peers.compare(run, ["rtn-w4g64"], forms=["ava-gguf"])
+    kept = {(r.subject, r.metric): r for r in run.records}
+    assert "below the smallest file" in kept[f"ava-gguf-{rounded.bytes}b", "kl_divergence"].note
+    assert ("rtn-w4g64", f"kl_divergence:{run.profile.eval_texts[0]}") in kept
+    assert not [metric for subject, metric in kept if metric.startswith("kl_ratio")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--peers", "rtn-w4g64,gptqq"], "unknown peer gptqq; choose from rtn-w4g64"),
+        (["--forms", "ava,nf4"], "unknown form nf4; choose from ava, ava-packed, ava-gguf"),
+    ],
+)
+def test_the_command_refuses_a_misspelt_name_before_anything_runs(monkeypatch, capsys, given, message):
+    monkeypatch.setattr(sys, "argv", ["peers", *given])
     with pytest.raises(SystemExit):
         peers.main()
-    assert "unknown peer gptqq; choose from rtn-w4g64" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_every_peer_is_scored_by_an_engine_that_exists():

@@ -1,34 +1,39 @@
-"""A model folder for ONNX Runtime GenAI, by that library's own model builder: weights of 32, 8 or 4 bits.
+"""A model folder for ONNX Runtime GenAI: weights of 32, 8 or 4 bits by its own builder, or a packed artefact's as kept.
 
-The builder runs in a process of its own (it prints, warns and sets global options). Its 8 and 4 bits are groups of 32
-weights rounded to nearest, the head included; the embedding stays in 32 bits unless the head shares it.
+The builder's 8 and 4 bits are groups of 32 weights rounded to nearest, the head included; the embedding stays in 32
+bits unless the head shares it. `kept` takes an artefact of `ava`, gptq, awq or rtn instead, each layer with bits and
+groups of its own, without rounding again (see `onnx_mixed`).
 
 What it does not do: calibrate, or export graphs for other runtimes.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from avalab import exported
+from avalab import exported, onnx_blocks, onnx_builder, onnx_graph, onnx_mixed
 from avalab.artifacts import Artifact
 from avalab.engines import dense, kinds
 from avalab.engines.onnx import INSTALL
 
+KEPT = "kept"
 WEIGHTS = ("fp32", "int8", "int4")
-BESIDE = ("config.json", "generation_config.json")
-LIMIT_SECONDS = 3600
+_MIXED = (onnx_blocks, onnx_builder, onnx_graph, onnx_mixed)
 
 
-def write(artifact: Artifact, weights: str = "int4", *, out: Path | None = None) -> Artifact:
-    """Export a dense artefact into an ONNX artefact, `<name>+onnx-<weights>` beside it or the folder `out`."""
-    about = exported.Export(
-        {"step": "onnxruntime-genai", "weights": weights}, f"onnx-{weights}", ("onnx",), [Path(__file__)]
-    )
+def write(artifact: Artifact, weights: str = "int4", *, inputs: str = "int8", out: Path | None = None) -> Artifact:
+    """Export into an ONNX artefact, `<name>+onnx-<weights>` beside the artefact or the folder `out`.
+
+    `kept` asks for a packed artefact and gives the format onnx-mixed; `inputs`, what its products read, is int8 or
+    float32. Everything else asks for a dense one.
+    """
+    step = {"step": "onnxruntime-genai", "weights": weights}
+    if weights == KEPT:
+        _require()
+        sources = [Path(part.__file__) for part in _MIXED]
+        about = exported.Export(step | {"inputs": inputs}, onnx_mixed.FORMAT, onnx_mixed.ENGINES, sources)
+        return exported.write(artifact, about, lambda f: onnx_mixed.export(artifact.path, f, inputs=inputs), out=out)
+    about = exported.Export(step, f"onnx-{weights}", ("onnx",), [Path(__file__), Path(onnx_builder.__file__)])
     return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 
@@ -39,15 +44,10 @@ def export(folder: Path, out: Path, weights: str = "int4") -> None:
     RuntimeError with the builder's last line when it fails.
     """
     dense.check(folder, weights, known=WEIGHTS, form="ONNX")
-    for module in ("onnxruntime_genai", "onnx_ir"):
+    _require()
+    onnx_builder.build(folder, out, weights)
+
+
+def _require() -> None:
+    for module in onnx_builder.PACKAGES:
         kinds.require("onnx", module, INSTALL)
-    with tempfile.TemporaryDirectory() as cache:
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", weights]
-        command = [*builder, "-i", str(folder.resolve()), "-o", str(out.resolve()), "-c", cache]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, timeout=LIMIT_SECONDS)
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise RuntimeError(f"the ONNX model builder failed on {folder.name}: {last}")
-    for name in BESIDE:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
