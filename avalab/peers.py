@@ -228,6 +228,7 @@ _WHOLE = {
     "gptq-w6g64": _library("gptq", 6, 64),
     "gptq-w4g64": _library("gptq", 4, 64),
     "gptq-w3g64": _library("gptq", 3, 64),
+    "gptq-w2g64": _library("gptq", 2, 64),
     "awq-w4g64": _library("awq", 4, 64),
     "autoround-w6g64": Peer(peers_making.autoround(6, 64), "auto_round"),
     "autoround-w4g64": Peer(peers_making.autoround(4, 64), "auto_round"),
