@@ -8,6 +8,7 @@ What it does not do: name peers (see `peers`), or check that a library is there.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,6 +49,7 @@ def autoround(bits: int, group_size: int) -> Maker:
         def fill(folder: Path) -> dict:
             tokenizer = models.load_tokenizer(base)
             windows = corpora.calibration_windows(run, tokenizer)
+            standard_logger("autoround")
             packed = peers_autoround.compress(Job(base.path, run.device, parameters, [], windows), seed=run.seed)
             packed.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -80,6 +82,14 @@ def hqq(bits: int, group_size: int, *, int8_embedding: bool = False) -> Maker:
         return _made(base, run, name, step | {"code": _code(hqq_checkpoint, packing)}, fill, format="hqq")
 
     return make
+
+
+def standard_logger(name: str) -> None:
+    """Give a library's logger the standard class back: NNCF, once imported, makes all new loggers its own.
+
+    Its `warning_once` takes one argument where AutoRound passes two.
+    """
+    logging.getLogger(name).__class__ = logging.Logger
 
 
 def with_int8_embedding(make: Maker) -> Maker:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 
@@ -337,6 +338,16 @@ def test_the_command_refuses_a_misspelt_name_before_anything_runs(monkeypatch, c
     with pytest.raises(SystemExit):
         peers.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_logger_that_another_library_made_its_own_is_standard_again(monkeypatch):
+    class Other(logging.Logger):
+        pass
+
+    monkeypatch.setattr(logging, "_loggerClass", Other)
+    assert type(logging.getLogger("avalab-test-logger")) is Other
+    peers_making.standard_logger("avalab-test-logger")
+    assert type(logging.getLogger("avalab-test-logger")) is logging.Logger
 
 
 def test_every_peer_is_scored_by_an_engine_that_exists():
