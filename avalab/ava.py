@@ -71,8 +71,8 @@ FORMATS = {
     "transformers": ("compressed-tensors", ("torch",)),
     "gguf": ("gguf-mixed", gguf_export.ENGINES),
     "onnx": (onnx_mixed.FORMAT, onnx_mixed.ENGINES),
-    PACKED: ("compressed-tensors-packed-embedding", ("torch",)),
 }
+PACKED_FORMAT = "compressed-tensors-packed-embedding"  # of `transformers` where only avalab reads the file
 _PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
 _OWN = (ava_onnx, *ava_onnx.PARTS, packing, rounded_walk, rounding)
 SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_OWN)), Path(__file__))
@@ -118,12 +118,12 @@ def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tupl
 
     Raises ValueError for an unknown format.
     """
-    if parameters["format"] not in ("transformers", "gguf", "onnx"):
-        raise ValueError(f"unknown format {parameters['format']!r}; choose one of transformers, gguf, onnx")
+    if parameters["format"] not in FORMATS:
+        raise ValueError(f"unknown format {parameters['format']!r}; choose one of {', '.join(FORMATS)}")
     if parameters["format"] == "transformers" and budget_bytes(count, parameters) >= file_bytes(folder):
         return BF16, ("torch",)
-    own = parameters["format"] == "transformers" and parameters["embedding"] == PACKED
-    return FORMATS[PACKED if own else parameters["format"]]
+    format, engines = FORMATS[parameters["format"]]
+    return (PACKED_FORMAT if parameters["embedding"] == PACKED else format), engines
 
 
 def label(parameters: Mapping) -> str:
@@ -197,7 +197,6 @@ def sensitivities(
     `group_size` 0 offers every usual one that divides the layer's columns; a layer that the asked one does not divide
     takes the next larger usual one that does, else whole rows. `embedding` is one of `EMBEDDINGS`.
     """
-
     return _measured(model, windows, group_size=group_size, skipped=skipped, embedding=embedding)[0]
 
 

@@ -10,6 +10,11 @@ import typer
 
 from avalab.cli_options import Model, Profile, Seed, print_records
 
+PARAMETERS = (  # options of `quantize` that are handed to the method as they are
+    *("bits", "group_size", "symmetric", "double_quantization", "block_size", "compute_dtype", "static"),
+    *("bits_per_weight", "format", "embedding", "engine"),
+)
+
 
 def quantize(
     method: Annotated[str, typer.Option(help="One of the methods of avalab.quantize; a wrong name lists them.")],
@@ -39,25 +44,13 @@ def quantize(
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:
     """Compress a model by one method into an artefact folder."""
-    given = {
-        "bits": bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "double_quantization": double_quantization,
-        "block_size": block_size,
-        "compute_dtype": compute_dtype,
-        "static": static,
-        "bytes": byte_count(size) if size else None,
-        "bits_per_weight": bits_per_weight,
-        "format": format,
-        "embedding": embedding,
-        "engine": engine,
-    }
+    given = locals()
     from avalab import models
     from avalab import quantize as quantize_
     from avalab.experiment import Run
 
-    parameters = {name: value for name, value in given.items() if value is not None}
+    parameters = {name: given[name] for name in PARAMETERS if given[name] is not None}
+    parameters |= {"bytes": byte_count(size)} if size else {}
     run = Run("avalab_quantize", profile, seed, model)
     quantize_.checked(method, parameters)
     base = models.base(run)

@@ -106,8 +106,9 @@ def of_artifact(artifact: Artifact) -> tuple[Storage, list[str]]:
     """Storage of an artefact and the linear layers it keeps in bf16, from the last step of its card's recipe."""
     step = artifact.card["recipe"][-1]
     if step["step"] == "ava":  # each layer has a format of its own; transformers unpacks them all
-        int8_rows = "int8-rows" in artifact.card["measured"]["formats"]
-        return Storage("ava", (), copy_bits=16, embedding_copy_bits=16 * int8_rows, decodes=False), step["skip"]
+        measured = artifact.card["measured"]
+        unpacked = "int8-rows" in measured["formats"] or measured.get("embedding", "bf16") != "bf16"
+        return Storage("ava", (), copy_bits=16, embedding_copy_bits=16 * unpacked, decodes=False), step["skip"]
     return of_method(step["step"], step), step.get("skip", [])
 
 

@@ -22,6 +22,7 @@ from avalab import (
     quality,
     quantize,
     rounding,
+    storage,
 )
 from avalab.rounding import Grid
 
@@ -45,6 +46,10 @@ def against(run, base):
     tokenizer = models.load_tokenizer(base)
     texts = corpora.windows(corpora.evaluation_texts(run, tokenizer)[0], tokenizer, count=8, tokens=64)
     return quality.reference(base, texts, run.artifacts_dir / "cache")
+
+
+def test_predicted_memory_counts_the_embedding_that_loading_unpacks(small):
+    assert storage.of_artifact(small)[0].embedding_copy_bits == 16
 
 
 def test_it_fits_the_budget_and_its_card_says_who_can_read_it(small):
