@@ -148,12 +148,17 @@ def _encode_groups(groups: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor
     return codes, scales.to(format.scale_dtype), None if offsets is None else offsets.to(kept)
 
 
+def encode_scales(scales: Float32[Tensor, "group"], format: NumberFormat) -> tuple[Encoded, Float32[Tensor, ""]]:
+    """Scales less their mean in the `nested` format of another, in rows filled up with zeros; and the mean."""
+    mean, width = scales.mean(), format.group_size
+    return encode(pad(scales - mean, (0, -len(scales) % width)).view(-1, width), format), mean
+
+
 def _double_quantized(encoded: Encoded) -> Encoded:
     """Replace the scales by what their 8-bit codes stand for; the codes of the weights stay as they are."""
-    scales, width = encoded.scales, encoded.format.nested.group_size
-    mean = scales.mean()
-    nested = encode(pad(scales - mean, (0, -len(scales) % width)).view(-1, width), encoded.format.nested)
-    return replace(encoded, scales=decode(nested).flatten()[: len(scales)] + mean, nested=nested, scale_mean=mean)
+    nested, mean = encode_scales(encoded.scales, encoded.format.nested)
+    scales = decode(nested).flatten()[: len(encoded.scales)] + mean
+    return replace(encoded, scales=scales, nested=nested, scale_mean=mean)
 
 
 def _grouped(weight: Tensor, format: NumberFormat) -> Tensor:

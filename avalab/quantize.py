@@ -1,12 +1,13 @@
 """Put a number format into a model: one call, one artefact.
 
 `write(base, method, run=run, **parameters)` compresses the base artefact by one row of `METHODS` and returns the new
-artefact. The model in memory is thrown away: whoever wants a number loads the artefact back. Methods are the libraries'
-own; this module gives them one signature, one calibration set, one naming scheme and one way to keep layers out.
+artefact. The model in memory is thrown away: whoever wants a number loads the artefact back. Most methods are the
+libraries' own; this module gives them one signature, one calibration set, one naming scheme and one way to keep layers
+out.
 
 | method | library | what it does |
 |---|---|---|
-| `nf4`, `fp4` | bitsandbytes | 4-bit levels, absolute maximum per block; Dettmers et al. 2023, arXiv 2305.14314 |
+| `nf4`, `fp4` | `four_bit`, as bitsandbytes | 4-bit levels, absolute maximum a block; Dettmers et al. 2023 (QLoRA) |
 | `int8` | bitsandbytes | LLM.int8(): int8 rows, outlier columns in 16 bit; Dettmers et al. 2022, arXiv 2208.07339 |
 | `torchao-int8`, `-int8-dynamic`, `-int4` | torchao | weights only; activations too, on the fly; 4 bits in groups |
 | `rtn` | llmcompressor | round to nearest, any bits, groups or channels, symmetric or not |
@@ -35,7 +36,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from avalab import artifacts, ava, compressors, corpora, models
+from avalab import artifacts, ava, compressors, corpora, four_bit, models
 from avalab.artifacts import Artifact
 from avalab.compressors import Job
 from avalab.experiment import Run
@@ -50,6 +51,7 @@ class Method:
     defaults: dict = field(default_factory=dict)
     calibrated: bool = False
     note: str = ""  # what the library does not do on a CPU
+    sources: tuple[Path, ...] = ()  # the lab's own modules that compress; none: the wrappers of `compressors`
 
 
 def write(
@@ -181,9 +183,9 @@ def _plain_config(folder: Path):
 
 def _code(row: Method) -> str:
     """Hash of what compresses: the libraries' wrappers, or the lab's own modules."""
-    if row.compress is not ava.compress:
+    if not row.sources:
         return artifacts.sha256_of(Path(compressors.__file__))[:12]
-    return artifacts.combined_sha256((file.name, artifacts.sha256_of(file)) for file in ava.SOURCES)[:12]
+    return artifacts.combined_sha256((file.name, artifacts.sha256_of(file)) for file in row.sources)[:12]
 
 
 def _expand(globs: tuple[str, ...], folder: Path) -> list[str]:
@@ -233,8 +235,8 @@ _WEIGHTS = {"bits": 4, "group_size": 64, "symmetric": False}
 _AWQ = {**_WEIGHTS, "grid_points": 10}
 
 METHODS: dict[str, Method] = {
-    "nf4": Method(compressors.four_bit("nf4"), "bitsandbytes", _FOUR_BIT),
-    "fp4": Method(compressors.four_bit("fp4"), "bitsandbytes", _FOUR_BIT),
+    "nf4": Method(four_bit.compressor("nf4"), "bitsandbytes", _FOUR_BIT, sources=four_bit.SOURCES),
+    "fp4": Method(four_bit.compressor("fp4"), "bitsandbytes", _FOUR_BIT, sources=four_bit.SOURCES),
     "int8": Method(compressors.llm_int8, "bitsandbytes", {"threshold": 6.0}),
     "torchao-int8": Method(compressors.torchao("int8"), "torchao"),
     "torchao-int8-dynamic": Method(compressors.torchao("int8-dynamic"), "torchao"),
@@ -253,5 +255,5 @@ METHODS: dict[str, Method] = {
         {"smoothing_strength": 0.5, "static": True},
         calibrated=True,
     ),
-    "ava": Method(ava.compress, "compressed-tensors", ava.DEFAULTS, calibrated=True),
+    "ava": Method(ava.compress, "compressed-tensors", ava.DEFAULTS, calibrated=True, sources=ava.SOURCES),
 }

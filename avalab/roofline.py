@@ -31,12 +31,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from avalab.experiment import Record
 from avalab.marks import BASELINE_COLOUR, COLOURS, STYLE, Picture, dot, finish, new_figure
 
-OURS, PLAIN = "avalab", ("bf16", "dense")  # of every work one plain form is the baseline
+OURS, PLAIN = "avalab", ("bf16", "dense", "reference")  # of every work one plain form is the baseline
 LOOKS = {
     "avalab": (COLOURS[0], "o"),
     "bf16": (BASELINE_COLOUR, "*"),
     "dense": (BASELINE_COLOUR, "D"),
     "dense-bf16": ("0.5", "d"),
+    "reference": (BASELINE_COLOUR, "H"),
     "bitsandbytes": (COLOURS[1], "s"),
     "bitsandbytes-decoded": (COLOURS[3], "v"),
     "peft-bitsandbytes": (COLOURS[4], "P"),
@@ -59,9 +60,9 @@ def roofline(records: list[Record], path: Path | None = None) -> Picture:
     """Operations a second against operations for each byte read, under the machine's measured roof.
 
     One panel an operation; a line joins the batches of one form on one shape. Pass the records of one thread count.
-    Raises ValueError when no record was timed.
+    Work whose operations are not counted is left out. Raises ValueError when no record was timed.
     """
-    timed = [r for r in records if r.metric == "kernel_ms" and r.value is not None]
+    timed = [r for r in records if r.metric == "kernel_ms" and r.value is not None and r.details.get("flops", 1)]
     if not timed:
         raise ValueError(f"no kernel_ms with a value among {len(records)} records")
     panels = {name: list(group) for name, group in groupby(sorted(timed, key=_panel), key=_panel)}
@@ -251,6 +252,7 @@ TARGETS = (
     Target("large-batch NF4, faster than bitsandbytes decoded", "cpu", "product nf4" + _LARGE, 3.0, (_DECODED,)),
     Target("large-batch 4 bit, speed of bf16", "cpu", "product" + _LARGE, 0.8, ("bf16",)),
     Target("batch-1 NF4, speed of bitsandbytes", "cpu", "product nf4 .* batch 1$", 1.0, (_BNB, _DECODED)),
+    Target("encoding NF4, speed of bitsandbytes", "cpu", "encode nf4", 1.0, (_BNB,)),
     Target("chunked loss, memory of the dense loss", "cpu", "loss ", 0.2, ("dense",), "peak_bytes", at_most=True),
     Target("chunked loss, time of the dense loss", "cpu", "loss ", 1.1, ("dense",), at_most=True),
     Target("batch-1 4 bit, share of the read rate", "cuda", _GPU_PRODUCT, 0.8, metric="roofline_fraction"),

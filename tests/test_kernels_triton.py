@@ -32,7 +32,7 @@ def test_the_triton_kernels_pass_their_checks():
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from avalab.kernels import triton_loss, triton_product
+from avalab.kernels import triton_encode, triton_loss, triton_product
 
 def ptx(kernel, constants, **types):
     names = kernel.arg_names
@@ -48,6 +48,7 @@ rows = {"logits": "*bf16", "teacher": "*bf16", "targets": "*i64"}
 blocks = {"EXACT": False, "PART": 64, "BLOCK_M": 16, "BLOCK_N": 16}
 assert "mma.sync" in ptx(triton_product._product, kinds | blocks, **sizes, **codes)
 ptx(triton_product._decode, kinds | {"BLOCK": 1024}, **sizes, **codes)
+ptx(triton_encode._encode, dict(MIDDLES=15, HALF=32, BLOCK=32, LEAST=1e-38), weight="*bf16", codes="*u8", count="i32")
 ptx(triton_loss._cross_entropy, {"BLOCK": 1024}, **sizes, **numbers, **rows)
 ptx(triton_loss._kl, {"BLOCK": 1024, "REVERSE": True}, **sizes, **numbers, **rows)
 print("compiled")
@@ -67,6 +68,23 @@ def product():
     from avalab.kernels import triton_product
 
     return triton_product
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def check_encoding_gives_the_bytes_of_the_reference(group_size, dtype):
+    from avalab.kernels import encoding
+    from avalab.numerics import four_bit
+
+    w = torch.randn(35, 512, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    w[0], w[1, ::3] = 0.0, 0.0
+    for double in (False, True):
+        format = four_bit("nf4", group_size, double_quantization=double)
+        pairs = zip(*(f(w, format).tensors() for f in (encoding.encode_triton, encoding.encode_reference)), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    w[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="1 of 17920 weights are NaN or infinite, first at row 3, column 5"):
+        encoding.encode_triton(w, four_bit("nf4", group_size))
 
 
 @pytest.fixture

@@ -6,14 +6,16 @@ everywhere.
 """
 
 from avalab.kernels.dispatch import Form, verdicts
+from avalab.kernels.encoding import ENCODE, encode
 from avalab.kernels.library import prepare
 from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
 from avalab.kernels.loss_sparse import SPARSE, linear_sparse
 from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
-from avalab.kernels.weight import Weight4, checked, decode, from_bitsandbytes, from_encoded
+from avalab.kernels.weight import NestedScales, Weight4, checked, decode, from_bitsandbytes, from_encoded
 
 OPERATIONS: dict[str, tuple[Form, ...]] = {
+    "encode": ENCODE,
     "decode": DECODE,
     "product": PRODUCT,
     "product_transposed": TRANSPOSED,
@@ -25,9 +27,11 @@ OPERATIONS: dict[str, tuple[Form, ...]] = {
 
 __all__ = [
     "OPERATIONS",
+    "NestedScales",
     "Weight4",
     "checked",
     "decode",
+    "encode",
     "from_bitsandbytes",
     "from_encoded",
     "linear",

@@ -30,12 +30,12 @@ import torch
 
 from avalab.experiment import PROFILES, Record, Run, load_average
 from avalab.kernels import bench_peers, library
-from avalab.kernels.bench_arms import Arms, lora_arms, loss_arms, product_arms
+from avalab.kernels.bench_arms import Arms, encode_arms, lora_arms, loss_arms, product_arms
 from avalab.kernels.product_checks import sample
 from avalab.kernels.weight import decode
 
 COLD_BYTES = 2**27  # more than the last cache holds
-PLAIN = ("bf16", "dense")  # the arm that the others must agree with
+PLAIN = ("bf16", "dense", "reference")  # the arm that the others must agree with
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def measure(run: Run) -> list[Record]:
     """All records of this module for the run's profile and device."""
     sizes = SIZES[run.profile_name]
     products(run, sizes)
+    encodings(run, sizes)
     lora(run, sizes)
     losses(run, sizes)
     absent(run)
@@ -73,7 +74,9 @@ def absent(run: Run) -> None:
     """A record without value for every peer, and every form of ours, that cannot run here; its note says why."""
     found = bench_peers.reasons(run.device)
     if not run.device.startswith("cuda"):
-        found |= dict.fromkeys(("product:triton", "linear_cross_entropy:triton", "linear_kl:triton"), "needs a GPU")
+        found |= dict.fromkeys(
+            ("encode:triton", "product:triton", "linear_cross_entropy:triton", "linear_kl:triton"), "needs a GPU"
+        )
     for subject, reason in found.items():
         run.record(subject, "kernel_ms", None, "ms", note=reason)
 
@@ -140,6 +143,14 @@ def products(run: Run, sizes: Sizes) -> None:
             arms = product_arms(x, weight, dense)
             read = {name: dense.nbytes if name == "bf16" else rows * cols // 2 for name in arms}
             _record(run, f"product {kind} {rows}x{cols} batch {batch}", arms, (2 * batch * rows * cols, read), limits)
+
+
+def encodings(run: Run, sizes: Sizes) -> None:
+    """A bf16 weight rounded to NF4 and packed, and its peers; no operations are counted, only what has to be read."""
+    for rows, cols in sizes.shapes:
+        arms = encode_arms(run.device, (rows, cols))
+        limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * rows * cols, run.device)
+        _record(run, f"encode nf4 {rows}x{cols}", arms, (0, dict.fromkeys(arms, 2 * rows * cols)), limits)
 
 
 def lora(run: Run, sizes: Sizes) -> None:

@@ -1,9 +1,10 @@
 """What is timed against what: each operation's arms, ours beside the peers that are installed.
 
 Peers of the 4-bit product: bf16 (what 4 bits must not be slower than), bitsandbytes' own entry point in its inference
-layout, its decode-then-multiply form for training, and torch's int4 kernel (which torchao calls). Of the layer with an
-adapter: autograd over bitsandbytes' decoding, as peft has it. Of the loss: full logits widened to float32, as
-transformers has it, and in bf16. Kernels of other projects, where they are installed, come from `bench_peers`.
+layout, its decode-then-multiply form for training, and torch's int4 kernel (which torchao calls). Of encoding: the
+definition in plain torch, and bitsandbytes. Of the layer with an adapter: autograd over bitsandbytes' decoding, as peft
+has it. Of the loss: full logits widened to float32, as transformers has it, and in bf16. Kernels of other projects,
+where they are installed, come from `bench_peers`.
 
 What it does not do: time (`bench`).
 """
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from avalab import kernels
-from avalab.kernels import bench_peers, library
+from avalab import kernels, numerics
+from avalab.kernels import bench_peers, encoding, library
 from avalab.kernels.bench_peers import Arms
 from avalab.kernels.product_checks import sample
 from avalab.kernels.weight import Weight4, decode, group_scales
@@ -62,6 +63,20 @@ def _decoded_whole(weight: Weight4) -> Tensor:
     """bitsandbytes' form for training: decode all of the weight, then multiply."""
     arguments = (weight.codes, group_scales(weight).reshape(-1), 64, "nf4", list(weight.shape), torch.bfloat16)
     return torch.ops.bitsandbytes.dequantize_4bit(*arguments)
+
+
+def encode_arms(device: str, shape: tuple[int, int]) -> Arms:
+    """A bf16 weight of this shape into codes of NF4: groups of 64, scales in float32."""
+    weight, format = torch.randn(*shape, device=device).mul_(0.02).bfloat16(), numerics.FORMATS["nf4"]
+    arms: Arms = {
+        "avalab": lambda: kernels.encode(weight, format).codes,
+        "reference": lambda: encoding.encode_reference(weight, format).codes,
+    }
+    if library.native_code():
+        from bitsandbytes import functional as bnb_functional
+
+        arms["bitsandbytes"] = lambda: bnb_functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")[0]
+    return arms
 
 
 def lora_arms(device: str, shape: tuple[int, int], *, tokens: int, rank: int) -> Arms:

@@ -7,7 +7,7 @@ artefacts load as they are, the scales' own quantization (double quantization) i
 once at the end.
 
 Source of the layouts: bitsandbytes' 4-bit state dictionary; `avalab.numerics` for the formats.
-What it does not do: quantize (`avalab.numerics.encode`), multiply (`product`).
+What it does not do: quantize (`encoding`), multiply (`product`).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _tensors(part: Weight4 | NestedScales | SmallBatch) -> list[Tensor]:
     return found
 
 
-def from_encoded(encoded: Encoded) -> Weight4:
+def from_encoded(encoded: Encoded, *, zero_scales: bool = False) -> Weight4:
     """The packed form of what `avalab.numerics.encode` made in a 4-bit format.
 
     Raises ValueError for a format that is not 4-bit, or scales that `checked` refuses.
@@ -115,17 +115,20 @@ def from_encoded(encoded: Encoded) -> Weight4:
     weight = Weight4(
         pack_nibbles((encoded.codes & 15).to(torch.uint8)).view(rows, cols // 2),
         levels.to(encoded.codes.device),
-        _nested(encoded) if encoded.nested else encoded.scales.to(form.scale_dtype).view(rows, -1),
+        nested_scales(encoded.nested, encoded.scale_mean, len(encoded.scales))
+        if encoded.nested
+        else encoded.scales.to(form.scale_dtype).view(rows, -1),
         zero_points=offsets if form.offset == "zero_point" else None,
         minimums=offsets if form.offset == "minimum" else None,
     )
-    return checked(weight)
+    return checked(weight, zero_scales=zero_scales)
 
 
-def _nested(encoded: Encoded) -> NestedScales:
-    codes = encoded.nested.codes.flatten()[: len(encoded.scales)].clone()  # they were filled up to whole groups
-    levels = torch.tensor(encoded.nested.format.levels, device=codes.device)
-    return NestedScales(codes, levels, encoded.nested.scales.float(), encoded.scale_mean)
+def nested_scales(nested: Encoded, mean: Float32[Tensor, ""], count: int) -> NestedScales:
+    """The first `count` scales of what `numerics.encode_scales` made; they were filled up to whole groups."""
+    codes = nested.codes.flatten()[:count].clone()
+    levels = torch.tensor(nested.format.levels, device=codes.device)
+    return NestedScales(codes, levels, nested.scales.float(), mean)
 
 
 def _integers(low: int) -> Float32[Tensor, "16"]:
