@@ -1,8 +1,10 @@
 """Arguments by kind: the JSON schema that a kind's text stands for, and how a value of it is drawn.
 
 A kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$` before it (money), an enumeration
-`a|b`, an open choice `(a|b)` that the schema does not list, `bool`, `%` (a fraction said in per cent), `date`, `time`,
-`code`, a pool of strings, `[kind]` (a list) or `&record` (an object whose fields stand in the pool files).
+`a|b`, an open choice `(a|b)` that the schema does not list, `bool`, `%` or `%5..60` (a fraction said in per cent),
+`date`, `time`, `code`, a pool of strings, `#pool` (numbers that are said in words), `[kind]` (a list), `[first,kind]`
+(a list that begins otherwise, such as cash flows), `[[kind]]` (rows of equal length) or `&record` (an object whose
+fields stand in the pool files, with the sentences that say it behind a `~`).
 
 What it does not do: say values (`surfaces`), or know tools.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +22,8 @@ from avalab import packaged_text, toolbox
 from avalab.toolbox import Kind
 
 MILLION = 1_000_000
+PER_CENT = (*range(1, 13), 5, 10, 15, 18, 20, 25, 30, 40, 50, 60, 75, 80, 90, 95, 99, 0.5, 1.5, 2.5, 3.2, 3.75, 4.5)
+PER_CENT += (6.5, 7.25, 9.8, 12.5, 22)
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,15 @@ def _value(text: str) -> object:
 
 
 @cache
-def _records() -> dict[str, tuple[Parameter, ...]]:
-    rows = [row.split(" ", 1) for row in packaged_text.pool_lines() if row.startswith("&")]
-    return {name: tuple(parameter(part.strip()) for part in fields.split(";")) for name, fields in rows}
+def records() -> dict[str, tuple[tuple[Parameter, ...], tuple[str, ...]]]:
+    """Record -> (its fields, the sentences that say it, such as `{field} over {value}`; perhaps none)."""
+    found = {}
+    for row in (row for row in packaged_text.pool_lines() if row.startswith("&")):
+        name, rest = row.split(" ", 1)
+        fields, *sentences = rest.split("~")
+        parsed = tuple(parameter(part.strip()) for part in fields.split(";"))
+        found[name] = (parsed, tuple(sentence.strip() for sentence in sentences))
+    return found
 
 
 @cache
@@ -58,11 +69,12 @@ def kind_of(text: str) -> Kind:
     if text.startswith("toolbox:"):
         return toolbox.KINDS[text.removeprefix("toolbox:")]
     if text.startswith("["):
-        item = kind_of(text[1:-1])
-        schema = {"type": "array", "items": item.schema}
-        return Kind("", schema, lambda rng: _distinct(item, rng))
+        return _list_kind(text[1:-1])
     if text.startswith("&"):
-        return _record_kind(_records()[text])
+        return _record_kind(records()[text][0])
+    if text.startswith("%"):
+        low, _, high = (text[1:] or "0.5..30").partition("..")
+        return _share(float(low), float(high))
     if text in _SIMPLE:
         return _SIMPLE[text]
     if ".." in text:
@@ -71,14 +83,17 @@ def kind_of(text: str) -> Kind:
         choices, listed = text.strip("()").split("|"), not text.startswith("(")
         closed_set = {"enum": choices} if listed else {}
         return Kind("", {"type": "string", **closed_set}, lambda rng: rng.choice(choices))
+    if text.startswith("#") and text in packaged_text.pools():
+        return _said_numbers([json.loads(value) for value in packaged_text.pools()[text]])
     if text in packaged_text.pools():
-        return Kind("", {"type": "string"}, lambda rng: rng.choice(list(packaged_text.pools()[text])))
-    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, {', '.join([*_SIMPLE, *packaged_text.pools()])}")
+        return Kind("", {"type": "string"}, lambda rng: _pooled(text, rng))
+    raise ValueError(
+        f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*_SIMPLE, *packaged_text.pools()])}"
+    )
 
 
 _SIMPLE = {
     "bool": Kind("", {"type": "boolean"}, lambda rng: rng.random() < 0.67),
-    "%": Kind("", {"type": "number"}, lambda rng: rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 2.5)) / 100),
     "date": Kind(
         "", {"type": "string"}, lambda r: f"20{r.randint(24, 27)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"
     ),
@@ -87,15 +102,58 @@ _SIMPLE = {
 }
 
 
+def _list_kind(text: str) -> Kind:
+    first, _, others = ("", "", text) if text.startswith("[") else text.rpartition(",")
+    item = kind_of(others)
+    schema = {"type": "array", "items": item.schema}
+    if text.startswith("["):
+        return Kind("", schema, lambda rng: _rows(kind_of(text[1:-1]), rng))
+    if first:
+        return Kind("", schema, lambda rng: [kind_of(first).sample(rng), *_distinct(item, rng)])
+    return Kind("", schema, lambda rng: _distinct(item, rng))
+
+
+def _rows(cell: Kind, rng: random.Random) -> list[list]:
+    rows, columns = rng.choice((2, 2, 3)), rng.choice((2, 2, 3, 4))
+    return [[cell.sample(rng) for _ in range(columns)] for _ in range(rows)]
+
+
+def _said_numbers(values: list[int | float]) -> Kind:
+    name = "integer" if all(isinstance(value, int) for value in values) else "number"
+    return Kind("", {"type": name}, lambda rng: rng.choice(values))
+
+
+def _pooled(pool: str, rng: random.Random) -> str:
+    """A value of a pool; `<other>` in it stands for a value of another pool, which makes many paths of few words."""
+    value = rng.choice(list(packaged_text.pools()[pool]))
+    return re.sub(r"<(\w+)>", lambda match: _pooled(match.group(1), rng), value)
+
+
+def _share(low: float, high: float) -> Kind:
+    """A fraction, of those that are said as a plain number of per cent between two ends."""
+    usual = [value for value in PER_CENT if low <= value <= high]
+    return Kind("", {"type": "number"}, lambda rng: round(rng.choice(usual) / 100, 6))
+
+
 def _range(low: str, high: str) -> Kind:
+    if high.startswith("-"):  # both ends are below zero
+        mirrored = _range(high[1:], low[1:])
+        return Kind("", mirrored.schema, lambda rng: -mirrored.sample(rng))
     if "." in low + high:
         places = len(high.partition(".")[2])
         return Kind("", {"type": "number"}, lambda rng: _decimal(float(low), float(high), places, rng))
     if int(high) >= MILLION:
-        return Kind("", {"type": "integer"}, lambda rng: rng.randrange(int(low), int(high), MILLION // 10))
+        return Kind("", {"type": "integer"}, lambda rng: _round_amount(int(low), int(high), rng))
     if int(high) > 5000 and int(low) % 100 == 0:  # amounts that people would name
         return Kind("", {"type": "integer"}, lambda rng: rng.randrange(int(low), int(high), 100))
     return Kind("", {"type": "integer"}, lambda rng: rng.randint(int(low), int(high)))
+
+
+def _round_amount(low: int, high: int, rng: random.Random) -> int:
+    """A large amount of one to three digits and zeros, as people name them; every size is as likely as another."""
+    value = math.exp(rng.uniform(math.log(low), math.log(high)))
+    step = 10 ** max(4, math.floor(math.log10(value)) + 1 - rng.choice((1, 2, 2, 3)))
+    return min(max(round(value / step) * step, low), high)
 
 
 def _decimal(low: float, high: float, places: int, rng: random.Random) -> float:
@@ -110,7 +168,8 @@ def _distinct(item: Kind, rng: random.Random) -> list:
     else:  # most people name one or two of the values on offer, never all
         count = rng.choice((1, 1, 1, 2, 2, 3)) if "enum" in item.schema else rng.randint(1, 4)
     drawn = [item.sample(rng) for _ in range(count)]
-    return [value for i, value in enumerate(drawn) if value not in drawn[:i]]
+    seen = [next(iter(value.values())) if isinstance(value, dict) else value for value in drawn]
+    return [value for i, value in enumerate(drawn) if seen[i] not in seen[:i]]  # a record is known by its first field
 
 
 def _record_kind(fields: tuple[Parameter, ...]) -> Kind:

@@ -4,8 +4,9 @@ An example is a dict with `kind`, `messages`, `tools`, `calls` (see `synthesize`
 
 1. `schema_validity`: every tool's schema is valid JSON Schema (after the leaderboard's type names are translated) and
    every call's arguments satisfy it; no call stands twice; the answer's text holds the calls that the example claims.
-2. `grounded`: every argument's value is said in the request: as a number, in words, in per cent, as another spelling of
-   a date or time; of a boolean, a word of the parameter's name is said; of a list or an object, every leaf.
+2. `grounded`: every argument's value is said in the request: as a number, in words (`a week` says 7), in per cent, as
+   another spelling of a date or time; of a boolean, a word of its parameter's name; of a list or object, every leaf
+   (`grounding`).
 3. `execution`: calls of whitelisted pure standard-library functions run with small arguments; a stated result is equal
    to the computed one.
 4. `language_and_length`: request and answer have a sensible length, mostly ASCII letters and words of English.
@@ -29,7 +30,8 @@ from pathlib import Path
 
 import jsonschema
 
-from avalab import argument_kinds, calls, phrasing, surfaces, toolbox, variety
+from avalab import calls, phrasing, toolbox, variety
+from avalab.grounding import grounded as grounded
 from avalab.overlap import EvaluationSet as EvaluationSet  # the gate and what it compares with can be had from here
 from avalab.overlap import evaluation_sets as evaluation_sets
 from avalab.overlap import overlap
@@ -58,7 +60,6 @@ PURE_MODULES = {
 }
 PURE_MODULES |= {"ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"}
 PURE = {"re.escape"}
-STOP_WORDS = {"whether", "the", "are", "and", "not", "too", "default", "true", "false", "only", "for", "with", "also"}
 
 
 def schema_validity(example: dict) -> str:
@@ -106,58 +107,6 @@ def _answer_differs(example: dict) -> str:
         return "the answer's calls cannot be read"
     wanted = [calls.Call(call["name"], call["arguments"]) for call in example["calls"]]
     return "" if found == wanted else "the answer's text does not hold the example's calls"
-
-
-def grounded(example: dict) -> str:
-    """Every argument of every call is said in the request."""
-    request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
-    for call in example["calls"]:
-        about = _described(example["tools"], call["name"])
-        for name, value in call["arguments"].items():
-            if (missing := _unsaid(value, f"{name} {about.get(name, '')}", request)) is not None:
-                return f"{call['name']}: {name}={missing!r} is not said in the request"
-    return ""
-
-
-def _described(tools: list[dict], name: str) -> dict[str, str]:
-    """What the function says of its parameters."""
-    tool = next((tool for tool in tools if tool["name"] == name), {"parameters": {}})
-    return {p: schema.get("description", "") for p, schema in tool["parameters"].get("properties", {}).items()}
-
-
-def _unsaid(value: object, name: str, request: str) -> object:
-    """The first part of the value that the request does not say, or None.
-
-    A truth value is said in too many ways to be found; a word of its parameter's name or description has to be there.
-    """
-    if isinstance(value, dict):
-        return next((found for k, v in value.items() if (found := _unsaid(v, k, request)) is not None), None)
-    if isinstance(value, list):
-        return next((found for item in value if (found := _unsaid(item, name, request)) is not None), None)
-    if isinstance(value, bool):
-        words = re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", name).lower())
-        stems = {word[:4] for word in words if len(word) > 2 and word not in STOP_WORDS}
-        return None if any(stem in request.lower() for stem in stems) else value
-    if isinstance(value, int | float):
-        return None if _says_number(value, request) else value
-    if re.fullmatch(r"-?\d+(\.\d+)?", str(value)) and _says_number(float(value), request):
-        return None  # a number that is passed as text
-    plain = _plain(request)
-    return None if any(_plain(form) in plain for form in surfaces.surfaces(str(value))) else value
-
-
-def _says_number(value: float, request: str) -> bool:
-    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", request)
-    said = {float(n) for n in re.findall(r"(?<![\d.\w])-?\d+(?:\.\d+)?", plain)}
-    said |= {float(n) / 100 for n in re.findall(r"(\d+(?:\.\d+)?)\s?(?:%|percent|per cent)", plain)}
-    said |= {float(n) * 1000 for n in re.findall(r"\$(\d+)k\b", plain)}
-    said |= {float(n) * argument_kinds.MILLION for n in re.findall(r"(\d+(?:\.\d+)?) million\b", plain)}
-    said |= {float(surfaces.WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in surfaces.WORDS}
-    return any(math.isclose(value, number, rel_tol=1e-9, abs_tol=1e-12) for number in said)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def execution(example: dict) -> str:

@@ -1,7 +1,8 @@
 """The text files that come with the package: prompts, frames and the pools of values that arguments are drawn from.
 
 A line of a pool file is `name=value; value => said one / said two`: what stands behind an arrow is how people say the
-value before it. Lines that begin with `&` are records (`argument_kinds`).
+value before it. Where the pool's name begins with `#`, its values are numbers: `7 => a week / seven days`. Lines that
+begin with `&` are records (`argument_kinds`).
 
 What it does not do: draw or say values.
 """
@@ -43,7 +44,7 @@ def pools() -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for line in pool_lines():
         name, marked, values = line.partition("=")
-        if marked and re.fullmatch(r"\w+", name.strip()):
+        if marked and re.fullmatch(r"#?\w+", name.strip()):
             pairs = [value.partition("=>") for value in values.split(";")]
             said = {value.strip(): [s.strip() for s in (forms or value).split(" / ")] for value, _, forms in pairs}
             found[name.strip()] = said
@@ -53,5 +54,15 @@ def pools() -> dict[str, dict[str, list[str]]]:
 @cache
 def said_forms() -> dict[str, list[str]]:
     """The values of all pools that are said in other words than they are passed."""
-    pairs = [(value, forms) for pool in pools().values() for value, forms in pool.items() if forms != [value]]
-    return dict(pairs)
+    words = [pool for name, pool in pools().items() if not name.startswith("#")]
+    return {value: forms for pool in words for value, forms in pool.items() if forms != [value]}
+
+
+@cache
+def said_numbers() -> dict[float, list[str]]:
+    """Number -> every way to say it in the pools of numbers, in small letters: 7 -> a week, seven days."""
+    found: dict[float, list[str]] = {}
+    for pool in (pool for name, pool in pools().items() if name.startswith("#")):
+        for value, forms in pool.items():
+            found.setdefault(float(value), []).extend(form.lower() for form in forms)
+    return found

@@ -226,7 +226,9 @@ def core(tool: Tool, arguments: dict, rng: random.Random, sentence: str = "") ->
     text = _SLOT.sub(lambda match: shown(arguments[match.group(1)], rng, kinds[match.group(1)]), text)
     named = set(_SLOT.findall(template)) | set(re.findall(r"\[(\w+)=", template))
     rest = [p for p in arguments if p not in named]
-    text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)  # "a course in {subject}" and "economics"
+    text = re.sub(
+        r"\b([Aa]) (?=(?!one\b)[aeio]|\$?(8|1[18]\b))", r"\1n ", text
+    )  # "a course in {subject}" and "economics"
     tail = "".join(_appended(p, arguments[p], rng, kinds[p]) for p in rest)
     end = re.search(r"[?.!]$", text) if frame == "whole" else None
     return frame, (text[: end.start()] + tail + end.group() if end else text + tail)
