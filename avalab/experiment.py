@@ -85,7 +85,7 @@ _PROFILES = (
         latency_samples=7,
         prompt_tokens=256,
         new_tokens=16,
-        train_examples=640,
+        train_examples=900,
         humaneval_items=20,
         call_items=32,  # five artefacts in two modes within six minutes on two cores
     ),
