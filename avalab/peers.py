@@ -6,7 +6,9 @@
    `ava-<bytes>b` (int8 embedding at least: transformers, vLLM), `ava-packed-<bytes>b` (embedding below 8 bits: only
    this package loads it) and `ava-gguf-<bytes>b` (llama.cpp and its kin), so that portable forms stand by themselves.
 3. `record` appends bytes, seconds and scores, and the ratio of KL divergences to each form on the same windows.
-4. `python -m avalab.peers` does all of it for a model and writes results/<run>/peers.json after each subject.
+4. `peers_calls` asks all of them the same function calls, forced by a grammar, and pairs the answers.
+5. `python -m avalab.peers` does all of it for a model and writes results/<run>/peers.json after each subject. With
+   `--add` it goes on from that file: what it holds is neither made nor scored again, and nothing in it is lost.
 
 | peer | library | embedding in the file |
 |---|---|---|
@@ -26,14 +28,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from avalab import corpora, models, peers_making, quality, quantize
+from avalab import corpora, models, peers_calls, peers_making, quality, quantize
 from avalab import peers_scores as scoring
 from avalab.artifacts import Artifact
 from avalab.engines import kinds, llamacpp, onnx, openvino
-from avalab.experiment import PROFILES, ROOT, Run, load_average
+from avalab.experiment import PROFILES, ROOT, Run, load_average, load_records
 from avalab.peers_making import Maker, quantized, with_int8_embedding
 from avalab.quality import Reference, TokenScores
 
@@ -132,15 +135,26 @@ def record(
 def compare(run: Run, names: Sequence[str], *, forms: Sequence[str] = ()) -> None:
     """Record the base, each named peer and the lab's artefacts of its size, in all forms or the named ones.
 
-    The file of records is written after each subject.
+    What the run's records hold already is left as it is, and a lab's artefact of theirs serves again within 1 %. The
+    file of records is written after each subject. Raises ValueError when those records are of another base.
     """
     base = models.base(run)
+    known = {row.subject: row for row in run.records if row.metric == "artifact_bytes"}
+    if "base" in known and known["base"].artifact_sha256 != base.sha256:
+        raise ValueError(f"{run.records_path.name} is about another base than {base.name}; start anew, without --add")
     against = references(run, base)
-    record(run, "base", base, against)
-    made: dict[str, list[Artifact]] = {form: [] for form in forms or FORMS}
-    for name in names:
+    if "base" not in known:
+        record(run, "base", base, against)
+    made = {form: _made_before(run, form) for form in forms or FORMS}
+    for name in (name for name in names if name not in known):
+        run.records[:] = [row for row in run.records if row.subject != name]  # why it failed then
         _compare_one(run, base, name, against, made)
         run.save()
+
+
+def _made_before(run: Run, form: str) -> list[Artifact]:
+    """The lab's artefacts of a form that the run's records speak of."""
+    return [a for s, a in peers_calls.recorded(run).items() if re.fullmatch(rf"{form}-\d+b", s)]
 
 
 def _compare_one(run: Run, base: Artifact, name: str, against: dict[str, Reference], made: dict) -> None:
@@ -185,27 +199,42 @@ def _shown(run: Run) -> str:
     """A line a subject: bytes, seconds, and for each text its scores and the lab's ratio to it in every form."""
     texts = run.profile.eval_texts
     columns = ["artifact_bytes", "compress_seconds", *(f"{metric}:{text}" for text in texts for metric in SHOWN)]
-    return scoring.table(run.records, columns + [_ratio_of(text, form) for text in texts for form in FORMS])
+    columns += [_ratio_of(text, form) for text in texts for form in FORMS]
+    return scoring.table(run.records, [*columns, f"{peers_calls.SHARE}:{peers_calls.ALL}"])
 
 
 def main() -> None:
     """Compare peers with the lab's compressor on one model; prints a table."""
+    options = _options()
+    run = Run("peers", options.profile, options.seed, options.model)
+    if options.add and run.records_path.is_file():
+        run.records += load_records(run.records_path)
+    compare(run, options.peers.split(","), forms=options.forms.split(","))
+    calls = run.profile.call_items if options.calls is None else options.calls
+    if calls:
+        peers_calls.record(run, calls)
+    print(_shown(run))
+    print(f"load average {load_average()}; records: {run.records_path.relative_to(ROOT)}")
+
+
+def _options() -> argparse.Namespace:
+    """The command's options; a wrong one ends the command before anything runs."""
     parser = argparse.ArgumentParser(prog="python -m avalab.peers", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="", help="asset, folder or hub id; the profile's own without it")
     parser.add_argument("--profile", choices=PROFILES, default="laptop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forms", default=",".join(FORMS), help="forms of the lab's artefact, joined by commas")
     parser.add_argument("--peers", default=",".join(SHORT), help=f"names joined by commas; all: {', '.join(NAMES)}")
+    parser.add_argument("--calls", type=int, help="function calls of each category; 0: none; the profile's own without")
+    parser.add_argument("--add", action="store_true", help="go on from the records that are there")
     options = parser.parse_args()
-    names, forms = options.peers.split(","), options.forms.split(",")
-    for kind, given, allowed in (("peer", names, PEERS), ("form", forms, FORMS)):
-        unknown = [name for name in given if name not in allowed]
+    for kind, given, allowed in (("peer", options.peers, PEERS), ("form", options.forms, FORMS)):
+        unknown = [name for name in given.split(",") if name not in allowed]
         if unknown:
             parser.error(f"unknown {kind} {', '.join(unknown)}; choose from {', '.join(allowed)}")
-    run = Run("peers", options.profile, options.seed, options.model)
-    compare(run, names, forms=forms)
-    print(_shown(run))
-    print(f"load average {load_average()}; records: {run.records_path.relative_to(ROOT)}")
+    if options.calls is not None and options.calls < 0:
+        parser.error(f"--calls has to be 0 or more, got {options.calls}")
+    return options
 
 
 def _library(method: str, bits: int, group_size: int) -> Peer:
