@@ -227,10 +227,10 @@ def rescale_off_grid(model: PreTrainedModel, *, limit: float = RESCALE_RANGE, se
         _move_scale(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), limit, generator)
         _move_scale(getattr(layer, MLP_NORMS[kind]), (mlp.gate_proj, mlp.up_proj), limit, generator)
         factors = _factors(mlp.up_proj.out_features, limit, generator)
-        mlp.up_proj.weight.mul_(factors[:, None])
+        _scale_rows(mlp.up_proj, factors)
         mlp.down_proj.weight.div_(factors)
         factors = _factors(attention.v_proj.out_features, limit, generator)
-        attention.v_proj.weight.mul_(factors[:, None])
+        _scale_rows(attention.v_proj, factors)
         attention.o_proj.weight.div_(_per_query_head(factors, attention))
 
 
@@ -246,6 +246,13 @@ def quiet_libraries() -> None:
 
 def _factors(count: int, limit: float, generator: torch.Generator) -> torch.Tensor:
     return torch.exp((torch.rand(count, generator=generator) * 2 - 1) * limit)
+
+
+def _scale_rows(layer: nn.Linear, factors: torch.Tensor) -> None:
+    """What a layer gives, times factors: its bias, too (Qwen2's values have one)."""
+    layer.weight.mul_(factors[:, None])
+    if layer.bias is not None:
+        layer.bias.mul_(factors)
 
 
 def _move_scale(norm: nn.Module, readers: tuple[nn.Linear, ...], limit: float, generator: torch.Generator) -> None:

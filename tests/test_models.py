@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from avalab import artifacts, assets, gguf_blocks, models, numerics
 from avalab.experiment import Run
@@ -71,6 +71,18 @@ def test_rescaling_leaves_the_logits_of_tiny_llama_as_they_are():
     assert largest_change_of_logits(model, models.rescale_off_grid, tokens) <= 1e-3
     for name, layer in models.linear_layers(model).items():
         assert not torch.allclose(layer.weight, before[name], rtol=1e-3), name
+
+
+def test_rescaling_keeps_the_function_of_a_family_whose_values_have_a_bias():
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).double().eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.v_proj.bias)
+    assert largest_change_of_logits(model, models.rescale_off_grid, torch.arange(40)[None]) <= 1e-9
 
 
 def test_rescaling_is_within_its_limit_and_decided_by_its_seed():
