@@ -1,5 +1,6 @@
 """The lab's own compressor: bits where they matter, rounding that repairs itself, one file that transformers loads.
 
+0. If asked (`transform`), the same function in weights that are easier to round: see `equivalence`.
 1. Sensitivity: one calibration pass with gradients (`expected_rise`) gives every linear layer the rise in KL divergence
    that each grid should cost; that of int8 rows for the embedding is measured.
 2. Choice: `allocation` picks a grid for every layer, and int8 rows or bf16 for the embedding, under a budget of bytes.
@@ -33,6 +34,7 @@ from avalab import (
     block_rounding,
     calibration,
     embedding_rounding,
+    equivalence,
     expected_rise,
     gguf_blocks,
     gguf_export,
@@ -62,10 +64,10 @@ DEFAULTS = {
     "embedding": "any",
     "format": "transformers",
     "engine": "any",
+    "transform": equivalence.NONE,
 }
 PACKED = "packed"
 PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and vLLM need embedding='any'"
-PACKED_DAMPING = 10.0  # times: at 2.7 bits a parameter 0.83x the KL on new text; portable files stay as they were
 EMBEDDINGS = ("any", BF16, PACKED)
 FORMATS = {
     "transformers": ("compressed-tensors", ("torch",)),
@@ -74,7 +76,7 @@ FORMATS = {
 }
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # of `transformers` where only avalab reads the file
 _PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
-_OWN = (ava_onnx, *ava_onnx.PARTS, packing, rounded_walk, rounding)
+_OWN = (ava_onnx, *ava_onnx.PARTS, equivalence, packing, rounded_walk, rounding)
 SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_OWN)), Path(__file__))
 
 
@@ -98,14 +100,14 @@ def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
         return ava_onnx.compress(job, model, budget)
     if budget >= file_bytes(job.folder):
         return _unchanged(model, budget)
+    equivalence.apply_transform(model, windows, parameters["transform"])
     how = {"group_size": parameters["group_size"], "skipped": job.skipped, "embedding": parameters["embedding"]}
     options, moment = _measured(model, windows, **how)
     fixed = fixed_bytes(model, options)
     chosen = choose(options, budget, fixed)
     predicted = {"predicted_kl_divergence": chosen.cost, "predicted_bytes": chosen.bytes + fixed}
     table = _packed_table(model, moment, chosen)
-    times = PACKED_DAMPING if parameters["embedding"] == PACKED else 1.0
-    layers, damped = round_model(model, windows, chosen, damping_times=times)
+    layers, damped = round_model(model, windows, chosen)
     counts = dict(sorted(Counter(option.format for option in chosen.chosen.values()).items()))
     measured = predicted | {"damped_moments": damped, "formats": counts, "budget_bytes": budget}
     measured["embedding"] = chosen.chosen[_embedding(model)].format
@@ -116,8 +118,9 @@ def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
 def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
     """The artefact's format and the engines that load it; `count` and `folder` are the base's parameters and files.
 
-    Raises ValueError for an unknown format.
+    Raises ValueError for an unknown format or transform.
     """
+    equivalence.checked(parameters["transform"])
     if parameters["format"] not in FORMATS:
         raise ValueError(f"unknown format {parameters['format']!r}; choose one of {', '.join(FORMATS)}")
     if parameters["format"] == "transformers" and budget_bytes(count, parameters) >= file_bytes(folder):
@@ -132,6 +135,7 @@ def label(parameters: Mapping) -> str:
     parts += [f"g{parameters['group_size']}"] if parameters["group_size"] else []
     parts += [parameters["format"]] if parameters.get("format", "transformers") != "transformers" else []
     parts += [parameters["engine"]] if parameters.get("engine", "any") != "any" else []
+    parts += [parameters["transform"]] if parameters.get("transform", equivalence.NONE) != equivalence.NONE else []
     return "-".join(parts + {BF16: ["bf16emb"], PACKED: ["packedemb"]}.get(parameters["embedding"], []))
 
 
@@ -236,11 +240,11 @@ def _embedding(model: PreTrainedModel) -> str:
 
 
 def round_model(
-    model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation, *, damping_times: float = 1.0
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation
 ) -> tuple[dict[str, Rounded], int]:
     """Replace, in place, the chosen layers' weights by rounded ones; also how many moments needed more damping."""
     formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
-    return rounded_walk.apply(model, windows, formats, _round_rows, damping_times=damping_times)
+    return rounded_walk.apply(model, windows, formats, _round_rows)
 
 
 def _packed_table(model: PreTrainedModel, moment: Tensor, chosen: Allocation) -> dict[str, Rounded]:

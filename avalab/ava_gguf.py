@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from avalab import (
     allocation,
     block_rounding,
+    equivalence,
     expected_rise,
     gguf_blocks,
     gguf_mixed,
@@ -72,13 +73,14 @@ def compress(job: Job, model: PreTrainedModel, budget: int) -> gguf_mixed.GgufMo
     config = gguf_mixed.checked_config(job.folder)
     windows, held_out = split_windows(job.calibration)
     reference = _predictions(model, held_out)
-    measured = sensitivities(
-        job.folder, windows, engine=job.parameters["engine"], device=job.device, skipped=job.skipped
-    )
+    how = {name: job.parameters[name] for name in ("engine", "transform")}
+    measured = sensitivities(job.folder, windows, device=job.device, skipped=job.skipped, **how)
     options, posed = measured.options, measured.tables
     fixed = gguf_mixed.fixed_bytes(job.folder, config, model, options)
     chosen = choose(options, budget, fixed)
     formats = {name: option.format for name, option in chosen.chosen.items() if option.format != BF16}
+    if formats:
+        equivalence.apply_transform(model, windows, how["transform"])
     rounded = {name: _round_table(model, name, posed[name], formats[name]) for name in posed if name in formats}
     layers, damped = rounded_walk.apply(model, windows, formats, round_rows)
     rows = gguf_mixed.rows(model, config, rounded | layers)
@@ -115,18 +117,22 @@ def sensitivities(
     windows: Int[Tensor, "window time"],
     *,
     engine: str = "any",
+    transform: str = equivalence.NONE,
     device: str = "cpu",
     skipped: Sequence[str] = (),
 ) -> Sensitivities:
     """Options of every tensor of a model folder; the last result is kept, so that many budgets need one pass."""
     rows = tuple(map(tuple, windows.tolist()))
-    return _sensitivities(folder, rows, types_of(engine), device, tuple(skipped))
+    return _sensitivities(folder, rows, types_of(engine), (transform, device), tuple(skipped))
 
 
 @lru_cache(maxsize=1)
-def _sensitivities(folder: Path, rows: tuple, types: tuple[str, ...], device: str, skipped: tuple) -> Sensitivities:
-    start, windows = time.perf_counter(), torch.tensor(rows)
+def _sensitivities(
+    folder: Path, rows: tuple, types: tuple[str, ...], how: tuple[str, str], skipped: tuple
+) -> Sensitivities:
+    start, windows, (transform, device) = time.perf_counter(), torch.tensor(rows), how
     model = models.load(folder, device)
+    equivalence.apply_transform(model, windows, transform)
 
     def candidates(rows: int, columns: int) -> list[Candidate]:
         return [_candidate(gguf_blocks.FORMATS[name], rows, columns) for name in _fitting(types, columns)]

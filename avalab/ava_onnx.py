@@ -26,7 +26,9 @@ from avalab import (
     allocation,
     ava_gguf,
     embedding_rounding,
+    equivalence,
     expected_rise,
+    models,
     onnx_blocks,
     onnx_graph,
     onnx_mixed,
@@ -60,7 +62,7 @@ def compress(job: Job, model: PreTrainedModel, budget: int) -> OnnxModel:
     reference = _predictions(model, held_out)
     embedding, _ = onnx_mixed.tables(model)
     with TemporaryDirectory() as scratch:
-        graph = onnx_graph.build(job.folder, Path(scratch))
+        graph = onnx_graph.build(_transformed(job, model, windows, Path(scratch) / "model"), Path(scratch))
         options, moment = sensitivities(job, model, windows)
         fixed = onnx_graph.unchosen_bytes(graph, options, embedding=embedding)
         chosen = choose(options, budget, fixed)
@@ -79,6 +81,15 @@ def compress(job: Job, model: PreTrainedModel, budget: int) -> OnnxModel:
         }
         check = (held_out, reference)
         return onnx_mixed.finished(graph, blocks, embedding, inputs=INPUTS, check=check, measured=measured)
+
+
+def _transformed(job: Job, model: PreTrainedModel, windows: Tensor, folder: Path) -> Path:
+    """The folder of the model that the graph is built of: the base's, or `folder` if the job's transform changes it."""
+    if job.parameters["transform"] == equivalence.NONE:
+        return job.folder
+    equivalence.apply_transform(model, windows, job.parameters["transform"])
+    models.save_model(model, models.load_tokenizer(job.folder), folder)
+    return folder
 
 
 def grids(columns: int, group_size: int = 0) -> list[Grid]:

@@ -12,7 +12,7 @@ from avalab.cli_options import Model, Profile, Seed, print_records
 
 PARAMETERS = (  # options of `quantize` that are handed to the method as they are
     *("bits", "group_size", "symmetric", "double_quantization", "block_size", "compute_dtype", "static"),
-    *("bits_per_weight", "format", "embedding", "engine"),
+    *("bits_per_weight", "format", "embedding", "engine", "transform"),
 )
 
 
@@ -40,6 +40,9 @@ def quantize(
         str | None, typer.Option(help="any, bf16, or packed: fewer than 8 bits, loaded by avalab only (ava).")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Only GGUF types that this engine reads as written (ava).")] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="Before rounding: none, scale, rotate or scale+rotate (ava).")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ out.
 | `gptq` | llmcompressor | error-compensated rounding; Frantar et al. 2023, arXiv 2210.17323 |
 | `awq` | llmcompressor | activation-aware scales, then rounding; Lin et al. 2024, arXiv 2306.00978 |
 | `smoothquant` | llmcompressor | 8-bit weights and activations; Xiao et al. 2023, arXiv 2211.10438 |
-| `ava` | this package | mixed grids under a budget of bytes, embedding too; see `ava` |
+| `ava` | this package | mixed grids under a budget of bytes, embedding too; re-scaled first if asked; see `ava` |
 
 A model must be saved before its first forward pass: bitsandbytes re-packs 4-bit weights for the CPU in place, and
 transformers then saves the packed bytes under the plain format's name (LOG.md, 2026-11-21).

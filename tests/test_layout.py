@@ -38,7 +38,7 @@ LAYERS = {
     "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
     "gguf_export quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
     "surgeon adapters calls call_cases grammars gates overlap drafts teachers example_files whole_training "
-    "recovery answers_vote fake_quant four_bit packed_file torchao_qat agreement embedding_rounding",
+    "recovery answers_vote fake_quant four_bit packed_file torchao_qat agreement embedding_rounding equivalence",
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
     "mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
     "distill block_training qat chain rating",

@@ -15,6 +15,7 @@ from avalab import (
     cli,
     corpora,
     engines,
+    equivalence,
     models,
     onnx_blocks,
     onnx_builder,
@@ -258,6 +259,18 @@ def test_ava_keeps_its_budget_and_beats_one_grid_for_all_layers_at_its_bytes(run
         found.append(sum(float(quality.kl_divergence(*pair).mean()) for pair in pairs))
         ours.close()
     assert found[0] < 0.8 * found[1]
+
+
+def test_what_a_transform_does_to_norms_is_in_the_graph_too(run, base, monkeypatch):
+    """Factors of 2 and 1/2 at every site, and rotated values; the builder reads the changed model."""
+    factors = torch.tensor([2.0, 0.5])
+    monkeypatch.setattr(
+        equivalence, "_best", lambda pair, *_: ((1.0, 0.0), factors.repeat(len(pair.source.weight) // 2))
+    )
+    monkeypatch.setattr(onnx_builder, "build", ORIGINAL)
+    made = quantize.write(base, "ava", run=run, bytes=1_000_000, format="onnx", transform="scale+rotate")
+    assert made.name.endswith("+ava-1000000b-onnx-scale+rotate")
+    assert made.card["measured"]["measured_kl_divergence"] < 0.1
 
 
 def test_a_budget_below_the_smallest_folder_names_it(run, base):

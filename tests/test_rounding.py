@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from avalab import ava, corpora, models, packing, quality, rounding
+from avalab import ava, calibration, corpora, models, packing, quality, rounded_walk, rounding
 from avalab.compressors import Job
 from avalab.experiment import Run
 from avalab.rounding import Grid
@@ -250,6 +250,13 @@ def test_few_tokens_a_column_are_damped_more_than_many():
     assert rounding.damping_for(100, 400) == pytest.approx(0.1)
     assert rounding.damping_for(100, 300) == pytest.approx(1)
     assert rounding.damping_for(100, 10) == pytest.approx(1)
+
+
+def test_a_walk_damps_thirty_times_as_much_up_to_one():
+    """A hundred columns: 0.01 for 500 tokens becomes 0.3, 0.1 for 400 becomes 1, and 1 for 300 stays."""
+    sites = [calibration.Site(0, {}, torch.eye(100), torch.eye(100), tokens) for tokens in (500, 400, 300)]
+    assert [rounded_walk.damping_of(site) for site in sites] == pytest.approx([0.3, 1, 1])
+    assert rounded_walk.damping_of(sites[0], 1) == pytest.approx(0.01)
 
 
 def test_groups_that_do_not_divide_are_named_in_the_notes(tiny):
