@@ -1,4 +1,4 @@
-"""The peers of the lab's compressor: other people's methods, one signature, one evaluator, the same file bytes.
+"""The lab's compressor against other people's (`peers_known`): one signature, one evaluator, the same file bytes.
 
 1. `write` makes an artefact with a peer; what calibrates does so on the run's own windows.
 2. `match` makes the lab's artefact of the same file bytes: its budget is a number of bytes, so the lab does the
@@ -10,16 +10,6 @@
 5. `python -m avalab.peers` does all of it for a model and writes results/<run>/peers.json after each subject. With
    `--add` it goes on from that file: what it holds is neither made nor scored again, and nothing in it is lost.
 
-| peer | library | embedding in the file |
-|---|---|---|
-| `rtn-*`, `gptq-*`, `awq-*` | llmcompressor | bf16; with `-int8emb` int8 rows, put there by `peers_embedding` |
-| `nf4`, `nf4-dq` | bitsandbytes | bf16 |
-| `autoround-*` | AutoRound | bf16; `-int8emb` likewise |
-| `openvino-int4`, `nncf-int4` | NNCF: no data; AWQ and scale estimation | int8, a scale and zero point a row |
-| `onnx-k-quant` | ONNX Runtime | int4 in groups of 32 |
-| `hqq-*` | HQQ, its own storage (`hqq_checkpoint`) | bf16; `-int8emb` likewise |
-| `gguf-*` | llama.cpp with an importance matrix | the mixture's choice, 8 bits where 256 does not divide a row |
-
 A missing library raises EngineUnavailable with the install line; the command records that and goes on. What it does not
 do: tune a peer, train after rounding, or choose among the lab's forms.
 """
@@ -30,30 +20,16 @@ import argparse
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
-from avalab import corpora, models, peers_calls, peers_making, quality, quantize
+from avalab import corpora, models, peers_calls, quality, quantize
 from avalab import peers_scores as scoring
 from avalab.artifacts import Artifact
-from avalab.engines import kinds, llamacpp, onnx, openvino
+from avalab.engines import kinds
 from avalab.experiment import PROFILES, ROOT, Run, load_average, load_records
-from avalab.peers_making import Maker, quantized, with_int8_embedding
+from avalab.peers_known import NAMES, PEERS, SHORT, known
 from avalab.quality import Reference, TokenScores
 
-LAB = 'pip install -e ".[lab]"'
-HQQ = "pip install hqq==0.2.8.post1"
 SAME_BYTES = 0.01  # two files within this share are of one size
-
-
-@dataclass(frozen=True)
-class Peer:
-    """How a peer is made, the module it needs, how to get that, the engine that scores it, and its embedding."""
-
-    make: Maker
-    module: str
-    install: str = LAB
-    engine: str = "torch"
-    embedding: str = "bf16"
 
 
 def write(base: Artifact, peer: str, *, run: Run) -> Artifact:
@@ -67,13 +43,6 @@ def write(base: Artifact, peer: str, *, run: Run) -> Artifact:
     if importlib.util.find_spec(row.module) is None:
         raise kinds.EngineUnavailable(f"peer {peer} needs the package {row.module}; install it: {row.install}")
     return row.make(base, run)
-
-
-def known(peer: str) -> Peer:
-    """The row of a peer. Raises ValueError listing the names for an unknown one."""
-    if peer not in PEERS:
-        raise ValueError(f"unknown peer {peer!r}; choose one of {', '.join(NAMES)}")
-    return PEERS[peer]
 
 
 def match(base: Artifact, size: int, *, run: Run, form: str = "ava", made: Sequence[Artifact] = ()) -> Artifact:
@@ -237,52 +206,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _library(method: str, bits: int, group_size: int) -> Peer:
-    row = quantized(method, bits=bits, group_size=group_size, symmetric=False)
-    return Peer(row, "llmcompressor")
-
-
-def _int8(peer: Peer) -> Peer:
-    return replace(peer, make=with_int8_embedding(peer.make), embedding="int8, a scale a row")
-
-
 FORMS: dict[str, dict] = {"ava": {}, "ava-packed": {"embedding": "packed"}, "ava-gguf": {"format": "gguf"}}
 SHOWN = ("kl_divergence", "kl_divergence_p99", "top1_agreement", "perplexity")
-_GGUF = {"module": "llama_cpp", "install": llamacpp.INSTALL, "embedding": "the mixture's choice"}
-_HQQ = {"module": "hqq", "install": HQQ, "embedding": "int8, a scale a row"}
-_WHOLE = {
-    "rtn-w4g64": _library("rtn", 4, 64),
-    "rtn-w3g64": _library("rtn", 3, 64),
-    "rtn-w2g64": _library("rtn", 2, 64),
-    "gptq-w6g64": _library("gptq", 6, 64),
-    "gptq-w4g64": _library("gptq", 4, 64),
-    "gptq-w3g64": _library("gptq", 3, 64),
-    "gptq-w2g64": _library("gptq", 2, 64),
-    "awq-w4g64": _library("awq", 4, 64),
-    "autoround-w6g64": Peer(peers_making.autoround(6, 64), "auto_round"),
-    "autoround-w4g64": Peer(peers_making.autoround(4, 64), "auto_round"),
-    "autoround-w4g32": Peer(peers_making.autoround(4, 32), "auto_round"),
-    "autoround-w3g64": Peer(peers_making.autoround(3, 64), "auto_round"),
-    "autoround-w2g64": Peer(peers_making.autoround(2, 64), "auto_round"),
-}
-PEERS: dict[str, Peer] = {
-    **_WHOLE,
-    **{f"{name}-int8emb": _int8(peer) for name, peer in _WHOLE.items()},
-    **{f"hqq-w{bits}g64": Peer(peers_making.hqq(bits, 64), "hqq", HQQ) for bits in (4, 3, 2)},
-    **{f"hqq-w{bits}g64-int8emb": Peer(peers_making.hqq(bits, 64, int8_embedding=True), **_HQQ) for bits in (4, 3, 2)},
-    "nf4": Peer(quantized("nf4"), "bitsandbytes"),
-    "nf4-dq": Peer(quantized("nf4", double_quantization=True), "bitsandbytes"),
-    "openvino-int4": Peer(peers_making.openvino, "nncf", openvino.INSTALL, "openvino", "int8, a scale a row"),
-    "nncf-int4": Peer(peers_making.nncf, "nncf", openvino.INSTALL, "openvino", "int8, a scale a row"),
-    "onnx-k-quant": Peer(peers_making.onnx, "onnxruntime_genai", onnx.INSTALL, "onnx", "int4 in groups of 32"),
-    **{f"gguf-{mixture}": Peer(peers_making.gguf(mixture), **_GGUF) for mixture in ("q4_k_m", "q3_k_m", "q2_k")},
-}
-NAMES: tuple[str, ...] = tuple(PEERS)
-# The libraries that calibrate, at three sizes, and NNCF: two hours on one thread, most of them AutoRound's.
-SHORT = (
-    *(f"{method}-w{bits}g64-int8emb" for bits in (4, 3, 2) for method in ("gptq", "autoround")),
-    "nncf-int4",
-)
 
 if __name__ == "__main__":
     main()

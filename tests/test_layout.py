@@ -42,7 +42,7 @@ LAYERS = {
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
     "mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
     "distill block_training qat chain rating",
-    4: "race contestants engine_batches engine_quality peers peers_making peers_autoround peers_embedding "
+    4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "
     "peers_runtimes peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
     "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
     5: "plan review rating_form",

@@ -21,6 +21,7 @@ from avalab import (
     peers,
     peers_autoround,
     peers_embedding,
+    peers_known,
     peers_making,
     peers_runtimes,
     peers_scores,
@@ -295,7 +296,9 @@ def test_a_comparison_records_peer_rival_and_what_is_missing(run, base, rounded,
     monkeypatch.setattr(type(run), "results_dir", property(lambda self: tmp_path))
     monkeypatch.setattr(peers, "match", lambda *arguments, **options: rounded)
     monkeypatch.setattr(
-        peers, "PEERS", {"rtn-w4g64": peers.PEERS["rtn-w4g64"], "x": peers.Peer(peers_making.onnx, "no_such_module")}
+        peers_known,
+        "PEERS",
+        {"rtn-w4g64": peers.PEERS["rtn-w4g64"], "x": peers_known.Peer(peers_making.onnx, "no_such_module")},
     )
     peers.compare(run, ["rtn-w4g64", "x"])
     kept = {(r.subject, r.metric): r for r in load_records(tmp_path / f"{run.notebook}.json")}
