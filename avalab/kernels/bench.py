@@ -128,7 +128,8 @@ def _record(run: Run, subject: str, arms: Arms, work: tuple[int, dict[str, int]]
         more = {"n": len(samples), "details": details}
         label = f"{subject}:{name}"
         run.record(label, "kernel_ms", median, "ms", low=min(samples), high=max(samples), samples=samples, **more)
-        run.record(label, "roofline_fraction", lowest / median, "1", **more)
+        if flops:  # where nobody counted them, reading alone is no limit to speak of
+            run.record(label, "roofline_fraction", lowest / median, "1", **more)
 
 
 def products(run: Run, sizes: Sizes) -> None:
