@@ -41,42 +41,6 @@ def _load(job: Job, **more) -> PreTrainedModel:
     )
 
 
-def four_bit(levels: str) -> Callable[[Job], PreTrainedModel]:
-    """bitsandbytes' 4-bit levels (`nf4` or `fp4`) with the job's block size, scales and compute dtype."""
-
-    def compress(job: Job) -> PreTrainedModel:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=levels,
-            bnb_4bit_compute_dtype=DTYPES[job.parameters["compute_dtype"]],
-            bnb_4bit_use_double_quant=job.parameters["double_quantization"],
-            llm_int8_skip_modules=["lm_head", *job.skipped],
-        )
-        model = _load(job, quantization_config=config)
-        if job.parameters["block_size"] != 64:  # transformers offers no way to ask for another
-            _requantize_blocks(model, _load(job), job.parameters["block_size"])
-        return model
-
-    return compress
-
-
-def _requantize_blocks(model: PreTrainedModel, original: PreTrainedModel, block_size: int) -> None:
-    """Replace every 4-bit weight, in place, by one with another block size; the file's quant state records it."""
-    import bitsandbytes as bnb
-
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            old = module.weight
-            module.weight = bnb.nn.Params4bit(
-                original.get_submodule(name).weight.data,
-                requires_grad=False,
-                blocksize=block_size,
-                quant_type=old.quant_type,
-                compress_statistics=old.compress_statistics,
-                module=module,
-            ).to(old.device)
-
-
 def llm_int8(job: Job) -> PreTrainedModel:
     """bitsandbytes' LLM.int8(): columns with activations above `threshold` are multiplied in 16 bit."""
     config = BitsAndBytesConfig(
