@@ -37,7 +37,7 @@ def loss_curves(records: list[Record], *, path: Path | None = None) -> marks.Pic
                 *zip(*held_out, strict=True), marker, color=colour, mec="black", label=f"{curve.subject}, held out"
             )
     axes.set(xlabel="training tokens", ylabel="loss of a step [nats/token]", yscale="log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above: six curves leave no room
     alt = "Loss against tokens. " + "; ".join(f"{c.subject}: {c.samples[0]:.2f} to {c.value:.3f}" for c in curves) + "."
     return marks.finish(figure, path, alt, records, ["train_loss"])
 
