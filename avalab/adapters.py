@@ -1,4 +1,4 @@
-"""Low-rank adapters: put them into a model, train them fast, ship them in PEFT's format, merge them.
+"""Low-rank adapters: put into a model, trained fast, shipped in PEFT's format, merged; and training without them.
 
 W x becomes W x + (alpha / rank) B A x with W frozen; A is drawn, B starts at zero, so that the model starts unchanged
 (Hu et al. 2021, arXiv 2106.09685, section 4.1). With a 4-bit W this is QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
@@ -11,6 +11,11 @@ W x becomes W x + (alpha / rank) B A x with W frozen; A is drawn, B starts at ze
 4. `merge` adds s B A to the dequantised weights and rounds once, to bf16: an ordinary artefact, to be quantised again.
    Merging into 4 bits directly would round the update away where it is below half a step of the grid.
 
+Without adapters, `apply_wide_weights` trains the linear layers themselves. bf16 has eight bits of precision, so a step
+of one thousandth of a weight is rounded away: weights are kept in float32 and rounded on the way into each product, as
+mixed-precision training does (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1); `restore_narrow_weights` rounds
+once more, to be saved. In bytes a weight: 4, 4 for the gradient and 8 for AdamW, where adapters take 0.2 at rank 16.
+
 What it does not do: adapters on embeddings, convolutions or experts; several adapters at once.
 """
 
@@ -22,6 +27,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from avalab import artifacts, kernels, models
@@ -110,14 +116,9 @@ def merge(adapter: Artifact, *, name: str = "", directory: Path | None = None) -
     """
     if adapter.format != "peft":
         raise ValueError(f"{adapter.name} is in format {adapter.format!r}; only an adapter can be merged")
-    directory = directory or adapter.path.parent
-    name, recipe = name or f"{adapter.name}+merged", [*adapter.card["recipe"], {"step": "merge", "dtype": "bfloat16"}]
-    origin = {"name": adapter.name, "sha256": adapter.sha256}
-    found = artifacts.find(name, directory, recipe, adapter.sha256)
-    if found:
-        return found
+    out = (directory or adapter.path.parent) / (name or f"{adapter.name}+merged")
 
-    def write(folder: Path) -> None:
+    def fill(folder: Path) -> None:
         model = models.load(models.base_of(adapter))
         if hasattr(model, "hf_quantizer"):
             replace_quantised(model)
@@ -126,8 +127,7 @@ def merge(adapter: Artifact, *, name: str = "", directory: Path | None = None) -
             models.linear_layers(model)[layer].weight.data = weight
         models.save_model(model, models.load_tokenizer(adapter), folder)
 
-    about = {"format": "bf16", "licence": adapter.card["licence"]}
-    return artifacts.write(name, directory, write, base=origin, recipe=recipe, **about)
+    return artifacts.make(out, fill, base=adapter, step={"step": "merge", "dtype": "bfloat16"}, format="bf16")
 
 
 def merged_weights(model: PreTrainedModel) -> dict[str, Float[Tensor, "rows cols"]]:
@@ -149,3 +149,36 @@ def replace_quantised(model: PreTrainedModel) -> None:
             dense.bias = layer.bias
             models.replace_linear(model, name, dense)
     models.forget_quantisation(model)
+
+
+# --- without adapters ------------------------------------------------------------------------------------------------
+
+
+def apply_wide_weights(model: PreTrainedModel, target_modules: tuple[str, ...] = ("attention", "mlp")) -> None:
+    """Make the chosen linear layers trainable in float32 and freeze everything else.
+
+    Raises ValueError for a quantised layer, or targets that match nothing.
+    """
+    layers, names = models.linear_layers(model), models.select_linear(model, target_modules)
+    model.requires_grad_(False)
+    for name in names:
+        layer = layers[name]
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}; only bf16 weights can be trained, others by adapters"
+            )
+        layer.weight.data = layer.weight.data.float()
+        layer.weight.requires_grad_(True)
+        layer.forward = partial(_rounded, layer)
+
+
+def _rounded(layer: nn.Linear, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias)
+
+
+def restore_narrow_weights(model: PreTrainedModel) -> None:
+    """Round the trained layers to bf16 and let them compute as usual."""
+    for layer in models.linear_layers(model).values():
+        if "forward" in vars(layer):
+            del layer.forward
+            layer.weight.data = layer.weight.data.to(torch.bfloat16)

@@ -144,6 +144,33 @@ def find(name: str, directory: Path, recipe: list[dict], base_sha256: str) -> Ar
     return artifact if same else None
 
 
+def make(
+    out: Path,
+    fill: Callable[[Path], dict | None],
+    *,
+    base: Artifact,
+    step: dict,
+    format: str,
+    engines: Iterable[str] = ("torch",),
+) -> Artifact:
+    """The artefact in the folder `out`: `base` with one more step of its recipe, filled by `fill` as in `write`.
+
+    What the same step made from the same base before is verified and returned instead.
+    """
+    recipe = json.loads(json.dumps([*base.card["recipe"], step]))
+    found = find(out.name, out.parent, recipe, base.sha256)
+    return found or write(
+        out.name,
+        out.parent,
+        fill,
+        base={"name": base.name, "sha256": base.sha256},
+        recipe=recipe,
+        format=format,
+        engines=engines,
+        licence=base.card.get("licence", ""),
+    )
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:

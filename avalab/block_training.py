@@ -3,7 +3,7 @@
 1. Two streams of hidden states run through the model: what each block received and gave before rounding, and what
    the blocks trained so far give.
 2. A block of fake quantizers reads the second stream and should give what the original gave from the first; the loss is
-   the squared distance relative to the original's length, token by token, as in `distill_losses.relative_error`.
+   the squared distance relative to the original's length, token by token, as in `losses.relative_error`.
 3. Each step moves weights within and beyond their cells, and scales, by the sign of the gradient and a rate that falls
    linearly to zero (SignRound: Cheng et al. 2023, arXiv 2309.05516, section 3; which way to round each weight is the
    question of AdaRound, Nagel et al. 2020, arXiv 2004.10568). A block that is no better afterwards on the first few
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import distill_losses, fake_quant
+from avalab import fake_quant, losses
 from avalab.calibration import Call, _entering, _keywords, _next_call, _with_keywords
 
 JUDGED = 4  # steps' worth of windows that say whether a block got better
@@ -109,7 +109,7 @@ def _fit(
 
 def _distance(block: nn.Module, call: Call, aim: Tensor) -> Tensor:
     (given, *_), _kwargs = _next_call(block, call)
-    return distill_losses.relative_error(given.flatten(0, -2), aim.flatten(0, -2))
+    return losses.relative_error(given.flatten(0, -2), aim.flatten(0, -2))
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def distill(
     """Train a smaller model towards a larger one; stopped, it goes on from its last checkpoint when run again."""
     from avalab import adapters
     from avalab import distill as distill_
-    from avalab.distill_objective import Recipe
+    from avalab.distill import Recipe
     from avalab.experiment import Run
 
     run, by_text = Run("avalab_distill", profile, seed), teacher.startswith(("http://", "https://"))
@@ -53,10 +53,10 @@ def distill(
     recipe = Recipe(temperature=temperature, training=training, **listening)
     told = _asked(teacher, teacher_model, cost) if by_text else None
     rows = _rows(run, learner, data, told=told, own_answers=own_answers, size=(row_tokens, tokens))
-    taught = distill_.write(
+    taught = distill_.train_student(
         learner, None if by_text else _artifact(teacher, run), rows, run=run, name=name, recipe=recipe
     )
-    distill_.record(run, out.name, taught)
+    distill_.record_distillation(run, out.name, taught)
     if taught.format == "peft" and learner.format == "bf16":
         taught = adapters.merge(taught, name=out.name, directory=out.resolve().parent)
     print_records(run, as_json)
@@ -103,19 +103,19 @@ def _asked(url: str, model: str, cost: float):
 
 def _rows(run, student, data: Path | None, *, told, own_answers: bool, size: tuple[int, int]) -> list:
     """General text, or whole chats; answers of a teacher by text are scored alone, without their prompts."""
-    from avalab import distill_rows, models, packed_rows, synthesize
+    from avalab import models, packed_rows, synthesize
 
     tokenizer, (row_tokens, tokens) = models.load_tokenizer(student), size
     if data is None:
         if told or own_answers:
             raise ValueError("answers need prompts: give --data with chats")
-        return distill_rows.text_rows(run, tokenizer, tokens=tokens, row_tokens=row_tokens)
+        return packed_rows.text_rows(run, tokenizer, tokens=tokens, row_tokens=row_tokens)
     fitting = packed_rows.fitting(tokenizer, synthesize.load(data), row_tokens)
-    chosen = distill_rows.about(tokenizer, fitting, tokens=tokens, seed=run.seed)
+    chosen = packed_rows.sample_examples(tokenizer, fitting, tokens=tokens, seed=run.seed)
     if own_answers:
-        chosen = distill_rows.own_answers(student, chosen, run=run)
+        chosen = packed_rows.own_answers(student, chosen, run=run)
     if told:
-        chosen = distill_rows.answered(chosen, told)
+        chosen = packed_rows.answered(chosen, told)
         kept = packed_rows.fitting(tokenizer, chosen, row_tokens)
         return packed_rows.rows(tokenizer, kept, row_tokens=row_tokens, context=row_tokens, seed=run.seed)
-    return distill_rows.chat_rows(tokenizer, chosen, row_tokens=row_tokens, seed=run.seed)
+    return packed_rows.chat_rows(tokenizer, chosen, row_tokens=row_tokens, seed=run.seed)

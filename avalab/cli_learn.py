@@ -110,9 +110,9 @@ def finetune(
     recipe = finetune_.Recipe(**about, row_tokens=row_tokens, rehearsal_tokens=rehearsed, schedule=schedule)
     print(f"{tokens:,} tokens of examples, {rehearsed:,} of rehearsal")
     name = f"{base.name}+{method}-{out.name}"
-    adapter = finetune_.write(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
+    adapter = finetune_.train_adapter(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
     merged = adapters.merge(adapter, name=out.name, directory=out.resolve().parent)
-    finetune_.record(run, out.name, adapter)
+    finetune_.record_training(run, out.name, adapter)
     print_records(run, as_json)
     print(f"adapter {adapter.path}\nmerged  {merged.path}")
 

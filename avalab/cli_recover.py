@@ -38,10 +38,12 @@ def recover(
     how = {"schedule": Schedule(learning_rate=learning_rate), "blocks": Blocks(steps=steps)}
     if kind == "both":
         blocks = qat.Recipe(kind="blocks", **how)
-        start = qat.write(start, whole, read, run=run, out=run.artifacts_dir / f"{start.name}+blocks", recipe=blocks)
+        start = qat.train_quantized(
+            start, whole, read, run=run, out=run.artifacts_dir / f"{start.name}+blocks", recipe=blocks
+        )
     recipe = qat.Recipe(kind="scales" if kind == "both" else kind, **how)
-    found = qat.write(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
-    qat.record(run, out.name, found)
+    found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
+    qat.record_recovery(run, out.name, found)
     print_records(run, as_json)
     if not as_json:
         print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")

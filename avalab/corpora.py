@@ -103,15 +103,28 @@ def profile_windows(run: Run, source: Text, tokenizer: PreTrainedTokenizerBase) 
     return windows(source, tokenizer, count=run.profile.eval_windows, tokens=run.profile.window_tokens)
 
 
+def shuffled_windows(
+    run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int, skip: int = 0, count: int | None = None
+) -> Int[Tensor, "window time"]:
+    """`count` windows (None: all) of calibration text in the order of the run's seed, after the first `skip`.
+
+    Whoever reads calibration text takes it from this order: the first `run.profile.calibration_samples` windows of
+    `run.profile.calibration_tokens` calibrate, so that skipping those gives text that no artefact was calibrated on.
+    Raises ValueError when there are not so many.
+    """
+    source = calibration_text(tokenizer, evaluation=evaluation_texts(run, tokenizer))
+    everything = windows(source, tokenizer, count=10**6, tokens=tokens)
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(run.seed))[skip:]
+    if count is not None and count > len(order):
+        beside = f" besides the first {skip}" if skip else ""
+        raise ValueError(f"calibration text has {len(order)} windows of {tokens} tokens{beside}, asked for {count}")
+    return everything[order[:count]]
+
+
 def calibration_windows(run: Run, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "window time"]:
     """Calibration samples of the profile's size, spread over the text by the run's seed."""
-    source = calibration_text(tokenizer, evaluation=evaluation_texts(run, tokenizer))
-    tokens = run.profile.calibration_tokens
-    everything = windows(source, tokenizer, count=10**6, tokens=tokens)
-    if len(everything) < run.profile.calibration_samples:
-        raise ValueError(f"calibration text has {len(everything)} windows, asked for {run.profile.calibration_samples}")
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(run.seed))
-    return everything[order[: run.profile.calibration_samples]]
+    profile = run.profile
+    return shuffled_windows(run, tokenizer, tokens=profile.calibration_tokens, count=profile.calibration_samples)
 
 
 def is_evaluation_topic(name: str) -> bool:

@@ -13,9 +13,9 @@ import statistics
 
 from torch import Tensor
 
-from avalab import distill, distill_objective, targets, train
+from avalab import distill, targets, train
 from avalab.artifacts import Artifact
-from avalab.distill_objective import ONLINE, Recipe
+from avalab.distill import ONLINE, Recipe
 from avalab.experiment import Run, load_average
 from avalab.kernels.bench import interleaved
 from avalab.packed_attention import apply_packed_attention
@@ -23,7 +23,7 @@ from avalab.packed_rows import collate
 from avalab.targets import Form
 
 
-def record(
+def record_step_times(
     run: Run, student: Artifact, teacher: Artifact, rows: list[dict[str, Tensor]], recipes: dict[str, Recipe]
 ) -> None:
     """Append `step_ms` of each recipe on the first row, and `step_time/<first>`, its ratio to the first recipe.
@@ -37,7 +37,7 @@ def record(
     for name, recipe in recipes.items():
         form = Form(recipe.teacher, recipe.count, recipe.temperature, run.seed) if recipe.teacher != ONLINE else None
         row = targets.attach(run, rows, teacher, form)[0][0] if form else rows[0]
-        loss = distill_objective.of(model, teacher, recipe, rows=rows, device=run.device, identity=name)
+        loss = distill.objective_of(model, teacher, recipe, rows=rows, device=run.device, identity=name)
         arms[name] = _step(train.Student(model, loss), {k: v.to(run.device) for k, v in collate([row]).items()})
     found = interleaved(arms, run.profile.latency_samples, run.device)
     first = next(iter(found))

@@ -50,14 +50,10 @@ def held_out_windows(run: Run, tokenizer: PreTrainedTokenizerBase, count: int) -
 
     Raises ValueError when there are not so many.
     """
-    source = corpora.calibration_text(tokenizer, evaluation=corpora.evaluation_texts(run, tokenizer))
-    everything = corpora.windows(source, tokenizer, count=10**6, tokens=run.profile.calibration_tokens)
-    # The order of `corpora.calibration_windows`, which takes the first ones.
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(run.seed))
-    free = order[run.profile.calibration_samples :]
-    if len(free) < count:
-        raise ValueError(f"{count} held-out windows asked for, there are {len(free)}")
-    return everything[free[:count]]
+    profile = run.profile
+    return corpora.shuffled_windows(
+        run, tokenizer, tokens=profile.calibration_tokens, skip=profile.calibration_samples, count=count
+    )
 
 
 def target_log_probabilities(

@@ -3,7 +3,7 @@
 LoRA when the base artefact is bf16, QLoRA when it holds bitsandbytes' 4-bit weights (Dettmers et al. 2023). On a GPU
 that unsloth supports its model is trained, elsewhere PEFT's with the lab's own kernels; the adapter is the same.
 
-    adapter = finetune.write(base, examples, run=run, name="base+calls")
+    adapter = finetune.train_adapter(base, examples, run=run, name="base+calls")
     merged = adapters.merge(adapter)
 
 The same base, examples, recipe and code give the artefact that is there already; a killed run goes on.
@@ -23,26 +23,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from avalab import (
-    adapters,
-    artifacts,
-    first_token,
-    kernels,
-    models,
-    packed_attention,
-    packed_rows,
-    quantize,
-    rehearsal,
-    train,
-)
+from avalab import adapters, artifacts, losses, models, packed_rows, quantize, train
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 from avalab.train import Schedule
 
 HISTORY = "history.json"
 REHEARSAL_ROW = 512  # tokens
-SOURCES = [Path(module.__file__) for module in (adapters, kernels.lora, kernels.loss, packed_attention, packed_rows)]
-SOURCES += [Path(module.__file__) for module in (rehearsal, first_token, train)] + [Path(__file__)]
 
 
 @dataclass(frozen=True)
@@ -54,14 +41,14 @@ class Recipe:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("attention", "mlp")
     row_tokens: int = 1024
-    rehearsal_tokens: int = 0  # of general text, held to what the base says there (`rehearsal`)
-    first_token_weight: float = 0.0  # of answers' first tokens, which decide between call and refusal (`first_token`)
+    rehearsal_tokens: int = 0  # of general text, held to what the base says there (`losses.rehearsed`)
+    first_token_weight: float = 0.0  # of answers' first tokens, which decide between call and refusal
     schedule: Schedule = field(default_factory=Schedule)
     fused: bool = True  # the lab's kernels instead of PEFT's forward pass
     decoded: bool = True  # a 4-bit base is held in bf16 while training
 
 
-def write(
+def train_adapter(
     base: Artifact,
     examples: Sequence[dict],
     *,
@@ -77,33 +64,52 @@ def write(
     """
     recipe = recipe or Recipe()
     step = {"step": "finetune", **asdict(recipe), "examples": _identity(examples), "held_out": _identity(held_out)}
-    step |= {"seed": run.seed, "code": artifacts.code_sha256(SOURCES)[:12]}
-    steps = json.loads(json.dumps([*base.card["recipe"], step]))
-    found = artifacts.find(name, run.artifacts_dir, steps, base.sha256)
-    if found:
-        return found
+    step |= {"seed": run.seed, "code": artifacts.code_of(train_adapter)[:12]}
 
-    def save(folder: Path) -> dict:
-        tokenizer, start = models.load_tokenizer(base), time.perf_counter()
+    def fill(folder: Path) -> dict:
+        start = time.perf_counter()
         model = prepared(base, recipe, run)
-        context = model.config.max_position_embeddings
-        how = {"row_tokens": recipe.row_tokens, "context": context, "seed": run.seed}
-        rows, kept = (packed_rows.rows(tokenizer, part, **how) for part in (examples, held_out))
-        if recipe.rehearsal_tokens:
-            about = {"tokens": recipe.rehearsal_tokens, "row_tokens": min(recipe.row_tokens, REHEARSAL_ROW)}
-            rows += rehearsal.rows(run, models.base(run), **about)
-        how = {"schedule": recipe.schedule, "loss": first_token.weighted(recipe.first_token_weight)}
-        checkpoints = run.artifacts_dir / "checkpoints" / name
-        history = train.fit(model, rows, folder=checkpoints, held_out=kept, **how)
-        adapters.save(model, folder)
-        tokenizer.save_pretrained(folder)
-        (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
+        rows, kept = _rows(base, (examples, held_out), recipe, run, context=model.config.max_position_embeddings)
+        history = train.fit(
+            model,
+            rows,
+            schedule=recipe.schedule,
+            folder=run.artifacts_dir / "checkpoints" / name,
+            held_out=kept,
+            loss=losses.weighted_first_tokens(recipe.first_token_weight),
+        )
+        save_trained(model, base, folder, history)
         tokens = sum(len(row["input_ids"]) for row in rows)
         return {"train_seconds": time.perf_counter() - start, "tokens": tokens, "backend": backend(run.device)}
 
-    origin = {"name": base.name, "sha256": base.sha256}
-    about = {"base": origin, "recipe": steps, "format": "peft", "licence": base.card["licence"]}
-    return artifacts.write(name, run.artifacts_dir, save, **about)
+    return artifacts.make(run.artifacts_dir / name, fill, base=base, step=step, format="peft")
+
+
+def _rows(
+    base: Artifact, parts: tuple[Sequence[dict], Sequence[dict]], recipe: Recipe, run: Run, *, context: int
+) -> list[packed_rows.Rows]:
+    """Rows to train on, rehearsal included, and rows that are held out."""
+    tokenizer = models.load_tokenizer(base)
+    rows, kept = (
+        packed_rows.rows(tokenizer, part, row_tokens=recipe.row_tokens, context=context, seed=run.seed)
+        for part in parts
+    )
+    if recipe.rehearsal_tokens:
+        row_tokens = min(recipe.row_tokens, REHEARSAL_ROW)
+        rows += packed_rows.rehearsal_rows(run, models.base(run), tokens=recipe.rehearsal_tokens, row_tokens=row_tokens)
+    return [rows, kept]
+
+
+def save_trained(model: PreTrainedModel, start: Artifact, folder: Path, history: list[dict]) -> None:
+    """Write the adapter, the tokenizer of the artefact that training started from, and the history of training."""
+    adapters.save(model, folder)
+    models.load_tokenizer(start).save_pretrained(folder)
+    save_history(history, folder)
+
+
+def save_history(history: list[dict], folder: Path) -> None:
+    """Keep what `train.fit` returned beside the weights."""
+    (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
 
 
 def backend(device: str) -> str:
@@ -116,8 +122,14 @@ def prepared(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
     if backend(run.device) == "unsloth":
         return _unsloth(base, recipe, run.seed)
     model = models.load(base, run.device)
-    about = {"dropout": recipe.dropout, "target_modules": recipe.target_modules, "seed": run.seed}
-    adapters.attach(model, rank=recipe.rank, alpha=recipe.alpha, **about)
+    adapters.attach(
+        model,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        dropout=recipe.dropout,
+        target_modules=recipe.target_modules,
+        seed=run.seed,
+    )
     if recipe.fused:
         adapters.apply_fused(model, decoded=recipe.decoded)
     return model
@@ -130,14 +142,14 @@ def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
     return 4 * recipe.rank * sum(layers[name].in_features + layers[name].out_features for name in names)
 
 
-def history(adapter: Artifact) -> list[dict]:
+def load_history(adapter: Artifact) -> list[dict]:
     """What `train.fit` returned when the adapter was trained."""
     return json.loads((adapter.path / HISTORY).read_text(encoding="utf-8"))
 
 
-def record(run: Run, subject: str, adapter: Artifact) -> None:
+def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     """Append training's tokens a second, its seconds and `train_loss`: the curve, its value the last tenth's mean."""
-    entries = history(adapter)
+    entries = load_history(adapter)
     steps = [entry for entry in entries if "loss" in entry]
     at = {entry["step"]: entry["tokens"] for entry in steps}
     held_out = [[at[entry["step"]], entry["held_out_loss"]] for entry in entries if "held_out_loss" in entry]

@@ -29,7 +29,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import adapters, alone, engine_bench, engines, models, probe, quantize, train, train_bench
+from avalab import adapters, alone, engine_bench, engines, losses, models, probe, quantize, train, train_bench
 from avalab.artifacts import Artifact
 from avalab.before_after import RATES
 from avalab.engines import Engine
@@ -209,7 +209,7 @@ def step(arm: str, artifact: Artifact, device: str, sizes: Sizes) -> Callable[[]
     if arm != PEFT:
         adapters.apply_fused(model)
         apply_packed_attention(model)
-    student = train.Student(model.train(), train.next_token)
+    student = train.Student(model.train(), losses.next_token)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
     batches = train_bench.batches("peft" if arm == PEFT else arm, artifact.path, device, sizes.train_rounds + 1)
 

@@ -1,6 +1,6 @@
 """Training through the rounding: a packed artefact in, one of exactly the same bytes out, closer to the bf16 model.
 
-    better = qat.write(low, teacher, qat.windows(run, tokenizer, tokens=8192), run=run, out=folder)
+    better = qat.train_quantized(low, teacher, qat.windows(run, tokenizer, tokens=8192), run=run, out=folder)
 
 | kind | what is trained | how |
 |---|---|---|
@@ -9,7 +9,7 @@
 | `blocks` | codes and scales, one block after the other (`block_training`) | its own outputs before rounding |
 | `torchao` | as `weights`, through torchao's fake quantizers (`torchao_qat`) | end to end |
 
-End to end is `train.fit` with the distillation loss of `distill_objective`: the teacher's targets are drawn once and
+End to end is `train.fit` with the distillation loss of `distill`: the teacher's targets are drawn once and
 cached (`targets`), checkpoints and exact resume are the loop's. `blocks` and then `scales` are the two stages of
 EfficientQAT (Chen et al. 2024, arXiv 2407.11062): each writes an artefact, so that a killed run repeats one at most.
 
@@ -26,7 +26,6 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,12 +35,11 @@ from avalab import (
     block_training,
     corpora,
     distill,
-    distill_objective,
-    distill_rows,
     fake_quant,
     finetune,
     models,
     packed_file,
+    packed_rows,
     targets,
     torchao_qat,
     train,
@@ -54,9 +52,6 @@ from avalab.targets import Form
 from avalab.train import Schedule
 
 KINDS = ("scales", "weights", "blocks", "torchao")
-_MODULES = (fake_quant, packed_file, block_training, torchao_qat)
-SOURCES = [*distill.SOURCES, *(Path(module.__file__) for module in _MODULES), Path(__file__)]
-Rows = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,31 +72,11 @@ def windows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int) -> Int
 
     Raises ValueError when there is not so much text.
     """
-    text = corpora.calibration_text(tokenizer, evaluation=corpora.evaluation_texts(run, tokenizer))
     length, used = run.profile.calibration_tokens, run.profile.calibration_samples
-    everything = corpora.windows(text, tokenizer, count=10**6, tokens=length)
-    count = max(1, tokens // length)
-    if count > len(everything) - used:
-        raise ValueError(
-            f"{tokens} tokens asked for, there are {(len(everything) - used) * length} besides calibration"
-        )
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(run.seed))
-    return everything[order[used : used + count]]
+    return corpora.shuffled_windows(run, tokenizer, tokens=length, skip=used, count=max(1, tokens // length))
 
 
-def rows(read: Int[Tensor, "window time"], *, windows_per_row: int = 1) -> Rows:
-    """Rows of one or several windows, none of which sees another; every token scored that has a successor."""
-    found = []
-    for part in read.split(windows_per_row):
-        ends = torch.arange(len(part) + 1) * part.shape[1]
-        positions = torch.arange(part.shape[1]).repeat(len(part))
-        found.append(
-            distill_rows.whole_row({"input_ids": part.flatten(), "position_ids": positions, "boundaries": ends})
-        )
-    return found
-
-
-def write(
+def train_quantized(
     start: Artifact,
     teacher: Artifact,
     read: Int[Tensor, "window time"],
@@ -122,13 +97,8 @@ def write(
     step |= {"text": artifacts.sha256_of_text(json.dumps(read.tolist())), "tokens": read.numel()}
     step |= {"window_tokens": read.shape[1]}
     identity = artifacts.sha256_of_text(json.dumps([start.sha256, step], sort_keys=True))
-    steps = [*start.card["recipe"], step | {"code": artifacts.code_sha256(SOURCES)[:12]}]
-    steps = json.loads(json.dumps(steps))
-    found = artifacts.find(out.name, out.parent, steps, start.sha256)
-    if found:
-        return found
 
-    def save(folder: Path) -> dict:
+    def fill(folder: Path) -> dict:
         began, layers = time.perf_counter(), packed_file.read(start)
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
@@ -141,8 +111,8 @@ def write(
         seconds = {"train_seconds": time.perf_counter() - began, "codes_changed": sum(shares) / len(shares)}
         return about | seconds
 
-    about = {"base": {"name": start.name, "sha256": start.sha256}, "recipe": steps, "format": start.format}
-    return artifacts.write(out.name, out.parent, save, licence=start.card["licence"], **about)
+    step |= {"code": artifacts.code_of(train_quantized)[:12]}
+    return artifacts.make(out, fill, base=start, step=step, format=start.format)
 
 
 def rounded(model: PreTrainedModel) -> dict[str, Rounded]:
@@ -151,7 +121,7 @@ def rounded(model: PreTrainedModel) -> dict[str, Rounded]:
     return {name: module.rounded() for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def record(run: Run, subject: str, artifact: Artifact) -> None:
+def record_recovery(run: Run, subject: str, artifact: Artifact) -> None:
     """Append `train_tokens` read in all stages, `train_seconds`, and the curve of the loss where there is one."""
     stages = [step for step in artifact.card["recipe"] if step["step"] == "qat"]
     about = {"artifact_sha256": artifact.sha256, "details": {"recipe": stages, **artifact.card["measured"]}}
@@ -159,7 +129,7 @@ def record(run: Run, subject: str, artifact: Artifact) -> None:
     if stages[-1]["kind"] == "blocks":
         run.record(subject, "train_seconds", artifact.card["measured"]["train_seconds"], "s", engine="torch", **about)
     else:
-        finetune.record(run, subject, artifact)
+        finetune.record_training(run, subject, artifact)
 
 
 def tokens_trained(step: dict) -> int:
@@ -177,7 +147,7 @@ def _prepared(start: Artifact, teacher: Artifact, layers: dict, recipe: Recipe, 
         original = models.load(teacher)
         weights = {name: original.get_submodule(name).weight.detach().to(run.device) for name in layers}
     if recipe.kind == "torchao":
-        torchao_qat.replace_layers(model, layers, weights=weights)
+        torchao_qat.replace_layers_torchao(model, layers, weights=weights)
     else:
         fake_quant.replace_layers(model, layers, weights=weights, zeros=recipe.zeros)
     return model
@@ -193,14 +163,14 @@ def _end_to_end(
     model: PreTrainedModel, teacher: Artifact, read: Tensor, recipe: Recipe, run: Run, where: tuple[str, str, Path]
 ) -> dict:
     name, identity, folder = where
-    taught, stored = rows(read, windows_per_row=recipe.windows_per_row), 0.0
-    if recipe.teacher != distill_objective.ONLINE:
+    taught, stored = packed_rows.window_rows(read, windows_per_row=recipe.windows_per_row), 0.0
+    if recipe.teacher != distill.ONLINE:
         taught, stored = targets.attach(run, taught, teacher, Form(recipe.teacher, recipe.count, 1.0, run.seed))
-    listening = distill_objective.Recipe(teacher=recipe.teacher, count=recipe.count)
-    loss = distill_objective.of(model, teacher, listening, rows=taught, device=run.device, identity=identity)
+    listening = distill.Recipe(teacher=recipe.teacher, count=recipe.count)
+    loss = distill.objective_of(model, teacher, listening, rows=taught, device=run.device, identity=identity)
     checkpoints = run.artifacts_dir / "checkpoints" / name
     history = train.fit(model, taught, schedule=recipe.schedule, folder=checkpoints, loss=loss)
-    (folder / finetune.HISTORY).write_text(json.dumps(history, indent=1) + "\n")
+    finetune.save_history(history, folder)
     return {"target_bytes_per_token": stored, "tokens": read.numel()}
 
 

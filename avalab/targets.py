@@ -14,7 +14,7 @@ vocabulary needs it), their counts (1 byte) or p (2 bytes), and the teacher's en
 into a divergence. Its header names the rows by hash, the teacher and the form: targets for other rows are refused.
 
 Sources: Anshumann et al. 2025, arXiv 2503.16870 (sampled targets); systematic sampling: Madow and Madow 1944.
-What it does not do: keep hidden states (`rehearsal` does: 2 bytes a channel), train.
+What it does not do: keep hidden states (rows of rehearsal do: 2 bytes a channel), train.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ from avalab import artifacts, models, quality
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 from avalab.packed_attention import apply_packed_attention
-from avalab.packed_rows import IGNORED, collate
+from avalab.packed_rows import IGNORED, Rows, collate
 
 FORMS = ("sampled", "topk")
-Rows = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ def quantizer(start: Rounded) -> nn.Module:
     return made
 
 
-def replace_layers(model: PreTrainedModel, layers: Mapping[str, Rounded], *, weights: Mapping[str, Tensor]) -> None:
+def replace_layers_torchao(
+    model: PreTrainedModel, layers: Mapping[str, Rounded], *, weights: Mapping[str, Tensor]
+) -> None:
     """Put torchao's fake quantizer where each named linear layer is, and freeze everything else."""
     model.requires_grad_(False)
     known = models.linear_layers(model)

@@ -22,11 +22,9 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -40,15 +38,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from avalab import artifacts, kernels, models
+from avalab import artifacts, models
 from avalab.experiment import write_atomically
+from avalab.losses import Loss, next_token
 from avalab.packed_attention import apply_packed_attention
-from avalab.packed_rows import IGNORED, collate
+from avalab.packed_rows import IGNORED, Rows, collate
 
 SETTINGS = "settings.json"
 BLOCKS = "▁▂▃▄▅▆▇█"
-Loss = Callable[[Tensor, Tensor, dict], Tensor]
-Rows = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,6 @@ class Schedule:
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
     steps: int = 0  # stop after so many, whatever the epochs; 0: no limit
     seed: int = 0
-
-
-def next_token(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
-    """Cross-entropy in nats, mean over labelled tokens."""
-    return kernels.linear_cross_entropy(hidden, head, batch["labels"], ignore_index=IGNORED)
 
 
 class Student(nn.Module):

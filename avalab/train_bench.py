@@ -32,7 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import adapters, models, packed_rows, quantize, synthesize, train, train_limit, train_memory
+from avalab import adapters, losses, models, packed_rows, quantize, synthesize, train, train_limit, train_memory
 from avalab.experiment import PROFILES, ROOT, Run, load_average
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import IGNORED, Encoded
@@ -132,14 +132,14 @@ def serve(pipe: Connection, arm: str, folder: Path, device: str, sizes: Sizes) -
     model, batches = _prepared(arm, folder, device, sizes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    student = None if arm == "peft" else train.Student(model, train.next_token)
+    student = None if arm == "peft" else train.Student(model, losses.next_token)
     pipe.send("ready")
     while True:
         try:
             steps = pipe.recv()
         except EOFError:
             return
-        tokens, losses, start = 0, [], time.perf_counter()
+        tokens, seen, start = 0, [], time.perf_counter()
         for _ in range(steps):
             batch, count = next(batches)
             loss = model(**batch, use_cache=False).loss if student is None else student(**batch)["loss"]
@@ -147,12 +147,12 @@ def serve(pipe: Connection, arm: str, folder: Path, device: str, sizes: Sizes) -
             optimizer.step()
             optimizer.zero_grad()
             tokens += count
-            losses.append(loss.item())
+            seen.append(loss.item())
         pipe.send(
             {
                 "seconds": time.perf_counter() - start,
                 "tokens": tokens,
-                "losses": losses,
+                "losses": seen,
                 "peak_bytes": train_memory.peak_bytes(device),
             }
         )

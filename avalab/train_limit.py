@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
-from avalab import adapters, artifacts, finetune, models, packed_rows, train, train_memory
+from avalab import adapters, artifacts, finetune, losses, models, packed_rows, train, train_memory
 from avalab.artifacts import Artifact
 from avalab.experiment import ROOT, Run
 from avalab.packed_attention import apply_packed_attention
@@ -217,7 +217,7 @@ def _ours(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTrainedM
     apply_packed_attention(model)
     if wanted.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = train.Student(model, train.next_token if wanted.chunked_loss else dense_loss).train()
+    student = train.Student(model, losses.next_token if wanted.chunked_loss else dense_loss).train()
     return model, lambda batch: student(**batch)["loss"]
 
 
@@ -236,7 +236,7 @@ def _peer(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTrainedM
 
 
 def dense_loss(hidden: Tensor, head: Tensor, batch: dict) -> Tensor:
-    """The cross-entropy of `train.next_token` with the logits of every token at once, in float32."""
+    """The cross-entropy of `losses.next_token` with the logits of every token at once, in float32."""
     return F.cross_entropy((hidden[0] @ head.T).float(), batch["labels"][0], ignore_index=IGNORED)
 
 

@@ -55,7 +55,7 @@ def test_only_four_bit_artefacts_are_decoded(base):
 def test_an_adapter_is_shipped_with_its_base(run, base, nf4):
     recipe = finetune.Recipe(rank=2, schedule=Schedule(steps=1))
     examples = list(toolbox.function_calling_examples(2, seed=0))
-    tuned = finetune.write(nf4, examples, run=run, name="tuned", recipe=recipe)
+    tuned = finetune.train_adapter(nf4, examples, run=run, name="tuned", recipe=recipe)
     assert chain.shipped_bytes(tuned) == tuned.bytes + nf4.bytes
     assert chain.shipped_bytes(base) == base.bytes
     assert artifacts.load(tuned.path).format == "peft"

@@ -174,7 +174,7 @@ def test_calibration_windows_are_distinct_windows_of_the_calibration_text(tokeni
 
 def test_too_short_a_calibration_text_is_refused_with_both_counts(tokenizer, monkeypatch):
     monkeypatch.setattr(corpora, "calibration_text", lambda *_, **__: Text("calibration", "word " * 200))
-    with pytest.raises(ValueError, match=r"calibration text has \d windows, asked for 8"):
+    with pytest.raises(ValueError, match=r"calibration text has \d windows of \d+ tokens, asked for 8"):
         corpora.calibration_windows(Run("test", "smoke"), tokenizer)
 
 

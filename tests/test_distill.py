@@ -13,17 +13,16 @@ from avalab import (
     artifacts,
     corpora,
     distill,
-    distill_objective,
-    distill_rows,
     finetune,
     kernels,
     models,
+    packed_rows,
     prune,
     quality,
     quantize,
     train,
 )
-from avalab.distill_objective import Recipe
+from avalab.distill import Recipe
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import collate
 from avalab.train import Schedule
@@ -50,7 +49,7 @@ def pruned(run, base):
 
 @pytest.fixture(scope="module")
 def rows(run, base):
-    return distill_rows.text_rows(run, models.load_tokenizer(base), tokens=800, row_tokens=100)
+    return packed_rows.text_rows(run, models.load_tokenizer(base), tokens=800, row_tokens=100)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +67,12 @@ def batch_of(row):
 
 
 def objective(student, teacher, recipe, rows):
-    return distill_objective.of(student, teacher, recipe, rows=rows, device="cpu", identity="t")
+    return distill.objective_of(student, teacher, recipe, rows=rows, device="cpu", identity="t")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_brings_some_of_the_teacher_back(kind, run, base, pruned, rows, against):
-    taught = distill.write(pruned, base, rows, run=run, name=f"taught-{kind}", recipe=KINDS[kind])
+    taught = distill.train_student(pruned, base, rows, run=run, name=f"taught-{kind}", recipe=KINDS[kind])
     assert taught.format == ("bf16" if kind == "whole" else "peft")
     assert divergence(taught, against) < divergence(pruned, against)
     merged = taught if kind == "whole" else adapters.merge(taught)
@@ -84,12 +83,12 @@ def test_every_loss_brings_some_of_the_teacher_back(kind, run, base, pruned, row
 
 
 def test_the_same_recipe_is_not_trained_twice_and_is_recorded(run, base, pruned, rows, monkeypatch):
-    first = distill.write(pruned, base, rows, run=run, name="taught-sampled", recipe=KINDS["sampled"])
+    first = distill.train_student(pruned, base, rows, run=run, name="taught-sampled", recipe=KINDS["sampled"])
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
-    again = distill.write(pruned, base, rows, run=run, name="taught-sampled", recipe=KINDS["sampled"])
+    again = distill.train_student(pruned, base, rows, run=run, name="taught-sampled", recipe=KINDS["sampled"])
     assert again.sha256 == first.sha256
     assert json.loads(json.dumps(again.card["recipe"]))[-1]["teacher_sha256"] == base.sha256
-    distill.record(run, "sampled", again)
+    distill.record_distillation(run, "sampled", again)
     found = {record.metric: record for record in run.records if record.subject == "sampled"}
     assert {"train_tokens_per_s", "train_loss", "target_bytes_per_token"} <= found.keys()
 
@@ -114,19 +113,19 @@ class Seen(train.Progress):
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_ends_as_one_that_was_not(
     run, base, pruned, rows, monkeypatch
 ):
-    whole = distill.write(pruned, base, rows, run=run, name="whole-run", recipe=KINDS["inside"])
+    whole = distill.train_student(pruned, base, rows, run=run, name="whole-run", recipe=KINDS["inside"])
     progress = train.Progress
     monkeypatch.setattr(train, "Progress", Stop)
     with pytest.raises(KeyboardInterrupt):
-        distill.write(pruned, base, rows, run=run, name="killed", recipe=KINDS["inside"])
+        distill.train_student(pruned, base, rows, run=run, name="killed", recipe=KINDS["inside"])
     monkeypatch.setattr(train, "Progress", progress)
     assert not (run.artifacts_dir / "killed").exists()
     with pytest.raises(ValueError, match="holds an unfinished run with other settings"):
-        distill.write(pruned, base, rows, run=run, name="killed", recipe=KINDS["mixed"])
+        distill.train_student(pruned, base, rows, run=run, name="killed", recipe=KINDS["mixed"])
     monkeypatch.setattr(train, "Progress", Seen)
-    resumed = distill.write(pruned, base, rows, run=run, name="killed", recipe=KINDS["inside"])
+    resumed = distill.train_student(pruned, base, rows, run=run, name="killed", recipe=KINDS["inside"])
     assert Seen.steps == [2, 3]
-    losses = [[entry["loss"] for entry in finetune.history(a)] for a in (whole, resumed)]
+    losses = [[entry["loss"] for entry in finetune.load_history(a)] for a in (whole, resumed)]
     assert losses[0] == losses[1]
 
 
@@ -168,7 +167,7 @@ def test_a_four_bit_student_gets_back_what_rounding_cost(run, base, rows, agains
     fp4 = quantize.write(base, "fp4", run=run)
     schedule = replace(TRAINING.schedule, learning_rate=1e-3, epochs=4)
     recipe = replace(RECIPE, training=replace(TRAINING, schedule=schedule))
-    taught = distill.write(fp4, base, rows, run=run, name="taught-fp4", recipe=recipe)
+    taught = distill.train_student(fp4, base, rows, run=run, name="taught-fp4", recipe=recipe)
     assert divergence(taught, against) < divergence(fp4, against)
 
 
@@ -187,7 +186,7 @@ def test_a_smaller_model_of_another_width_is_taught_inside_too(run, base, rows, 
         format="bf16",
     )
     recipe = replace(KINDS["inside"], training=replace(TRAINING, rank=0))
-    taught = distill.write(student, base, rows, run=run, name="taught-small", recipe=recipe)
+    taught = distill.train_student(student, base, rows, run=run, name="taught-small", recipe=recipe)
     assert divergence(taught, against) < divergence(student, against)
 
 
@@ -210,8 +209,8 @@ def other_tokenizer(run, base):
 def test_another_tokenizer_is_refused_naming_its_first_other_token_unless_only_text_is_learnt(run, base, rows):
     other = other_tokenizer(run, base)
     with pytest.raises(ValueError, match=r"different tokenizers: token 50\d is '.*' for the student and '.*' for the"):
-        distill.write(base, other, rows, run=run, name="x", recipe=RECIPE)
-    told = distill.write(base, other, rows[:2], run=run, name="told", recipe=KINDS["labels"])
+        distill.train_student(base, other, rows, run=run, name="x", recipe=RECIPE)
+    told = distill.train_student(base, other, rows[:2], run=run, name="told", recipe=KINDS["labels"])
     assert told.format == "peft"
 
 
@@ -228,9 +227,9 @@ def test_another_tokenizer_is_refused_naming_its_first_other_token_unless_only_t
 )
 def test_impossible_recipes_are_refused(run, base, pruned, rows, change, message):
     with pytest.raises(ValueError, match=message):
-        distill.write(pruned, base, rows, run=run, name="x", recipe=replace(RECIPE, **change))
+        distill.train_student(pruned, base, rows, run=run, name="x", recipe=replace(RECIPE, **change))
 
 
 def test_listening_to_nobody_is_refused(run, pruned, rows):
     with pytest.raises(ValueError, match="need a teacher"):
-        distill.write(pruned, None, rows, run=run, name="x", recipe=RECIPE)
+        distill.train_student(pruned, None, rows, run=run, name="x", recipe=RECIPE)

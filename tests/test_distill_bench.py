@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import distill_bench, distill_rows, experiment, finetune, models
-from avalab.distill_objective import Recipe
+from avalab import distill_bench, experiment, finetune, models, packed_rows
+from avalab.distill import Recipe
 from avalab.experiment import Run
 
 
@@ -19,7 +19,7 @@ def run(tmp_path, monkeypatch):
 
 def test_every_recipe_has_a_time_and_a_ratio_to_the_first(run):
     base = models.base(run)
-    rows = [distill_rows.window_row(torch.arange(5, 37)), distill_rows.window_row(torch.arange(40, 72))]
+    rows = packed_rows.window_rows(torch.stack([torch.arange(5, 37), torch.arange(40, 72)]))
     listen = Recipe(training=finetune.Recipe(rank=2))
     recipes = {
         "labels": replace(listen, kl=0.0, cross_entropy=1.0),
@@ -27,7 +27,7 @@ def test_every_recipe_has_a_time_and_a_ratio_to_the_first(run):
         "inside": replace(listen, hidden=1.0),
         "sampled": replace(listen, teacher="sampled"),
     }
-    distill_bench.record(run, base, base, rows, recipes)
+    distill_bench.record_step_times(run, base, base, rows, recipes)
     found = {(r.subject, r.metric): r for r in run.records}
     assert {subject for subject, _ in found} == set(recipes)
     assert found["labels", "step_time/labels"].value == 1

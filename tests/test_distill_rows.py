@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import corpora, distill_rows, models, packed_rows, toolbox
+from avalab import corpora, models, packed_rows, toolbox
 from avalab.experiment import Run
 from avalab.packed_rows import IGNORED
 
@@ -22,32 +22,32 @@ def examples():
 
 
 def test_a_window_predicts_each_next_token_and_nothing_at_its_end():
-    row = distill_rows.window_row(torch.tensor([7, 8, 9]))
+    (row,) = packed_rows.window_rows(torch.tensor([[7, 8, 9]]))
     assert row["labels"].tolist() == [8, 9, IGNORED]
     assert (row["position_ids"].tolist(), row["boundaries"].tolist()) == ([0, 1, 2], [0, 3])
 
 
 def test_no_example_of_a_row_predicts_the_next_ones_beginning():
     row = {"input_ids": torch.arange(10, 16), "boundaries": torch.tensor([0, 2, 6])}
-    assert distill_rows.whole_row(row)["labels"].tolist() == [11, IGNORED, 13, 14, 15, IGNORED]
+    assert packed_rows.whole_row(row)["labels"].tolist() == [11, IGNORED, 13, 14, 15, IGNORED]
 
 
 def test_text_rows_are_as_many_as_asked_in_a_seeded_order_and_disjoint_from_evaluation(run, tokenizer):
-    rows = distill_rows.text_rows(run, tokenizer, tokens=600, row_tokens=100)
+    rows = packed_rows.text_rows(run, tokenizer, tokens=600, row_tokens=100)
     assert [len(row["input_ids"]) for row in rows] == [100] * 6
-    again = distill_rows.text_rows(run, tokenizer, tokens=600, row_tokens=100)
+    again = packed_rows.text_rows(run, tokenizer, tokens=600, row_tokens=100)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True))
     shown = set().union(*(corpora.shingles(tokenizer.decode(row["input_ids"])) for row in rows))
     assert all(shown.isdisjoint(corpora.shingles(t.content)) for t in corpora.evaluation_texts(run, tokenizer))
 
 
 def test_more_text_than_there_is_is_refused(run, tokenizer):
-    with pytest.raises(ValueError, match="tokens asked for, there are"):
-        distill_rows.text_rows(run, tokenizer, tokens=10**9, row_tokens=100)
+    with pytest.raises(ValueError, match="calibration text has"):
+        packed_rows.text_rows(run, tokenizer, tokens=10**9, row_tokens=100)
 
 
 def test_chat_rows_score_prompts_too(tokenizer, examples):
-    rows = distill_rows.chat_rows(tokenizer, examples, row_tokens=1000, seed=0)
+    rows = packed_rows.chat_rows(tokenizer, examples, row_tokens=1000, seed=0)
     plain = packed_rows.rows(tokenizer, examples, row_tokens=1000, context=1000, seed=0)
     assert [row["input_ids"].tolist() for row in rows] == [row["input_ids"].tolist() for row in plain]
     scored = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
@@ -56,16 +56,16 @@ def test_chat_rows_score_prompts_too(tokenizer, examples):
 
 def test_examples_are_drawn_until_they_have_the_tokens_asked_for(tokenizer, examples):
     lengths = {str(e): len(packed_rows.encode(tokenizer, e["messages"]).ids) for e in examples}
-    chosen = distill_rows.about(tokenizer, examples, tokens=600, seed=0)
+    chosen = packed_rows.sample_examples(tokenizer, examples, tokens=600, seed=0)
     assert sum(lengths[str(e)] for e in chosen[:-1]) < 600 <= sum(lengths[str(e)] for e in chosen)
-    assert chosen != distill_rows.about(tokenizer, examples, tokens=600, seed=1)
-    assert len(distill_rows.about(tokenizer, examples, tokens=10**6, seed=0)) == 6
+    assert chosen != packed_rows.sample_examples(tokenizer, examples, tokens=600, seed=1)
+    assert len(packed_rows.sample_examples(tokenizer, examples, tokens=10**6, seed=0)) == 6
     with pytest.raises(ValueError, match="no example fits"):
-        distill_rows.about(tokenizer, [], tokens=10, seed=0)
+        packed_rows.sample_examples(tokenizer, [], tokens=10, seed=0)
 
 
 def test_answers_of_a_teacher_replace_the_examples_own(examples):
-    told = distill_rows.answered(examples, lambda messages: f"{len(messages)} {messages[-1]['role']}")
+    told = packed_rows.answered(examples, lambda messages: f"{len(messages)} {messages[-1]['role']}")
     assert [example["messages"][-1] for example in told] == [{"role": "assistant", "content": "2 user"}] * 6
     assert all(a["messages"][:-1] == b["messages"][:-1] for a, b in zip(told, examples, strict=True))
     assert examples[0]["messages"][-1]["content"].startswith("<tool_call>")
@@ -84,14 +84,14 @@ def test_a_teacher_who_can_is_asked_all_at_once(examples):
         def __call__(self, messages):
             return str(self.questions.index(messages))
 
-    told = distill_rows.answered(examples, Asked())
+    told = packed_rows.answered(examples, Asked())
     assert [example["messages"][-1]["content"] for example in told] == list("012345")
 
 
 def test_the_students_own_answers_are_drawn_by_seed_and_can_be_learnt_from(run, base, tokenizer, examples):
-    first, again = (distill_rows.own_answers(base, examples[:3], run=run, new_tokens=12) for _ in range(2))
+    first, again = (packed_rows.own_answers(base, examples[:3], run=run, new_tokens=12) for _ in range(2))
     assert first == again
-    other = distill_rows.own_answers(base, examples[:3], run=Run("t", "smoke", 1, run.model), new_tokens=12)
+    other = packed_rows.own_answers(base, examples[:3], run=Run("t", "smoke", 1, run.model), new_tokens=12)
     assert first != other
     assert all(a["messages"][:-1] == b["messages"][:-1] for a, b in zip(first, examples, strict=False))
     assert len(packed_rows.rows(tokenizer, first, row_tokens=1000, context=1000, seed=0)) >= 1

@@ -13,11 +13,11 @@ from avalab import (
     corpora,
     experiment,
     finetune,
+    losses,
     models,
     packed_rows,
     quality,
     quantize,
-    rehearsal,
     toolbox,
 )
 from avalab.experiment import Run
@@ -42,7 +42,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def adapter(run, base, examples):
-    return finetune.write(base, examples, run=run, name="tuned", recipe=RECIPE, held_out=examples[:2])
+    return finetune.train_adapter(base, examples, run=run, name="tuned", recipe=RECIPE, held_out=examples[:2])
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ def test_what_is_loaded_back_differs_from_the_base_and_its_merge_does_not_differ
 
 def test_the_same_recipe_is_not_trained_twice_and_its_history_is_kept(adapter, run, base, examples, monkeypatch):
     monkeypatch.setattr(finetune.train, "fit", lambda *_, **__: pytest.fail("trained again"))
-    again = finetune.write(base, examples, run=run, name="tuned", recipe=RECIPE, held_out=examples[:2])
+    again = finetune.train_adapter(base, examples, run=run, name="tuned", recipe=RECIPE, held_out=examples[:2])
     assert again.sha256 == adapter.sha256
-    history = finetune.history(again)
+    history = finetune.load_history(again)
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
     assert any("held_out_loss" in entry for entry in history)
-    finetune.record(run, "tuned", again)
+    finetune.record_training(run, "tuned", again)
     found = {record.metric: record for record in run.records}
     assert {"train_tokens_per_s", "train_seconds"} <= found.keys()
     assert found["train_loss"].samples == [entry["loss"] for entry in history if "loss" in entry]
@@ -92,7 +92,7 @@ def test_the_adapters_bytes_are_predicted(adapter, base):
 def test_a_four_bit_base_is_trained_and_merged_into_bf16(run, base, examples, logits, decoded):
     nf4 = quantize.write(base, "nf4", run=run, double_quantization=True)
     recipe = replace(RECIPE, decoded=decoded)
-    tuned = finetune.write(nf4, examples, run=run, name=f"qlora-{decoded}", recipe=recipe)
+    tuned = finetune.train_adapter(nf4, examples, run=run, name=f"qlora-{decoded}", recipe=recipe)
     merged = adapters.merge(tuned)
     assert merged.format == "bf16"
     ours, theirs = (logits(models.load(a)) for a in (merged, tuned))
@@ -105,8 +105,8 @@ def test_the_kernels_and_pefts_own_layers_train_alike(run, base, examples):
     losses = []
     for fused in (True, False):
         recipe = replace(RECIPE, fused=fused)
-        tuned = finetune.write(base, examples, run=run, name=f"fused-{fused}", recipe=recipe)
-        losses.append([entry["loss"] for entry in finetune.history(tuned)])
+        tuned = finetune.train_adapter(base, examples, run=run, name=f"fused-{fused}", recipe=recipe)
+        losses.append([entry["loss"] for entry in finetune.load_history(tuned)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-2)
 
 
@@ -118,9 +118,9 @@ def test_an_adapter_without_its_base_says_what_is_missing(adapter, tmp_path):
 
 def test_targets_that_match_nothing_and_impossible_ranks_are_refused(run, base, examples):
     with pytest.raises(ValueError, match="'experts' matches no linear layer; use attention, mlp"):
-        finetune.write(base, examples, run=run, name="x", recipe=replace(RECIPE, target_modules=("experts",)))
+        finetune.train_adapter(base, examples, run=run, name="x", recipe=replace(RECIPE, target_modules=("experts",)))
     with pytest.raises(ValueError, match="rank is 0"):
-        finetune.write(base, examples, run=run, name="x", recipe=replace(RECIPE, rank=0))
+        finetune.train_adapter(base, examples, run=run, name="x", recipe=replace(RECIPE, rank=0))
 
 
 def test_unsloth_trains_where_it_is_installed_and_a_gpu_is_there_and_peft_everywhere_else(monkeypatch):
@@ -154,16 +154,16 @@ def test_equal_seeds_draw_equal_adapters(base):
 
 
 def test_rehearsal_rows_pull_towards_the_base_and_are_disjoint_from_evaluation(run, base):
-    rows = rehearsal.rows(run, base, tokens=256, row_tokens=128)
+    rows = packed_rows.rehearsal_rows(run, base, tokens=256, row_tokens=128)
     assert [len(row["input_ids"]) for row in rows] == [128, 128]
     model = models.load(base)
     hidden = quality.hidden_states(model, rows[0]["input_ids"][None]).clone().requires_grad_()
     batch = packed_rows.collate(rows[:1])
-    same = rehearsal.loss(hidden, model.lm_head.weight, batch)
+    same = losses.rehearsed(hidden, model.lm_head.weight, batch)
     assert same.item() == pytest.approx(0, abs=1e-5)
-    assert rehearsal.loss(hidden + 0.1, model.lm_head.weight, batch).item() > 0.001
+    assert losses.rehearsed(hidden + 0.1, model.lm_head.weight, batch).item() > 0.001
     del batch["teacher"]
-    assert rehearsal.loss(hidden, model.lm_head.weight, batch).item() > 1
+    assert losses.rehearsed(hidden, model.lm_head.weight, batch).item() > 1
     texts = corpora.evaluation_texts(run, models.load_tokenizer(base))
     shown = models.load_tokenizer(base).batch_decode([row["input_ids"] for row in rows])
     for text in texts:
@@ -177,6 +177,6 @@ def test_rehearsal_keeps_general_text_closer_to_the_base(run, base, examples):
     for tokens in (0, 4000):
         schedule = replace(RECIPE.schedule, steps=8)
         recipe = replace(RECIPE, rehearsal_tokens=tokens, schedule=schedule)
-        tuned = finetune.write(base, examples, run=run, name=f"rehearsal-{tokens}", recipe=recipe)
+        tuned = finetune.train_adapter(base, examples, run=run, name=f"rehearsal-{tokens}", recipe=recipe)
         drift[tokens] = quality.score(models.load(tuned), reference).kl.mean().item()
     assert drift[4000] < drift[0]

@@ -15,6 +15,7 @@ from avalab import (
     fake_quant,
     models,
     packed_file,
+    packed_rows,
     qat,
     quality,
     quantize,
@@ -65,22 +66,24 @@ def divergence(artifact, against):
 def test_every_kind_comes_closer_to_the_teacher_at_the_same_bytes_on_the_same_grids(
     kind, run, base, low, read, against
 ):
-    trained = qat.write(low, base, read, run=run, out=run.artifacts_dir / f"low-{kind}", recipe=KINDS[kind])
+    trained = qat.train_quantized(low, base, read, run=run, out=run.artifacts_dir / f"low-{kind}", recipe=KINDS[kind])
     assert trained.bytes == low.bytes
     assert trained.format == low.format
     assert divergence(trained, against) < divergence(low, against)
     before, after = packed_file.read(low), packed_file.read(trained)
     assert {n: p.grid for n, p in before.items()} == {n: p.grid for n, p in after.items()}
     assert trained.card["measured"]["codes_changed"] == 0 or kind in ("weights", "torchao", "blocks")
-    assert qat.write(low, base, read, run=run, out=trained.path, recipe=KINDS[kind]).sha256 == trained.sha256
-    qat.record(run, kind, trained)
+    assert qat.train_quantized(low, base, read, run=run, out=trained.path, recipe=KINDS[kind]).sha256 == trained.sha256
+    qat.record_recovery(run, kind, trained)
     found = {record.metric: record.value for record in run.records if record.subject == kind}
     assert found["train_tokens"] == (16 * 4 * 64 if kind == "blocks" else 1024)
     assert "train_seconds" in found
 
 
 def test_mixed_precision_stays_as_it_was_and_every_other_tensor_too(run, base, mixed, read):
-    trained = qat.write(mixed, base, read[:4], run=run, out=run.artifacts_dir / "mixed-scales", recipe=KINDS["scales"])
+    trained = qat.train_quantized(
+        mixed, base, read[:4], run=run, out=run.artifacts_dir / "mixed-scales", recipe=KINDS["scales"]
+    )
     before, after = packed_file.read(mixed), packed_file.read(trained)
     assert len({part.grid.name for part in before.values()}) > 1
     assert [part.grid for part in before.values()] == [part.grid for part in after.values()]
@@ -136,15 +139,15 @@ class Stop(train.Progress):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, base, low, read, monkeypatch):
-    whole = qat.write(low, base, read, run=run, out=run.artifacts_dir / "low-scales", recipe=KINDS["scales"])
+    whole = qat.train_quantized(low, base, read, run=run, out=run.artifacts_dir / "low-scales", recipe=KINDS["scales"])
     out, progress = run.artifacts_dir / "killed", train.Progress
     monkeypatch.setattr(train, "Progress", Stop)
     with pytest.raises(KeyboardInterrupt):
-        qat.write(low, base, read, run=run, out=out, recipe=KINDS["scales"])
+        qat.train_quantized(low, base, read, run=run, out=out, recipe=KINDS["scales"])
     assert not out.exists()
     assert (run.artifacts_dir / "checkpoints" / "killed" / "checkpoint-4").is_dir()
     monkeypatch.setattr(train, "Progress", progress)
-    resumed = qat.write(low, base, read, run=run, out=out, recipe=KINDS["scales"])
+    resumed = qat.train_quantized(low, base, read, run=run, out=out, recipe=KINDS["scales"])
     hashes = [{f["name"]: f["sha256"] for f in a.card["files"]}["model.safetensors"] for a in (whole, resumed)]
     assert hashes[0] == hashes[1]
 
@@ -155,7 +158,7 @@ def test_training_text_holds_no_window_that_calibrated_the_rounding(run, base, r
 
 
 def test_windows_in_one_row_are_told_apart_and_each_last_token_predicts_nothing(read):
-    row, *others = qat.rows(read, windows_per_row=3)
+    row, *others = packed_rows.window_rows(read, windows_per_row=3)
     assert row["boundaries"].tolist() == [0, 64, 128, 192]
     assert len(others[-1]["input_ids"]) == 64
     assert row["labels"][63] == row["labels"][127] == -100
@@ -173,10 +176,10 @@ def test_windows_in_one_row_are_told_apart_and_each_last_token_predicts_nothing(
 def test_impossible_starts_and_kinds_are_refused(run, base, low, read, which, recipe, message):
     start = {"base": base, "low": low}[which]
     with pytest.raises(ValueError, match=message):
-        qat.write(start, base, read, run=run, out=run.artifacts_dir / "x", recipe=recipe)
+        qat.train_quantized(start, base, read, run=run, out=run.artifacts_dir / "x", recipe=recipe)
     with pytest.raises(ValueError, match="it has to be the bf16 model"):
-        qat.write(low, low, read, run=run, out=run.artifacts_dir / "x")
-    with pytest.raises(ValueError, match="tokens asked for"):
+        qat.train_quantized(low, low, read, run=run, out=run.artifacts_dir / "x")
+    with pytest.raises(ValueError, match="calibration text has"):
         qat.windows(run, models.load_tokenizer(base), tokens=10**9)
 
 

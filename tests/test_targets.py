@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import distill_rows, kernels, models, targets
+from avalab import kernels, models, packed_rows, targets
 from avalab.packed_rows import IGNORED
 from avalab.targets import Form
 
@@ -19,7 +19,7 @@ DRAWS = 4000
 @pytest.fixture(scope="module")
 def rows(base):
     windows = torch.randint(3, 1000, (3, 24), generator=torch.Generator().manual_seed(0))
-    found = [distill_rows.window_row(window) for window in windows]
+    found = packed_rows.window_rows(windows)
     found[1]["labels"][:10] = IGNORED
     return found
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from avalab import adapters, models, packed_rows, toolbox, train
 from avalab.experiment import ROOT
+from avalab.losses import next_token
 from avalab.train import Schedule
 
 TINY = ROOT / "data" / "tiny-llama"
@@ -154,7 +155,7 @@ def test_the_libraries_own_forward_pass_and_loss_give_the_same_curve(rows, tmp_p
         logits = model(row["input_ids"][:, start:end]).logits
         total += torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum").item()
         count += int((labels != -100).sum())
-    ours = train.Student(model, train.next_token)
+    ours = train.Student(model, next_token)
     train.apply_packed_attention(model)
     assert ours(**row)["loss"].item() == pytest.approx(total / count, abs=1e-5)
 
@@ -204,7 +205,7 @@ def test_the_best_checkpoint_is_the_result_where_training_stops_early(rows, tmp_
     history = train.fit(model, rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=kept)
     held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
     with torch.inference_mode():
-        final = train.Student(model, train.next_token)(**packed_rows.collate(kept))["loss"].item()
+        final = train.Student(model, next_token)(**packed_rows.collate(kept))["loss"].item()
     assert final == pytest.approx(min(held_out), rel=1e-4)
     assert final < max(held_out)
 

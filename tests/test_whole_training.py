@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import models, whole_training
+from avalab import adapters, models
 from avalab.experiment import ROOT
 
 TINY = ROOT / "data" / "tiny-llama"
@@ -19,7 +19,7 @@ def model():
 def test_wide_weights_change_no_output_and_are_the_only_ones_trained(model):
     with torch.no_grad():
         before = model(TOKENS).logits
-        whole_training.apply_wide_weights(model)
+        adapters.apply_wide_weights(model)
         assert torch.equal(model(TOKENS).logits, before)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name.removesuffix(".weight") for name in trained} == set(models.linear_layers(model))
@@ -27,19 +27,19 @@ def test_wide_weights_change_no_output_and_are_the_only_ones_trained(model):
 
 
 def test_a_step_too_small_for_bf16_is_kept_until_it_counts(model):
-    whole_training.apply_wide_weights(model, ("down_proj",))
+    adapters.apply_wide_weights(model, ("down_proj",))
     layer = model.model.layers[0].mlp.down_proj
     before = layer.weight.detach().clone()
     for _ in range(16):
         layer.weight.data *= 1 + 2**-11  # a quarter of bf16's half step
-    whole_training.restore_narrow_weights(model)
+    adapters.restore_narrow_weights(model)
     assert layer.weight.dtype == torch.bfloat16
     assert (layer.weight != before.to(torch.bfloat16)).float().mean() > 0.9
 
 
 def test_restored_models_have_their_usual_layers(model, tmp_path):
-    whole_training.apply_wide_weights(model)
-    whole_training.restore_narrow_weights(model)
+    adapters.apply_wide_weights(model)
+    adapters.restore_narrow_weights(model)
     assert not any("forward" in vars(layer) for layer in models.linear_layers(model).values())
     models.save_model(model, models.load_tokenizer(TINY), tmp_path)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_restored_models_have_their_usual_layers(model, tmp_path):
 
 def test_targets_that_match_nothing_are_refused(model):
     with pytest.raises(ValueError, match="'experts' matches no linear layer"):
-        whole_training.apply_wide_weights(model, ("experts",))
+        adapters.apply_wide_weights(model, ("experts",))
 
 
 def test_layers_that_are_no_plain_linear_ones_are_refused(model):
@@ -57,4 +57,4 @@ def test_layers_that_are_no_plain_linear_ones_are_refused(model):
 
     models.replace_linear(model, "model.layers.0.mlp.down_proj", Odd(384, 128))
     with pytest.raises(ValueError, match=r"down_proj is a Odd; only bf16 weights can be trained"):
-        whole_training.apply_wide_weights(model)
+        adapters.apply_wide_weights(model)

@@ -1,5 +1,13 @@
-"""What a student is asked to share with its teacher inside: the residual stream, and where attention looks.
+"""Losses of training: next token, first token, rehearsal, and what a student shares with its teacher inside.
 
+Every loss that `train.fit` takes is a function of final hidden states, the head and a row; logits exist a chunk at a
+time, in the kernels.
+
+- `next_token`: cross-entropy of the labelled tokens.
+- `rehearsed`: the same on a row of chats, KL(base || model) on a row of rehearsal, which holds the base's hidden states
+  (`packed_rows.rehearsal_rows`; Li and Hoiem 2016, arXiv 1606.09282).
+- `weighted_first_tokens`: `rehearsed` plus a weight times the mean over the answers' first tokens. Whether a function
+  is called is decided there, once an answer, so that in the plain mean its gradient is drowned.
 - `relative_error`: mean over tokens of |P h - g|^2 / |g|^2 for the student's states h and the teacher's g. Divided
   token by token: the first token of a text is a hundred times larger than the others and would be all that counts.
   P is the identity where the widths are equal; else `projection`, fitted once by least squares and then fixed, so that
@@ -9,22 +17,66 @@
 - `layer_map`: which block of the student answers to which one of the teacher: evenly spaced, the last to the last.
 
 Divergences of the output are the kernels' own: `linear_kl`, `linear_sparse`.
-What it does not do: find out which blocks or channels a pruned student was cut from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avalab import kernels
+from avalab.packed_rows import IGNORED
+
+Loss = Callable[[Tensor, Tensor, dict], Tensor]
 RIDGE = 1e-3  # of the mean squared student channel: least squares stay solvable with few tokens
 Map = tuple[tuple[int, int], ...]  # (student's block, teacher's block), counted from zero
+
+
+def next_token(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
+    """Cross-entropy in nats, mean over labelled tokens."""
+    return kernels.linear_cross_entropy(hidden, head, batch["labels"], ignore_index=IGNORED)
+
+
+def rehearsed(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
+    """Cross-entropy of a row of chats, or KL(teacher || model) of a row that holds the teacher's hidden states."""
+    if "teacher" not in batch:
+        return next_token(hidden, head, batch)
+    targets = (batch["teacher"].to(hidden.dtype), head.detach())
+    return kernels.linear_kl(hidden, head, targets, keep=batch["labels"] != IGNORED)
+
+
+def labels_of_first_tokens(labels: Int[Tensor, "*rows token"]) -> Int[Tensor, "*rows token"]:
+    """The labels with everything ignored but each answer's first: one that follows an ignored label."""
+    before = torch.nn.functional.pad(labels, (1, 0), value=IGNORED)[..., :-1]
+    return labels.masked_fill(before != IGNORED, IGNORED)
+
+
+def weighted_first_tokens(weight: float) -> Loss:
+    """A loss for `train.fit`: chats with weighted first tokens; rehearsal rows as `rehearsed` has them.
+
+    Raises ValueError for a weight below 0.
+    """
+    if weight < 0:
+        raise ValueError(f"the first token's weight is {weight}; 0 leaves the plain mean, 1 gives it half the gradient")
+
+    def loss(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
+        mean = rehearsed(hidden, head, batch)
+        if not weight or "teacher" in batch:
+            return mean
+        first = labels_of_first_tokens(batch["labels"])
+        return mean + weight * kernels.linear_cross_entropy(hidden, head, first, ignore_index=IGNORED)
+
+    loss.identity = f"answers, first token {weight}"
+    return loss
+
+
+# --- inside: residual stream and attention ---------------------------------------------------------------------------
 
 
 def layer_map(student: int, teacher: int, count: int) -> Map:
