@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab import adapters, artifacts, finetune, kernels, losses, models, quality, targets, train
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import IGNORED, Rows, collate
@@ -159,7 +160,7 @@ def train_student(
         student.path.parent / name,
         fill,
         base=student,
-        step=step | {"code": artifacts.code_of(train_student)[:12]},
+        step=step | {"code": code_of(train_student)[:12]},
         format="peft" if recipe.training.rank else "bf16",
     )
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from avalab import adapters, artifacts, losses, models, packed_rows, quantize, train
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.train import Schedule
 
@@ -64,7 +65,7 @@ def train_adapter(
     """
     recipe = recipe or Recipe()
     step = {"step": "finetune", **asdict(recipe), "examples": _identity(examples), "held_out": _identity(held_out)}
-    step |= {"seed": run.seed, "code": artifacts.code_of(train_adapter)[:12]}
+    step |= {"seed": run.seed, "code": code_of(train_adapter)[:12]}
 
     def fill(folder: Path) -> dict:
         start = time.perf_counter()

@@ -46,6 +46,7 @@ from avalab import (
 )
 from avalab.artifacts import Artifact
 from avalab.block_training import Blocks
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.rounding import Rounded
 from avalab.targets import Form
@@ -111,7 +112,7 @@ def train_quantized(
         seconds = {"train_seconds": time.perf_counter() - began, "codes_changed": sum(shares) / len(shares)}
         return about | seconds
 
-    step |= {"code": artifacts.code_of(train_quantized)[:12]}
+    step |= {"code": code_of(train_quantized)[:12]}
     return artifacts.make(out, fill, base=start, step=step, format=start.format)
 
 
