@@ -206,7 +206,7 @@ def test_a_name_a_closure_and_a_partial_lead_to_the_same_code():
 def test_real_keys_differ_from_each_other_and_stay():
     def keys() -> list[str]:
         found = [quantize._code(quantize.METHODS[name]) for name in ("nf4", "gptq", "int8", "ava")]
-        found += [code_of(finetune.write), code_of(prune.write)]
+        found += [code_of(finetune.train_adapter), code_of(prune.write)]
         return found + [code_of(load) for load in engines.ENGINES.values()]
 
     before = keys()
@@ -220,6 +220,6 @@ def test_real_keys_reach_what_computes_and_leave_out_paths_records_and_other_eng
     nf4, gptq = reached(quantize.METHODS["nf4"].compress), reached(quantize.METHODS["gptq"].compress)
     assert {"avalab.kernels.encoding:encode_tiles", "avalab.numerics:LEVELS"} <= set(nf4)
     assert "avalab.kernels.encoding:encode" not in gptq
-    everything = reached(finetune.write, "avalab.engine_quality:answered", engines.ENGINES["openvino"])
+    everything = reached(finetune.train_adapter, "avalab.engine_quality:answered", engines.ENGINES["openvino"])
     assert {"avalab.kernels.lora:linear", "avalab.train:fit", "avalab.grammars:answers"} <= set(everything)
     assert not {at for at in everything if at.startswith(("avalab.experiment:R", "avalab.engines.llamacpp"))}
