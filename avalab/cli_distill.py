@@ -110,7 +110,7 @@ def _rows(run, student, data: Path | None, *, told, own_answers: bool, size: tup
         if told or own_answers:
             raise ValueError("answers need prompts: give --data with chats")
         return packed_rows.text_rows(run, tokenizer, tokens=tokens, row_tokens=row_tokens)
-    fitting = packed_rows.fitting(tokenizer, synthesize.load(data), row_tokens)
+    fitting = packed_rows.fitting(tokenizer, synthesize.load_examples(data), row_tokens)
     chosen = packed_rows.sample_examples(tokenizer, fitting, tokens=tokens, seed=run.seed)
     if own_answers:
         chosen = packed_rows.own_answers(student, chosen, run=run)

@@ -35,7 +35,7 @@ def synthesize(
     asked = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
     sets = [] if overlap == "none" else overlap_.evaluation_sets(fetch=overlap == "all")
     chosen = tuple(kind for kind in kinds.split(",") if kind)
-    report = synthesize_.write(out, count=count, seed=seed, kinds=chosen, teacher=asked, sets=sets)
+    report = synthesize_.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=asked, sets=sets)
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -95,7 +95,7 @@ def finetune(
         raise ValueError(f"unknown method {method!r}; choose lora or qlora")
     if out.exists() and not (out / "card.json").is_file():
         raise ValueError(f"{out} exists and is not an artefact; name a new folder")
-    examples = synthesize.load(data or ROOT / "data" / "synthetic_datasets")
+    examples = synthesize.load_examples(data or ROOT / "data" / "synthetic_datasets")
     run = Run("avalab_finetune", profile, seed, model)
     base = models.base(run)
     tokenizer = models.load_tokenizer(base)

@@ -58,7 +58,7 @@ def train_adapter(
     recipe: Recipe | None = None,
     held_out: Sequence[dict] = (),
 ) -> Artifact:
-    """The adapter artefact `name`, trained on examples as `synthesize.load` gives them.
+    """The adapter artefact `name`, trained on examples as `synthesize.load_examples` gives them.
 
     `held_out` examples are scored at every checkpoint. Raises ValueError for examples longer than a row or the model's
     context, for targets that match nothing, and what `train.fit` raises.

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import ipywidgets
 
-from avalab import example_files, gates, statistics
+from avalab import gates, statistics, synthesize
 from avalab.artifacts import sha256_of_text
 from avalab.experiment import write_atomically
 from avalab.gates import Gate
@@ -41,7 +41,7 @@ def verdicts_path(data: Path | str) -> Path:
 
 def key(example: dict) -> str:
     """The identity of an example: the hash of its line in a data file."""
-    return sha256_of_text(json.dumps(example_files.without_system(example), sort_keys=True))[:16]
+    return sha256_of_text(json.dumps(synthesize.without_system(example), sort_keys=True))[:16]
 
 
 def sample(examples: Sequence[dict], count: int, seed: int) -> list[dict]:

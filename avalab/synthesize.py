@@ -1,4 +1,4 @@
-"""Synthetic examples for an assistant that calls functions: draft, refine, gate, write.
+"""Synthetic examples for an assistant that calls functions: drafted, refined, gated, written to files, read back.
 
 1. Draw a kind by its share and let `drafts` make an example from two seeds, one for the content, one for the wording.
 2. With a teacher (`teachers`), have it say the request in other words: its prompts stand in `prompts/`, in turn a
@@ -6,11 +6,17 @@
 3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
    asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
    `candidates` are the first attempts without any gate: what the gates have to work on.
-4. `write` stores one JSONL file a kind and a data card. System messages are left out and rebuilt by `load`.
+4. `write_examples` stores one JSONL file a kind and a data card. A line is `kind`, `tools`, `messages` (a request and
+   an answer), `calls` and `source`. The system message follows from tools and kind: it is left out of the file and
+   rebuilt by `load_examples`, which halves the bytes.
 
 The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
 
-What it does not do: train, or measure how natural the requests are (people review samples in notebook 05).
+A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the gates
+(calls satisfy the schemas, every value is said in the request, pure functions run), without knowing the right answer;
+`precision` says how far that can be trusted where the right calls are known. Source: rejection sampling of a model's
+own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023). Here one greedy answer a request, and gates in place of
+known answers.
 """
 
 from __future__ import annotations
@@ -20,15 +26,16 @@ import platform
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from avalab import drafts, example_files, gates, packaged_text, variety
-from avalab.example_files import load as load  # for whoever reads what this module wrote
-from avalab.example_files import with_system
+from avalab import calls, drafts, gates, packaged_text, statistics, toolbox, variety
+from avalab.artifacts import sha256_of
+from avalab.calls import Case
 from avalab.experiment import write_atomically
 from avalab.gates import EvaluationSet, Gate
+from avalab.statistics import Estimate
 
 PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
 PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
@@ -40,6 +47,17 @@ REWORDING = {  # the form of a teacher's answer, for teachers that can be held t
     "additionalProperties": False,
 }
 Teacher = Callable[[list[dict]], str]
+FIELDS = ("kind", "tools", "messages", "calls")
+JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
+CARD = """# Synthetic function-calling examples
+
+Made by `avalab.synthesize`, without a model unless a teacher is named: tools from the standard library's callables and
+hand-designed everyday domains (`avalab/domains`), arguments drawn by type, requests phrased by templates, and every
+example checked by the gates of `avalab.gates`. Names, addresses and figures are invented.
+
+A line is `kind`, `tools`, `messages` (user, assistant), `calls`, `source`; the system message is added by
+`avalab.synthesize.load_examples`. Licence: that of this project. Limits: English only; template wording is more regular
+than people's; a grounded value is said in the request, but not proven to belong to its parameter."""
 
 
 def generate(
@@ -187,7 +205,7 @@ def _retell(example: dict, teacher: Teacher, prompt: str, reason: str) -> tuple[
     return "", ""
 
 
-def write(
+def write_examples(
     path: Path | str,
     *,
     count: int,
@@ -204,7 +222,7 @@ def write(
     sets = gates.evaluation_sets() if sets is None else sets
     counts: Counter = Counter()
     made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard(sets), counts=counts))
-    files = example_files.store(path, made)
+    files = store_examples(path, made)
     report = {
         "count": count,
         "seed": seed,
@@ -216,5 +234,195 @@ def write(
         "evaluation": {known.name: known.sha256 for known in sets},
         "files": files,
     }
-    write_atomically(Path(path) / "README.md", example_files.card(report))
+    write_atomically(Path(path) / "README.md", data_card(report))
     return report
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def with_system(example: dict) -> dict:
+    """The example with its system message, which follows from its tools and kind; unchanged when it has one."""
+    messages = example["messages"]
+    if messages[0]["role"] == "system" or not example["tools"]:
+        return example
+    content = toolbox.system_prompt(example["tools"])
+    if example["kind"] == "structured_output":
+        content = JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
+    return {**example, "messages": [{"role": "system", "content": content}, *messages]}
+
+
+def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
+    """Write `<kind>.jsonl` files into the folder `path`; returns name -> sha256, bytes, examples of each.
+
+    Files of kinds that are not among the examples are of an older set: they are removed at the end.
+    """
+    folder, files = Path(path), {}
+    for kind in sorted({example["kind"] for example in examples}):
+        rows = [without_system(example) for example in examples if example["kind"] == kind]
+        file = folder / f"{kind}.jsonl"
+        write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files[file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size, "examples": len(rows)}
+    for kind in drafts.KINDS:
+        if f"{kind}.jsonl" not in files:
+            (folder / f"{kind}.jsonl").unlink(missing_ok=True)
+    return files
+
+
+def dialogues(
+    examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
+) -> list[dict]:
+    """`drafts.dialogues` with their system messages."""
+    made = drafts.dialogues(examples, count, seed, refusals=refusals, most=most, families=families)
+    return [with_system(dialogue) for dialogue in made]
+
+
+def without_system(example: dict) -> dict:
+    """The example as a line of a file holds it."""
+    return {**example, "messages": [m for m in example["messages"] if m["role"] != "system"]}
+
+
+def load_examples(path: Path | str) -> list[dict]:
+    """The examples of a JSONL file, or of every one in a folder (by name), with their system messages.
+
+    Raises ValueError naming file and line for a line that is not JSON, misses a field or holds an invalid schema;
+    FileNotFoundError where there is no such file.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no .jsonl file")
+    return [example for file in files for example in _read(file)]
+
+
+def _read(file: Path) -> Iterator[dict]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line:
+            return
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error})") from error
+        if complaint := _malformed(example):
+            raise ValueError(f"{file}:{number}: {complaint}")
+        yield with_system(example)
+
+
+def _malformed(example: object) -> str:
+    """What a line of a data set lacks, or ""."""
+    if missing := [field for field in FIELDS if not isinstance(example, dict) or field not in example]:
+        return f"no field {', '.join(missing)}"
+    parts = {"tools": ("name", "parameters"), "messages": ("role", "content"), "calls": ("name", "arguments")}
+    for field, wanted in parts.items():
+        if not isinstance(example[field], list) or (field == "messages" and len(example[field]) < 2):
+            return f"no field {field} that is a list" + (" of a request and an answer" if field == "messages" else "")
+        for item in example[field]:
+            if lacks := [name for name in wanted if not isinstance(item, dict) or name not in item]:
+                return f"no field {', '.join(lacks)} in an item of {field}"
+    try:
+        for tool in example["tools"]:
+            gates.checked_schema(tool)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def data_card(report: dict) -> str:
+    """The data card in Markdown, of the report of `write_examples`."""
+    rows = [f"| `{name}` | {f['examples']} | {f['bytes']} | `{f['sha256']}` |" for name, f in report["files"].items()]
+    gate_rows = [f"| {name} | {number} |" for name, number in report["counts"].items()]
+    spread = [
+        f"| {name.replace('_', ' ')} | {value} |" for name, value in report["diversity"].items() if name != "kinds"
+    ]
+    arguments = f"count={report['count']}, seed={report['seed']}"
+    arguments += f", kinds={tuple(report['kinds'])}" if report["kinds"] else ""
+    return "\n".join(
+        [
+            *CARD.splitlines(),
+            "",
+            f"Made again with `synthesize.write_examples(folder, {arguments})` on Python {report['python']}; teacher: "
+            f"{report['teacher']}.",
+            "",
+            *["| file | examples | bytes | sha256 |", "|---|---|---|---|", *rows, ""],
+            *["| gate | examples |", "|---|---|", *gate_rows, ""],
+            *["| diversity | |", "|---|---|", *spread, ""],
+            *_compared(report["evaluation"]),
+        ]
+    )
+
+
+def _compared(evaluation: dict[str, str]) -> list[str]:
+    if not evaluation:
+        return ["These examples were compared with no evaluation set.", ""]
+    rows = [f"| {name} | `{digest}` |" for name, digest in evaluation.items()]
+    claim = "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared)."
+    return [claim, "", "| evaluation set | sha256 |", "|---|---|", *rows, ""]
+
+
+# --- a model's own answers -------------------------------------------------------------------------------------------
+
+
+def answer_cases(requests: Sequence[dict]) -> list[Case]:
+    """Requests (examples or chats with `tools` and `messages`) as cases for a model, without their answers."""
+    return [
+        Case(str(number), "own_answer", [m for m in request["messages"] if m["role"] == "user"], request["tools"], [])
+        for number, request in enumerate(requests)
+    ]
+
+
+def select_answers(
+    requests: Sequence[dict],
+    texts: Sequence[str],
+    *,
+    source: str,
+    row: dict[str, Gate],
+    counts: Counter | None = None,
+) -> list[dict]:
+    """The answers to `answer_cases(requests)` that pass the gates of `row`, as examples; `request` is the position.
+
+    `counts` collects `answered`, `accepted`, `rejected:no_call`, `rejected:not_json` and `rejected:<gate>`.
+    """
+    counts = Counter() if counts is None else counts
+    accepted = []
+    for case, text in zip(answer_cases(requests), texts, strict=True):
+        example, gate = _answer_example(case, text, source)
+        gate = gate or gates.verdict(example, row)[0]
+        counts.update(["answered", f"rejected:{gate}" if gate else "accepted"])
+        accepted += [] if gate else [example]
+    return accepted
+
+
+def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
+    """The share of accepted answers that are right, with its interval, where the requests' own `calls` are right.
+
+    Raises ValueError when nothing was accepted.
+    """
+    right = 0
+    for example in accepted:
+        request = requests[example["request"]]
+        expected = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in request["calls"]]
+        case = Case("", "own_answer", [], request["tools"], expected)
+        right += calls.check(case, [calls.Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
+    return statistics.wilson(right, len(accepted))
+
+
+def _answer_example(case: Case, text: str, source: str) -> tuple[dict, str]:
+    """The example that an answer makes, and "" or why it makes none."""
+    found = calls.parse_calls(text)
+    if isinstance(found, str):
+        return {}, found
+    made = [{"name": call.name, "arguments": call.arguments} for call in found]
+    answer = f"<tool_call>{json.dumps(made, ensure_ascii=False)}</tool_call>"
+    example = {
+        "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
+        "tools": case.functions,
+        "messages": [*case.messages, {"role": "assistant", "content": answer}],
+        "calls": made,
+        "source": source,
+        "request": int(case.id),
+    }
+    return with_system(example), ""

@@ -173,7 +173,9 @@ def _prepared(arm: str, folder: Path, device: str, sizes: Sizes) -> tuple[PreTra
 def batches(arm: str, folder: Path, device: str, steps: int) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
     """(batch, its examples' tokens) of each step; every arm gets the same examples in the same order."""
     tokenizer = models.load_tokenizer(folder)
-    examples = synthesize.load(ROOT / "data" / "synthetic_datasets" / "single_call.jsonl")[: steps * EXAMPLES_PER_STEP]
+    examples = synthesize.load_examples(ROOT / "data" / "synthetic_datasets" / "single_call.jsonl")[
+        : steps * EXAMPLES_PER_STEP
+    ]
     encoded = [packed_rows.encode(tokenizer, example["messages"]) for example in examples]
     for start in range(0, len(encoded), EXAMPLES_PER_STEP):
         members = encoded[start : start + EXAMPLES_PER_STEP]

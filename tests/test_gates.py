@@ -210,7 +210,7 @@ def test_an_unknown_kind_of_argument_is_refused():
 
 @pytest.fixture(scope="module")
 def committed():
-    return synthesize.load(DATA)
+    return synthesize.load_examples(DATA)
 
 
 @pytest.fixture(scope="module")

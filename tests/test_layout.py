@@ -37,9 +37,9 @@ LAYERS = {
     2: "block_rounding rounded_walk expected_rise additivity ava_gguf ava_onnx onnx_blocks onnx_builder onnx_graph "
     "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
     "gguf_export quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
-    "surgeon adapters calls call_cases grammars gates overlap drafts teachers example_files "
+    "surgeon adapters calls call_cases grammars gates overlap drafts teachers "
     "recovery answers_vote fake_quant four_bit packed_file torchao_qat agreement embedding_rounding equivalence",
-    3: "train losses dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
+    3: "train losses finetune answer_loss synthesize evaluate ensemble "
     "mixture engines gguf_quantizer harness onnx_file sparse_speed targets "
     "distill block_training qat chain rating",
     4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "

@@ -40,11 +40,11 @@ def test_an_example_has_the_same_key_with_and_without_its_system_message(example
 
 
 def test_verdicts_stand_beside_the_data_where_loading_the_data_does_not_find_them(examples, tmp_path):
-    synthesize.example_files.store(tmp_path, examples)
+    synthesize.store_examples(tmp_path, examples)
     path = review.verdicts_path(tmp_path)
     assert path == review.verdicts_path(tmp_path / "single_call.jsonl") == tmp_path / "review" / "verdicts.jsonl"
     review.store(path, examples[0], "accept")
-    assert synthesize.load(tmp_path) == examples
+    assert synthesize.load_examples(tmp_path) == examples
 
 
 def test_a_verdict_is_read_back_and_a_second_one_replaces_it(examples, path):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from avalab import calls, drafts, example_files, gates, packaged_text, surfaces, synthesize
+from avalab import calls, drafts, gates, packaged_text, surfaces, synthesize
 from avalab.experiment import ROOT
 
 FEW = 40
@@ -26,7 +26,9 @@ def row():
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path):
-    reports = [synthesize.write(tmp_path / f"{i}", count=FEW, seed=seed, sets=[]) for i, seed in enumerate((3, 3, 4))]
+    reports = [
+        synthesize.write_examples(tmp_path / f"{i}", count=FEW, seed=seed, sets=[]) for i, seed in enumerate((3, 3, 4))
+    ]
     hashes = [{name: f["sha256"] for name, f in report["files"].items()} for report in reports]
     assert hashes[0] == hashes[1] != hashes[2]
     assert (tmp_path / "0" / "README.md").read_text() == (tmp_path / "1" / "README.md").read_text()
@@ -34,8 +36,8 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path):
 
 def test_what_is_loaded_is_what_was_generated(tmp_path):
     made = list(synthesize.generate(FEW, 5, row=gates.standard([])))
-    report = synthesize.write(tmp_path, count=FEW, seed=5, sets=[])
-    loaded = synthesize.load(tmp_path)
+    report = synthesize.write_examples(tmp_path, count=FEW, seed=5, sets=[])
+    loaded = synthesize.load_examples(tmp_path)
     order = sorted(made, key=lambda e: e["kind"])
     assert json.dumps(loaded) == json.dumps(order)
     assert sum(f["examples"] for f in report["files"].values()) == report["counts"]["accepted"] == FEW
@@ -105,7 +107,7 @@ def test_a_missing_argument_is_asked_for_and_belongs_to_the_function(row):
 
 def test_structured_output_is_json_that_the_system_message_describes(row):
     for example in synthesize.generate(10, 3, kinds=("structured_output",), row=row):
-        assert example["messages"][0]["content"].startswith(example_files.JSON_PROMPT)
+        assert example["messages"][0]["content"].startswith(synthesize.JSON_PROMPT)
         assert json.loads(example["messages"][-1]["content"]) == example["calls"][0]["arguments"]
 
 
@@ -219,10 +221,10 @@ def test_a_teacher_who_drops_a_value_is_told_which_one():
 
 
 def test_a_failed_generation_leaves_the_old_files_alone(tmp_path, monkeypatch):
-    synthesize.write(tmp_path, count=5, seed=1, sets=[])
+    synthesize.write_examples(tmp_path, count=5, seed=1, sets=[])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr(synthesize, "PATIENCE", 3)
     monkeypatch.setattr(gates, "standard", lambda sets=(): {"never": lambda example: "no"})
     with pytest.raises(ValueError, match=r"no example survives"):
-        synthesize.write(tmp_path, count=5, seed=2, sets=[])
+        synthesize.write_examples(tmp_path, count=5, seed=2, sets=[])
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
