@@ -30,7 +30,7 @@ LAYERS = {
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
     1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
     "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
-    "packaged_text argument_kinds surfaces grounding "
+    "packaged_text arguments grounding "
     "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
     "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot before_after "
     "packed_embedding hqq_checkpoint",
