@@ -201,6 +201,6 @@ def _key(text: str, schemas: dict | None) -> str:
 
 
 def _cache_file(cache: Path, respondent: Respondent, task: str) -> Path:
-    code = code_of(_generated, _grammar, type(respondent))  # answers that older code gave are not trusted
+    code = code_of(answer_calls, answer_code, type(respondent))  # answers that older code gave are not trusted
     settings = artifacts.sha256_of_text(f"{code} {CALL_TOKENS} {CODE_TOKENS} {respondent.device}")
     return cache / f"answers-{respondent.artifact.sha256[:16]}-{task}-{settings[:8]}.jsonl"

@@ -32,7 +32,7 @@ def scores(
     """Token scores of an artefact in an engine; read from `cache` when the same bytes were scored before."""
     if engine == "torch":
         return quality.cached_score(artifact, against, cache, device)
-    code = code_of(in_engine, engines.ENGINES[engine])
+    code = code_of(scores, engines.ENGINES[engine])
     name = "-".join(("scores", artifact.sha256[:16], against.identity[:16], code[:8], engine))
     path = cache / f"{name}.safetensors"
     kept = _cached(path)
