@@ -19,7 +19,8 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field, fields, replace
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -52,65 +53,16 @@ class Profile:
     held_out_examples: int = 60  # chats that are scored at every checkpoint
 
 
-_PROFILES = (
-    Profile(
-        name="smoke",
-        model="data/tiny-llama",
-        window_tokens=64,
-        eval_windows=8,
-        sensitivity_windows=1,
-        calibration_samples=8,
-        calibration_tokens=64,
-        resamples=200,
-        latency_samples=3,
-        prompt_tokens=16,
-        new_tokens=4,
-        eval_texts=("python_docs", "toolbox_calls"),
-        call_categories=("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance"),
-        call_items=6,
-        code_problems="data/toolbox_problems.jsonl",
-        humaneval_items=4,
-        train_examples=24,
-        held_out_examples=4,
-    ),
-    Profile(
-        name="laptop",
-        model="smollm2-135m-instruct",
-        window_tokens=256,
-        eval_windows=16,
-        sensitivity_windows=2,
-        calibration_samples=32,
-        calibration_tokens=256,
-        resamples=2000,
-        latency_samples=7,
-        prompt_tokens=256,
-        new_tokens=16,
-        train_examples=900,
-        humaneval_items=20,
-        call_items=32,  # five artefacts in two modes within six minutes on two cores
-    ),
-    Profile(
-        name="a2000",
-        model="HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        window_tokens=512,
-        eval_windows=48,
-        sensitivity_windows=4,
-        calibration_samples=128,
-        calibration_tokens=512,
-        resamples=2000,
-        latency_samples=15,
-        prompt_tokens=512,
-        new_tokens=64,
-        eval_texts=("python_docs", "function_calls", "wikitext2"),
-        memory_cap_gib=4.0,
-        call_items=400,
-        humaneval_items=164,
-    ),
-)
-_LAPTOP = next(profile for profile in _PROFILES if profile.name == "laptop")
-# The laptop with four times the training and twice the questions: an hour for notebook 02 alone.
-_LONG = replace(_LAPTOP, name="long", train_examples=2000, call_items=64)
-PROFILES: dict[str, Profile] = {profile.name: profile for profile in (*_PROFILES, _LONG)}
+def _read_profiles() -> dict[str, Profile]:
+    """The rows of profiles.toml; one that is `like` another takes over what it does not say itself."""
+    rows = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
+    for name, row in rows.items():
+        rows[name] = {**rows.get(row.pop("like", ""), {}), **row, "name": name}
+    tuples = {field.name for field in fields(Profile) if field.type.startswith("tuple")}
+    return {name: Profile(**{k: tuple(v) if k in tuples else v for k, v in row.items()}) for name, row in rows.items()}
+
+
+PROFILES = _read_profiles()
 
 
 @dataclass(frozen=True)
