@@ -49,7 +49,7 @@ from avalab import (
 from avalab.artifacts import Artifact
 from avalab.block_training import Blocks
 from avalab.experiment import Run
-from avalab.rounding import Rounded
+from avalab.numerics import Rounded
 from avalab.targets import Form
 from avalab.train import Schedule
 
