@@ -31,20 +31,12 @@ from avalab import (
     allocation,
     artifacts,
     ava_targets,
-    block_rounding,
     equivalence,
-    gguf_blocks,
-    gguf_export,
     models,
-    numerics,
-    onnx_blocks,
-    onnx_graph,
-    onnx_mixed,
     packing,
     quality,
     rounding,
     sensitivity,
-    walk,
 )
 from avalab.allocation import Allocation, Option
 from avalab.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Target, Work
@@ -290,18 +282,3 @@ def _unchanged(model: PreTrainedModel, budget: int) -> PreTrainedModel:
     note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
     model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
     return model
-
-
-_PARTS = (
-    allocation,
-    ava_targets,
-    block_rounding,
-    equivalence,
-    gguf_blocks,
-    gguf_export,
-    numerics,
-    onnx_blocks,
-    onnx_graph,
-)
-_MORE = (onnx_mixed, packing, rounding, sensitivity, walk)
-SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_MORE)), Path(__file__))

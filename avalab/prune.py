@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 
 from avalab import artifacts, corpora, models, patterns, quality, quantize, saliency, sparse_storage, structured, walk
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.patterns import PATTERNS, keep, lowest, n_of_m, removed, step
 from avalab.saliency import SCORES, Evidence
@@ -49,7 +50,6 @@ ALLOCATIONS = ("uniform", "sensitivity")
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the residual stream
 # A configuration has one size for all blocks: these layers have to be among the targets.
 CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": READERS}
-SOURCES = (*(Path(module.__file__) for module in (patterns, saliency, structured, walk)), Path(__file__))
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _save_compressed(model, plan: Plan, folder: Path) -> int:
 
 def _step(plan: Plan, run: Run) -> dict:
     """The recipe's step. The code's own hash: an artefact that an older version made is made again, not trusted."""
-    code = artifacts.code_sha256(SOURCES)[:12]
+    code = code_of(_prune_into)[:12]
     sizes = {"calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]} if plan.needs else {}
     return {"step": "prune", **vars(plan), "code": code} | sizes
 

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 
 from avalab import artifacts, models, quality
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 
 BATCH_WINDOWS = 8
 GRADIENT_WINDOWS = 8
@@ -267,7 +268,7 @@ class _hooked:
 
 def moments_folder(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) -> Path:
     """Where the moments of these windows in this model are kept: a name from what determines them."""
-    code = artifacts.sha256_of(Path(__file__))
+    code = code_of(measure_moments, measure_squared_gradients)
     parts = [("base", base.sha256), ("windows", quality.windows_sha256(windows)), ("code", code)]
     return cache / f"moments-{artifacts.combined_sha256(parts)[:16]}"
 
