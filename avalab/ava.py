@@ -39,7 +39,7 @@ from avalab import (
     sensitivity,
 )
 from avalab.allocation import Allocation, Option
-from avalab.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Target, Work
+from avalab.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
 from avalab.compressors import Job
 from avalab.gguf_blocks import BlockRounded
 from avalab.numerics import Rounded
@@ -91,7 +91,7 @@ def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
         fixed = target.fixed_bytes(work, found.options)
         chosen = choose(found.options, budget, fixed, file=target.file)
         rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
-        notes = target.notes(work, found, chosen)
+        notes = target.notes(work, found.options, chosen)
         notes += [f"{damped} second moments were singular and got more damping"] if damped else []
         if all(option.format == BF16 for option in chosen.chosen.values()):
             notes.append(f"the budget holds the whole bf16 model: {target.whole}")
@@ -173,7 +173,7 @@ def _table_options(
     return options, problems
 
 
-def choose(options: Mapping[str, list[Option]], budget: int, fixed: int, *, file: str = "file") -> Allocation:
+def choose(options: Options, budget: int, fixed: int, *, file: str = "file") -> Allocation:
     """The best allocation within the budget less what cannot be chosen; raises ValueError naming the smallest file."""
     smallest = fixed + sum(min(option.bytes for option in row) for row in options.values())
     if budget < smallest:
@@ -225,7 +225,7 @@ def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT)
 
 
 def checked_target(parameters: Mapping) -> Target:
-    """The row of `TARGETS`; raises ValueError for an unknown format, engine, transform or embedding."""
+    """The row of `TARGETS`; raises ValueError for an unknown format, transform, embedding or, in GGUF, engine."""
     equivalence.checked(parameters["transform"])
     format, embedding = parameters["format"], parameters["embedding"]
     if format not in TARGETS:
@@ -234,9 +234,9 @@ def checked_target(parameters: Mapping) -> Target:
         raise ValueError(f"embedding {embedding!r} is not one of {', '.join(EMBEDDINGS)}")
     if embedding == PACKED and format != "transformers":
         raise ValueError(f"embedding='packed' is of the own format; {format} rounds every embedding anyway")
-    if parameters["engine"] not in ava_targets.GGUF_TYPES:
-        known = ", ".join(ava_targets.GGUF_TYPES)
-        raise ValueError(f"no list of GGUF types for engine {parameters['engine']!r}; choose one of {known}")
+    engine, engines = parameters["engine"], ava_targets.GGUF_TYPES
+    if format == "gguf" and engine not in engines:
+        raise ValueError(f"no list of GGUF types for engine {engine!r}; choose one of {', '.join(engines)}")
     return TARGETS[format]
 
 

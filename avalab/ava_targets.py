@@ -67,6 +67,8 @@ HELD_OUT = 2  # calibration windows
 PACKED = "packed"
 PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and vLLM need embedding='any'"
 
+Options = Mapping[str, list[Option]]  # of every tensor
+
 
 @dataclass(frozen=True)
 class Work:
@@ -90,8 +92,8 @@ class Target:
     table_sizes: Callable[[int, int, Mapping], Sizes]  # the same for embedding and head
     nearest: sensitivity.Nearest
     round: rounding.Round
-    fixed_bytes: Callable[[Work, Mapping[str, list[Option]]], int]  # that no choice changes
-    notes: Callable[[Work, Sensitivities, Allocation], list[str]]
+    fixed_bytes: Callable[[Work, Options], int]  # that no choice changes
+    notes: Callable[[Work, Options, Allocation], list[str]]
     write: Callable[[Work, Allocation, dict, dict], Any]  # ..., rounded tensors, what the card says so far
     prepare: Callable[[Job, PreTrainedModel, Path], Any] = lambda job, model, scratch: None
     whole: str = "copied, nothing was rounded"  # what a budget that bf16 fits leads to
@@ -179,14 +181,14 @@ def int8_rows_option(model: PreTrainedModel, windows: Tensor) -> Option:
     return Option(packing.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), increase)
 
 
-def _packed_fixed_bytes(work: Work, options: Mapping[str, list[Option]]) -> int:
+def _packed_fixed_bytes(work: Work, options: Options) -> int:
     """Norms, biases, what was skipped, and the header."""
     parameters = dict(work.model.named_parameters())
     rest = sum(p.numel() for name, p in parameters.items() if name.removesuffix(".weight") not in options)
     return 2 * rest + HEADER_BYTES * (len(parameters) + 3 * len(options))
 
 
-def _packed_notes(work: Work, found: Sensitivities, chosen: Allocation) -> list[str]:
+def _packed_notes(work: Work, options: Options, chosen: Allocation) -> list[str]:
     """A packed embedding, and columns that groups do not divide."""
     notes = [PACKED_NOTE] if chosen.chosen[embedding_name(work.model)].format not in (BF16, packing.INT8_ROWS) else []
     return notes + ragged_groups(work.model, work.job.parameters["group_size"])
@@ -274,7 +276,7 @@ def _round_to_blocks(weight: Tensor, posed: Problem, format: str) -> BlockRounde
     return block_rounding.round_weight(weight, posed, gguf_blocks.FORMATS[format])
 
 
-def _gguf_fixed_bytes(work: Work, options: Mapping[str, list[Option]]) -> int:
+def _gguf_fixed_bytes(work: Work, options: Options) -> int:
     """Header and tokenizer (written once to see), entries and alignment at their most, norms and what was skipped."""
     config = work.prepared
     with TemporaryDirectory() as scratch:
@@ -287,8 +289,8 @@ def _gguf_fixed_bytes(work: Work, options: Mapping[str, list[Option]]) -> int:
     return header + entries + sum((4 if p.ndim == 1 else 2) * p.numel() for p in rest)
 
 
-def _gguf_notes(work: Work, found: Sensitivities, chosen: Allocation) -> list[str]:
-    ragged = [name for name, row in found.options.items() if len(row) == 1]
+def _gguf_notes(work: Work, options: Options, chosen: Allocation) -> list[str]:
+    ragged = [name for name, row in options.items() if len(row) == 1]
     return [f"no block of 32 divides the columns of {', '.join(ragged)}: left in bf16"] if ragged else []
 
 
@@ -363,7 +365,7 @@ TARGETS: dict[str, Target] = {
         fixed_bytes=lambda work, options: onnx_graph.unchosen_bytes(
             work.prepared, options, embedding=embedding_name(work.model)
         ),
-        notes=lambda work, found, chosen: [f"products read {ONNX_INPUTS}"],
+        notes=lambda work, options, chosen: [f"products read {ONNX_INPUTS}"],
         write=_write_onnx,
         whole="nothing was rounded, ONNX Runtime computes in float32",
         table_damping=TABLE_DAMPING,
