@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from pathlib import Path
 
 import gguf
 import pytest
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "artifacts_dir", property(lambda self: folder))
-        run = Run("test_ava_gguf", "smoke")
+        run = Run("test_ava", "smoke")
         samples = corpora.calibration_windows(run, models.load_tokenizer(models.base(run)))
         patch.setattr(corpora, "calibration_windows", lambda *arguments: samples)
         yield run
@@ -72,8 +72,12 @@ def made(run, base, plain) -> Artifact:
     return quantize.write(base, "ava", run=run, bytes=plain.bytes, format="gguf")
 
 
-def kl(artifact: Artifact, against: Reference) -> float:
-    return float(quality.score(models.load(artifact), against).kl.mean())
+def job_of(folder: Path, calibration: torch.Tensor, **parameters) -> Job:
+    return Job(folder, "cpu", {**ava.DEFAULTS, **parameters}, [], calibration)
+
+
+def kl(model: PreTrainedModel, against: Reference) -> float:
+    return float(quality.score(model, against).kl.mean())
 
 
 def test_the_file_keeps_its_budget_and_the_card_says_what_was_predicted_and_measured(made, plain):
@@ -86,7 +90,7 @@ def test_the_file_keeps_its_budget_and_the_card_says_what_was_predicted_and_meas
 
 
 def test_at_the_bytes_of_plain_rounding_the_divergence_is_less(made, plain, against):
-    assert kl(made, against) < 0.85 * kl(plain, against)
+    assert kl(models.load(made), against) < 0.85 * kl(models.load(plain), against)
 
 
 def test_the_types_in_the_file_are_those_of_the_card(made):
@@ -101,10 +105,6 @@ def test_the_torch_engine_reads_it_and_generates(made):
     assert engines.load("torch", made).generate([5, 6, 7], 3)
 
 
-def gguf_job(base: Artifact, calibration: torch.Tensor, **parameters) -> Job:
-    return Job(base.path, "cpu", {**ava.DEFAULTS, "format": "gguf", **parameters}, [], calibration)
-
-
 def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, calibration, tmp_path, monkeypatch):
     ava._kept.clear()
     passes, measure = [], sensitivity.expected_increases
@@ -113,17 +113,20 @@ def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, cal
     for name, size in (("a", 700_000), ("b", 700_000), ("c", 800_000)):
         folder = tmp_path / name
         folder.mkdir()
-        ava.compress(gguf_job(base, calibration, bytes=size)).save_pretrained(folder)
+        ava.compress(job_of(base.path, calibration, bytes=size, format="gguf")).save_pretrained(folder)
         files.append(kinds.gguf_file(folder).read_bytes())
     assert files[0] == files[1] != files[2]
     assert len(passes) == 1
-    for other in (gguf_job(base, calibration[:6]), gguf_job(base, calibration, engine="openvino")):
+    for other in (
+        job_of(base.path, calibration[:6], format="gguf"),
+        job_of(base.path, calibration, format="gguf", engine="openvino"),
+    ):
         ava.sensitivities(other)
     assert len(passes) == 3
 
 
 def test_the_curve_runs_from_the_smallest_file_to_bf16_and_never_rises(base, calibration):
-    job = gguf_job(base, calibration)
+    job = job_of(base.path, calibration, format="gguf")
     found = ava.curve(job, ava.sensitivities(job), steps=6)
     sizes, costs = [size for size, _ in found], [allocation.cost for _, allocation in found]
     assert sizes == sorted(sizes)
@@ -162,7 +165,7 @@ def test_a_budget_format_or_engine_that_cannot_be_is_refused(parameters, message
 
 def test_a_family_without_names_in_gguf_is_told_which_exports_remain(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=64)).save_pretrained(tmp_path)
-    job = Job(tmp_path, "cpu", {**ava.DEFAULTS, "format": "gguf"}, [], torch.zeros(4, 8, dtype=torch.long))
+    job = job_of(tmp_path, torch.zeros(4, 8, dtype=torch.long), format="gguf")
     with pytest.raises(ValueError, match=r"gpt2.*artefact for transformers and vLLM.*onnx, onnx-genai and openvino"):
         ava.compress(job)
 
@@ -177,14 +180,26 @@ def test_columns_that_no_block_divides_stay_in_bf16_and_the_card_names_them(tmp_
         layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, :width].clone()
     model.config.intermediate_size = width
     models.save_model(model, models.load_tokenizer(base), tmp_path / "cut")
-    job = Job(tmp_path / "cut", "cpu", {**ava.DEFAULTS, "bytes": 1_000_000, "format": "gguf"}, [], calibration)
+    job = job_of(tmp_path / "cut", calibration, bytes=1_000_000, format="gguf")
     about = ava.compress(job).measured
     assert about["types"]["model.layers.0.mlp.down_proj"] == "bf16"
     assert "no block of 32 divides the columns of model.layers.0.mlp.down_proj" in about["note"]
 
 
+def test_a_head_that_is_not_tied_is_rounded_in_gguf_and_kept_in_a_checkpoint(tmp_path, base, calibration):
+    model = models.load(base)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    model.config.tie_word_embeddings = False
+    models.save_model(model, models.load_tokenizer(base), tmp_path)
+    about = ava.compress(job_of(tmp_path, calibration, bits_per_weight=6, format="gguf")).measured
+    assert {"lm_head", "model.embed_tokens"} <= about["types"].keys()
+    assert about["types"]["lm_head"] != "bf16"
+    tensors = ava.compress(job_of(tmp_path, calibration, bits_per_weight=6)).tensors
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
+
+
 def test_expected_increases_rank_single_choices_as_measured_ones_do(base, calibration, against):
-    options = ava.sensitivities(gguf_job(base, calibration)).options
+    options = ava.sensitivities(job_of(base.path, calibration, format="gguf")).options
     choices = sensitivity.draw_choices(options, 12, seed=0)
     model = models.load(base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -211,56 +226,34 @@ def test_the_command_prints_predicted_and_measured_divergence(run, base, tmp_pat
 # --- a checkpoint for transformers
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """The committed tiny model as a base artefact, its calibration and other windows, and what scores it."""
-
-    folder: object
-    calibration: torch.Tensor
-    against: quality.Reference
-
-    def job(self, **parameters) -> Job:
-        return Job(self.folder, "cpu", {**ava.DEFAULTS, **parameters}, [], self.calibration)
-
-    def kl(self, model: PreTrainedModel) -> float:
-        return float(quality.score(model, self.against).kl.mean())
-
-
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    run = Run("test_rounding", "smoke")
-    base = models.base(run)
-    tokenizer = models.load_tokenizer(base)
-    windows = corpora.windows(corpora.evaluation_texts(run, tokenizer)[0], tokenizer, count=8, tokens=64)
-    against = quality.reference(base, windows, tmp_path_factory.mktemp("cache"))
-    return Tiny(base.path, corpora.calibration_windows(run, tokenizer), against)
+def options(base, calibration):
+    return ava.sensitivities(job_of(base.path, calibration)).options
 
 
-@pytest.fixture(scope="module")
-def options(tiny):
-    return ava.sensitivities(tiny.job()).options
-
-
-def test_equal_seeds_give_equal_bytes_within_the_budget_and_load_as_they_were_rounded(tiny, tmp_path):
+def test_equal_seeds_give_equal_bytes_within_the_budget_and_load_as_they_were_rounded(
+    base, calibration, against, tmp_path
+):
     budget = 600_000
     written = [tmp_path / "a", tmp_path / "b"]
     for folder in written:
         folder.mkdir()
-        packed = ava.compress(tiny.job(bytes=budget))
+        ava._kept.clear()
+        packed = ava.compress(job_of(base.path, calibration, bytes=budget))
         packed.save_pretrained(folder)
     files = [folder / "model.safetensors" for folder in written]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert 0.97 * budget < files[0].stat().st_size <= budget
     assert 0.97 * packed.measured["predicted_bytes"] < files[0].stat().st_size <= packed.measured["predicted_bytes"]
     loaded = models.load(written[0])
-    assert tiny.kl(loaded) < 0.1
+    assert kl(loaded, against) < 0.1
     layer = loaded.get_submodule("model.layers.0.mlp.down_proj")
     assert layer.weight.dtype == torch.bfloat16
     assert "weight_packed" not in dict(layer.named_parameters())
 
 
-def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(tiny, tmp_path):
-    model = models.load(tiny.folder)
+def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(base, tmp_path):
+    model = models.load(base)
     name = "model.layers.1.mlp.up_proj"
     layer = model.get_submodule(name)
     for grid in (Grid(3, 64), Grid(4, 128, symmetric=True), Grid(8, 32)):
@@ -274,17 +267,17 @@ def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(tiny, tm
         assert torch.equal(models.load(tmp_path).get_submodule(name).weight, rounded.decode())
 
 
-def test_expected_increases_rank_formats_as_measured_ones_do(tiny, options):
+def test_expected_increases_rank_formats_as_measured_ones_do(base, calibration, against, options):
     """Every layer of one block in two formats, alone: the rank correlation of expected and measured KL."""
     expected, measured = [], []
     for name, row in options.items():
         for option in row:
             if option.format in ("w2g128", "w3g64") and ".layers.1." in name:
-                model = models.load(tiny.folder)
+                model = models.load(base)
                 alone = Allocation({name: option})
-                ava.round_model(model, tiny.calibration, alone, target=ava.TARGETS["transformers"], tables={})
+                ava.round_model(model, calibration, alone, target=ava.TARGETS["transformers"], tables={})
                 expected.append(option.cost)
-                measured.append(tiny.kl(model))
+                measured.append(kl(model, against))
     ranks = torch.tensor([expected, measured]).argsort(1).argsort(1).float()
     assert len(expected) >= 10
     assert torch.corrcoef(ranks)[0, 1] > 0.8
@@ -305,22 +298,22 @@ def test_a_group_that_does_not_divide_gives_way_to_the_next_larger_one():
     assert {grid.group_size for grid in ava_targets.grids(576, 128)} == {576}
 
 
-def test_a_budget_below_the_smallest_is_refused_with_the_limit(tiny):
+def test_a_budget_below_the_smallest_is_refused_with_the_limit(base, calibration):
     with pytest.raises(ValueError, match=r"below the smallest file, [\d,]+ bytes"):
-        ava.compress(tiny.job(bits_per_weight=1.0))
+        ava.compress(job_of(base.path, calibration, bits_per_weight=1.0))
     with pytest.raises(ValueError, match="'nf4' is not one of any, bf16, packed"):
-        ava.compress(tiny.job(embedding="nf4"))
+        ava.compress(job_of(base.path, calibration, embedding="nf4"))
 
 
-def test_groups_that_do_not_divide_are_named_in_the_notes(tiny):
-    model = models.load(tiny.folder)
+def test_groups_that_do_not_divide_are_named_in_the_notes(base):
+    model = models.load(base)
     assert ava_targets.ragged_groups(model, 0) == []
     notes = ava_targets.ragged_groups(model, 96)
     assert notes == ["groups of 128 instead of 96 for 128 columns in 24 layers", notes[1]]
     assert notes[1] == "groups of 128 instead of 96 for 384 columns in 4 layers"
 
 
-def test_damped_moments_are_counted_in_the_notes(tiny, monkeypatch):
+def test_damped_moments_are_counted_in_the_notes(base, calibration, monkeypatch):
     monkeypatch.setattr(rounding, "round_layers", lambda *arguments: ({}, 2))
-    note = ava.compress(tiny.job(bytes=600_000)).measured["note"]
+    note = ava.compress(job_of(base.path, calibration, bytes=600_000)).measured["note"]
     assert note == "2 second moments were singular and got more damping"
