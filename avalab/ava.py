@@ -1,58 +1,53 @@
-"""The lab's own compressor: bits where they matter, rounding that repairs itself, one file that transformers loads.
+"""The lab's own compressor: bits where they matter, rounding that repairs itself, in a file of the engine's own format.
+
+The outline is the same wherever the model goes; a row of `TARGETS` says what differs.
 
 0. If asked (`transform`), the same function in weights that are easier to round: see `equivalence`.
-1. Sensitivity: one calibration pass with gradients (`expected_rise`) gives every linear layer the rise in KL divergence
-   that each grid should cost; that of int8 rows for the embedding is measured.
-2. Choice: `allocation` picks a grid for every layer, and int8 rows or bf16 for the embedding, under a budget of bytes.
-3. Rounding: `rounded_walk` and `rounding`, block by block, each layer aiming at the original outputs.
-4. Files: a compressed-tensors checkpoint (`packing`), the embedding stored once though it serves as head too.
+1. Sensitivity: one calibration pass with gradients gives every linear layer the increase of the KL divergence that each
+   of the target's number formats should cost; for embedding and head it is measured (`sensitivity`).
+2. Choice: `allocation` picks a format for every tensor, or bf16, under a budget for the whole file or folder.
+3. Rounding: embedding and head first, then block by block, each layer aiming at the original outputs (`rounding`).
+4. Writing. For targets that hold out the last calibration windows, the finished model is measured on them.
 
-With `embedding="packed"` embedding and tied head are candidates on the same grids (`embedding_rounding`). Below 5 bits
-a parameter most is won there, but only `avalab.models.load` reads the file: transformers and vLLM refuse a packed
-embedding. `embedding="any"` stays portable.
-
-With `format="gguf"` the options are GGUF's block types instead, and the artefact is one .gguf file: see `ava_gguf`.
-With `format="onnx"` they are ONNX Runtime's blocks, and the artefact is a folder for its GenAI library: see `ava_onnx`.
-
-What it does not do: train, choose text, change norms or biases.
+What it does not do: train, choose text, change norms or biases; round an untied head outside of GGUF.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from avalab import (
     allocation,
-    ava_gguf,
-    ava_onnx,
-    embedding_rounding,
+    artifacts,
+    ava_targets,
     equivalence,
-    expected_rise,
-    gguf_export,
     models,
-    onnx_mixed,
     packing,
-    rounded_walk,
+    quality,
     rounding,
+    sensitivity,
 )
 from avalab.allocation import Allocation, Option
+from avalab.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
 from avalab.compressors import Job
-from avalab.expected_rise import BF16, Candidate
-from avalab.gguf_mixed import GgufModel
+from avalab.gguf_blocks import BlockRounded
+from avalab.numerics import Rounded
 from avalab.onnx_mixed import OnnxModel
 from avalab.packing import Packed
-from avalab.rounding import Grid, Problem, Rounded
+from avalab.rounding import Problem
+from avalab.sensitivity import BF16
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
-GROUP_SIZES = (32, 64, 128)
-EMBEDDING_WINDOWS = 2  # its rise is measured, not estimated
-HEADER_BYTES = 130  # of a tensor in a safetensors header, at most
 DEFAULTS = {
     "bits_per_weight": 4.5,
     "bytes": 0,
@@ -62,73 +57,206 @@ DEFAULTS = {
     "engine": "any",
     "transform": equivalence.NONE,
 }
-PACKED = "packed"
-PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and vLLM need embedding='any'"
+BUDGET = ("bits_per_weight", "bytes")
+PACKED_FORMAT = "compressed-tensors-packed-embedding"  # where only avalab reads the file
 EMBEDDINGS = ("any", BF16, PACKED)
-FORMATS = {
-    "transformers": ("compressed-tensors", ("torch",)),
-    "gguf": ("gguf-mixed", gguf_export.ENGINES),
-    "onnx": (onnx_mixed.FORMAT, onnx_mixed.ENGINES),
-}
-PACKED_FORMAT = "compressed-tensors-packed-embedding"  # of `transformers` where only avalab reads the file
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Options of every tensor, the problems of embedding and head where they can be rounded, and what it took."""
+
+    options: dict[str, list[Option]]
+    tables: dict[str, Problem]
+    seconds: float
 
 
 def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
     """Compress the model of a `Job`; its parameters are those of `DEFAULTS`, `bytes` overruling `bits_per_weight`.
 
-    A budget that the bf16 file fits gives the model as it is, with a note.
+    A budget that the bf16 checkpoint fits gives the model as it is, with a note. Raises ValueError for a budget below
+    the smallest file, or a model family that the target has no graph or names for (it says which exports remain).
     """
-    parameters, windows = job.parameters, job.calibration
-    if parameters["embedding"] not in EMBEDDINGS:
-        raise ValueError(f"embedding {parameters['embedding']!r} is not one of {', '.join(EMBEDDINGS)}")
+    target, parameters = checked_target(job.parameters), job.parameters
     model = models.load(job.folder, job.device)
     budget = budget_bytes(models.parameter_count(model), parameters)
-    if parameters["format"] != "transformers" and parameters["embedding"] == PACKED:
-        raise ValueError(
-            f"embedding='packed' is of the own format; {parameters['format']} rounds every embedding anyway"
-        )
-    if parameters["format"] == "gguf":
-        return ava_gguf.compress(job, model, budget)
-    if parameters["format"] == "onnx":
-        return ava_onnx.compress(job, model, budget)
-    if budget >= file_bytes(job.folder):
+    if _holds_whole(parameters, budget, job.folder):
         return _unchanged(model, budget)
+    windows, held_out = split_windows(job.calibration, target.held_out)
+    reference = ava_targets.predictions(model, held_out) if target.held_out else None
     equivalence.apply_transform(model, windows, parameters["transform"])
-    how = {"group_size": parameters["group_size"], "skipped": job.skipped, "embedding": parameters["embedding"]}
-    options, moment = _measured(model, windows, **how)
-    fixed = fixed_bytes(model, options)
-    chosen = choose(options, budget, fixed)
-    predicted = {"predicted_kl_divergence": chosen.cost, "predicted_bytes": chosen.bytes + fixed}
-    table = _packed_table(model, moment, chosen)
-    layers, damped = round_model(model, windows, chosen)
-    counts = dict(sorted(Counter(option.format for option in chosen.chosen.values()).items()))
-    measured = predicted | {"damped_moments": damped, "formats": counts, "budget_bytes": budget}
-    measured["embedding"] = chosen.chosen[_embedding(model)].format
-    measured["note"] = "; ".join(([PACKED_NOTE] if table else []) + _notes(model, parameters["group_size"], damped))
-    return packing.pack(model, table | layers, int8_rows_of=_int8(chosen), measured=measured)
+    with TemporaryDirectory() as scratch:
+        work = Work(job, model, target.prepare(job, model, Path(scratch)), held_out, reference)
+        found = sensitivities(job, model)
+        fixed = target.fixed_bytes(work, found.options)
+        chosen = choose(found.options, budget, fixed, file=target.file)
+        rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
+        notes = target.notes(work, found.options, chosen)
+        notes += [f"{damped} second moments were singular and got more damping"] if damped else []
+        if all(option.format == BF16 for option in chosen.chosen.values()):
+            notes.append(f"the budget holds the whole bf16 model: {target.whole}")
+        about = {
+            "budget_bytes": budget,
+            "predicted_bytes": chosen.bytes + fixed,
+            "predicted_kl_divergence": chosen.cost,
+            "sensitivity_seconds": found.seconds,
+            "damped_moments": damped,
+            "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
+            "embedding": chosen.chosen[ava_targets.embedding_name(model)].format,
+            "note": "; ".join(notes),
+        }
+        return target.write(work, chosen, rounded, about)
+
+
+def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitivities:
+    """Options of every tensor with their bytes and expected increase of the KL divergence, nats a token.
+
+    `model` is that of the job with its transform applied, and is left as it was; without one it is loaded. The last
+    result is kept, so that many budgets need one pass.
+    """
+    target, parameters = TARGETS[job.parameters["format"]], job.parameters
+    windows, _ = split_windows(job.calibration, target.held_out)
+    key = _key(job, windows)
+    if key not in _kept:
+        if model is None:
+            model = models.load(job.folder, job.device)
+            equivalence.apply_transform(model, windows, parameters["transform"])
+        start = time.perf_counter()
+        found = sensitivity.expected_increases(
+            model,
+            windows,
+            lambda rows, columns: target.sizes(rows, columns, parameters),
+            target.nearest,
+            skipped=job.skipped,
+            damped_by_tokens=target.damped_by_tokens,
+        )
+        tables, posed = _table_options(target, model, windows, found, parameters)
+        _kept.clear()
+        _kept[key] = Sensitivities(tables | found.layers, posed, time.perf_counter() - start)
+    return _kept[key]
+
+
+_kept: dict[str, Sensitivities] = {}
+
+
+def _key(job: Job, windows: Tensor) -> str:
+    """What sensitivities depend on: the model's files, the tokens, and all of the job but its budget."""
+    files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
+    parameters = {name: value for name, value in job.parameters.items() if name not in BUDGET}
+    about = [files, quality.windows_sha256(windows), sorted(parameters.items()), job.device, list(job.skipped)]
+    return artifacts.sha256_of_text(json.dumps(about))
+
+
+def _table_options(
+    target: Target, model: PreTrainedModel, windows: Tensor, found: sensitivity.LossIncreases, parameters: Mapping
+) -> tuple[dict[str, list[Option]], dict[str, Problem]]:
+    """Options of the embedding, and of a head that is not tied if the target rounds it; and their problems."""
+    options: dict[str, list[Option]] = {}
+    problems: dict[str, Problem] = {}
+    for name in found.moments if target.rounds_head else [ava_targets.embedding_name(model)]:
+        rows, columns = model.get_submodule(name).weight.shape
+        options[name] = [Option(BF16, 2 * rows * columns, 0.0)]
+        if target.int8_rows and parameters["embedding"] != BF16:
+            options[name].append(ava_targets.int8_rows_option(model, windows))
+        if sizes := target.table_sizes(rows, columns, parameters):
+            damping = target.table_damping or rounding.damping_for(columns, found.tokens)
+            problems[name] = rounding.problem(found.moments[name], damping=damping)
+            options[name] += sensitivity.table_options(
+                model,
+                windows,
+                name,
+                problems[name],
+                sizes=sizes,
+                round=target.round,
+                measured=target.tables_measured,
+            )
+    return options, problems
+
+
+def choose(options: Options, budget: int, fixed: int, *, file: str = "file") -> Allocation:
+    """The best allocation within the budget less what cannot be chosen; raises ValueError naming the smallest file."""
+    smallest = fixed + sum(min(option.bytes for option in row) for row in options.values())
+    if budget < smallest:
+        raise ValueError(f"a budget of {budget:,} bytes is below the smallest {file}, {smallest:,} bytes")
+    return allocation.allocate(options, budget - fixed)
+
+
+def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:
+    """The best allocation for budgets from the smallest file's to bf16's in equal steps, each with its file's bytes."""
+    target, model = TARGETS[job.parameters["format"]], models.load(job.folder)
+    with TemporaryDirectory() as scratch:
+        work = Work(job, model, target.prepare(job, model, Path(scratch)))
+        fixed = target.fixed_bytes(work, found.options)
+    least, most = (fixed + sum(end(o.bytes for o in row) for row in found.options.values()) for end in (min, max))
+    budgets = [round(least + (most - least) * step / steps) for step in range(steps + 1)]
+    return [(one.bytes + fixed, one) for one in (choose(found.options, budget, fixed) for budget in budgets)]
+
+
+@torch.no_grad()
+def round_model(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    chosen: Allocation,
+    *,
+    target: Target,
+    tables: Mapping[str, Problem],
+) -> tuple[dict[str, Rounded | BlockRounded], int]:
+    """Replace, in place, chosen tensors by rounded ones, `tables` first; also how many moments needed more damping."""
+    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
+    rounded = {}
+    for name, posed in tables.items():
+        if name in formats:
+            table = model.get_submodule(name).weight
+            rounded[name] = target.round(table.detach(), posed, formats[name])
+            table.data = rounded[name].decode(table.dtype)
+    layers, damped = rounding.round_layers(model, windows, formats, target.round)
+    return rounded | layers, damped
+
+
+def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on, and the last ones to measure on; a single one serves for both."""
+    kept = min(held_out, len(windows) // 2)
+    if kept or not held_out:
+        return windows[: len(windows) - kept], windows[len(windows) - kept :]
+    return windows, windows
+
+
+# --- parameters --------------------------------------------------------------------------------------------------
+
+
+def checked_target(parameters: Mapping) -> Target:
+    """The row of `TARGETS`; raises ValueError for an unknown format, transform, embedding or, in GGUF, engine."""
+    equivalence.checked(parameters["transform"])
+    format, embedding = parameters["format"], parameters["embedding"]
+    if format not in TARGETS:
+        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(TARGETS)}")
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding {embedding!r} is not one of {', '.join(EMBEDDINGS)}")
+    if embedding == PACKED and format != "transformers":
+        raise ValueError(f"embedding='packed' is of the own format; {format} rounds every embedding anyway")
+    engine, engines = parameters["engine"], ava_targets.GGUF_TYPES
+    if format == "gguf" and engine not in engines:
+        raise ValueError(f"no list of GGUF types for engine {engine!r}; choose one of {', '.join(engines)}")
+    return TARGETS[format]
 
 
 def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
     """The artefact's format and the engines that load it; `count` and `folder` are the base's parameters and files.
 
-    Raises ValueError for an unknown format or transform.
+    Raises ValueError as `checked_target` does.
     """
-    equivalence.checked(parameters["transform"])
-    if parameters["format"] not in FORMATS:
-        raise ValueError(f"unknown format {parameters['format']!r}; choose one of {', '.join(FORMATS)}")
-    if parameters["format"] == "transformers" and budget_bytes(count, parameters) >= file_bytes(folder):
+    target = checked_target(parameters)
+    if _holds_whole(parameters, budget_bytes(count, parameters), folder):
         return BF16, ("torch",)
-    format, engines = FORMATS[parameters["format"]]
-    return (PACKED_FORMAT if parameters["embedding"] == PACKED else format), engines
+    return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), target.engines
 
 
 def label(parameters: Mapping) -> str:
     """What distinguishes an artefact's name: `4.5bpw`, `114000000b-g64-bf16emb`, `4.5bpw-gguf-openvino`."""
     parts = [f"{parameters['bytes']}b" if parameters["bytes"] else f"{parameters['bits_per_weight']:g}bpw"]
     parts += [f"g{parameters['group_size']}"] if parameters["group_size"] else []
-    parts += [parameters["format"]] if parameters.get("format", "transformers") != "transformers" else []
-    parts += [parameters["engine"]] if parameters.get("engine", "any") != "any" else []
-    parts += [parameters["transform"]] if parameters.get("transform", equivalence.NONE) != equivalence.NONE else []
+    usual = (("format", "transformers"), ("engine", "any"), ("transform", equivalence.NONE))
+    parts += [parameters[name] for name, default in usual if parameters.get(name, default) != default]
     return "-".join(parts + {BF16: ["bf16emb"], PACKED: ["packedemb"]}.get(parameters["embedding"], []))
 
 
@@ -143,115 +271,14 @@ def budget_bytes(count: int, parameters: Mapping) -> int:
     return budget
 
 
-def file_bytes(folder: Path) -> int:
-    """Bytes of the base's weights."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _holds_whole(parameters: Mapping, budget: int, folder: Path) -> bool:
+    """Whether a checkpoint for transformers may be as large as the base's."""
+    return parameters["format"] == "transformers" and budget >= sum(
+        file.stat().st_size for file in folder.glob("*.safetensors")
+    )
 
 
 def _unchanged(model: PreTrainedModel, budget: int) -> PreTrainedModel:
     note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
     model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
     return model
-
-
-def _notes(model: PreTrainedModel, group_size: int, damped: int) -> list[str]:
-    """What the card should say of columns that groups do not divide, and of damping."""
-    found = [f"{damped} second moments were singular and got more damping"] if damped else []
-    ragged: dict[str, int] = {}
-    for layer in models.linear_layers(model).values():
-        size = grids(layer.in_features, group_size)[0].group_size
-        if (group_size or size not in GROUP_SIZES) and size != group_size:
-            text = f"groups of {size} instead of {group_size or 'a usual size'} for {layer.in_features} columns"
-            ragged[text] = ragged.get(text, 0) + 1
-    return [*found, *(f"{text} in {count} layers" for text, count in ragged.items())]
-
-
-def choose(options: Mapping[str, list[Option]], budget: int, fixed: int) -> Allocation:
-    """The best allocation within the budget less what cannot be chosen; raises ValueError naming the smallest file."""
-    smallest = fixed + sum(min(option.bytes for option in row) for row in options.values())
-    if budget < smallest:
-        raise ValueError(f"a budget of {budget:,} bytes is below the smallest file, {smallest:,} bytes")
-    return allocation.allocate(options, budget - fixed)
-
-
-def fixed_bytes(model: PreTrainedModel, options: Mapping[str, list[Option]]) -> int:
-    """Bytes of the file that no choice changes: norms, biases, what was skipped, and the header."""
-    rest = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in options)
-    headers = HEADER_BYTES * (len(list(model.parameters())) + 3 * len(options))
-    return 2 * rest + headers
-
-
-def sensitivities(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "window time"],
-    *,
-    group_size: int = 0,
-    skipped: Sequence[str] = (),
-    embedding: str = "any",
-) -> dict[str, list[Option]]:
-    """Formats of every linear layer and of the embedding with their bytes and expected rise in KL, nats a token.
-
-    `group_size` 0 offers every usual one that divides the layer's columns; a layer that the asked one does not divide
-    takes the next larger usual one that does, else whole rows. `embedding` is one of `EMBEDDINGS`.
-    """
-    return _measured(model, windows, group_size=group_size, skipped=skipped, embedding=embedding)[0]
-
-
-def _measured(
-    model: PreTrainedModel, windows: Tensor, *, group_size: int, skipped: Sequence[str], embedding: str
-) -> tuple[dict[str, list[Option]], Tensor]:
-    """`sensitivities`, and the moment that all rows of the embedding share."""
-
-    def candidates(rows: int, columns: int) -> list[Candidate]:
-        return [_candidate(grid, rows, columns) for grid in grids(columns, group_size)]
-
-    found = expected_rise.measure(model, windows, candidates, skipped=skipped)
-    name, few = _embedding(model), windows[:EMBEDDING_WINDOWS]
-    formats = embedding_rounding.portable_options(model, few, int8=embedding != BF16)
-    if embedding == PACKED:
-        columns = model.get_input_embeddings().weight.shape[1]
-        formats += embedding_rounding.options(model, few, found.moments[name], grids(columns, group_size))
-    return {name: formats} | found.layers, found.moments[name]
-
-
-def grids(columns: int, group_size: int = 0) -> list[Grid]:
-    """The grids that divide this many columns."""
-    sizes = [size for size in GROUP_SIZES if columns % size == 0 and size >= group_size]
-    sizes = (sizes[:1] if group_size else sizes) or [columns]
-    return [Grid(bits, size) for bits in BITS for size in sizes]
-
-
-def _candidate(grid: Grid, rows: int, columns: int) -> Candidate:
-    def approximate(sample: Tensor, cost: Tensor) -> Tensor:
-        return rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
-
-    return Candidate(grid.name, packing.stored_bytes(rows, columns, grid), approximate)
-
-
-def _embedding(model: PreTrainedModel) -> str:
-    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-
-
-def round_model(
-    model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation
-) -> tuple[dict[str, Rounded], int]:
-    """Replace, in place, the chosen layers' weights by rounded ones; also how many moments needed more damping."""
-    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
-    return rounded_walk.apply(model, windows, formats, _round_rows)
-
-
-def _packed_table(model: PreTrainedModel, moment: Tensor, chosen: Allocation) -> dict[str, Rounded]:
-    """The embedding, if a grid was chosen for it: rounded, in place, before the layers that read it."""
-    name = _embedding(model)
-    format = chosen.chosen[name].format
-    if format in (BF16, packing.INT8_ROWS):
-        return {}
-    return {name: embedding_rounding.apply(model, moment, rounding.grid_named(format))}
-
-
-def _round_rows(weight: Tensor, posed: Problem, format: str, rows: list[int]) -> list[Rounded]:
-    return rounding.split(rounding.round_weight(weight, posed, rounding.grid_named(format)), rows)
-
-
-def _int8(chosen: Allocation) -> str:
-    return next((name for name, option in chosen.chosen.items() if option.format == packing.INT8_ROWS), "")

@@ -11,18 +11,16 @@ A weight is `code * scale + offset` in groups of 32 or 16. The steps are those o
    whole moment, stored again, then each code moved to the best one given all others (`rounding.descended`).
 
 Source: GPTQ, Frantar et al. 2023, arXiv 2210.17323; the search follows the idea of ggml's `make_qx_quants`.
-What it does not do: choose types, walk a model, write files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from avalab import gguf_blocks, rounding
+from avalab.gguf_blocks import BlockRounded
 from avalab.numerics import NumberFormat
 from avalab.rounding import CHUNK_WEIGHTS, Problem
 
@@ -32,41 +30,6 @@ SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # of a group's range
 STRETCHES = tuple(0.92 + 0.05 * step for step in range(10))  # where the largest magnitude goes, over the last code
 
 
-@dataclass(frozen=True)
-class BlockRounded:
-    """A weight in a block type: its codes (IQ4_NL: levels), and scale and offset of each group as they are decoded."""
-
-    format: NumberFormat
-    codes: Int8[Tensor, "rows cols"]
-    scales: Float[Tensor, "rows groups"]
-    offsets: Float[Tensor, "rows groups"]
-    fields: dict[str, Tensor]  # what the file holds instead: float16 numbers, multipliers; one row a block
-
-    def decode(self, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "rows cols"]:
-        """The weight as readers decode it, computed in float32."""
-        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()
-        return (codes * self.scales[..., None] + self.offsets[..., None]).flatten(1).to(dtype)
-
-    def packed(self) -> UInt8[Tensor, "rows bytes"]:
-        """The bytes of the file, row after row."""
-        codes = self.codes
-        if self.format.levels:
-            codes = torch.bucketize(codes.float(), torch.tensor(self.format.levels)).to(torch.uint8)
-        elif self.format.low == 0:
-            codes = codes.to(torch.uint8)
-        return gguf_blocks.join(self.format, codes, self.fields)
-
-
-def fits(format: NumberFormat, columns: int) -> bool:
-    """Whether whole blocks fill a row."""
-    return columns % gguf_blocks.block_weights(format) == 0
-
-
-def stored_bytes(rows: int, columns: int, format: NumberFormat) -> int:
-    """Bytes of a weight in the file."""
-    return rows * columns // gguf_blocks.block_weights(format) * gguf_blocks.block_bytes(format)
-
-
 def round_weight(
     weight: Float[Tensor, "rows cols"], posed: Problem, format: NumberFormat, *, repairs: int | None = None
 ) -> BlockRounded:
@@ -74,7 +37,7 @@ def round_weight(
 
     Raises ValueError for columns that the type's blocks do not divide.
     """
-    if not fits(format, weight.shape[1]):
+    if not gguf_blocks.fits(format, weight.shape[1]):
         raise ValueError(f"blocks of {gguf_blocks.block_weights(format)} do not divide {weight.shape[1]} columns")
     weight = weight.float()
     scales, offsets, fields = stored(*search(weight, posed.column_cost, format), format)
@@ -217,15 +180,3 @@ def _refit_rows(
     kept = (found / scales > 0.5) & (found / scales < 2)
     moved = offsets + change[:, count:] if has_offsets else offsets
     return torch.where(kept, found, scales), torch.where(kept, moved, offsets)
-
-
-def split(rounded: BlockRounded, rows: list[int]) -> list[BlockRounded]:
-    """The layers that were rounded together, each by its number of rows."""
-    blocks = [count * len(rounded.fields["scale"]) // len(rounded.codes) for count in rows]
-    whole = zip(*(t.split(rows) for t in (rounded.codes, rounded.scales, rounded.offsets)), strict=True)
-    held = [{name: part[at] for name, part in _split_fields(rounded.fields, blocks).items()} for at in range(len(rows))]
-    return [BlockRounded(rounded.format, *parts, fields) for parts, fields in zip(whole, held, strict=True)]
-
-
-def _split_fields(fields: dict[str, Tensor], blocks: list[int]) -> dict[str, tuple[Tensor, ...]]:
-    return {name: tensor.split(blocks) for name, tensor in fields.items()}

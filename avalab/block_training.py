@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from avalab import fake_quant, losses
-from avalab.calibration import Call, _entering, _keywords, _next_call, _with_keywords
+from avalab.walk import Call, first_calls, next_call, own_keywords, with_keywords
 
 JUDGED = 4  # steps' worth of windows that say whether a block got better
 
@@ -61,15 +61,15 @@ def reconstruct(
     errors = []
     for index, (block, original) in enumerate(tqdm(blocks, desc="blocks", leave=False)):
         if own:  # the block's own rotary embedding and mask
-            mine, theirs = (_with_keywords(calls, own[index]) for calls in (mine, theirs))
+            mine, theirs = (with_keywords(calls, own[index]) for calls in (mine, theirs))
         with torch.no_grad():
-            theirs = [_next_call(original, call) for call in theirs]
+            theirs = [next_call(original, call) for call in theirs]
         aims = [args[0] for args, _ in theirs]
         errors.append(_fit(block, mine, aims, how, generator))
         for layer in fake_quant.fake_layers(block).values():
             layer.settle()
         with torch.no_grad():
-            mine = [_next_call(block, call) for call in mine]
+            mine = [next_call(block, call) for call in mine]
     return errors
 
 
@@ -77,13 +77,13 @@ def reconstruct(
 def _streams(model: PreTrainedModel, windows: Tensor, size: int) -> list[Call]:
     """What enters the first block, a call for every step's windows."""
     first = model.base_model.layers[0]
-    return [call for part in windows.split(size) for call in _entering(model, first, part)]
+    return [call for part in windows.split(size) for call in first_calls(model, first, part)]
 
 
 @torch.no_grad()
 def _own_keywords(model: PreTrainedModel, windows: Tensor, size: int) -> list[list[dict]]:
     """Keyword arguments by block and call of a model whose blocks differ in them (Gemma 3), else nothing."""
-    parts = [_keywords(model, part) for part in windows.split(size)]
+    parts = [own_keywords(model, part) for part in windows.split(size)]
     return [[one for calls in block for one in calls] for block in zip(*parts, strict=True)]
 
 
@@ -108,7 +108,7 @@ def _fit(
 
 
 def _distance(block: nn.Module, call: Call, aim: Tensor) -> Tensor:
-    (given, *_), _kwargs = _next_call(block, call)
+    (given, *_), _kwargs = next_call(block, call)
     return losses.relative_error(given.flatten(0, -2), aim.flatten(0, -2))
 
 

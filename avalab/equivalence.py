@@ -34,8 +34,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab import calibration, models, rounded_walk, rounding
-from avalab.rounding import Grid
+from avalab import models, rounding, walk
+from avalab.numerics import Grid
 
 NONE, SCALE, ROTATE = "none", "scale", "rotate"
 TRANSFORMS = (NONE, SCALE, ROTATE, f"{SCALE}+{ROTATE}")
@@ -94,9 +94,9 @@ def scale_channels(
 ) -> dict[str, int]:
     """Fold activation-aware factors into the model, in place; how many sites got which exponents."""
     found: Counter[str] = Counter()
-    for site in calibration.walk(model, windows[:WINDOWS]):
+    for site in walk.sites(model, windows[:WINDOWS]):
         pair = _pair(model, site)
-        cost = rounding.problem(site.moment, damping=rounded_walk.damping_of(site)).column_cost
+        cost = rounding.problem(site.moment, damping=rounding.damping_of(site)).column_cost
         (a, b), factors = _best(pair, site.moment.diagonal(), cost, exponents)
         if (a, b) != (0, 0):
             fold(pair, factors)
@@ -158,7 +158,7 @@ def fold(pair: Pair, factors: Float[Tensor, "channel"]) -> None:
         reader.weight.copy_(reader.weight.double() * pair.columns(factors.double()))
 
 
-def _pair(model: PreTrainedModel, site: calibration.Site) -> Pair:
+def _pair(model: PreTrainedModel, site: walk.Site) -> Pair:
     """What feeds a site, and the site's layers."""
     block, readers = model.base_model.layers[site.block], list(site.layers.values())
     kind = next(iter(site.layers)).rpartition(".")[2]

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from avalab import models
-from avalab.rounding import Grid, Rounded
+from avalab.numerics import Grid, Rounded
 
 RATES = {"log_scale": 1.0, "shift": 10.0, "position": 10.0}
 CELL = 0.45  # of a step: how far from its code a weight may start, so that the codes start as they are in the file

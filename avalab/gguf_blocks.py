@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, Int8, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from avalab.numerics import Encoded, Groups, NumberFormat
@@ -47,6 +47,51 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
     "q5_k": (_SCALE, _MINIMUM, Field("multipliers", 12), Field("high", 32, 1, 32), Field("low", 128, 4, 32)),
     "q6_k": (Field("low", 128, 4, 64), Field("high", 64, 2, 32), Field("multipliers", 16), _SCALE),
 }
+
+
+@dataclass(frozen=True)
+class BlockRounded:
+    """A weight in a block type: its codes (IQ4_NL: levels), and scale and offset of each group as they are decoded."""
+
+    format: NumberFormat
+    codes: Int8[Tensor, "rows cols"]
+    scales: Float[Tensor, "rows groups"]
+    offsets: Float[Tensor, "rows groups"]
+    fields: dict[str, Tensor]  # what the file holds instead: float16 numbers, multipliers; one row a block
+
+    def decode(self, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "rows cols"]:
+        """The weight as readers decode it, computed in float32."""
+        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()
+        return (codes * self.scales[..., None] + self.offsets[..., None]).flatten(1).to(dtype)
+
+    def packed(self) -> UInt8[Tensor, "rows bytes"]:
+        """The bytes of the file, row after row."""
+        codes = self.codes
+        if self.format.levels:
+            codes = torch.bucketize(codes.float(), torch.tensor(self.format.levels)).to(torch.uint8)
+        elif self.format.low == 0:
+            codes = codes.to(torch.uint8)
+        return join(self.format, codes, self.fields)
+
+    def split(self, rows: list[int]) -> list["BlockRounded"]:
+        """The layers that were rounded together, each by its number of rows."""
+        blocks = [count * len(self.fields["scale"]) // len(self.codes) for count in rows]
+        whole = zip(*(tensor.split(rows) for tensor in (self.codes, self.scales, self.offsets)), strict=True)
+        held = {name: tensor.split(blocks) for name, tensor in self.fields.items()}
+        return [
+            BlockRounded(self.format, *parts, {name: tensors[at] for name, tensors in held.items()})
+            for at, parts in enumerate(whole)
+        ]
+
+
+def fits(format: NumberFormat, columns: int) -> bool:
+    """Whether whole blocks fill a row."""
+    return columns % block_weights(format) == 0
+
+
+def stored_bytes(rows: int, columns: int, format: NumberFormat) -> int:
+    """Bytes of a weight in the file."""
+    return rows * columns // block_weights(format) * block_bytes(format)
 
 
 def pack(encoded: Encoded) -> UInt8[Tensor, "rows bytes"]:

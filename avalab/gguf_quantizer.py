@@ -2,7 +2,7 @@
 
 1. The dense artefact becomes a GGUF file of 16-bit floats (`gguf_export`).
 2. With windows of calibration tokens: the importance of a column is the mean square of what it is multiplied with,
-   which is what llama.cpp's imatrix tool averages, from one walk over the blocks (`calibration`).
+   which is what llama.cpp's imatrix tool averages, from one walk over the blocks (`walk`).
 3. `llama_model_quantize` writes the file; which tensor gets which block type is its choice. Rows that 256 does not
    divide fall back to blocks of 32 (q4_k to q5_0, q6_k to q8_0): a narrow model's file is larger than its name says.
 
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab import artifacts, calibration, exported, gguf_export, models
+from avalab import artifacts, exported, gguf_export, models, walk
 from avalab.artifacts import Artifact
 from avalab.engines import dense, kinds
 from avalab.engines.llamacpp import INSTALL
@@ -72,7 +72,7 @@ def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[
     model = models.load(artifact)
     names = gguf_export.file_names(gguf_export.checked_config(artifact.path))
     found = {}
-    for site in calibration.walk(model, windows):
+    for site in walk.sites(model, windows):
         column = site.moment.detach().diagonal().contiguous().float().numpy()  # read through a bare pointer
         found |= {names(f"{layer}.weight"): column for layer in site.layers}
     return found

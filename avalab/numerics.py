@@ -6,13 +6,16 @@ Method, the same for every format:
 3. divide by the scale and take the nearest code: the nearest level (NF4, FP4) or the nearest integer;
 4. keep codes and scales; double quantization codes the scales, less their mean, in an 8-bit format of the same kind.
 
-A new format is a new row: those of GGUF are in `gguf_blocks.FORMATS` and go through the same functions.
+A new format is a new row: those of GGUF are in `gguf_blocks.FORMATS` and go through the same functions. `Grid` and
+`Rounded` are the integers of compressed-tensors, whose codes a search chooses (`rounding`).
+
 Sources: NF4 and double quantization, Dettmers et al. 2023 (QLoRA), section 3; the 8-bit dynamic levels, Dettmers 2016
 ("8-bit approximations for parallelism"); int8 by row, Dettmers et al. 2022 (LLM.int8()); integers with a zero point,
 Jacob et al. 2018, eq. 1. NF4 and FP4 agree with the CPU build of bitsandbytes 0.50 bit for bit.
 What it does not do: search for better scales, compensate for errors, know modules or files.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
@@ -84,6 +87,60 @@ class Encoded:
     def bits_per_weight(self) -> float:
         """Stored bits of a weight of this shape, scales included."""
         return self.format.stored_bits(*self.codes.shape) / self.codes.numel()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of `bits` bits in groups of `group_size` columns, with or without zero points."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits}g{self.group_size}" + ("-sym" if self.symmetric else "")
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """None: the points are all whole numbers of the range, as in `NumberFormat`."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on its grid: `(codes - zero_points) * scales`, scales and zero points one a row and group."""
+
+    grid: Grid
+    codes: Int8[Tensor, "rows cols"]
+    scales: Float[Tensor, "rows groups"]
+    zero_points: Int8[Tensor, "rows groups"]
+
+    def decode(self, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "rows cols"]:
+        """The weight as compressed-tensors decodes it: integers less zero points times scales, each in `dtype`."""
+        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).to(dtype)
+        return ((codes - self.zero_points.to(dtype)[..., None]) * self.scales.to(dtype)[..., None]).flatten(1)
+
+    def split(self, rows: list[int]) -> list["Rounded"]:
+        """The layers that were rounded together, each by its number of rows."""
+        parts = zip(*(t.split(rows) for t in (self.codes, self.scales, self.zero_points)), strict=True)
+        return [Rounded(self.grid, *(tensor.contiguous() for tensor in part)) for part in parts]
+
+
+def grid_named(name: str) -> Grid:
+    """The grid of a name like `w4g64` or `w4g64-sym`. Raises ValueError for another."""
+    found = re.fullmatch(r"w([2-8])g(\d+)(-sym)?", name)
+    if not found:
+        raise ValueError(f"grids are called like w4g64 or w4g64-sym with 2 to 8 bits, got {name!r}")
+    return Grid(int(found[1]), int(found[2]), bool(found[3]))
 
 
 def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Encoded:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from avalab.rounding import Grid, Rounded
+from avalab.numerics import Grid, Rounded
 
 BITS = (2, 4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)

@@ -1,4 +1,4 @@
-"""A mixed-grid model as a folder for ONNX Runtime GenAI: a packed artefact kept as it is, or what `ava_onnx` rounded.
+"""A mixed-grid model as a folder for ONNX Runtime GenAI: a packed artefact kept as it is, or what `ava` rounded.
 
 1. `packed` reads every packed tensor of a compressed-tensors checkpoint as whole steps and scales, whoever rounded it;
    bits and groups follow from the tensors' shapes.

@@ -1,6 +1,6 @@
 """Packed layers out of a compressed-tensors checkpoint, and changed ones back into a file of exactly as many bytes.
 
-`read` unpacks every `pack-quantized` layer into codes, scales and zero points (`rounding.Rounded`), whoever rounded it:
+`read` unpacks every `pack-quantized` layer into codes, scales and zero points (`numerics.Rounded`), whoever rounded it:
 llmcompressor's rtn, gptq and awq write what `packing` writes. Bits, group size and symmetry follow from the tensors'
 shapes, so that each layer keeps its own grid.
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from avalab import artifacts, packed_embedding
 from avalab.artifacts import Artifact
+from avalab.numerics import Grid, Rounded
 from avalab.packing import packed_tensors
-from avalab.rounding import Grid, Rounded
 
 CODES, SCALES, ZEROS = "weight_packed", "weight_scale", "weight_zero_point"
 

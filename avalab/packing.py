@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from avalab.numerics import Grid, Rounded
 from avalab.packed_embedding import GROUP
-from avalab.rounding import Grid, Rounded
 
 INT8_ROWS = "int8-rows"
 

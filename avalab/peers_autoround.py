@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab import models, packing
 from avalab.compressors import Job
+from avalab.numerics import Grid, Rounded
 from avalab.packing import Packed
 from avalab.quantize import quietly
-from avalab.rounding import Grid, Rounded
 
 BATCH_WINDOWS = 8  # the library's own
 

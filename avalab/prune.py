@@ -1,4 +1,4 @@
-"""Take weights out of a model: a score, a pattern and a share in, one artefact out.
+"""Pruning: a score, a pattern and a share in, one artefact out.
 
 `write(base, score, pattern, run=run, sparsity=0.5)` prunes the base by one row of `SCORES` and one of `PATTERNS`:
 
@@ -9,42 +9,72 @@
 | `hidden` | channels of the residual stream | a smaller model |
 | `layers` | whole blocks | a smaller model |
 
-1. Calibrate once: `moments.measure` keeps what every score needs in one file a block; later calls only read it.
-2. Carry the plan out block by block (`removal`). A killed run goes on at the first block that is not finished.
+1. Calibrate once: `walk.measure_moments` keeps what every score needs in one file a block; later calls only read it.
+2. Carry the plan out block by block. A killed run goes on at the first block that is not finished. Zeros: every
+   targeted linear layer loses its lowest weights (`apply_zeros`). Structures (`kept_structures`): a structure's score
+   is the sum of the squared scores of the weights that read it: a head's columns of the output projection, an MLP
+   channel's column of the down projection, a hidden channel's columns in all that reads the residual stream (each layer
+   with one vote), all linear layers of a block. SparseGPT also changes the weights that stay.
 3. Save. Zeros are stored as zeros, since every engine here reads dense weights, and once more in a compressed layout
    (`sparse_storage`), which tells what they save on disk. Structures are cut out (`structured`).
 
-Either way the artefact is an ordinary bf16 one that can be quantised next. What it does not do: train afterwards, touch
-embeddings and norms (but for the hidden width), prune what is quantised already, score.
+Either way the artefact is an ordinary bf16 one that can be quantised next. Embeddings and norms stay, but for the
+hidden width; what is quantised already is not pruned.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from avalab import (
-    artifacts,
-    corpora,
-    models,
-    moments,
-    quantize,
-    removal,
-    sparse_storage,
-    sparsity_patterns,
-    structured,
-)
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from avalab import artifacts, corpora, models, patterns, quality, quantize, saliency, sparse_storage, structured, walk
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 from avalab.experiment import Run
-from avalab.removal import Known, Plan
-from avalab.saliency import SCORES
-from avalab.sparsity_patterns import PATTERNS
+from avalab.patterns import PATTERNS, keep, lowest, n_of_m, removed, step
+from avalab.saliency import SCORES, Evidence
+from avalab.structured import Kept, Sizes
+from avalab.walk import block_index
 
 ALLOCATIONS = ("uniform", "sensitivity")
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the residual stream
 # A configuration has one size for all blocks: these layers have to be among the targets.
-CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": removal.READERS}
+CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": READERS}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes: score, pattern, share, linear layers (all of them for structures), and how layers share the loss."""
+
+    score: str
+    pattern: str
+    sparsity: float
+    targets: list[str]
+    allocation: str = "uniform"
+    seed: int = 0
+
+    @property
+    def needs(self) -> set[str]:
+        """What calibration has to find out first: "moments", "gradients"."""
+        return ({SCORES[self.score].needs} | ({"gradients"} if self.allocation == "sensitivity" else set())) - {""}
+
+
+@dataclass(frozen=True)
+class Known:
+    """Where calibration left what it found (`avalab.walk`)."""
+
+    moments: Path
+    gradients: Path
 
 
 def write(
@@ -92,7 +122,7 @@ def write(
         format="bf16",
         licence=base.card["licence"],
     )
-    moments.forget(progress)
+    shutil.rmtree(progress, ignore_errors=True)
     return artifact
 
 
@@ -122,7 +152,7 @@ def planned(
     if PATTERNS[pattern].structured:
         _refuse_structures(plan, list(layers), structured.sizes(skeleton))
     for name in targets:
-        sparsity_patterns.refuse_ragged(layers[name].in_features, PATTERNS[pattern].group, name)
+        patterns.refuse_ragged(layers[name].in_features, PATTERNS[pattern].group, name)
     return plan
 
 
@@ -168,12 +198,12 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
     before = sum(layer.weight.numel() for layer in models.linear_layers(model).values())
     known, calibration_seconds, waited = _calibrated(model, base, plan, run)
     if PATTERNS[plan.pattern].structured:
-        structured.save(model, removal.kept_structures(model, plan, known), folder)
+        structured.save(model, kept_structures(model, plan, known), folder)
         tokenizer.save_pretrained(folder)
         after = sum(layer.weight.numel() for layer in models.linear_layers(quantize.skeleton(folder)).values())
         sizes = {}
     else:
-        removal.apply_zeros(model, plan, known, progress)
+        apply_zeros(model, plan, known, progress)
         models.save_model(model, tokenizer, folder)
         after = sum(int(layer.weight.count_nonzero()) for layer in models.linear_layers(model).values())
         sizes = {"sparse_bytes": _save_compressed(model, plan, folder)}
@@ -188,14 +218,14 @@ def _calibrated(model, base: Artifact, plan: Plan, run: Run) -> tuple[Known, flo
     if not plan.needs:
         return Known(cache, cache), 0.0, 0.0
     windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-    folder = moments.folder_of(base, windows, cache)
+    folder = walk.moments_folder(base, windows, cache)
     known = Known(folder, folder / f"gradients-seed{run.seed}.safetensors")
     files: list[Path] = []
     if "moments" in plan.needs:
-        files += moments.measure(model, windows, folder)
+        files += walk.measure_moments(model, windows, folder)
     if "gradients" in plan.needs:
-        files += [moments.squared_gradients(model, windows, known.gradients, seed=run.seed)]
-    return known, moments.seconds(files), time.perf_counter() - start
+        files += [walk.measure_squared_gradients(model, windows, known.gradients, seed=run.seed)]
+    return known, walk.stored_seconds(files), time.perf_counter() - start
 
 
 def _save_compressed(model, plan: Plan, folder: Path) -> int:
@@ -238,4 +268,182 @@ def _refuse_structures(plan: Plan, names: list[str], of: structured.Sizes) -> No
     endings = CUT.get(plan.pattern, ())
     if left := [n for n in names if n.rpartition(".")[2] in endings and n not in plan.targets]:
         raise ValueError(f"pattern {plan.pattern!r} cuts all blocks alike, but the targets leave out {left[0]}")
-    removal.refuse_impossible(plan, of)
+    _refuse_impossible(plan, of)
+
+
+@torch.no_grad()
+def apply_zeros(model: PreTrainedModel, plan: Plan, known: Known, progress: Path) -> None:
+    """Set the plan's weights to zero, in place. Finished blocks of calibrated scores are kept in `progress`."""
+    layers = {name: layer for name, layer in models.linear_layers(model).items() if name in plan.targets}
+    counts = _counts(layers, plan, known)
+    for block, names in tqdm(_by_block(layers).items(), desc=f"prune {plan.score}", leave=False):
+        path = walk.block_file(progress, block)
+        pruned = _finished(path)
+        if pruned is None:
+            pruned = dict(_pruned_block(model, plan, known, {n: counts[n] for n in names}))
+            if plan.needs:
+                quality.save_atomically(pruned, path)
+        for name, weight in pruned.items():
+            layers[name].weight.data = weight.to(layers[name].weight)
+
+
+@torch.no_grad()
+def kept_structures(model: PreTrainedModel, plan: Plan, known: Known) -> Kept:
+    """What the plan keeps. A score with an update changes, in place, the layers that read what goes."""
+    of = structured.sizes(model)
+    if plan.pattern == "layers":
+        return Kept(blocks=_kept_blocks(model, plan, known, of))
+    if plan.pattern == "hidden":
+        return _kept_hidden(model, plan, known, of)
+    kept: list[Tensor] = []
+    reader = "mlp.down_proj" if plan.pattern == "mlp_channels" else "self_attn.o_proj"
+    for name, layer in models.linear_layers(model).items():
+        if not name.endswith(reader):
+            continue
+        columns = scored(name, layer, plan, known).square().sum(0)
+        chosen = chosen_structures(plan.pattern, columns, plan.sparsity, of)
+        width = 1 if plan.pattern == "mlp_channels" else of.head_dim
+        _apply_refit(name, layer, structured.channels_of(chosen, width), plan, known)
+        kept.append(chosen)
+    if plan.pattern == "mlp_channels":
+        return Kept(channels=kept)
+    if plan.pattern == "heads" and of.heads > of.kv_heads:
+        return Kept(heads=kept)
+    shared = of.heads // of.kv_heads
+    return Kept(heads=kept, kv_heads=[heads[::shared] // shared for heads in kept])
+
+
+def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes) -> Tensor:
+    """Indices of the channels or query heads that stay, from the scores of the columns that read them.
+
+    "heads": equally many of each KV group; where every head has its own keys, and for "kv_groups", whole groups.
+    """
+    if pattern == "mlp_channels":
+        gone = removed(of.channels, sparsity, of="MLP channels", granularity=step(of.channels))
+        return keep(columns, gone).cpu()
+    groups = columns.view(of.kv_heads, of.heads // of.kv_heads, of.head_dim).sum(2).cpu()
+    shared = groups.shape[1]
+    if pattern == "heads" and shared > 1:
+        gone = removed(shared, sparsity, of="query heads of each KV group")
+        return torch.cat([keep(scores, gone) + group * shared for group, scores in enumerate(groups)])
+    gone = removed(of.kv_heads, sparsity, of="KV groups of each block")
+    return structured.query_heads(keep(groups.sum(1), gone), of)
+
+
+def _refuse_impossible(plan: Plan, of: Sizes) -> None:
+    """Raise ValueError where a structured plan would remove every structure, or none though some were asked for."""
+    if plan.pattern == "hidden":
+        removed(of.hidden, plan.sparsity, of="hidden channels", granularity=step(of.hidden, of_heads=of.heads))
+    elif plan.pattern == "layers":
+        gone = removed(of.blocks, plan.sparsity, of="blocks")
+        candidates = {block_index(name) for name in plan.targets}
+        if gone > len(candidates):
+            raise ValueError(f"sparsity {plan.sparsity} removes {gone} blocks; the targets are in {len(candidates)}")
+    else:
+        columns = of.channels if plan.pattern == "mlp_channels" else of.heads * of.head_dim
+        left = len(chosen_structures(plan.pattern, torch.zeros(columns), plan.sparsity, of))
+        if plan.pattern != "mlp_channels" and of.hidden % left:
+            raise ValueError(
+                f"sparsity {plan.sparsity} leaves {left} of {of.heads} heads; a Llama configuration needs a number "
+                f"that divides the hidden size {of.hidden}"
+            )
+
+
+def scored(name: str, layer: nn.Linear, plan: Plan, known: Known) -> Tensor:
+    """The plan's score of every weight of a layer."""
+    needs = SCORES[plan.score].needs
+    moment = walk.stored_moment(known.moments, name).to(layer.weight.device) if needs == "moments" else None
+    squared = (
+        walk.stored_squared_gradient(known.gradients, name).to(layer.weight.device) if needs == "gradients" else None
+    )
+    seen = Evidence(moment, squared, saliency.layer_seed(plan.seed, name))
+    return saliency.of_layer(plan.score, layer.weight.detach(), seen)
+
+
+def _counts(layers: dict[str, nn.Linear], plan: Plan, known: Known) -> dict[str, int]:
+    if plan.allocation == "uniform":
+        return patterns.uniform_counts(layers, plan.sparsity)
+    return patterns.cheapest_counts(
+        layers,
+        plan.sparsity,
+        score=lambda name: scored(name, layers[name], plan, known),
+        squared_gradient=lambda name: walk.stored_squared_gradient(known.gradients, name).to(
+            layers[name].weight.device
+        ),
+    )
+
+
+def _by_block(layers: dict[str, nn.Linear]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in layers:
+        found.setdefault(block_index(name), []).append(name)
+    return found
+
+
+def _finished(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):  # absent or damaged: done again
+        return None
+
+
+def _pruned_block(
+    model: PreTrainedModel, plan: Plan, known: Known, counts: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The new weights of some layers of one block; layers with one input share its factorised moment."""
+    pattern, updates = PATTERNS[plan.pattern], SCORES[plan.score].updates
+    posed, last = None, ()
+    for name, count in counts.items():
+        layer = model.get_submodule(name)
+        if updates:
+            readers = walk.stored_readers(known.moments, name)
+            if readers != last:
+                moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
+                posed, last = saliency.surgery_problem(moment, pattern.group), readers
+            weight = saliency.remove_weights(layer.weight, posed, pattern, count=count)
+        else:
+            scores = scored(name, layer, plan, known)
+            compared = SCORES[plan.score].compared
+            mask = n_of_m(scores, pattern.zeros, pattern.group) if pattern.zeros else None
+            weight = layer.weight.masked_fill(lowest(scores, count, compared=compared) if mask is None else mask, 0)
+        yield name, weight.to(layer.weight.dtype)
+
+
+def _kept_blocks(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> list[int]:
+    """Blocks in order, without the least important of those that hold a target."""
+    layers = models.linear_layers(model)
+    candidates = sorted({block_index(name) for name in plan.targets})
+    if plan.score == "influence":
+        scores = [walk.stored_influence(known.moments, block) for block in candidates]
+    else:
+        energy = dict.fromkeys(candidates, 0.0)
+        for name, layer in layers.items():
+            if block_index(name) in energy:
+                energy[block_index(name)] += float(scored(name, layer, plan, known).square().sum())
+        scores = list(energy.values())
+    gone = removed(of.blocks, plan.sparsity, of="blocks")
+    lowest_first = sorted(zip(scores, candidates, strict=True))
+    going = {block for _, block in lowest_first[:gone]}
+    return [block for block in range(of.blocks) if block not in going]
+
+
+def _kept_hidden(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> Kept:
+    """Hidden channels by the mean share that they have in the scores of what reads them."""
+    readers = {n: m for n, m in models.linear_layers(model).items() if n.rpartition(".")[2] in READERS}
+    shares = torch.zeros(of.hidden)
+    for name, layer in readers.items():
+        columns = scored(name, layer, plan, known).square().sum(0).cpu()
+        shares += columns / columns.sum()
+    kept = keep(
+        shares, removed(of.hidden, plan.sparsity, of="hidden channels", granularity=step(of.hidden, of_heads=of.heads))
+    )
+    for name, layer in readers.items():
+        _apply_refit(name, layer, kept, plan, known)
+    return Kept(hidden=kept)
+
+
+def _apply_refit(name: str, layer: nn.Linear, kept: Tensor, plan: Plan, known: Known) -> None:
+    """Solve a reader, in place, for the columns that stay; nothing for a score without an update."""
+    if SCORES[plan.score].updates:
+        moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
+        layer.weight.data = saliency.remove_columns(layer.weight, moment, kept.to(moment.device)).to(layer.weight)

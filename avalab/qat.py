@@ -48,7 +48,7 @@ from avalab.artifacts import Artifact
 from avalab.block_training import Blocks
 from avalab.code import code_of
 from avalab.experiment import Run
-from avalab.rounding import Rounded
+from avalab.numerics import Rounded
 from avalab.targets import Form
 from avalab.train import Schedule
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from avalab import fake_quant, models
-from avalab.rounding import Grid, Rounded
+from avalab.numerics import Grid, Rounded
 
 
 class Torchao(nn.Module):

@@ -20,7 +20,7 @@ def correlated(columns: int = 512, rows: int = 24) -> tuple[torch.Tensor, torch.
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, block_rounding.BlockRounded]:
+def made() -> dict[str, gguf_blocks.BlockRounded]:
     weight, moment = correlated()
     posed = rounding.problem(moment)
     return {name: block_rounding.round_weight(weight, posed, gguf_blocks.FORMATS[name]) for name in TYPES}
@@ -37,7 +37,7 @@ def test_the_bytes_decode_in_the_gguf_package_to_the_weights_that_were_chosen(na
     stored = made[name].packed().numpy()
     found = gguf.dequantize(stored, gguf.GGMLQuantizationType[name.upper()])
     torch.testing.assert_close(torch.from_numpy(found), made[name].decode(torch.float32), atol=1e-7, rtol=1e-6)
-    assert stored.nbytes == block_rounding.stored_bytes(24, 512, gguf_blocks.FORMATS[name])
+    assert stored.nbytes == gguf_blocks.stored_bytes(24, 512, gguf_blocks.FORMATS[name])
 
 
 @pytest.mark.parametrize("name", SIMPLE)
@@ -75,7 +75,7 @@ def test_zeros_stay_finite(name):
 def test_layers_rounded_together_are_those_rounded_alone(name):
     weight, moment = correlated()
     posed, format = rounding.problem(moment), gguf_blocks.FORMATS[name]
-    parts = block_rounding.split(block_rounding.round_weight(weight, posed, format), [16, 8])
+    parts = block_rounding.round_weight(weight, posed, format).split([16, 8])
     for part, rows in zip(parts, weight.split([16, 8]), strict=True):
         alone = block_rounding.round_weight(rows, posed, format)
         torch.testing.assert_close(part.decode(torch.float32), alone.decode(torch.float32), atol=2e-3, rtol=0)

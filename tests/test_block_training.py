@@ -5,7 +5,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from avalab import block_training, fake_quant, rounding
 from avalab.block_training import Blocks
-from avalab.rounding import Grid
+from avalab.numerics import Grid
 
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 

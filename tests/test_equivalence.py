@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from avalab import ava, calibration, cli, corpora, equivalence, models, quality, quantize, rounding
+from avalab import ava, cli, corpora, equivalence, models, quality, quantize, rounding, walk
 from avalab.compressors import Job
 from avalab.equivalence import Pair
 
@@ -98,7 +98,7 @@ def test_weights_change_and_the_function_does_not(family, transform):
 def test_any_factors_cancel_at_every_pair(family):
     model = random_model(family)
     before, pairs = logits(model), 0
-    for site in calibration.walk(model, TOKENS):
+    for site in walk.sites(model, TOKENS):
         pair = equivalence._pair(model, site)
         channels = len(pair.source.weight)
         equivalence.fold(pair, torch.exp(torch.randn(channels, generator=torch.Generator().manual_seed(pairs))))
@@ -158,7 +158,7 @@ def test_a_channel_shared_by_two_query_heads_has_their_mean_and_one_factor():
 def test_the_search_never_takes_factors_that_round_worse():
     """Error of rounding every reader to the nearest, weighted as in the search, over that without factors."""
     model = random_model("llama").requires_grad_(False)
-    for site in calibration.walk(model, TOKENS):
+    for site in walk.sites(model, TOKENS):
         pair = equivalence._pair(model, site)
         cost = rounding.problem(site.moment, damping=1.0).column_cost
         _, factors = equivalence._best(pair, site.moment.diagonal(), cost, equivalence.EXPONENTS)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab import fake_quant, torchao_qat
-from avalab.rounding import Grid, Rounded
+from avalab.numerics import Grid, Rounded
 
 GRID = Grid(3, 4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from avalab import calibration, corpora, gguf_vocabulary, models
+from avalab import corpora, gguf_vocabulary, models, walk
 
 PIECES = ("▁", "a", "b", "c", "ab", "bc", "abc", "▁a", "▁ab")
 TOKENS = ["<bos>", "<unk>", "\n\n", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
@@ -111,8 +111,8 @@ def test_a_walk_sees_in_every_block_what_the_model_gives_it(gemma):
     for index, layer in enumerate(gemma.model.layers):
         layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args, at=index: seen.update({at: args[0]}))
     gemma(windows)
-    expected = {at: calibration.second_moment(rows.flatten(0, -2)) / 40 for at, rows in seen.items()}
-    for site in calibration.walk(gemma, windows):
+    expected = {at: walk.second_moment(rows.flatten(0, -2)) / 40 for at, rows in seen.items()}
+    for site in walk.sites(gemma, windows):
         if any(name.endswith("down_proj") for name in site.layers):
             assert torch.allclose(site.moment, expected[site.block], rtol=1e-3, atol=1e-6)
 

@@ -11,12 +11,13 @@ import torch
 
 from avalab import (
     artifacts,
-    ava_onnx,
+    ava_targets,
     cli,
     corpora,
     engines,
     equivalence,
     models,
+    numerics,
     onnx_blocks,
     onnx_builder,
     onnx_graph,
@@ -29,8 +30,8 @@ from avalab import (
 from avalab.artifacts import Artifact
 from avalab.engines import onnx_export
 from avalab.experiment import ROOT, Run
+from avalab.numerics import Grid
 from avalab.onnx_blocks import Steps
-from avalab.rounding import Grid
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install -e '.[onnx]'")
@@ -78,7 +79,7 @@ def prompt() -> list[int]:
     return models.load_tokenizer(TINY)(PROMPT).input_ids
 
 
-def rounded(weight: torch.Tensor, grid: Grid) -> rounding.Rounded:
+def rounded(weight: torch.Tensor, grid: Grid) -> numerics.Rounded:
     return rounding.round_weight(weight, rounding.problem(torch.eye(weight.shape[1])), grid, repairs=0)
 
 
@@ -88,12 +89,12 @@ def packed(run: Run, base: Artifact, name: str, grids: tuple[str, ...], table: s
     layers = models.linear_layers(model)
     with torch.no_grad():
         parts = {
-            layer: rounded(module.weight.float(), rounding.grid_named(grids[at % len(grids)]))
+            layer: rounded(module.weight.float(), numerics.grid_named(grids[at % len(grids)]))
             for at, (layer, module) in enumerate(layers.items())
             if at < len(layers) - 1  # the last one stays bf16
         }
         if table not in ("", packing.INT8_ROWS):
-            parts[EMBEDDING] = rounded(model.get_input_embeddings().weight.float(), rounding.grid_named(table))
+            parts[EMBEDDING] = rounded(model.get_input_embeddings().weight.float(), numerics.grid_named(table))
 
     def save(folder: Path) -> None:
         rows = EMBEDDING if table == packing.INT8_ROWS else ""
@@ -148,7 +149,7 @@ def test_codes_lie_in_their_bytes_from_the_lowest_bits_up():
 
 @pytest.mark.parametrize(
     ("grid", "columns"),
-    [*((rounding.grid_named(n), 384) for n in GRIDS), (Grid(4, 48), 384), (Grid(2, 16), 64), (Grid(6, 100), 100),
+    [*((numerics.grid_named(n), 384) for n in GRIDS), (Grid(4, 48), 384), (Grid(2, 16), 64), (Grid(6, 100), 100),
      (Grid(8, 192, symmetric=True), 384), (Grid(2, 100), 100)],
 )  # fmt: skip
 def test_the_runtimes_product_is_that_of_the_decoded_grid_and_takes_the_bytes_that_were_expected(grid, columns):
@@ -281,10 +282,10 @@ def test_a_budget_below_the_smallest_folder_names_it(run, base):
 
 
 def test_every_grid_that_is_offered_is_stored_without_waste():
-    for grid in [*ava_onnx.grids(384), *ava_onnx.grids(576, 64), Grid(8, 576, symmetric=True)]:
+    for grid in [*ava_targets.onnx_grids(384), *ava_targets.onnx_grids(576, 64), Grid(8, 576, symmetric=True)]:
         columns = 384 if 384 % grid.group_size == 0 else 576
         assert onnx_blocks.container(grid.bits, columns, grid.group_size) == grid.bits
-    assert [g.name for g in ava_onnx.grids(100)] == ["w2g100", "w4g100", "w4g100-sym", "w8g100-sym"]
+    assert [g.name for g in ava_targets.onnx_grids(100)] == ["w2g100", "w4g100", "w4g100-sym", "w8g100-sym"]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from avalab import (
     artifacts,
     ava,
+    ava_targets,
     corpora,
-    embedding_rounding,
     engines,
     gguf_export,
     models,
@@ -24,7 +24,8 @@ from avalab import (
     rounding,
     storage,
 )
-from avalab.rounding import Grid
+from avalab.allocation import Allocation, Option
+from avalab.numerics import Grid
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 BUDGET = 400_000  # 5.0 bits a parameter; with int8 rows the tiny model starts at 393,000
@@ -68,11 +69,14 @@ def test_at_equal_bytes_it_is_closer_than_int8_rows(small, run, base, against):
     assert ours < theirs
 
 
-def test_what_is_loaded_is_what_was_rounded_in_memory_and_the_head_shares_it(base, tmp_path):
+def test_what_is_loaded_is_what_was_rounded_in_memory_and_the_head_shares_it(base, windows, tmp_path):
     for grid in (Grid(2, 64), Grid(3, 128), Grid(5, 32), Grid(8, 64)):
         model = models.load(base)
-        rounded = embedding_rounding.apply(model, torch.eye(128), grid)
-        packing.pack(model, {NAME: rounded}, measured={}).save_pretrained(tmp_path)
+        chosen = Allocation({NAME: Option(grid.name, 0, 0.0)})
+        posed = {NAME: rounding.problem(torch.eye(128))}
+        found, _ = ava.round_model(model, windows, chosen, target=ava.TARGETS["transformers"], tables=posed)
+        rounded = found[NAME]
+        packing.pack(model, found, measured={}).save_pretrained(tmp_path)
         loaded = models.load(tmp_path)
         assert torch.equal(loaded.get_input_embeddings().weight, rounded.decode())
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
@@ -170,16 +174,8 @@ def test_what_cannot_be_asked_for_is_refused(base, windows, parameters, message)
         ava.compress(ava.Job(base.path, "cpu", {**ava.DEFAULTS, **parameters}, [], windows))
 
 
-def test_a_rise_between_measured_ones_lies_between_them_and_falls_with_the_error():
-    """Errors 1, 4 and 16, rises 0.1 and 1.6 measured at 1 and 16: a power law of slope one, 0.4 between them."""
-    errors = {Grid(2, 64): 16.0, Grid(3, 64): 4.0, Grid(4, 64): 1.0, Grid(5, 64): 0.25}
-    known = {Grid(2, 64): 1.6, Grid(4, 64): 0.1}
-    found = [embedding_rounding._rise(errors, known, grid) for grid in errors]
-    assert found == pytest.approx([1.6, 0.4, 0.1, 0.025])
-
-
 def test_rows_no_group_divides_are_one_group():
     posed = rounding.problem(torch.eye(48))
     table = torch.randn(8, 48)
-    (grid,) = {g for g in ava.grids(48) if g.bits == 3}
+    (grid,) = {g for g in ava_targets.grids(48) if g.bits == 3}
     assert rounding.round_weight(table, posed, grid).scales.shape == (8, 1)

@@ -30,7 +30,7 @@ from avalab import (
 from avalab.engines import kinds
 from avalab.engines.kinds import EngineUnavailable
 from avalab.experiment import Record, load_records
-from avalab.rounding import Grid
+from avalab.numerics import Grid
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
 EMBEDDING = "model.embed_tokens.weight"

@@ -1,16 +1,12 @@
-"""Error-compensated rounding on small random matrices, and a whole checkpoint of a tiny model."""
+"""Error-compensated rounding on small random matrices."""
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from avalab import ava, calibration, corpora, models, packing, quality, rounded_walk, rounding
-from avalab.compressors import Job
-from avalab.experiment import Run
-from avalab.rounding import Grid
+from avalab import numerics, rounding, walk
+from avalab.numerics import Grid
 
 
 def correlated(columns: int = 64, rows: int = 24, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,12 +18,12 @@ def correlated(columns: int = 64, rows: int = 24, *, seed: int = 0) -> tuple[tor
     return torch.randn(rows, columns, generator=generator), inputs.T @ inputs / 400
 
 
-def plain(weight: torch.Tensor, grid: Grid) -> rounding.Rounded:
+def plain(weight: torch.Tensor, grid: Grid) -> numerics.Rounded:
     """Round to nearest between the extremes, as a method without calibration does."""
     groups = weight.unflatten(1, (-1, grid.group_size))
     scales, zeros = rounding._range_to_grid(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), grid)
     codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(grid.low, grid.high).flatten(1)
-    return rounding.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
+    return numerics.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
 
 
 def test_two_columns_by_hand_the_second_makes_up_for_the_first():
@@ -73,7 +69,7 @@ def test_each_step_of_the_repair_never_raises_the_error():
                 scales = rounding.refit(weight, moment, grid, codes, scales, zeros)
             else:
                 codes = rounding.descended(weight, posed, grid, codes, scales=scales, zeros=zeros)
-            rounded = rounding.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
+            rounded = numerics.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
             errors.append(float(rounding.error(weight, rounded, moment).sum()))
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors)), errors
 
@@ -98,7 +94,7 @@ def test_weights_on_the_grid_come_back_exactly():
 def test_rows_do_not_depend_on_what_is_rounded_beside_them():
     weight, moment = correlated()
     grid, posed = Grid(3, 32), rounding.problem(moment)
-    whole = rounding.split(rounding.round_weight(weight, posed, grid), [10, 14])
+    whole = rounding.round_weight(weight, posed, grid).split([10, 14])
     alone = rounding.round_weight(weight[10:], posed, grid)
     assert (whole[1].codes != alone.codes).float().mean() < 0.01  # sums may differ in their last bit
     assert torch.equal(rounding.round_weight(weight, posed, grid).codes, torch.cat([part.codes for part in whole]))
@@ -128,7 +124,7 @@ def test_a_singular_moment_is_damped_and_columns_that_carry_nothing_are_harmless
 
 @pytest.mark.parametrize("name", ["w4g64", "w3g128-sym"])
 def test_a_grids_name_says_all_of_it(name: str):
-    assert rounding.grid_named(name).name == name
+    assert numerics.grid_named(name).name == name
 
 
 def test_what_cannot_be_rounded_is_refused():
@@ -137,111 +133,7 @@ def test_what_cannot_be_rounded_is_refused():
     with pytest.raises(ValueError, match="1 entries"):
         rounding.problem(torch.diag(torch.tensor([1.0, float("nan")])))
     with pytest.raises(ValueError, match="'w9g64'"):
-        rounding.grid_named("w9g64")
-
-
-# A whole model: sensitivity, choice, rounding, checkpoint
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """The committed tiny model as a base artefact, its calibration and other windows, and what scores it."""
-
-    folder: object
-    calibration: torch.Tensor
-    against: quality.Reference
-
-    def job(self, **parameters) -> Job:
-        return Job(self.folder, "cpu", {**ava.DEFAULTS, **parameters}, [], self.calibration)
-
-    def kl(self, model: PreTrainedModel) -> float:
-        return float(quality.score(model, self.against).kl.mean())
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    run = Run("test_rounding", "smoke")
-    base = models.base(run)
-    tokenizer = models.load_tokenizer(base)
-    windows = corpora.windows(corpora.evaluation_texts(run, tokenizer)[0], tokenizer, count=8, tokens=64)
-    against = quality.reference(base, windows, tmp_path_factory.mktemp("cache"))
-    return Tiny(base.path, corpora.calibration_windows(run, tokenizer), against)
-
-
-@pytest.fixture(scope="module")
-def options(tiny):
-    return ava.sensitivities(models.load(tiny.folder), tiny.calibration)
-
-
-def test_equal_seeds_give_equal_bytes_within_the_budget_and_load_as_they_were_rounded(tiny, tmp_path):
-    budget = 600_000
-    written = [tmp_path / "a", tmp_path / "b"]
-    for folder in written:
-        folder.mkdir()
-        packed = ava.compress(tiny.job(bytes=budget))
-        packed.save_pretrained(folder)
-    files = [folder / "model.safetensors" for folder in written]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert 0.97 * budget < files[0].stat().st_size <= budget
-    assert 0.97 * packed.measured["predicted_bytes"] < files[0].stat().st_size <= packed.measured["predicted_bytes"]
-    loaded = models.load(written[0])
-    assert tiny.kl(loaded) < 0.1
-    layer = loaded.get_submodule("model.layers.0.mlp.down_proj")
-    assert layer.weight.dtype == torch.bfloat16
-    assert "weight_packed" not in dict(layer.named_parameters())
-
-
-def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(tiny, tmp_path):
-    model = models.load(tiny.folder)
-    name = "model.layers.1.mlp.up_proj"
-    layer = model.get_submodule(name)
-    for grid in (Grid(3, 64), Grid(4, 128, symmetric=True), Grid(8, 32)):
-        rounded = rounding.round_weight(
-            layer.weight.detach().float(), rounding.problem(torch.eye(layer.in_features)), grid
-        )
-        stored = packing.packed_tensors(rounded)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        assert size == packing.stored_bytes(*layer.weight.shape, grid)
-        packing.pack(model, {name: rounded}, measured={}).save_pretrained(tmp_path)
-        assert torch.equal(models.load(tmp_path).get_submodule(name).weight, rounded.decode())
-
-
-def test_expected_rises_rank_formats_as_measured_ones_do(tiny, options):
-    """Every layer of one block in two formats, alone: the rank correlation of expected and measured KL."""
-    expected, measured = [], []
-    for name, row in options.items():
-        for option in row:
-            if option.format in ("w2g128", "w3g64") and ".layers.1." in name:
-                model = models.load(tiny.folder)
-                alone = ava.allocation.Allocation({name: option})
-                ava.round_model(model, tiny.calibration, alone)
-                expected.append(option.cost)
-                measured.append(tiny.kl(model))
-    ranks = torch.tensor([expected, measured]).argsort(1).argsort(1).float()
-    assert len(expected) >= 10
-    assert torch.corrcoef(ranks)[0, 1] > 0.8
-
-
-def test_more_bits_cost_more_bytes_and_less_divergence(options):
-    for name, row in options.items():
-        for size in ("g64", "g128"):
-            of_size = [option for option in row if option.format.endswith(size)]
-            assert [o.bytes for o in of_size] == sorted(o.bytes for o in of_size), name
-            assert [o.cost for o in of_size] == sorted((o.cost for o in of_size), reverse=True), name
-
-
-def test_a_group_that_does_not_divide_gives_way_to_the_next_larger_one():
-    assert {grid.group_size for grid in ava.grids(576)} == {32, 64}
-    assert {grid.group_size for grid in ava.grids(640, 32)} == {32}
-    assert {grid.group_size for grid in ava.grids(640, 48)} == {64}
-    assert {grid.group_size for grid in ava.grids(576, 128)} == {576}
-
-
-def test_a_budget_below_the_smallest_is_refused_with_the_limit(tiny):
-    with pytest.raises(ValueError, match=r"below the smallest file, [\d,]+ bytes"):
-        ava.compress(tiny.job(bits_per_weight=1.0))
-    with pytest.raises(ValueError, match="'nf4' is not one of any, bf16, packed"):
-        ava.compress(tiny.job(embedding="nf4"))
+        numerics.grid_named("w9g64")
 
 
 def test_few_tokens_a_column_are_damped_more_than_many():
@@ -254,17 +146,5 @@ def test_few_tokens_a_column_are_damped_more_than_many():
 
 def test_a_walk_damps_thirty_times_as_much_up_to_one():
     """A hundred columns: 0.01 for 500 tokens becomes 0.3, 0.1 for 400 becomes 1, and 1 for 300 stays."""
-    sites = [calibration.Site(0, {}, torch.eye(100), torch.eye(100), tokens) for tokens in (500, 400, 300)]
-    assert [rounded_walk.damping_of(site) for site in sites] == pytest.approx([0.3, 1, 1])
-    assert rounded_walk.damping_of(sites[0], 1) == pytest.approx(0.01)
-
-
-def test_groups_that_do_not_divide_are_named_in_the_notes(tiny):
-    assert ava._notes(models.load(tiny.folder), 0, 0) == []
-    notes = ava._notes(models.load(tiny.folder), 96, 0)
-    assert notes == ["groups of 128 instead of 96 for 128 columns in 24 layers", notes[1]]
-    assert notes[1] == "groups of 128 instead of 96 for 384 columns in 4 layers"
-
-
-def test_damped_moments_are_counted_in_the_notes(tiny):
-    assert ava._notes(models.load(tiny.folder), 0, 2) == ["2 second moments were singular and got more damping"]
+    sites = [walk.Site(0, {}, torch.eye(100), torch.eye(100), tokens) for tokens in (500, 400, 300)]
+    assert [rounding.damping_of(site) for site in sites] == pytest.approx([0.3, 1, 1])

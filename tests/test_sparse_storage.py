@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avalab import sparse_storage as storage
-from avalab.sparsity_patterns import n_of_m
+from avalab.patterns import n_of_m
 
 
 def weight_with_zeros(rows: int, columns: int, share: float, seed: int = 0) -> torch.Tensor:

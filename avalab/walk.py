@@ -1,5 +1,6 @@
-"""What enters every linear layer: one walk over the transformer blocks, layer by layer.
+"""The walk over a causal LM's blocks: what every linear layer reads, and what calibration text tells of it.
 
+While weights change (`sites`):
 1. Run the model up to its first block on all calibration windows and keep what enters it.
 2. In each block, run the weights as they were once, and keep every linear layer's input. Layers that read the same
    tensor (q, k and v; gate and up) form one `Site`.
@@ -8,21 +9,39 @@
 4. Beside the moment of the changed model's inputs stands their cross moment with the unchanged model's: what error
    compensation needs to aim at the original outputs (GPTAQ, Li et al. 2025, arXiv 2504.02692).
 
-Memory is one block's inputs and one site's moments. Sums run in float32, or in float64 when asked.
-What it does not do: change weights, score, or know formats. Blocks are those of `model.base_model.layers`.
+While they do not (`measure_moments`), one walk serves every score, pattern and sparsity. One file a block holds
+
+- the second moment X^T X / tokens of every input that its linear layers read, named by those layers;
+- the block's influence 1 - E[cos(input, output)] (ShortGPT, Men et al. 2024, arXiv 2403.03853);
+- the seconds that all this took, so that a score can be charged for a walk that another one needed first.
+
+A walk that was killed goes on at the first block without a file. What a pruned block does to the next is left out.
+
+Gradients come from one backward pass (`gradient_pass`) of the loss of labels that the model itself draws. Memory is one
+block's inputs and moments, for gradients the model's activations. Blocks are those of `model.base_model.layers`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from avalab import artifacts, models, quality
+from avalab.artifacts import Artifact
+from avalab.code import code_of
+
 BATCH_WINDOWS = 8
+GRADIENT_WINDOWS = 8
+INFLUENCE, SECONDS = "influence", "seconds"
 
 Call = tuple[tuple, dict]  # positional and keyword arguments of a block
 
@@ -46,8 +65,14 @@ class _Reached(Exception):
     """Control flow only: the site's input was seen, the rest of the block need not run."""
 
 
+def block_index(name: str) -> int:
+    """The number of the transformer block in a module name: `model.layers.7.mlp.down_proj` -> 7."""
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1])
+
+
 @torch.no_grad()
-def walk(
+def sites(
     model: PreTrainedModel, windows: Int[Tensor, "window time"], *, dtype: torch.dtype = torch.float32
 ) -> Iterator[Site]:
     """Yield every site of the model in order of execution; see the module for what may be changed meanwhile.
@@ -57,20 +82,20 @@ def walk(
     if windows.numel() == 0:
         raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
     blocks = model.base_model.layers
-    changed = _entering(model, blocks[0], windows)
+    changed = first_calls(model, blocks[0], windows)
     original = changed
     prefix = next(name for name, module in model.named_modules() if module is blocks)
-    keywords = _keywords(model, windows)
+    keywords = own_keywords(model, windows)
     for index, block in enumerate(blocks):
         if keywords:  # the block's own rotary embedding and mask
-            original, changed = (_with_keywords(calls, keywords[index]) for calls in (original, changed))
+            original, changed = (with_keywords(calls, keywords[index]) for calls in (original, changed))
         names = {module: f"{prefix}.{index}.{name}" for name, module in block.named_modules()}
         inputs, following = _original_inputs(block, original)
         for layers, rows in inputs:
             moment, cross = _moments(block, layers[0], changed, rows, dtype)
             tokens = sum(part.shape[0] for part in rows)
             yield Site(index, {names[layer]: layer for layer in layers}, moment / tokens, cross / tokens, tokens)
-        original, changed = following, [_next_call(block, call) for call in changed]
+        original, changed = following, [next_call(block, call) for call in changed]
 
 
 def gradient_pass(
@@ -114,7 +139,7 @@ def _sampled_loss(logits: Tensor, seed: int) -> Tensor:
     return total
 
 
-def _entering(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list[Call]:
+def first_calls(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list[Call]:
     """Arguments of the first block, batch by batch."""
     calls: list[Call] = []
 
@@ -131,7 +156,7 @@ def _entering(model: PreTrainedModel, first: nn.Module, windows: Tensor) -> list
     return calls
 
 
-def _keywords(model: PreTrainedModel, windows: Tensor) -> list[list[dict]]:
+def own_keywords(model: PreTrainedModel, windows: Tensor) -> list[list[dict]]:
     """Keyword arguments by block and batch of a model whose blocks differ in them (Gemma 3), else nothing."""
     kinds = getattr(model.config, "layer_types", None) or []
     if len(set(kinds)) < 2:
@@ -149,7 +174,8 @@ def _keywords(model: PreTrainedModel, windows: Tensor) -> list[list[dict]]:
     return [found[kind] for kind in kinds]
 
 
-def _with_keywords(calls: list[Call], keywords: list[dict]) -> list[Call]:
+def with_keywords(calls: list[Call], keywords: list[dict]) -> list[Call]:
+    """The calls with keyword arguments of the block's own."""
     return [(args, own) for (args, _shared), own in zip(calls, keywords, strict=True)]
 
 
@@ -178,7 +204,7 @@ def _original_inputs(block: nn.Module, calls: list[Call]) -> tuple[list[tuple[li
     with _hooked([layer.register_forward_pre_hook(note) for layer in linears]):
         for call in calls:
             seen.clear()
-            following.append(_next_call(block, call))
+            following.append(next_call(block, call))
     return sites, following
 
 
@@ -220,7 +246,8 @@ def second_moment(rows: Float[Tensor, "token cols"], dtype: torch.dtype = torch.
         torch.set_float32_matmul_precision(before)
 
 
-def _next_call(block: nn.Module, call: Call) -> Call:
+def next_call(block: nn.Module, call: Call) -> Call:
+    """Run a block; the arguments of the one after it."""
     args, kwargs = call
     output = block(*args, **kwargs)
     return ((output[0] if isinstance(output, tuple) else output), *args[1:]), kwargs
@@ -237,3 +264,134 @@ class _hooked:
     def __exit__(self, *_reason: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def moments_folder(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) -> Path:
+    """Where the moments of these windows in this model are kept: a name from what determines them."""
+    code = code_of(measure_moments, measure_squared_gradients)
+    parts = [("base", base.sha256), ("windows", quality.windows_sha256(windows)), ("code", code)]
+    return cache / f"moments-{artifacts.combined_sha256(parts)[:16]}"
+
+
+@torch.no_grad()
+def measure_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"], folder: Path) -> list[Path]:
+    """Write a file for each block that has none yet, and return all of them; see the module.
+
+    Raises ValueError for no calibration text, and for activations that are not finite, naming the layer.
+    """
+    if windows.numel() == 0:
+        raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
+    blocks = model.base_model.layers
+    files = [block_file(folder, index) for index in range(len(blocks))]
+    finished = [_is_readable(file) for file in files]
+    if all(finished):
+        return files
+    start = time.perf_counter()
+    calls = first_calls(model, blocks[0], windows)
+    keywords = own_keywords(model, windows)
+    for index, block in enumerate(tqdm(blocks, desc="calibration", leave=False)):
+        if keywords:  # the block's own rotary embedding and mask
+            calls = with_keywords(calls, keywords[index])
+        if finished[index]:
+            calls = [next_call(block, call) for call in calls]
+            continue
+        found, calls = _of_block(block, calls, index)
+        quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, files[index])
+        start = time.perf_counter()
+    return files
+
+
+def block_file(folder: Path, block: int) -> Path:
+    """The file of a block."""
+    return folder / f"block-{block:03d}.safetensors"
+
+
+def stored_moment(folder: Path, layer: str) -> Float[Tensor, "cols cols"]:
+    """The second moment of what a linear layer, by its full name, reads."""
+    with safe_open(block_file(folder, block_index(layer)), "pt") as file:
+        return file.get_tensor("+".join(_readers(file, layer)))
+
+
+def stored_readers(folder: Path, layer: str) -> tuple[str, ...]:
+    """Names below the block of all layers that read the same input as this one."""
+    with safe_open(block_file(folder, block_index(layer)), "pt") as file:
+        return _readers(file, layer)
+
+
+def stored_influence(folder: Path, block: int) -> float:
+    """How much a block turns what enters it: 0 where it changes nothing but the length."""
+    with safe_open(block_file(folder, block), "pt") as file:
+        return float(file.get_tensor(INFLUENCE))
+
+
+def stored_seconds(files: list[Path]) -> float:
+    """What measuring took, summed over the files that it left."""
+    total = 0.0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            total += float(file.get_tensor(SECONDS))
+    return total
+
+
+def measure_squared_gradients(
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], path: Path, *, seed: int = 0
+) -> Path:
+    """Write E[(dL/dw)^2] a token of all linear layers' weights, in bfloat16, unless the file is there; its path.
+
+    L is the loss of labels drawn from the model's own predictions; each token's gradient counts by itself.
+    """
+    if _is_readable(path):
+        return path
+    start = time.perf_counter()
+    names = {layer: name for name, layer in models.linear_layers(model).items()}
+    found: dict[str, Tensor] = {}
+
+    def measure_layer(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> None:
+        rows, columns = gradients.flatten(0, -2).float().square(), inputs.detach().flatten(0, -2).float().square()
+        found[names[layer]] = (rows.T @ columns / len(rows)).bfloat16().cpu()
+
+    gradient_pass(model, windows[:GRADIENT_WINDOWS], list(names.values()), measure_layer, seed=seed)
+    _refuse_non_finite(found, "gradients of")
+    quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
+    return path
+
+
+def stored_squared_gradient(path: Path, name: str) -> Float[Tensor, "rows cols"]:
+    """The squared gradients of one layer."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _readers(file, layer: str) -> tuple[str, ...]:
+    found = [tuple(key.split("+")) for key in file.keys()]  # noqa: SIM118  (a file is no dict)
+    return next(names for names in found if any(layer.endswith(f".{name}") for name in names))
+
+
+def _of_block(block: nn.Module, calls: list, index: int) -> tuple[dict[str, Tensor], list]:
+    """Everything a block's file holds, and the arguments of the next block."""
+    names = {module: name for name, module in block.named_modules()}
+    found: dict[str, Tensor] = {}
+    inputs, following = _original_inputs(block, calls)
+    for layers, rows in inputs:
+        moment = sum(second_moment(part) for part in rows) / sum(len(part) for part in rows)
+        found["+".join(names[layer] for layer in layers)] = moment
+        _refuse_non_finite({f"layers.{index}.{names[layer]}": moment for layer in layers}, "inputs of")
+    pairs = [(before[0].float(), after[0].float()) for (before, _), (after, _) in zip(calls, following, strict=True)]
+    cosines = torch.cat([torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in pairs])
+    return found | {INFLUENCE: 1 - cosines.mean()}, following
+
+
+def _refuse_non_finite(tensors: dict[str, Tensor], what: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"calibration gave NaN or infinite values: {what} {name}; the text or the model is damaged"
+            )
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):  # absent or damaged: measured again
+        return False

@@ -1,23 +1,34 @@
-"""Which weights go: masks from scores, with the exact number of zeros that was asked for.
+"""Patterns of sparsity: which weights go, and how many each layer loses.
 
 A mask is True where a weight goes. `lowest` takes the lowest scores of a layer, or of each row alike; `n_of_m` takes
 the lowest n of every m neighbours in a row, the pattern that sparse tensor cores read (Mishra et al. 2021, arXiv
 2104.08378). `keep` takes whole structures by their summed scores, in steps that keep what is left a round number.
-
 `structured` patterns leave a smaller dense model (`avalab.structured`); the others leave zeros.
-What it does not do: score, or change weights.
+
+Layers lose the same share (`uniform_counts`), or more where the model minds less (`cheapest_counts`): for every layer
+and a row of sparsities, the weights that the score would remove cost
+
+    1/2 sum E[(dL/dw)^2] w^2,
+
+the second-order increase of the loss with the Fisher information taken as diagonal (LeCun et al. 1990, Optimal Brain
+Damage). One price on a removed weight is then sought at which the layers, each at its own best level, lose as many as
+asked: Lagrange's condition for the least sum (Everett 1963). Costs are estimated on a sample of rows, so that an exact
+integer program would solve noise; updates of the weights that stay are not counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGEST_STEP = 64  # channels: what kernels and quantization groups like to divide
+LEVELS = torch.linspace(0, 1, 21, dtype=torch.float64)  # shares of a layer that may go
+SAMPLED_ROWS = 64  # of a layer
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,6 @@ def refuse_ragged(columns: int, group: int, name: str) -> None:
         raise ValueError(f"groups of {group} do not divide the {columns} columns of {name}")
 
 
-def is_legal(weight: Float[Tensor, "rows cols"], zeros: int, group: int) -> bool:
-    """Whether every group of neighbours has at least `zeros` zeros, as kernels for n:m sparsity require."""
-    return bool(((weight.unflatten(1, (-1, group)) == 0).sum(2) >= zeros).all())
-
-
 def step(count: int, *, of_heads: int = 1) -> int:
     """The granularity at which `count` channels shrink: a multiple of the largest power of two, up to 64, that fits.
 
@@ -104,6 +110,63 @@ def removed(count: int, sparsity: float, *, of: str, granularity: int = 1) -> in
 def keep(scores: Float[Tensor, "item"], gone: int) -> Int[Tensor, "kept"]:
     """Indices of what stays when the `gone` lowest scores go, ascending."""
     return scores.argsort(stable=True)[gone:].sort().values
+
+
+def uniform_counts(layers: Mapping[str, nn.Linear], sparsity: float) -> dict[str, int]:
+    """How many weights each layer loses when all lose the same share."""
+    return {name: round(sparsity * layer.weight.numel()) for name, layer in layers.items()}
+
+
+def cheapest_counts(
+    layers: Mapping[str, nn.Linear],
+    sparsity: float,
+    *,
+    score: Callable[[str], Float[Tensor, "rows cols"]],
+    squared_gradient: Callable[[str], Float[Tensor, "rows cols"]],
+) -> dict[str, int]:
+    """How many weights each layer loses so that the loss should increase least, and the share of all is as asked."""
+    increases = []
+    for name, layer in layers.items():
+        energy = layer.weight.detach().float().square() * squared_gradient(name).float() / 2
+        increases.append(loss_curve(score(name), energy))
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    gone = counts_at_one_price(torch.stack(increases), torch.tensor(sizes), round(sparsity * sum(sizes)))
+    return dict(zip(layers, gone, strict=True))
+
+
+def loss_curve(scores: Float[Tensor, "rows cols"], energy: Float[Tensor, "rows cols"]) -> Float[Tensor, "level"]:
+    """The expected increase of the loss when a layer loses each of the `LEVELS`, its lowest scores first."""
+    step = max(1, len(scores) // SAMPLED_ROWS)
+    sampled = energy[::step].flatten()[scores[::step].flatten().argsort()].double().cumsum(0).cpu()
+    increases = torch.cat([torch.zeros(1, dtype=torch.float64), sampled])
+    return increases[(LEVELS * len(sampled)).round().long()] * (scores.numel() / len(sampled))
+
+
+def counts_at_one_price(increases: Float[Tensor, "layer level"], sizes: Int[Tensor, "layer"], count: int) -> list[int]:
+    """How many weights each layer loses, `count` in all, for the least summed increase that one price can reach."""
+    removed = (LEVELS * sizes[:, None]).round().long()
+
+    def at(price: float) -> Int[Tensor, "layer"]:
+        best = (increases - price * removed).argmin(1, keepdim=True)
+        return removed.gather(1, best).squeeze(1)
+
+    low, high = 0.0, 1e-30
+    while int(at(high).sum()) < count:
+        low, high = high, 4 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if int(at(middle).sum()) >= count else (middle, high)
+    found = at(high)
+    return _without_surplus(found.tolist(), int(found.sum()) - count)
+
+
+def _without_surplus(counts: list[int], surplus: int) -> list[int]:
+    """Levels are coarse: give back what was removed beyond the share, to the layers that lose most."""
+    for layer in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
+        given = min(surplus, counts[layer])
+        counts[layer] -= given
+        surplus -= given
+    return counts
 
 
 PATTERNS: dict[str, Pattern] = {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from avalab import sparsity_patterns as patterns
+from avalab import patterns
 
 
 def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -48,9 +48,6 @@ def test_every_group_loses_exactly_its_share_of_lowest_scores(zeros, group):
     found = scores(5, 16)
     mask = patterns.n_of_m(found, zeros, group)
     assert (mask.unflatten(1, (-1, group)).sum(2) == zeros).all()
-    weight = found.masked_fill(mask, 0)
-    assert patterns.is_legal(weight, zeros, group)
-    assert not patterns.is_legal(found, zeros, group)
     for values, gone in zip(found.view(-1, group), mask.view(-1, group), strict=True):
         assert values[gone].max() < values[~gone].min()
 
@@ -100,3 +97,60 @@ def test_a_group_that_does_not_divide_the_columns_is_refused():
 def test_a_count_beyond_the_weights_is_refused():
     with pytest.raises(ValueError, match="cannot remove 5 of 4 weights"):
         patterns.lowest(scores(2, 2), 5)
+
+
+# --- how layers share the loss
+
+
+def layers() -> dict[str, nn.Linear]:
+    torch.manual_seed(0)
+    return {"a": nn.Linear(32, 64, bias=False), "b": nn.Linear(64, 48, bias=False)}
+
+
+def counts(sparsity: float, minds: dict[str, float]) -> dict[str, int]:
+    known = layers()
+    return patterns.cheapest_counts(
+        known,
+        sparsity,
+        score=lambda name: known[name].weight.detach().abs(),
+        squared_gradient=lambda name: torch.full_like(known[name].weight, minds[name]),
+    )
+
+
+def test_uniform_layers_lose_the_same_share():
+    assert patterns.uniform_counts(layers(), 0.25) == {"a": 512, "b": 768}
+
+
+def test_the_total_is_exact_whatever_the_levels():
+    total = sum(layer.weight.numel() for layer in layers().values())
+    for sparsity in (0.0, 0.333, 0.5, 0.61):
+        assert sum(counts(sparsity, {"a": 1.0, "b": 3.0}).values()) == round(sparsity * total)
+
+
+def test_the_layer_that_minds_less_loses_more():
+    found = counts(0.5, {"a": 100.0, "b": 0.01})
+    assert found["a"] / (32 * 64) < 0.3
+    assert found["b"] / (64 * 48) > 0.6
+
+
+def test_a_curve_rises_and_its_end_is_half_the_energy():
+    """All weights cost 1/2 sum g^2 w^2; with equal energies the curve is a straight line."""
+    increases = patterns.loss_curve(torch.arange(40.0).view(4, 10), torch.full((4, 10), 0.5))
+    assert increases.tolist() == sorted(increases.tolist())
+    assert (increases[10], increases[20]) == (10, 20)
+
+
+def test_one_price_finds_the_least_sum_of_all_allocations():
+    """Three layers of 20 weights, one weight a level, with convex curves: compared with every allocation there is."""
+    increases = torch.rand(3, 20, dtype=torch.float64).sort(1).values.cumsum(1)
+    increases = torch.cat([torch.zeros(3, 1, dtype=torch.float64), increases], 1)
+    for count in (1, 17, 30, 59, 60):
+        found = patterns.counts_at_one_price(increases, torch.tensor([20, 20, 20]), count)
+        least = min(
+            float(increases[0, a] + increases[1, b] + increases[2, count - a - b])
+            for a in range(21)
+            for b in range(21)
+            if 0 <= count - a - b <= 20
+        )
+        assert sum(found) == count
+        assert sum(float(increases[layer, gone]) for layer, gone in enumerate(found)) == pytest.approx(least)
