@@ -46,7 +46,7 @@ LAYERS = {
     4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "
     "peers_runtimes peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
     "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
-    5: "plan review rating_form",
+    5: "plan forms",
     6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options page notebooks dependencies "
     "cli_compare cli_compress",
 }
