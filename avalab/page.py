@@ -45,6 +45,7 @@ FILE_WORDS = {
     "failed.ipynb": "failed copy",
     "traceback.txt": "traceback",
 }
+PROVENANCE = {"model": "model", "seed": "seed", "commit": "commit", "device": "", "threads": "threads"}  # and its word
 AGES = {
     "stale": "Results older than the code they come from",
     "cannot tell": "Results that may be older than the code they come from",
@@ -86,7 +87,7 @@ class Entry:
         """When, on what and from which commit the records are; several values are all named."""
         when = sorted(record.when for record in self.records if record.when)
         facts = [f"Measured {' to '.join(dict.fromkeys((when[0], when[-1]))) if when else 'at an unknown time'}"]
-        for key, word in (("model", "model"), ("seed", "seed"), ("commit", "commit"), ("device", ""), ("threads",) * 2):
+        for key, word in PROVENANCE.items():
             values = dict.fromkeys(str(getattr(record, key)) for record in self.records if getattr(record, key) != "")
             facts += [f"{word} {', '.join(values)}".strip()] if values else []
         return "; ".join(facts)

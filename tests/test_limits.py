@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HANGS = "import ctypes\ndef test_bad(): ctypes.{}(None).sleep(600)"  # in native code, where no signal helps
 BAD = {
-    "hangs": "import ctypes\ndef test_bad(): ctypes.CDLL(None).sleep(600)",  # in native code, where no signal helps
+    "hangs": HANGS.format("CDLL"),
+    "hangs and lets no thread run": HANGS.format("PyDLL"),  # it keeps the interpreter's lock
     "dies": "import os\ndef test_bad(): os.kill(os.getpid(), 9)",
 }
 GOOD = "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_good(i): pass"
@@ -37,7 +39,7 @@ def test_a_test_that_hangs_or_kills_its_process_fails_the_run_and_is_named(how, 
     options = command_of_make()[4:]  # after `python -m pytest tests`
     plugins = ["-p", "xdist", "-p", "pytest_timeout"]  # loading the others takes longer than the test
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", ".", *options, *plugins, "-o", "timeout=2"],
+        [sys.executable, "-m", "pytest", ".", *options, *plugins, "-o", "timeout=2", "-o", "faulthandler_timeout=3"],
         cwd=tmp_path,
         env={**without(os.environ, "PYTEST_"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
