@@ -38,20 +38,14 @@ def module_paths(root: Path = ROOT) -> dict[str, Path]:
 
 
 @cache
-def imported_names(source: str, package: str = "") -> frozenset[str]:
-    """Dotted names a source may import, as written: `from a import b` gives both `a` and `a.b`.
-
-    `package` resolves relative imports. Raises SyntaxError.
-    """
+def imported_names(source: str) -> frozenset[str]:
+    """Dotted names a source may import, as written: `from a import b` gives both `a` and `a.b`. Raises SyntaxError."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*above, node.module] if node.module else above)
-            names.add(module)
-            names.update(f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):  # never relative: ruff sees to it
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
     return frozenset(names)
 
 
@@ -59,9 +53,8 @@ def import_graph(paths: dict[str, Path]) -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports itself."""
     graph = {}
     for name, path in paths.items():
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         try:
-            graph[name] = set(imported_names(path.read_text(encoding="utf-8"), package) & paths.keys()) - {name}
+            graph[name] = set(imported_names(path.read_text(encoding="utf-8")) & paths.keys()) - {name}
         except SyntaxError:  # being edited; the file itself stays a dependency of whoever imports it
             graph[name] = set()
     return graph

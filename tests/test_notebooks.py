@@ -159,11 +159,11 @@ def test_paths_are_shortened_in_text_and_never_in_pictures():
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    """a imports b inside a function; b imports c.d relatively; e stands alone."""
+    """a imports b inside a function; b imports c.d; e stands alone."""
     sources = {
         "__init__.py": "",
         "a.py": "def f():\n    from avalab import b\n",
-        "b.py": "from .c.d import g\n",
+        "b.py": "from avalab.c.d import g\n",
         "c/__init__.py": "",
         "c/d.py": "import torch\n",
         "e.py": "import avalab\n",
@@ -186,6 +186,15 @@ def test_a_notebook_depends_on_what_its_imports_import(package):
 def test_a_notebook_that_cannot_be_parsed_depends_on_everything(package):
     graph = dependencies.import_graph(dependencies.module_paths(package))
     assert dependencies.modules_of_notebook(write_notebook(package, "01_bad", ["from ("]), graph) == set(graph)
+
+
+def test_the_page_depends_on_its_module_what_that_imports_and_its_template(package):
+    write_notebook(package, "01_a", ["1"])
+    (package / "avalab" / "page.py").write_text("from avalab import e\n")
+    (package / "avalab" / "templates").mkdir()
+    (package / "avalab" / "templates" / "page.html.j2").touch()
+    (rule,) = [line for line in notebooks.make_rules("smoke", "", package).splitlines() if "/report:" in line]
+    assert rule == (".stamps/smoke/report: avalab/__init__.py avalab/e.py avalab/page.py avalab/templates/page.html.j2")
 
 
 def test_a_stamp_whose_result_or_source_is_gone_is_taken_back(package):
