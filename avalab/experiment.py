@@ -26,6 +26,8 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(os.environ.get("AVALAB_ROOT", Path(__file__).resolve().parent.parent))
+# A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
+WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Run:
 
     @property
     def artifacts_dir(self) -> Path:
-        return ROOT / "artifacts" / self.name
+        return Path(os.environ.get("AVALAB_ARTIFACTS", ROOT / "artifacts")) / self.name
 
     @property
     def records_path(self) -> Path:
@@ -170,6 +172,11 @@ class Run:
         """Write all records to `results/<name>/<notebook>.json`, whole and atomically."""
         save_records(self.records, self.records_path)
         return self.records_path
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process of ours that computes: this one's, and `WAITING_THREADS_SLEEP` unless it is set."""
+    return {**WAITING_THREADS_SLEEP, **os.environ}
 
 
 def folder_name(profile: str, model: str = "", seed: int = 0) -> str:

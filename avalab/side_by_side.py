@@ -13,7 +13,7 @@ Showing all answers to a request together, with a score each on several criteria
 ("RankME", 2018) found more consistent than scoring them one by one; that criteria need a name and a definition each is
 what van der Lee et al. ("Best practices for the human evaluation of automatically generated text", 2019) ask for.
 
-What it does not do: score (see `rating`), show (see `rating_form`), sample, or continue a conversation.
+What it does not do: score (see `rating`), show (see `forms`), sample, or continue a conversation.
 """
 
 from __future__ import annotations

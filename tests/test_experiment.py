@@ -249,3 +249,18 @@ def test_a_gpu_run_is_held_to_its_profiles_memory(monkeypatch):
 def test_importing_the_module_does_not_import_torch():
     code = "import sys, avalab.experiment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=experiment.ROOT).returncode == 0
+
+
+def test_a_child_that_computes_lets_waiting_threads_sleep_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "100")
+    found = experiment.child_environment()
+    assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"]) == ("PASSIVE", "100")
+    assert found["PATH"] == os.environ["PATH"]
+
+
+def test_artefacts_lie_below_the_lab_or_where_the_environment_says(root, monkeypatch):
+    monkeypatch.delenv("AVALAB_ARTIFACTS", raising=False)
+    assert Run("t", "smoke").artifacts_dir == root / "artifacts" / "smoke"
+    monkeypatch.setenv("AVALAB_ARTIFACTS", str(root / "elsewhere"))
+    assert Run("t", "smoke").artifacts_dir == root / "elsewhere" / "smoke"

@@ -16,7 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from avalab.dependencies import assigned_names, code_cells, import_graph, imported_names, module_paths, reachable
+from avalab.dependencies import code_cells, import_graph, imported_names, module_paths, reachable
+from avalab.notebooks import assigned_names
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULES = module_paths(REPOSITORY)
@@ -29,7 +30,7 @@ LAYERS = {
     0: "experiment code assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
     1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
-    "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
+    "storage probe marks plots tables labels roofline accuracy_plot gate_plot pruning_plot "
     "packaged_text argument_kinds surfaces grounding "
     "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
     "train_memory distill_plot qat_plot structured ensemble_plot long_context_plot before_after "
@@ -45,12 +46,12 @@ LAYERS = {
     4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "
     "peers_runtimes peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
     "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
-    5: "plan review rating_form",
-    6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options report headless dependencies "
+    5: "plan forms",
+    6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options page notebooks dependencies "
     "cli_compare cli_compress",
 }
 LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
-PLOTTERS = {"avalab.cli", "avalab.report"}
+PLOTTERS = {"avalab.cli", "avalab.page"}
 MODEL_CODE = {"avalab.models", "avalab.quality", "avalab.quantize", "avalab.prune", "avalab.adapters", "avalab.train"}
 
 notebooks = pytest.mark.parametrize("notebook", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
@@ -91,7 +92,7 @@ def test_only_notebooks_the_command_line_and_the_report_import_plots():
     assert {name for name in GRAPH if "avalab.plots" in GRAPH[name]} <= PLOTTERS
 
 
-@pytest.mark.parametrize("module", ["avalab.report", "avalab.plots", "avalab.roofline"])
+@pytest.mark.parametrize("module", ["avalab.page", "avalab.plots", "avalab.roofline"])
 def test_what_draws_records_never_sees_a_model(module):
     if module not in GRAPH:
         pytest.skip(f"{module} does not exist yet")
@@ -268,5 +269,5 @@ def test_make_help_describes_every_public_target_in_one_line():
     made = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True).stdout
     named = {line.split()[1] for line in made.splitlines()}
     public = "help setup setup-llamacpp lab reproduce smoke bench bench-kernels bench-train bench-peers test lint"
-    public += " report clean"
+    public += " report stale clean"
     assert named == set(public.split())

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avalab import labels, marks, plots, tables
-from avalab.executed import picture_size_and_alt
 from avalab.experiment import Record
+from avalab.page import picture_size_and_alt
 
 METHODS = {  # megabytes, KL divergence, prefill, decode
     "bf16": (269.1, 0.0, 160, 22),

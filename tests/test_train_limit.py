@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
 
-from avalab import models, storage, train, train_limit, train_memory
+from avalab import losses, models, storage, train_limit, train_memory
 from avalab.storage import Shape
 
 SHAPE = Shape(vocab=512, hidden=128, mlp=256, layers=2, heads=4, kv_heads=2, head_dim=32, tied=True)
@@ -125,7 +125,7 @@ def test_all_arms_and_the_usual_recipe_have_the_same_loss(random_base, short):
 def test_the_dense_loss_is_the_chunked_one():
     hidden, head = torch.randn(1, 7, 8), torch.randn(11, 8)
     batch = {"labels": torch.tensor([[1, 2, -100, 3, 4, 5, 6]])}
-    dense, chunked = (loss(hidden, head, batch).item() for loss in (train_limit.dense_loss, train.next_token))
+    dense, chunked = (loss(hidden, head, batch).item() for loss in (train_limit.dense_loss, losses.next_token))
     assert dense == pytest.approx(chunked, abs=1e-5)
 
 

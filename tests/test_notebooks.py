@@ -14,7 +14,7 @@ import nbformat
 import psutil
 import pytest
 
-from avalab import dependencies, headless
+from avalab import dependencies, notebooks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PARAMETERS = 'profile = "smoke"\nseed = 0\nmodel = ""'
@@ -36,7 +36,7 @@ def write_notebook(root: Path, name: str, sources: list[str], parameters: str = 
 
 
 def start(root: Path, notebook: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "avalab.headless", notebook, "--profile", "smoke"]
+    command = [sys.executable, "-m", "avalab.notebooks", "run", "--notebooks", notebook, "--profile", "smoke"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "AVALAB_ROOT": str(root)}, **options)
 
@@ -91,6 +91,7 @@ def assert_is_a_clean_copy(executed: Path, root: Path) -> None:
     assert "avalab/__init__.py notebooks <python>/bin/python" in text
     assert "~/x" in text
     assert notebook.metadata.papermill.output_path == "results/smoke/01_noisy.ipynb"
+    assert dependencies.code_states(executed.parent, root) == {"01_noisy": "current"}
 
 
 def test_ctrl_c_stops_the_kernel_and_leaves_nothing_behind(tmp_path):
@@ -123,13 +124,13 @@ def test_a_failure_keeps_the_copy_so_far_the_traceback_and_the_earlier_result(tm
 def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
     source = write_notebook(tmp_path, "01_typo", ["1"], parameters='profil = "smoke"\nseed = 0\nmodel: str = ""')
     with pytest.raises(ValueError, match=r"does not define profile \(it defines model, profil, seed\)"):
-        dependencies.check_parameters(source, {"profile": "smoke", "seed": 0, "model": ""})
+        notebooks.check_parameters(source, {"profile": "smoke", "seed": 0, "model": ""})
 
 
 def test_a_notebook_needs_one_parameters_cell(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "01_none.ipynb")
     with pytest.raises(ValueError, match="0 cells tagged"):
-        dependencies.check_parameters(tmp_path / "01_none.ipynb", {})
+        notebooks.check_parameters(tmp_path / "01_none.ipynb", {})
 
 
 def test_paths_are_shortened_in_text_and_never_in_pictures():
@@ -138,14 +139,14 @@ def test_paths_are_shortened_in_text_and_never_in_pictures():
         {"output_type": "display_data", "data": {"image/png": picture, "text/plain": f"see {REPOSITORY}/avalab/x.py"}},
         {"output_type": "stream", "name": "stdout", "text": [f"{REPOSITORY}\n", f"{Path.home()}/data\n"]},
         {"output_type": "stream", "name": "stderr", "text": "warning"},
-        {"output_type": "display_data", "data": {headless.WIDGETS: {}, "text/plain": "0%"}},
+        {"output_type": "display_data", "data": {notebooks.WIDGETS: {}, "text/plain": "0%"}},
     ]
     parameters = {"model": "/models/my model"}
     notebook = {
         "cells": [{"cell_type": "code", "outputs": outputs, "source": "p = '/models/my model/config.json'"}],
         "metadata": {"widgets": {"state": 1}, "papermill": {"parameters": parameters}},
     }
-    cleaned = headless.cleaned(notebook)
+    cleaned = notebooks.cleaned(notebook)
     shown, stream = cleaned["cells"][0]["outputs"]
     assert shown["data"] == {"image/png": picture, "text/plain": "see avalab/x.py"}
     assert stream["text"] == [".\n", "~/data\n"]
@@ -158,11 +159,11 @@ def test_paths_are_shortened_in_text_and_never_in_pictures():
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    """a imports b inside a function; b imports c.d relatively; e stands alone."""
+    """a imports b inside a function; b imports c.d; e stands alone."""
     sources = {
         "__init__.py": "",
         "a.py": "def f():\n    from avalab import b\n",
-        "b.py": "from .c.d import g\n",
+        "b.py": "from avalab.c.d import g\n",
         "c/__init__.py": "",
         "c/d.py": "import torch\n",
         "e.py": "import avalab\n",
@@ -187,6 +188,15 @@ def test_a_notebook_that_cannot_be_parsed_depends_on_everything(package):
     assert dependencies.modules_of_notebook(write_notebook(package, "01_bad", ["from ("]), graph) == set(graph)
 
 
+def test_the_page_depends_on_its_module_what_that_imports_and_its_template(package):
+    write_notebook(package, "01_a", ["1"])
+    (package / "avalab" / "page.py").write_text("from avalab import e\n")
+    (package / "avalab" / "templates").mkdir()
+    (package / "avalab" / "templates" / "page.html.j2").touch()
+    (rule,) = [line for line in notebooks.make_rules("smoke", "", package).splitlines() if "/report:" in line]
+    assert rule == (".stamps/smoke/report: avalab/__init__.py avalab/e.py avalab/page.py avalab/templates/page.html.j2")
+
+
 def test_a_stamp_whose_result_or_source_is_gone_is_taken_back(package):
     write_notebook(package, "01_a", ["import avalab.a"])
     write_notebook(package, "02_e", ["import avalab.e"])
@@ -194,22 +204,31 @@ def test_a_stamp_whose_result_or_source_is_gone_is_taken_back(package):
     stamps, results = package / ".stamps" / "smoke", package / "results" / "smoke"
     stamps.mkdir(parents=True)
     results.mkdir(parents=True)
-    (stamps / "dependencies.mk").write_text(dependencies.make_rules("smoke", "", package))
+    (stamps / "dependencies.mk").write_text(notebooks.make_rules("smoke", "", package))
     for name in ("01_a", "02_e", "03_e"):
         (stamps / f"{name}.done").touch()
         (results / f"{name}.ipynb").touch()
     (package / "avalab" / "b.py").unlink()
     (results / "02_e.ipynb").unlink()
-    dependencies.remove_void_stamps("smoke", package)
+    notebooks.remove_void_stamps("smoke", package)
     assert [path.name for path in stamps.glob("*.done")] == ["03_e.done"]
+
+
+def test_a_python_without_packages_plans_the_run(package):
+    write_notebook(package, "01_a", ["import avalab.a"])
+    command = [sys.executable, "-S", "-m", "avalab.notebooks", "plan", "--profile", "smoke"]  # -S: no site-packages
+    environment = {"AVALAB_ROOT": str(package)}
+    planned = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert planned.stdout == "smoke 01_a\n", planned.stderr
+    assert "01_a.done: avalab/__init__.py avalab/a.py" in (package / ".stamps/smoke/dependencies.mk").read_text()
 
 
 def test_an_unknown_notebook_or_profile_is_named_with_those_that_exist(package):
     write_notebook(package, "01_a", ["1"])
     with pytest.raises(ValueError, match="no notebook 07; notebooks/ holds 01_a"):
-        dependencies.notebook_names("01 07", package)
+        notebooks.notebook_names("01 07", package)
     with pytest.raises(ValueError, match="unknown profile 'huge'; choose one of smoke, laptop, a2000"):
-        dependencies.model_argument("huge", "", package)
+        notebooks.model_argument("huge", "", package)
 
 
 def test_the_profiles_own_model_is_the_same_run_however_it_is_written(tmp_path, monkeypatch):
@@ -217,9 +236,9 @@ def test_the_profiles_own_model_is_the_same_run_however_it_is_written(tmp_path, 
     (tmp_path / "data" / "tiny-llama").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     for same in ("", "data/tiny-llama", "data/tiny-llama/", str(tmp_path / "data" / "tiny-llama")):
-        assert dependencies.model_argument("smoke", same, tmp_path) == ""
-    assert dependencies.model_argument("smoke", "mine", tmp_path) == str((tmp_path / "mine").resolve())
-    assert dependencies.model_argument("smoke", "someone/some-model", tmp_path) == "someone/some-model"
+        assert notebooks.model_argument("smoke", same, tmp_path) == ""
+    assert notebooks.model_argument("smoke", "mine", tmp_path) == str((tmp_path / "mine").resolve())
+    assert notebooks.model_argument("smoke", "someone/some-model", tmp_path) == "someone/some-model"
 
 
 # --- make --------------------------------------------------------------------------------------------------------
@@ -230,12 +249,12 @@ def checkout(tmp_path) -> Path:
     """A copy with two notebooks, the first of which fails, and this environment already set up."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    modules = ("__init__", "experiment", "artifacts", "dependencies", "headless")
+    modules = ("__init__", "experiment", "artifacts", "dependencies", "notebooks")
     (tmp_path / "avalab").mkdir()
     for module in modules:
         shutil.copy(REPOSITORY / "avalab" / f"{module}.py", tmp_path / "avalab")
     page = "import sys, pathlib\npathlib.Path(sys.argv[1], 'index.html').write_text('page')\n"
-    (tmp_path / "avalab" / "report.py").write_text(page)
+    (tmp_path / "avalab" / "page.py").write_text(page)
     write_notebook(tmp_path, "01_fails", ["1 / 0"])
     write_notebook(tmp_path, "02_works", ["from avalab import artifacts"])
     (tmp_path / ".stamps").mkdir()
@@ -278,8 +297,8 @@ def test_make_runs_the_rest_after_a_failure_and_again_only_what_changed(checkout
 
 def would_run(root: Path, *arguments: str) -> list[str]:
     planned = make(root, "-n", "reproduce", "PROFILE=smoke", *arguments).stdout
-    commands = [line.split() for line in planned.splitlines() if "avalab.headless" in line and "--summary" not in line]
-    return [words[words.index("avalab.headless") + 1] for words in commands]
+    commands = [line.split() for line in planned.splitlines() if "avalab.notebooks run" in line]
+    return [words[words.index("--notebooks") + 1] for words in commands]
 
 
 def test_a_committed_result_without_a_stamp_counts_as_not_done(checkout):
