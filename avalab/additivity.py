@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from avalab import calibration, quality, rounding
+from avalab import calibration, predict, rounding
 from avalab.allocation import Option
-from avalab.quality import Reference
+from avalab.predict import Reference
 from avalab.rounded_walk import RoundRows
 
 
@@ -58,7 +58,7 @@ def measured_alone(
         (part,) = round_rows(kept.float(), posed, option.format, [layer.out_features])
         try:
             layer.weight.data = part.decode(kept.dtype)
-            yield float(quality.score(model, against).kl.mean())
+            yield float(predict.score_model(model, against).kl.mean())
         finally:
             layer.weight.data = kept
 
@@ -78,7 +78,7 @@ def input_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"], n
     handles = [model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
     try:
         for batch in windows.split(calibration.BATCH_WINDOWS):
-            quality.hidden_states(model, batch)
+            predict.hidden_states(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -33,7 +33,7 @@ from avalab import (
     gguf_blocks,
     gguf_mixed,
     models,
-    quality,
+    predict,
     rounded_walk,
 )
 from avalab.allocation import Allocation, Option
@@ -88,7 +88,7 @@ def compress(job: Job, model: PreTrainedModel, budget: int) -> gguf_mixed.GgufMo
         "budget_bytes": budget,
         "predicted_bytes": chosen.bytes + fixed,
         "predicted_kl_divergence": chosen.cost,
-        "measured_kl_divergence": float(quality.kl_divergence(reference, _predictions(model, held_out)).mean()),
+        "measured_kl_divergence": float(predict.kl_divergence(reference, _predictions(model, held_out)).mean()),
         "measured_on": f"{held_out.numel()} held-out calibration tokens",
         "sensitivity_seconds": measured.seconds,
         "damped_moments": damped,
@@ -211,8 +211,8 @@ def _round_table(model: PreTrainedModel, name: str, posed: Problem, type: str) -
 @torch.no_grad()
 def _predictions(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Log-probabilities of every token of the windows: 100 MB for 512 tokens."""
-    head, softcap = quality.output_head(model)
-    return quality.log_probabilities(quality.hidden_states(model, windows).flatten(0, 1), head, softcap)
+    head, softcap = predict.output_head(model)
+    return predict.log_probabilities(predict.hidden_states(model, windows).flatten(0, 1), head, softcap)
 
 
 def _notes(chosen: Allocation, options: Mapping[str, list[Option]], damped: int) -> list[str]:

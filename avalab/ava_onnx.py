@@ -32,7 +32,7 @@ from avalab import (
     onnx_blocks,
     onnx_graph,
     onnx_mixed,
-    quality,
+    predict,
     rounded_walk,
     rounding,
 )
@@ -157,8 +157,8 @@ def _candidate(grid: Grid, rows: int, columns: int) -> Candidate:
 @torch.no_grad()
 def _predictions(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Log-probabilities of every token of the windows."""
-    head, softcap = quality.output_head(model)
-    return quality.log_probabilities(quality.hidden_states(model, windows).flatten(0, 1), head, softcap)
+    head, softcap = predict.output_head(model)
+    return predict.log_probabilities(predict.hidden_states(model, windows).flatten(0, 1), head, softcap)
 
 
 def _notes(chosen: Allocation, damped: int) -> list[str]:

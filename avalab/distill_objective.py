@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avalab import distill_losses, finetune, kernels, models, quality
+from avalab import distill_losses, finetune, kernels, models, predict
 from avalab.artifacts import Artifact
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import IGNORED, collate
@@ -136,7 +136,7 @@ def of(
         return Objective(recipe, model, None, (), (), identity)
     asked = models.load(teacher, device)
     apply_packed_attention(asked)
-    if any(quality.output_head(each)[1] for each in (model, asked)):
+    if any(predict.output_head(each)[1] for each in (model, asked)):
         raise ValueError("a model with a soft cap on its logits cannot be distilled here")
     if not inside:
         return Objective(recipe, model, asked, (), (), identity)

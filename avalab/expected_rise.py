@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab import calibration, models, quality, rounding
+from avalab import calibration, models, predict, rounding
 from avalab.allocation import Option
 from avalab.rounding import Problem
 
@@ -109,7 +109,7 @@ def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor
     """Mean outer product, over tokens, of a head's inputs weighted by its gradients, or of an embedding's gradients."""
     gradients = gradients.flatten(0, -2)
     if is_head:  # a few tokens at a time: logits are many
-        parts = [part.float().square().sum(-1, keepdim=True) for part in gradients.split(quality.CHUNK_TOKENS)]
+        parts = [part.float().square().sum(-1, keepdim=True) for part in gradients.split(predict.CHUNK_TOKENS)]
         rows = inputs.detach().flatten(0, -2).float() * torch.cat(parts).sqrt()
     else:
         rows = gradients.float()
@@ -122,17 +122,17 @@ def of_replacement(
 ) -> float:
     """The measured rise in KL divergence, nats a token, with other values in a parameter; the model stays as it was."""
     kept = parameter.data
-    head, softcap = quality.output_head(model)
-    before = quality.hidden_states(model, windows)
+    head, softcap = predict.output_head(model)
+    before = predict.hidden_states(model, windows)
     try:
         parameter.data = values
-        after = quality.hidden_states(model, windows)
+        after = predict.hidden_states(model, windows)
         rises = []
         for expected, candidate in zip(before, after, strict=True):
             parameter.data = kept
-            reference = quality.log_probabilities(expected, head, softcap)
+            reference = predict.log_probabilities(expected, head, softcap)
             parameter.data = values
-            rises.append(quality.kl_divergence(reference, quality.log_probabilities(candidate, head, softcap)).mean())
+            rises.append(predict.kl_divergence(reference, predict.log_probabilities(candidate, head, softcap)).mean())
     finally:
         parameter.data = kept
     return float(torch.stack(rises).mean())

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import artifacts, calibration, models, quality
+from avalab import artifacts, calibration, models, predict
 from avalab.artifacts import Artifact
+from avalab.cache import save_tensors
 from avalab.code import code_of
 from avalab.sensitivity import block_index
 
@@ -39,7 +40,7 @@ INFLUENCE, SECONDS = "influence", "seconds"
 def folder_of(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) -> Path:
     """Where the moments of these windows in this model are kept: a name from what determines them."""
     code = code_of(measure, squared_gradients)
-    parts = [("base", base.sha256), ("windows", quality.windows_sha256(windows)), ("code", code)]
+    parts = [("base", base.sha256), ("windows", predict.windows_sha256(windows)), ("code", code)]
     return cache / f"moments-{artifacts.combined_sha256(parts)[:16]}"
 
 
@@ -66,7 +67,7 @@ def measure(model: PreTrainedModel, windows: Int[Tensor, "window time"], folder:
             calls = [calibration._next_call(block, call) for call in calls]
             continue
         found, calls = _of_block(block, calls, index)
-        quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, files[index])
+        save_tensors(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, files[index])
         start = time.perf_counter()
     return files
 
@@ -122,7 +123,7 @@ def squared_gradients(
 
     calibration.gradient_pass(model, windows[:GRADIENT_WINDOWS], list(names.values()), measure_layer, seed=seed)
     _refuse_non_finite(found, "gradients of")
-    quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
+    save_tensors(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
     return path
 
 

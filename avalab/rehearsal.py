@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalab import corpora, kernels, models, quality
+from avalab import corpora, kernels, models, predict
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 from avalab.packed_rows import IGNORED
@@ -29,7 +29,7 @@ def rows(run: Run, teacher: Artifact, *, tokens: int, row_tokens: int) -> list[d
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(run.seed))
     windows = everything[order[: max(1, tokens // row_tokens)]]
     model = models.load(teacher, run.device)
-    return [_row(window, quality.hidden_states(model, window[None])[0].cpu()) for window in windows]
+    return [_row(window, predict.hidden_states(model, window[None])[0].cpu()) for window in windows]
 
 
 def _row(window: Tensor, hidden: Float[Tensor, "token channel"]) -> dict[str, Tensor]:

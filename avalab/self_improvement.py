@@ -1,6 +1,6 @@
 """A round of self-improvement: the model's own answers, where they can be verified, become training examples.
 
-1. The model answers requests; it is decoded as in `evaluate`, free, or held to calls by a grammar.
+1. The model answers requests; it is decoded as in `answers`, free, or held to calls by a grammar.
 2. An answer becomes an example with the model's calls in the form that training uses.
 3. The gates verify it without knowing the right answer: the calls satisfy the schemas, every value is said in the
    request, pure functions run. What passes may join the training set.
@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from avalab import calls, evaluate, example_files, gates, statistics
+from avalab import answers, calls, example_files, gates, statistics
+from avalab.answers import Respondent
 from avalab.calls import Case
-from avalab.evaluate import Respondent
 from avalab.gates import Gate
 from avalab.statistics import Estimate
 
@@ -43,7 +43,7 @@ def self_improve(
     """
     counts = Counter() if counts is None else counts
     asked = [_case(number, request) for number, request in enumerate(requests)]
-    texts = evaluate.answer_calls(respondent, asked, mode, cache, progress="self-improvement") if asked else []
+    texts = answers.answer_calls(respondent, asked, mode, cache, progress="self-improvement") if asked else []
     accepted = []
     for case, text in zip(asked, texts, strict=True):
         example, gate = _example(case, text, f"self:{respondent.artifact.name}")

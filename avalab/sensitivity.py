@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from avalab import models, numerics, quality, statistics
+from avalab import models, numerics, predict, statistics
 from avalab.experiment import Run
 from avalab.numerics import NumberFormat
-from avalab.quality import Reference
+from avalab.predict import Reference
 
 
 def layer_by_layer(
@@ -46,7 +46,7 @@ def record(run: Run, model: PreTrainedModel, against: Reference, format: NumberF
     """Append a `kl_divergence` record for each layer, subject `layer 07/mlp.down_proj`."""
     for name, kl in layer_by_layer(model, against, format):
         estimate = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
-        details = {"format": format.name, "windows_sha256": quality.windows_sha256(against.windows)}
+        details = {"format": format.name, "windows_sha256": predict.windows_sha256(against.windows)}
         run.record(subject(name), "kl_divergence", unit="nats/token", **vars(estimate), details=details, **more)
 
 
@@ -72,7 +72,7 @@ def _entering(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) ->
         for block in blocks
     ]
     try:
-        quality.hidden_states(model, windows)
+        predict.hidden_states(model, windows)
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,4 +87,4 @@ def _kl_from(
     for block, (args, kwargs) in zip(model.base_model.layers[start:], entering[start:], strict=True):
         output = block(hidden, *args[1:], **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-    return quality.score_hidden(model, model.base_model.norm(hidden), against).kl
+    return predict.score_hidden_states(model, model.base_model.norm(hidden), against).kl

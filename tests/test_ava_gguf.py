@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from avalab import additivity, artifacts, ava, ava_gguf, corpora, engines, gguf_export, models, quality, quantize
+from avalab import additivity, artifacts, ava, ava_gguf, corpora, engines, gguf_export, models, predict, quantize
 from avalab.artifacts import Artifact
 from avalab.compressors import Job
 from avalab.engines import kinds
 from avalab.experiment import Run
-from avalab.quality import Reference
+from avalab.predict import Reference
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def calibration(run) -> torch.Tensor:
 def against(run, base) -> Reference:
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def made(run, base, plain) -> Artifact:
 
 
 def kl(artifact: Artifact, against: Reference) -> float:
-    return float(quality.score(models.load(artifact), against).kl.mean())
+    return float(predict.score_model(models.load(artifact), against).kl.mean())
 
 
 def test_the_file_keeps_its_budget_and_the_card_says_what_was_predicted_and_measured(made, plain):

@@ -15,8 +15,8 @@ from avalab import (
     fake_quant,
     models,
     packed_file,
+    predict,
     qat,
-    quality,
     quantize,
     train,
 )
@@ -54,11 +54,11 @@ def mixed(run, base):
 @pytest.fixture(scope="module")
 def against(run, base):
     windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 def divergence(artifact, against):
-    return quality.score(models.load(artifact), against).kl.mean().item()
+    return predict.score_model(models.load(artifact), against).kl.mean().item()
 
 
 @pytest.mark.parametrize("kind", KINDS)

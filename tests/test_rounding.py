@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from avalab import ava, calibration, corpora, models, packing, quality, rounded_walk, rounding
+from avalab import ava, calibration, corpora, models, packing, predict, rounded_walk, rounding
 from avalab.compressors import Job
 from avalab.experiment import Run
 from avalab.rounding import Grid
@@ -149,13 +149,13 @@ class Tiny:
 
     folder: object
     calibration: torch.Tensor
-    against: quality.Reference
+    against: predict.Reference
 
     def job(self, **parameters) -> Job:
         return Job(self.folder, "cpu", {**ava.DEFAULTS, **parameters}, [], self.calibration)
 
     def kl(self, model: PreTrainedModel) -> float:
-        return float(quality.score(model, self.against).kl.mean())
+        return float(predict.score_model(model, self.against).kl.mean())
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def tiny(tmp_path_factory) -> Tiny:
     base = models.base(run)
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.evaluation_texts(run, tokenizer)[0], tokenizer, count=8, tokens=64)
-    against = quality.reference(base, windows, tmp_path_factory.mktemp("cache"))
+    against = predict.reference(base, windows, tmp_path_factory.mktemp("cache"))
     return Tiny(base.path, corpora.calibration_windows(run, tokenizer), against)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab import calls, evaluate, gates, models, self_improvement, synthesize, toolbox
+from avalab import answers, calls, gates, models, self_improvement, synthesize, toolbox
 from avalab.self_improvement import precision, self_improve
 
 
@@ -17,7 +17,7 @@ def requests():
 
 
 def answering(texts: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "answer_calls", lambda *_, **__: texts)
+    monkeypatch.setattr(answers, "answer_calls", lambda *_, **__: texts)
 
 
 def right(request: dict) -> str:
@@ -84,7 +84,7 @@ def test_a_round_of_the_tiny_model_is_resumed_from_the_cache(run, respondent, re
     assert counts["accepted"] == len(kept)
     for example in kept:
         assert gates.verdict(example, gates.STANDARD) == ("", "")
-    unloaded = evaluate.Respondent(respondent.artifact)
+    unloaded = answers.Respondent(respondent.artifact)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the answers were known"))
     again = self_improvement.self_improve(unloaded, requests, cache, row=gates.standard([]), mode="forced")
     assert again == kept
