@@ -34,7 +34,7 @@ from avalab import (
     equivalence,
     models,
     packing,
-    quality,
+    predict,
     rounding,
     sensitivity,
 )
@@ -143,7 +143,7 @@ def _key(job: Job, windows: Tensor) -> str:
     """What sensitivities depend on: the model's files, the tokens, and all of the job but its budget."""
     files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
     parameters = {name: value for name, value in job.parameters.items() if name not in BUDGET}
-    about = [files, quality.windows_sha256(windows), sorted(parameters.items()), job.device, list(job.skipped)]
+    about = [files, predict.windows_sha256(windows), sorted(parameters.items()), job.device, list(job.skipped)]
     return artifacts.sha256_of_text(json.dumps(about))
 
 

@@ -37,7 +37,7 @@ from avalab import (
     onnx_graph,
     onnx_mixed,
     packing,
-    quality,
+    predict,
     rounding,
     sensitivity,
 )
@@ -113,8 +113,8 @@ def embedding_name(model: PreTrainedModel) -> str:
 @torch.no_grad()
 def predictions(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Log-probabilities of every token of the windows: 100 MB for 512 tokens."""
-    head, softcap = quality.output_head(model)
-    return quality.log_probabilities(quality.hidden_states(model, windows).flatten(0, 1), head, softcap)
+    head, softcap = predict.output_head(model)
+    return predict.log_probabilities(predict.hidden_states(model, windows).flatten(0, 1), head, softcap)
 
 
 # --- grids: checkpoints and ONNX ---------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def _write_gguf(work: Work, chosen: Allocation, rounded: dict[str, BlockRounded]
     model = work.model if rounded else models.load(work.job.folder, work.job.device)
     about |= {
         "measured_kl_divergence": float(
-            quality.kl_divergence(work.reference, predictions(model, work.held_out)).mean()
+            predict.kl_divergence(work.reference, predictions(model, work.held_out)).mean()
         ),
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens",
         "types": {name: option.format for name, option in chosen.chosen.items()},

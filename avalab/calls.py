@@ -1,7 +1,10 @@
-"""Function-calling cases and the rules that decide whether an answer is right.
+"""Function-calling cases, the chat text they are asked with, and the rules that decide whether an answer is right.
 
-The cases are those of the Berkeley Function Calling Leaderboard v4 (single turn, Python). An answer is judged on what
-it calls, not on how it is spelt:
+The cases are those of the Berkeley Function Calling Leaderboard v4 (single turn, Python; fetched when absent), and
+those of the toolbox, which need no download: its held-out tools, with requests that say every argument, one fitting
+tool on offer (`toolbox_simple`), among others (`toolbox_multiple`), or only others (`toolbox_irrelevance`).
+
+An answer is judged on what it calls, not on how it is spelt:
 
 1. `parse_calls` reads the calls from the model's text: `<tool_call>` blocks, bare or fenced JSON, or `[f(a=1)]`.
 2. `check` compares the calls with the case. The number of calls must match; parallel calls may come in any order. Each
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import ast
 import json
+import random
 import re
 import warnings
 from collections.abc import Iterable
@@ -29,8 +33,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from avalab import assets, toolbox
+
 LIVE_CATEGORIES = ("live_simple", "live_multiple", "live_irrelevance")
-CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", *LIVE_CATEGORIES)
+BFCL_CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", *LIVE_CATEGORIES)
+TOOLBOX = ("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance")  # need no download
+CATEGORIES = (*BFCL_CATEGORIES, *TOOLBOX)
+LISTED = 3  # tools on offer in toolbox_multiple and toolbox_irrelevance
 CALL_ERRORS = ("wrong_function", "missing_argument", "extra_argument", "wrong_type", "wrong_value")
 ERRORS = ("no_call", "not_json", "unwanted_call", "wrong_count", *CALL_ERRORS)
 
@@ -80,6 +91,40 @@ class Verdict:
     detail: str = ""
 
 
+def cases(category: str, limit: int | None = None) -> list[Case]:
+    """The first `limit` cases of a category of BFCL v4 (fetched when absent) or of the toolbox.
+
+    Raises ValueError for an unknown category, or when the toolbox is asked for without a limit.
+    """
+    if category not in CATEGORIES:
+        raise ValueError(f"unknown category {category!r}; choose one of {', '.join(CATEGORIES)}")
+    if category not in TOOLBOX:
+        return load_cases(assets.fetch("bfcl-v4"), category, limit)
+    if limit is None:
+        raise ValueError(f"{category} has no end; give a limit")
+    examples = toolbox.function_calling_examples(limit, seed=2, split="heldout")
+    return [_toolbox_case(f"{category}_{i}", category, example) for i, example in enumerate(examples)]
+
+
+def _toolbox_case(id: str, category: str, example: dict) -> Case:
+    (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
+    heldout = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"]
+    fitting = [t for t in heldout if t["name"] == call["name"]]
+    others = random.Random(id).sample([t for t in heldout if t not in fitting], LISTED)
+    if category == "toolbox_irrelevance":
+        return Case(id, category, messages, others, [])
+    listed = fitting if category == "toolbox_simple" else [*others[:1], *fitting, *others[2:]]
+    return Case(id, category, messages, listed, [{call["name"]: {k: [v] for k, v in call["arguments"].items()}}])
+
+
+def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
+    """The chat text of a case up to the answer: tools in the system message, before what the case says itself."""
+    own = [m["content"] for m in case.messages if m["role"] == "system"]
+    system = {"role": "system", "content": "\n\n".join([toolbox.system_prompt(case.functions), *own])}
+    messages = [system, *(m for m in case.messages if m["role"] != "system")]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 def load_cases(folder: Path | str, category: str, limit: int | None = None) -> list[Case]:
     """The first `limit` cases of a category, in the file's order.
 
@@ -87,8 +132,8 @@ def load_cases(folder: Path | str, category: str, limit: int | None = None) -> l
     Raises ValueError for an unknown category or a damaged line (file and line number), FileNotFoundError for a missing
     file.
     """
-    if category not in CATEGORIES:
-        raise ValueError(f"unknown BFCL category {category!r}; choose one of {', '.join(CATEGORIES)}")
+    if category not in BFCL_CATEGORIES:
+        raise ValueError(f"unknown BFCL category {category!r}; choose one of {', '.join(BFCL_CATEGORIES)}")
     path = _find_file(Path(folder), f"BFCL_v4_{category}.json")
     rows = list(islice(_read_lines(path, ("id", "question", "function")), limit))
     expected = {row["id"]: [] for row in rows}

@@ -139,7 +139,7 @@ def evaluate_(
     as_json: AsJson = False,
 ) -> None:
     """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
-    from avalab import artifacts, evaluate, harness
+    from avalab import answers, artifacts, harness
     from avalab.experiment import Run
 
     wanted = tasks.split(",")
@@ -147,13 +147,13 @@ def evaluate_(
     if others:
         harness.require()
     run = Run("avalab_eval", profile, seed)
-    respondent = evaluate.Respondent(artifacts.load(artifact), run.device)
-    for category in evaluate.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
-        how = {"category": category, "mode": mode, "limit": limit, "skip": skip}
-        evaluate.record(run, respondent.artifact.name, respondent, **how)
+    respondent = answers.Respondent(artifacts.load(artifact), run.device)
+    for category in answers.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
+        name = respondent.artifact.name
+        answers.record_calls(run, name, respondent, category=category, mode=mode, limit=limit, skip=skip)
     if "humaneval" in wanted:
-        problems = evaluate.problems(run, limit)
-        evaluate.record_pass_at_1(run, respondent.artifact.name, respondent, problems)
+        problems = answers.code_problems(run, limit)
+        answers.record_pass_at_1(run, respondent.artifact.name, respondent, problems)
     if others:
         harness.record(respondent.artifact, others, run=run, limit=limit)
     print_records(run, as_json)

@@ -54,20 +54,23 @@ def compare(
 
 
 def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
-    from avalab import evaluate, statistics
+    from avalab import answers, statistics
 
-    answered = [evaluate.Respondent(artifact, run.device) for artifact in pair]
+    answered = [answers.Respondent(artifact, run.device) for artifact in pair]
     every: list[list[bool]] = [[], []]
-    for category in evaluate.answerable(run.profile.call_categories, mode):
-        how = {"category": category, "mode": mode, "limit": limit}
-        right = [[v.correct for v in evaluate.record(run, r.artifact.name, r, **how)] for r in answered]
-        print(f"{evaluate.metric(category, mode):44} {statistics.mcnemar(*right)}")
+    for category in answers.answerable(run.profile.call_categories, mode):
+        verdicts = [
+            answers.record_calls(run, each.artifact.name, each, category=category, mode=mode, limit=limit)
+            for each in answered
+        ]
+        right = [[verdict.correct for verdict in found] for found in verdicts]
+        print(f"{answers.call_metric(category, mode):44} {statistics.mcnemar(*right)}")
         every = [known + new for known, new in zip(every, right, strict=True)]
     print(f"{'all':44} {statistics.mcnemar(*every)}")
 
 
 def _compare_loss(run, pair: list, limit: int | None) -> None:
-    from avalab import corpora, models, quality, statistics
+    from avalab import corpora, models, predict, quality, statistics
 
     tokenizers = [models.load_tokenizer(artifact) for artifact in pair]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
@@ -77,8 +80,8 @@ def _compare_loss(run, pair: list, limit: int | None) -> None:
     cache = run.artifacts_dir / "cache"
     for text in corpora.evaluation_texts(run, tokenizers[1]):
         windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
-        against = quality.reference(pair[1], windows, cache, run.device)
-        ours, theirs = (quality.cached_score(artifact, against, cache, run.device).nll for artifact in pair)
+        against = predict.reference(pair[1], windows, cache, run.device)
+        ours, theirs = (quality.score_artifact(artifact, against, cache, run.device).nll for artifact in pair)
         gap = statistics.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
         ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
         print(f"{'loss, ' + text.name:44} {statistics.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")

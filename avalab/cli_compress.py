@@ -105,12 +105,12 @@ def prune(
 
 def _predicted_and_measured(run, base, artifact) -> None:
     """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
-    from avalab import corpora, models, peers_scores, quality, statistics
+    from avalab import corpora, models, predict, quality, statistics
 
     tokenizer, cache = models.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.text(run.profile.eval_texts[0], tokenizer)
-    against = quality.reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
-    kl = peers_scores.scores(artifact, against, cache, engine=_engine(artifact), device=run.device).kl
+    against = predict.reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
+    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
@@ -151,16 +151,16 @@ def _time_zeros(run, artifact) -> None:
 
 def _score(run, subjects: dict) -> None:
     """Quality and cost of each artefact on the profile's evaluation texts."""
-    from avalab import corpora, cost, models, quality
+    from avalab import corpora, cost, models, predict, quality
 
     base = next(iter(subjects.values()))
     tokenizer = models.load_tokenizer(base)
     for text in corpora.evaluation_texts(run, tokenizer):
-        against = quality.reference(
+        against = predict.reference(
             base, corpora.profile_windows(run, text, tokenizer), run.artifacts_dir / "cache", run.device
         )
         for subject, artifact in subjects.items():
-            quality.record(run, subject, artifact, against, text)
+            quality.record_quality(run, subject, artifact, against, text)
     for subject, artifact in subjects.items():
         cost.record(run, subject, artifact)
     print_records(run, as_json=False)

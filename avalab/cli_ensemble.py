@@ -71,7 +71,7 @@ def _by_distributions(run, members: list, method: str, ask, weights: str) -> tup
 
 def _by_answers(run, members: list, method: str, ask, settings: tuple[int, float, float]) -> tuple[str, str]:
     from avalab import answers_vote, ensemble_answers
-    from avalab.evaluate import Respondent
+    from avalab.answers import Respondent
 
     samples, temperature, threshold = settings
     if method == "self-consistency":

@@ -138,9 +138,9 @@ def chat(
     mode: Annotated[str, typer.Option(help="free (any text) or grammar (a readable call, or a text).")] = "grammar",
 ) -> None:
     """Chat with an artefact that really calls its tools: each call is executed in a sandbox and shown."""
-    from avalab import artifacts, chat_tools, conversation, evaluate
+    from avalab import answers, artifacts, chat_tools, conversation
     from avalab.experiment import Run
 
     offered = chat_tools.read_tools(tools) if tools else chat_tools.built_in()
-    respondent = evaluate.Respondent(artifacts.load(artifact), Run("avalab_chat").device)
+    respondent = answers.Respondent(artifacts.load(artifact), Run("avalab_chat").device)
     conversation.converse(respondent, offered, mode=mode)

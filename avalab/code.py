@@ -1,6 +1,6 @@
 """Cache keys from code: one hash of everything in the package that calls of some functions can reach.
 
-    key = code_of(quality.score, models.load)
+    key = code_of(predict.score_model, models.load)
 
 1. Start at the top-level definitions that hold the functions. Their syntax names others of the package: bare names,
    attributes of modules, imported names, `"package.module:name"` in a string; a module that is used as a value stands
@@ -39,6 +39,13 @@ NOT_FOLLOWED = (  # in the hash by name only
     "avalab.assets:fetch",
     "avalab.assets:manifest",
     "avalab.assets:resolve",
+    "avalab.cache:cache_path",
+    "avalab.cache:cached_document",
+    "avalab.cache:cached_lines",
+    "avalab.cache:cached_tensors",
+    "avalab.cache:known_lines",
+    "avalab.cache:load_tensors",
+    "avalab.cache:save_tensors",
     "avalab.code:code_of",
     "avalab.experiment:PROFILES",
     "avalab.experiment:ROOT",

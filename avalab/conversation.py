@@ -19,9 +19,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from avalab import calls, grammars, toolbox
+from avalab.answers import Respondent
 from avalab.calls import Call
 from avalab.chat_tools import Result, Tool, execute, shown
-from avalab.evaluate import Respondent
 
 MODES = ("free", "grammar")
 ROUNDS, MAX_CALLS = 4, 4  # answers in a turn, calls in an answer

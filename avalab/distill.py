@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import adapters, artifacts, finetune, kernels, losses, models, quality, targets, train
+from avalab import adapters, artifacts, finetune, kernels, losses, models, predict, targets, train
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 from avalab.experiment import Run
@@ -269,7 +269,7 @@ def objective_of(
         return Objective(recipe, model, None, (), (), identity)
     asked = models.load(teacher, device)
     apply_packed_attention(asked)
-    if any(quality.output_head(each)[1] for each in (model, asked)):
+    if any(predict.output_head(each)[1] for each in (model, asked)):
         raise ValueError("a model with a soft cap on its logits cannot be distilled here")
     if not inside:
         return Objective(recipe, model, asked, (), (), identity)

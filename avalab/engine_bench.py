@@ -14,7 +14,7 @@
 Prefill speed is the prompt over the time to first token, one head product included. A cell that fails (library missing,
 artefact not read, out of memory, out of time) is a record without value whose note says why; the race goes on.
 
-What it does not do: batches (`engine_batches`), quality (`engine_quality`), or decide which cells are run (`race`).
+What it does not do: batches (`engine_batches`), quality (`quality`), or decide which cells are run (`race`).
 """
 
 from __future__ import annotations

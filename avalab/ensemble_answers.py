@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avalab import answers_vote, call_cases, cascade, ensemble, evaluate, mixture, quality, statistics
+from avalab import answers, answers_vote, calls, cascade, ensemble, mixture, predict, statistics
+from avalab.answers import Respondent
 from avalab.artifacts import Artifact
 from avalab.calls import Case
-from avalab.evaluate import Respondent
 from avalab.experiment import Run
 
 HELD_OUT = "toolbox_simple"  # the lab's own tools: no category of the leaderboard
@@ -42,7 +42,7 @@ class Answered:
 def held_out_cases(asked: Sequence[Case], count: int) -> list[Case]:
     """`count` cases with the lab's own tools, none with a question of `asked`, and no question twice."""
     seen, found = {str(case.messages) for case in asked}, []
-    for case in call_cases.cases(HELD_OUT, 4 * (len(asked) + count)):
+    for case in calls.cases(HELD_OUT, 4 * (len(asked) + count)):
         if str(case.messages) not in seen and len(found) < count:
             seen.add(str(case.messages))
             found.append(case)
@@ -54,8 +54,8 @@ def held_out_cases(asked: Sequence[Case], count: int) -> list[Case]:
 def alone(run: Run, respondent: Respondent, asked: list[Case], mode: str) -> Answered:
     """The greedy answers of one respondent; it agrees with itself."""
     cache = run.artifacts_dir / "cache"
-    texts = evaluate.answer_calls(respondent, asked, mode, cache, progress=respondent.artifact.name)
-    rate = evaluate.items_per_s(respondent, asked, mode, cache)
+    texts = answers.answer_calls(respondent, asked, mode, cache, progress=respondent.artifact.name)
+    rate = answers.items_per_s(respondent, asked, mode, cache)
     return Answered(texts, [1.0] * len(texts), 1 / rate if rate else None)
 
 
@@ -89,7 +89,7 @@ def self_consistency(
 def choose_rule(run: Run, pair: tuple[Respondent, Respondent], cases: list[Case], mode: str) -> cascade.Rule:
     """The threshold for (small, large) on held-out cases; a wrong answer loses 1, a right one 0."""
     texts = [alone(run, respondent, cases, mode).texts for respondent in pair]
-    small, large = ([float(not v.correct) for v in evaluate.judge(cases, column)] for column in texts)
+    small, large = ([float(not v.correct) for v in answers.judge_calls(cases, column)] for column in texts)
     return cascade.choose(confidence(pair[0], cases, texts[0]), small, large)
 
 
@@ -113,7 +113,7 @@ def answer_cascade(
 @torch.inference_mode()
 def confidence(respondent: Respondent, asked: Sequence[Case], texts: Sequence[str]) -> list[float]:
     """The geometric mean of the probabilities of each answer's tokens given its prompt; 0 for an empty answer."""
-    prompts = [call_cases.prompt(respondent.tokenizer, case) for case in asked]
+    prompts = [calls.case_prompt(respondent.tokenizer, case) for case in asked]
     return [text_confidence(respondent, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
@@ -124,8 +124,8 @@ def text_confidence(respondent: Respondent, prompt: str, text: str) -> float:
     if not after:
         return 0.0
     ids = torch.tensor([before + after])
-    hidden = quality.hidden_states(respondent.model, ids)[0, len(before) - 1 : -1]
-    found: Tensor = quality.log_probabilities(hidden, *quality.output_head(respondent.model)).cpu()
+    hidden = predict.hidden_states(respondent.model, ids)[0, len(before) - 1 : -1]
+    found: Tensor = predict.log_probabilities(hidden, *predict.output_head(respondent.model)).cpu()
     return float(found.gather(-1, ids[0, len(before) :, None]).mean().exp())
 
 
@@ -140,11 +140,11 @@ def record(
     details: dict | None = None,
 ) -> list[bool]:
     """Append the share of right answers with its errors, and `answer_seconds`; returns which were right."""
-    verdicts = evaluate.judge(asked, answered.texts)
+    verdicts = answers.judge_calls(asked, answered.texts)
     share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
     more = {"artifact_sha256": sha256, "engine": "torch"}
-    told = {"errors": evaluate.errors(verdicts), "mode": mode, **(details or {})}
-    run.record(subject, evaluate.metric(asked[0].category, mode), unit="1", **vars(share), **more, details=told)
+    told = {"errors": answers.count_errors(verdicts), "mode": mode, **(details or {})}
+    run.record(subject, answers.call_metric(asked[0].category, mode), unit="1", **vars(share), **more, details=told)
     note = "" if answered.seconds is not None else "answers of an earlier run that kept no times"
     run.record(subject, "answer_seconds", answered.seconds, "s", n=len(asked), note=note, **more)
     return [v.correct for v in verdicts]

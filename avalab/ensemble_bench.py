@@ -3,7 +3,7 @@
 1. `held_out_windows` are calibration text that no artefact of the run was calibrated on, and no evaluation text: there
    weights and thresholds are fitted, and the artefact to compare with is chosen.
 2. `scores` reads each member once on the reference's windows (final hidden states, kept in the run's cache), pools the
-   next-token distributions chunk by chunk, and scores them with `quality.token_scores`, as a single model's are.
+   next-token distributions chunk by chunk, and scores them with `predict.token_scores`, as a single model's are.
 3. `record_gap` pairs an ensemble with one artefact on the same tokens: the verdict is that of the interval.
 4. `record_speed` times single decoding steps of all subjects in turn, in one process.
 
@@ -13,28 +13,27 @@ memory: all members are held at once, so the bytes are their sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import cascade, corpora, cost, ensemble, mixture, models, quality, statistics
+from avalab import cascade, corpora, cost, ensemble, mixture, models, predict, quality, statistics
 from avalab.artifacts import Artifact
+from avalab.cache import cache_path, load_tensors, save_tensors
 from avalab.cascade import Rule
 from avalab.code import code_of
 from avalab.corpora import Text
 from avalab.ensemble import Ensemble
 from avalab.experiment import Run, load_average
 from avalab.kernels.bench import interleaved
-from avalab.quality import Reference, TokenScores
+from avalab.predict import Reference, TokenScores
 from avalab.statistics import Estimate
 
 
@@ -63,13 +62,13 @@ def target_log_probabilities(
 ) -> Float[Tensor, "member token"]:
     """Each member's log p of every token of the reference's windows: what `ensemble.fit_weights` needs."""
     cache = run.artifacts_dir / "cache"
-    return torch.stack([-quality.cached_score(m, against, cache, run.device).nll.flatten() for m in members])
+    return torch.stack([-quality.score_artifact(m, against, cache, run.device).nll.flatten() for m in members])
 
 
 def fitted_weights(run: Run, members: tuple[Artifact, ...], count: int = 0) -> tuple[float, ...]:
     """Weights of the members fitted on `count` held-out windows, 0 being half as many as each evaluation text has."""
     windows = held_out_windows(run, models.load_tokenizer(members[0]), count or max(2, run.profile.eval_windows // 2))
-    against = quality.reference(members[0], windows, run.artifacts_dir / "cache", run.device)  # for its windows only
+    against = predict.reference(members[0], windows, run.artifacts_dir / "cache", run.device)  # for its windows only
     return ensemble.fit_weights(target_log_probabilities(members, against, run))
 
 
@@ -84,16 +83,7 @@ def single_best(losses: Mapping[str, float], sizes: Mapping[str, int], budget_by
 
 def voice(artifact: Artifact, windows: Int[Tensor, "window time"], run: Run) -> Voice:
     """The artefact's hidden states on these windows, read from the run's cache where they are known."""
-    parts = (artifact.sha256[:16], quality.windows_sha256(windows)[:16], torch.device(run.device).type)
-    path = run.artifacts_dir / "cache" / f"hidden-{'-'.join(parts)}.safetensors"
-    model = models.load(artifact, run.device)
-    try:
-        hidden = load_file(path)["hidden"]
-    except (OSError, KeyError, SafetensorError):  # absent or damaged
-        batches = windows.split(quality.BATCH_WINDOWS)
-        hidden = torch.cat([quality.hidden_states(model, batch).cpu() for batch in batches])
-        quality.save_atomically({"hidden": hidden}, path)
-    return Voice(hidden, *quality.output_head(model))
+    return Voice(*predict.cached_hidden_states(artifact, windows, run.artifacts_dir / "cache", run.device))
 
 
 @torch.inference_mode()
@@ -113,14 +103,15 @@ def token_rule(run: Run, pair: tuple[Artifact, Artifact], against: Reference) ->
 
 def scores(run: Run, ensembles: Mapping[str, Ensemble], against: Reference) -> dict[str, TokenScores]:
     """Token scores of every ensemble on the reference's windows; those known to the run's cache are read from there."""
-    known = {name: _known(_path(run, about, against)) for name, about in ensembles.items()}
+    paths = {name: _path(run, about, against) for name, about in ensembles.items()}
+    known = {name: load_tensors(path) for name, path in paths.items()}
     missing = {name: about for name, about in ensembles.items() if known[name] is None}
     members = {m.sha256: m for about in missing.values() for m in about.members}
     voices = {sha256: voice(member, against.windows, run) for sha256, member in members.items()}
-    made = _score(voices, missing, against) if missing else {}
-    for name, found in made.items():
-        quality.save_atomically(vars(found), _path(run, missing[name], against))
-    return {name: known[name] or made[name] for name in ensembles}
+    for name, found in (_score(voices, missing, against) if missing else {}).items():
+        known[name] = vars(found)
+        save_tensors(known[name], paths[name])
+    return {name: TokenScores(**columns) for name, columns in known.items()}
 
 
 @torch.inference_mode()
@@ -129,13 +120,13 @@ def _score(voices: dict[str, Voice], ensembles: Mapping[str, Ensemble], against:
     columns: dict[str, list] = {name: [] for name in ensembles}
     for index, window in enumerate(tqdm(against.windows, desc="pool", leave=False)):
         parts: dict[str, list] = {name: [] for name in ensembles}
-        for rows in _chunks(len(window) - 1):
+        for rows in predict.chunks(len(window) - 1):
             expected = _log_probabilities(reference, index, rows)
             heard = {sha256: _log_probabilities(voice, index, rows) for sha256, voice in voices.items()}
             for name, about in ensembles.items():
                 pooled = ensemble.pooled(about, torch.stack([heard[m.sha256] for m in about.members]))
                 targets = window[1:][rows].to(pooled.device)
-                parts[name].append([c.cpu() for c in quality.token_scores(pooled, expected.to(pooled.device), targets)])
+                parts[name].append([c.cpu() for c in predict.token_scores(pooled, expected.to(pooled.device), targets)])
         for name in ensembles:
             columns[name].append([torch.cat(column) for column in zip(*parts[name], strict=True)])
     return {
@@ -146,15 +137,16 @@ def _score(voices: dict[str, Voice], ensembles: Mapping[str, Ensemble], against:
 
 def record(run: Run, subject: str, about: Ensemble, found: TokenScores, text: Text) -> None:
     """Append perplexity, KL divergence and top-1 agreement of an ensemble, `:<text>` each."""
-    how = {"resamples": run.profile.resamples, "seed": run.seed}
-    for metric, unit, estimate in (
-        ("perplexity", "1", statistics.perplexity(found.nll, **how)),
-        ("kl_divergence", "nats/token", statistics.mean(found.kl, **how)),
-        ("top1_agreement", "1", statistics.mean(found.agrees, **how)),
-    ):
-        details = {"text_sha256": text.sha256, **described(about)}
-        more = {"artifact_sha256": about.as_artifact().sha256, "engine": "torch", "details": details}
-        run.record(subject, f"{metric}:{text.name}", unit=unit, **vars(estimate), **more)
+    for metric, unit, estimate in quality.estimates(found, resamples=run.profile.resamples, seed=run.seed):
+        run.record(
+            subject,
+            f"{metric}:{text.name}",
+            unit=unit,
+            **vars(estimate),
+            artifact_sha256=about.as_artifact().sha256,
+            engine="torch",
+            details={"text_sha256": text.sha256, **described(about)},
+        )
 
 
 def record_gap(
@@ -227,23 +219,12 @@ def _step(model: PreTrainedModel, prompt: Int[Tensor, "time"]) -> Callable[[], N
     return step
 
 
-def _chunks(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, quality.CHUNK_TOKENS):
-        yield slice(start, min(start + quality.CHUNK_TOKENS, tokens))
-
-
 def _log_probabilities(heard: Voice, index: int, rows: slice) -> Float[Tensor, "token vocab"]:
-    return quality.log_probabilities(heard.hidden[index][rows], heard.head, heard.softcap)
+    return predict.log_probabilities(heard.hidden[index][rows], heard.head, heard.softcap)
 
 
 def _path(run: Run, about: Ensemble, against: Reference) -> Path:
-    code = code_of(voice, _score)  # what older code scored is not trusted
-    parts = (about.as_artifact().sha256[:16], against.identity[:16], code[:8], torch.device(run.device).type)
-    return run.artifacts_dir / "cache" / f"ensemble-{'-'.join(parts)}.safetensors"
-
-
-def _known(path: Path) -> TokenScores | None:
-    try:
-        return TokenScores(**load_file(path))
-    except (OSError, TypeError, SafetensorError):  # absent or damaged
-        return None
+    code, device = code_of(voice, _score), torch.device(run.device).type
+    return cache_path(
+        run.artifacts_dir / "cache", "ensemble", about.as_artifact().sha256, against.identity, device, code[:8]
+    )

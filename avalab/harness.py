@@ -11,7 +11,7 @@
    answers, else 1.96 standard errors to each side; none where the harness gives no standard error.
 
 What it does not do: tasks that run model-written code in this process (the harness asks for a confirmation that is
-never given here; `evaluate` has HumanEval in a sandbox), and resuming inside one task. A task file may name Python
+never given here; `answers` has HumanEval in a sandbox), and resuming inside one task. A task file may name Python
 functions beside it: such a folder is code, to be chosen like a program.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -34,6 +35,7 @@ import httpx
 from avalab import artifacts, experiment, models, statistics
 from avalab.artifacts import Artifact
 from avalab.assets import AssetUnavailable
+from avalab.cache import cache_path, cached_document
 from avalab.engines import EngineUnavailable
 from avalab.experiment import Record, Run
 from avalab.statistics import Estimate
@@ -143,18 +145,21 @@ def _is_share(value: float, stderr: float, n: int) -> bool:
 def _evaluated(artifact: Artifact, tasks: list[str], run: Run, settings: dict, folder: Path | None) -> Iterator[dict]:
     """The harness's answer for each task, from the cache where it is known; the model is loaded when first needed."""
     manager, ask = None, None
+
+    def evaluate(task: str) -> dict:
+        nonlocal manager, ask
+        with _quiet():
+            manager = manager or _manager(folder)
+            refuse_unknown(tasks, manager.all_tasks)
+            loaded = load(task, manager, folder)
+            ask = ask or _asker(artifact, run.device, settings, manager)
+            return ask(loaded)
+
     for task in tasks:
-        path = _cache_file(run, artifact, task, settings)
-        answer = _cached(path)
-        if answer is None:
-            with _quiet():
-                manager = manager or _manager(folder)
-                refuse_unknown(tasks, manager.all_tasks)
-                loaded = load(task, manager, folder)
-                ask = ask or _asker(artifact, run.device, settings, manager)
-                answer = ask(loaded)
-            experiment.write_atomically(path, json.dumps(answer, indent=1, sort_keys=True) + "\n")
-        yield answer
+        key = artifacts.sha256_of_text(json.dumps([task, settings, run.device, KEPT], sort_keys=True))
+        parts = (artifact.sha256, experiment.slug(task), key[:8])
+        path = cache_path(run.artifacts_dir / "cache", "harness", *parts, suffix=".json")
+        yield cached_document(path, functools.partial(evaluate, task))
 
 
 def _asker(artifact: Artifact, device: str, settings: dict, manager: object) -> Callable[[list], dict]:
@@ -225,16 +230,3 @@ def _folder_sha256(folder: Path | None) -> str:
         raise ValueError(f"{folder} is no folder of task files")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return artifacts.combined_sha256((f.relative_to(folder).as_posix(), artifacts.sha256_of(f)) for f in files)
-
-
-def _cache_file(run: Run, artifact: Artifact, task: str, settings: dict) -> Path:
-    key = artifacts.sha256_of_text(json.dumps([task, settings, run.device, KEPT], sort_keys=True))
-    return run.artifacts_dir / "cache" / f"harness-{artifact.sha256[:16]}-{experiment.slug(task)}-{key[:8]}.json"
-
-
-def _cached(path: Path) -> dict | None:
-    try:
-        answer = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or damaged: measured again
-        return None
-    return answer if isinstance(answer, dict) and "results" in answer else None

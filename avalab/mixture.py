@@ -24,8 +24,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from avalab import ensemble, models
+from avalab.answers import Respondent
 from avalab.ensemble import Ensemble
-from avalab.evaluate import Respondent
 
 
 class Mixture(PreTrainedModel):
@@ -88,7 +88,7 @@ class Choir(Respondent):
 
 
 def respondent(about: Ensemble, device: str = "cpu") -> Choir:
-    """Something to ask: `evaluate.record(run, subject, respondent(ensemble), ...)`."""
+    """Something to ask: `answers.record_calls(run, subject, respondent(ensemble), ...)`."""
     return Choir(about.as_artifact(), device, about)
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avalab import models, onnx_blocks, onnx_builder, onnx_graph, quality
+from avalab import models, onnx_blocks, onnx_builder, onnx_graph, predict
 from avalab.onnx_blocks import Blocks, Steps
 
 FORMAT, ENGINES = "onnx-mixed", ("onnx",)
@@ -179,7 +179,7 @@ def _dense_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def _compared(expected: Tensor, found: Tensor) -> dict[str, float]:
     """Divergence from what was expected, nats a token. Raises RuntimeError where the two have nothing in common."""
     reference, candidate = (part[:, : expected.shape[1]].float().log_softmax(-1) for part in (expected, found))
-    divergence = float(quality.kl_divergence(reference, candidate).mean())
+    divergence = float(predict.kl_divergence(reference, candidate).mean())
     if not divergence < DIFFERENT:
         raise RuntimeError(f"ONNX Runtime's distributions diverge by {divergence:.2f} nats: the graph is wrong")
     return {"measured_kl_divergence": divergence}

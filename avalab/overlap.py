@@ -83,7 +83,7 @@ def _set(name: str, texts: list[str], functions: set[str]) -> EvaluationSet:
 
 
 def _bfcl(folder: Path) -> EvaluationSet:
-    cases = [case for category in calls.CATEGORIES for case in calls.load_cases(folder, category)]
+    cases = [case for category in calls.BFCL_CATEGORIES for case in calls.load_cases(folder, category)]
     texts = [m["content"] for case in cases for m in case.messages]
     texts += [text for case in cases for tool in case.functions for text in descriptions(tool)]
     return _set("bfcl-v4", texts, {tool["name"] for case in cases for tool in case.functions})

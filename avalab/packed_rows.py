@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from avalab import corpora, grammars, models, quality
+from avalab import corpora, grammars, models, predict
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -238,7 +238,7 @@ def rehearsal_rows(run: Run, teacher: Artifact, *, tokens: int, row_tokens: int)
     windows = corpora.shuffled_windows(run, models.load_tokenizer(teacher), tokens=row_tokens)
     model, found = models.load(teacher, run.device), []
     for window in windows[: max(1, tokens // row_tokens)]:
-        hidden = quality.hidden_states(model, window[None])[0].cpu()
+        hidden = predict.hidden_states(model, window[None])[0].cpu()
         # Cloned into an ordinary tensor: inference tensors take no part in training.
         found.append({**window_rows(window[None])[0], "teacher": hidden.clone()})
     return found

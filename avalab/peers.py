@@ -21,13 +21,12 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 
-from avalab import corpora, models, peers_calls, quality, quantize, statistics
-from avalab import peers_scores as scoring
+from avalab import corpora, models, peers_calls, predict, quality, quantize, statistics
 from avalab.artifacts import Artifact
 from avalab.engines import kinds
 from avalab.experiment import PROFILES, ROOT, Run, load_average, load_records
 from avalab.peers_known import NAMES, PEERS, SHORT, known
-from avalab.quality import Reference, TokenScores
+from avalab.predict import Reference, TokenScores
 
 SAME_BYTES = 0.01  # two files within this share are of one size
 
@@ -61,7 +60,7 @@ def references(run: Run, base: Artifact) -> dict[str, Reference]:
     tokenizer, cache = models.load_tokenizer(base), run.artifacts_dir / "cache"
     texts = corpora.evaluation_texts(run, tokenizer)
     windows = {text.name: corpora.profile_windows(run, text, tokenizer) for text in texts}
-    return {name: quality.reference(base, rows, cache, run.device) for name, rows in windows.items()}
+    return {name: predict.reference(base, rows, cache, run.device) for name, rows in windows.items()}
 
 
 def record(
@@ -88,13 +87,13 @@ def record(
     run.record(subject, "compress_seconds", measured.get("compress_seconds"), "s", n=1, details=details, **about)
     cache, found = run.artifacts_dir / "cache", {}
     for text, reference in against.items():
-        found[text] = scoring.scores(artifact, reference, cache, engine=about["engine"], device=run.device)
-        base = scoring.scores(reference.base, reference, cache, device=run.device)
+        found[text] = quality.score_artifact(artifact, reference, cache, run.device, engine=about["engine"])
+        base = quality.score_artifact(reference.base, reference, cache, run.device)
         rows = _estimates(run, found[text], base)
         for metric, unit, estimate in rows:
             run.record(subject, f"{metric}:{text}", unit=unit, **vars(estimate), **about)
         for form, rival in (rivals or {}).items():
-            theirs = scoring.scores(rival, reference, cache, device=run.device)
+            theirs = quality.score_artifact(rival, reference, cache, run.device)
             estimate = statistics.paired_ratio(
                 theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed
             )
@@ -171,7 +170,21 @@ def _shown(run: Run) -> str:
     texts = run.profile.eval_texts
     columns = ["artifact_bytes", "compress_seconds", *(f"{metric}:{text}" for text in texts for metric in SHOWN)]
     columns += [_ratio_of(text, form) for text in texts for form in FORMS]
-    return scoring.table(run.records, [*columns, f"{peers_calls.SHARE}:{peers_calls.ALL}"])
+    return table(run.records, [*columns, f"{peers_calls.SHARE}:{peers_calls.ALL}"])
+
+
+def table(records: Sequence[Record], columns: Sequence[str]) -> str:
+    """A line a subject with the named metrics, and its first note."""
+    found = {(r.subject, r.metric): r for r in records}
+    names = [c.removeprefix("artifact_").removeprefix("compress_").replace("_divergence", "") for c in columns]
+    widths = [max(12, len(name)) for name in names]
+    lines = [f"{'subject':28}" + " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for subject in dict.fromkeys(r.subject for r in records):
+        values = [getattr(found.get((subject, column)), "value", None) for column in columns]
+        cells = [f"{'-' if v is None else f'{v:.6g}':>{width}}" for v, width in zip(values, widths, strict=True)]
+        note = next((r.note for r in records if r.subject == subject and r.note), "")
+        lines.append(f"{subject:28}{' '.join(cells)}  {note}".rstrip())
+    return "\n".join(lines)
 
 
 def main() -> None:

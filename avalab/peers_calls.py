@@ -4,43 +4,33 @@
    that size, so that what was scored is what is asked, whatever has changed in the code that made it.
 2. Each answers the first cases of each of the profile's categories in the mode `forced`: calls only, filled in under
    the grammar. A model without training gets about half of them right so, and has something to lose.
-3. torch answers in `evaluate`'s batches. Any other engine answers one case after another, its logits under the same
-   grammar, and chooses the tokens of an answer's beginning too, where `evaluate` reads a beginning that the grammar
-   leaves no choice about with the prompt: the same text, perhaps in other tokens. Answers are kept under the artefact's
-   bytes as they arrive: a killed run goes on.
+3. Each answers in the engine that its size was recorded with (`answers`), and what it answered is kept.
 4. A peer's rivals are those of its ratios of KL divergences. On the same cases: the difference of shares, ours less
    its, with Newcombe's interval for pairs; how many cases only one of them got right, and McNemar's exact test. Both
    by category and over `all` of them; an ending `:packed` or `:gguf` names the form, as it does behind `kl_ratio`.
-
-Source: Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data"
-(1998), method 10.
 
 What it does not do: make or score an artefact, or correct p-values for the number of comparisons.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from avalab import answer_cache, artifacts, engines, evaluate, grammars, models, statistics
+from avalab import answers, artifacts, statistics
+from avalab.answers import Respondent
 from avalab.artifacts import Artifact
-from avalab.call_cases import cases, prompt
-from avalab.calls import Case
-from avalab.code import code_of
+from avalab.calls import Case, cases
 from avalab.experiment import Record, Run
 
 MODE, ALL = "forced", "all"
-SHARE = evaluate.MODES[MODE]
+SHARE = answers.MODES[MODE]
 DIFFERENCE = f"{SHARE}_difference"
 Right = dict[str, list[bool]]  # by category, and over all
 
 
 def categories(run: Run) -> list[str]:
     """The profile's categories in which a call is right."""
-    return evaluate.answerable(run.profile.call_categories, MODE)
+    return answers.answerable(run.profile.call_categories, MODE)
 
 
 def recorded(run: Run) -> dict[str, Artifact]:
@@ -59,7 +49,7 @@ def record(run: Run, limit: int, *, chosen: Sequence[str] = ()) -> None:
     names = list(chosen) or categories(run)
     if limit < 1:
         raise ValueError(f"cases of each category have to be 1 or more, got {limit}")
-    asked = {name: cases(name, limit) for name in names if evaluate.metric(name, MODE)}
+    asked = {name: cases(name, limit) for name in names if answers.call_metric(name, MODE)}
     here, sized, rivals, right = recorded(run), _sized(run), _rivals(run), {}
     # Rivals before peers: each peer is paired as soon as it has answered.
     for subject in sorted(sized, key=lambda name: name in rivals):
@@ -89,59 +79,21 @@ def _record_one(run: Run, size: Record, artifact: Artifact | None, asked: dict[s
         if artifact is None:
             raise ValueError("no artefact of these bytes is left")
         artifacts.load(artifact.path)  # its files are those of its card
-        verdicts = {
-            name: evaluate.judge(rows, answers(run, artifact, rows, engine=size.engine)) for name, rows in asked.items()
-        }
-    except (engines.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
+        respondent, verdicts = Respondent(artifact, run.device, engine=size.engine), {}
+        for name, rows in asked.items():
+            label = f"{artifact.name} {name}"
+            texts = answers.answer_calls(respondent, rows, MODE, run.artifacts_dir / "cache", progress=label)
+            verdicts[name] = answers.judge_calls(rows, texts)
+    except (ValueError, RuntimeError) as error:  # NotSupported is the one, EngineUnavailable the other
         note = f"not asked: {' '.join(str(error).split())}"
         run.record(size.subject, f"{SHARE}:{ALL}", None, "1", note=note, **about)
         return {}
     verdicts[ALL] = [verdict for rows in verdicts.values() for verdict in rows]
     for name, rows in verdicts.items():
         share = statistics.wilson(sum(verdict.correct for verdict in rows), len(rows))
-        details = {"mode": MODE, "errors": evaluate.errors(rows)}
+        details = {"mode": MODE, "errors": answers.count_errors(rows)}
         run.record(size.subject, f"{SHARE}:{name}", unit="1", details=details, **vars(share), **about)
     return {name: [verdict.correct for verdict in rows] for name, rows in verdicts.items()}
-
-
-def answers(run: Run, artifact: Artifact, asked: list[Case], *, engine: str) -> list[str]:
-    """The answers to cases of one category in their order, from the run's cache where they are known.
-
-    Raises what `engines.load` raises, and RuntimeError or ValueError as the engine does.
-    """
-    folder, label = run.artifacts_dir / "cache", f"{artifact.name} {asked[0].category}"
-    if engine == "torch":
-        respondent = evaluate.Respondent(artifact, run.device)
-        return evaluate.answer_calls(respondent, asked, MODE, folder, progress=label)
-    tokenizer = models.load_tokenizer(artifact)
-    prompts = [prompt(tokenizer, case) for case in asked]
-    keys = [_key(text, case) for text, case in zip(prompts, asked, strict=True)]
-
-    def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
-        return _generated(artifact, engine, [(prompts[i], asked[i]) for i in wanted])
-
-    code = code_of(_generated, engines.ENGINES[engine])
-    name = f"answers-{artifact.sha256[:16]}-{engine}-{asked[0].category}-{MODE}-{code[:8]}.jsonl"
-    return answer_cache.resumed(folder / name, keys, generate, progress=label)
-
-
-def _generated(artifact: Artifact, engine: str, wanted: list[tuple[str, Case]]) -> Iterator[tuple[int, str]]:
-    opened = engines.load(engine, artifact, threads=torch.get_num_threads())
-    tokenizer = models.load_tokenizer(artifact)
-    compiler = grammars.compiler(tokenizer, opened.facts.vocabulary)
-    try:
-        for position, (text, case) in enumerate(wanted):
-            most = grammars.MAX_CALLS if "parallel" in case.category else 1
-            grammar = grammars.call_grammar(compiler, case.functions, refusal=False, max_calls=most)
-            tokens = tokenizer(text, add_special_tokens=False).input_ids
-            new = opened.generate(tokens, evaluate.CALL_TOKENS, grammar)
-            yield position, tokenizer.decode(new, skip_special_tokens=True)
-    finally:
-        opened.close()
-
-
-def _key(text: str, case: Case) -> str:
-    return artifacts.sha256_of_text(json.dumps([text, case.functions, evaluate.CALL_TOKENS]))[:16]
 
 
 def _sized(run: Run) -> dict[str, Record]:

@@ -24,20 +24,30 @@ hidden width; what is quantised already is not pruned.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import artifacts, corpora, models, patterns, quality, quantize, saliency, sparse_storage, structured, walk
+from avalab import (
+    artifacts,
+    cache,
+    corpora,
+    models,
+    patterns,
+    quantize,
+    saliency,
+    sparse_storage,
+    structured,
+    walk,
+)
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 from avalab.experiment import Run
@@ -277,12 +287,8 @@ def apply_zeros(model: PreTrainedModel, plan: Plan, known: Known, progress: Path
     layers = {name: layer for name, layer in models.linear_layers(model).items() if name in plan.targets}
     counts = _counts(layers, plan, known)
     for block, names in tqdm(_by_block(layers).items(), desc=f"prune {plan.score}", leave=False):
-        path = walk.block_file(progress, block)
-        pruned = _finished(path)
-        if pruned is None:
-            pruned = dict(_pruned_block(model, plan, known, {n: counts[n] for n in names}))
-            if plan.needs:
-                quality.save_atomically(pruned, path)
+        prune = functools.partial(_pruned_block, model, plan, known, {name: counts[name] for name in names})
+        pruned = cache.cached_tensors(walk.block_file(progress, block), prune) if plan.needs else prune()
         for name, weight in pruned.items():
             layers[name].weight.data = weight.to(layers[name].weight)
 
@@ -380,19 +386,10 @@ def _by_block(layers: dict[str, nn.Linear]) -> dict[int, list[str]]:
     return found
 
 
-def _finished(path: Path) -> dict[str, Tensor] | None:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):  # absent or damaged: done again
-        return None
-
-
-def _pruned_block(
-    model: PreTrainedModel, plan: Plan, known: Known, counts: dict[str, int]
-) -> Iterator[tuple[str, Tensor]]:
+def _pruned_block(model: PreTrainedModel, plan: Plan, known: Known, counts: dict[str, int]) -> dict[str, Tensor]:
     """The new weights of some layers of one block; layers with one input share its factorised moment."""
     pattern, updates = PATTERNS[plan.pattern], SCORES[plan.score].updates
-    posed, last = None, ()
+    posed, last, found = None, (), {}
     for name, count in counts.items():
         layer = model.get_submodule(name)
         if updates:
@@ -406,7 +403,8 @@ def _pruned_block(
             compared = SCORES[plan.score].compared
             mask = n_of_m(scores, pattern.zeros, pattern.group) if pattern.zeros else None
             weight = layer.weight.masked_fill(lowest(scores, count, compared=compared) if mask is None else mask, 0)
-        yield name, weight.to(layer.weight.dtype)
+        found[name] = weight.to(layer.weight.dtype)
+    return found
 
 
 def _kept_blocks(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> list[int]:

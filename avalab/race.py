@@ -11,7 +11,7 @@
 3. Each visit is appended to a file as soon as it is there, under a key of artefact, engine, threads, sizes, code and
    machine. A race that was killed goes on where it was; one that ended is read back.
 
-What it does not do: choose among the cells (`budgets`), or score them (`engine_quality`).
+What it does not do: choose among the cells (`budgets`), or score them (`quality`).
 """
 
 from __future__ import annotations

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from avalab import models, numerics, quality, rounding, statistics, walk
+from avalab import models, numerics, predict, rounding, statistics, walk
 from avalab.allocation import Option
 from avalab.experiment import Run
 from avalab.numerics import NumberFormat
-from avalab.quality import Reference
+from avalab.predict import Reference
 from avalab.rounding import Problem, Round
 
 BF16 = "bf16"
@@ -120,7 +120,7 @@ def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor
     """Mean outer product, over tokens, of a head's inputs weighted by its gradients, or of an embedding's gradients."""
     gradients = gradients.flatten(0, -2)
     if is_head:  # a few tokens at a time: logits are many
-        parts = [part.float().square().sum(-1, keepdim=True) for part in gradients.split(quality.CHUNK_TOKENS)]
+        parts = [part.float().square().sum(-1, keepdim=True) for part in gradients.split(predict.CHUNK_TOKENS)]
         rows = inputs.detach().flatten(0, -2).float() * torch.cat(parts).sqrt()
     else:
         rows = gradients.float()
@@ -133,18 +133,18 @@ def increase_of_replacement(
 ) -> float:
     """The measured KL divergence, nats a token, with other values in a parameter; the model stays as it was."""
     kept = parameter.data
-    head, softcap = quality.output_head(model)
-    before = quality.hidden_states(model, windows)
+    head, softcap = predict.output_head(model)
+    before = predict.hidden_states(model, windows)
     try:
         parameter.data = values
-        after = quality.hidden_states(model, windows)
+        after = predict.hidden_states(model, windows)
         increases = []
         for expected, candidate in zip(before, after, strict=True):
             parameter.data = kept
-            reference = quality.log_probabilities(expected, head, softcap)
+            reference = predict.log_probabilities(expected, head, softcap)
             parameter.data = values
-            changed = quality.log_probabilities(candidate, head, softcap)
-            increases.append(quality.kl_divergence(reference, changed).mean())
+            changed = predict.log_probabilities(candidate, head, softcap)
+            increases.append(predict.kl_divergence(reference, changed).mean())
     finally:
         parameter.data = kept
     return float(torch.stack(increases).mean())
@@ -206,7 +206,7 @@ def record_layers(run: Run, model: PreTrainedModel, against: Reference, format: 
     """Append a `kl_divergence` record for each layer, subject `layer 07/mlp.down_proj`."""
     for name, kl in layer_by_layer(model, against, format):
         estimate = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
-        details = {"format": format.name, "windows_sha256": quality.windows_sha256(against.windows)}
+        details = {"format": format.name, "windows_sha256": predict.windows_sha256(against.windows)}
         run.record(layer_subject(name), "kl_divergence", unit="nats/token", **vars(estimate), details=details, **more)
 
 
@@ -226,7 +226,7 @@ def _block_calls(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor)
         for block in blocks
     ]
     try:
-        quality.hidden_states(model, windows)
+        predict.hidden_states(model, windows)
     finally:
         for hook in hooks:
             hook.remove()
@@ -241,7 +241,7 @@ def _kl_from(
     for block, (args, kwargs) in zip(model.base_model.layers[start:], entering[start:], strict=True):
         output = block(hidden, *args[1:], **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-    return quality.score_hidden(model, model.base_model.norm(hidden), against).kl
+    return predict.score_hidden_states(model, model.base_model.norm(hidden), against).kl
 
 
 def draw_choices(options: Mapping[str, list[Option]], count: int, *, seed: int) -> list[tuple[str, Option]]:
@@ -274,7 +274,7 @@ def measure_choices_alone(
         posed = rounding.problem(moments[name], damping=damping)
         try:
             layer.weight.data = round(kept.float(), posed, option.format).decode(kept.dtype)
-            yield float(quality.score(model, against).kl.mean())
+            yield float(predict.score_model(model, against).kl.mean())
         finally:
             layer.weight.data = kept
 
@@ -294,7 +294,7 @@ def input_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"], n
     handles = [model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
     try:
         for batch in windows.split(walk.BATCH_WINDOWS):
-            quality.hidden_states(model, batch)
+            predict.hidden_states(model, batch)
     finally:
         for handle in handles:
             handle.remove()

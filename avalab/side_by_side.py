@@ -2,8 +2,8 @@
 
 1. Requests come from `prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with tools
    on offer: one tool does it, none helps, or a value is missing.
-2. Every artefact answers greedily, through transformers in batches or through any engine; answers are kept (see
-   `answer_cache`), so that a stopped run goes on and a sheet is made again in no time.
+2. Every artefact answers greedily in any engine (`answers`); answers are kept, so that a stopped run goes on and a
+   sheet is made again in no time.
 3. `make` writes two files: `sheet.json` with requests and answers under the hash of their text, and `key.json`, which
    says whose they are. Equal answers of two artefacts are one answer, read and scored once for both.
 4. `order` gives a rater an order of requests, and of answers within each, of their own, from a hash: the same after a
@@ -20,19 +20,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from avalab import answer_cache, engines, grammars, models, toolbox
+from avalab import engines, toolbox
+from avalab.answers import Question, Respondent, answer
 from avalab.artifacts import Artifact, sha256_of_text
-from avalab.code import code_of
-from avalab.evaluate import Respondent
 from avalab.experiment import write_atomically
 
 PROMPTS = Path(__file__).parent / "prompts" / "side_by_side.txt"
 PLAIN_KINDS, TOOL_KINDS = ("question", "writing", "reasoning", "instruction"), ("call", "no_tool", "ask_back")
-TRANSFORMERS = "transformers"  # in place of an engine's name: batches through the model that `models.load` opens
 ANSWER_TOKENS = 128
 
 
@@ -99,7 +97,7 @@ def answers(
     asked: Sequence[Prompt],
     cache: Path,
     *,
-    engine: str = TRANSFORMERS,
+    engine: str = "torch",
     device: str = "cpu",
     new_tokens: int = ANSWER_TOKENS,
 ) -> list[str]:
@@ -107,37 +105,15 @@ def answers(
 
     Raises ValueError, EngineUnavailable or NotSupported as the engine does.
     """
-    if engine != TRANSFORMERS and engine not in engines.ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join((TRANSFORMERS, *engines.ENGINES))}")
-    tokenizer = models.load_tokenizer(artifact)
-    texts = [tokenizer.apply_chat_template(p.chat, tokenize=False, add_generation_prompt=True) for p in asked]
-    keys = [sha256_of_text(text)[:16] for text in texts]
-
-    def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
-        missing = [texts[index] for index in wanted]
-        if engine != TRANSFORMERS:
-            return _of_engine(engine, artifact, tokenizer, missing, new_tokens)
-        return _of_transformers(Respondent(artifact, device), tokenizer, missing, new_tokens)
-
-    # Answers that older code gave are not trusted.
-    code = code_of(_of_transformers) if engine == TRANSFORMERS else code_of(_of_engine, engines.ENGINES[engine])
-    settings = sha256_of_text(f"{code} {new_tokens} {device}")[:8]
-    path = cache / f"side-by-side-{artifact.sha256[:16]}-{engine}-{settings}.jsonl"
-    return answer_cache.resumed(path, keys, generate, progress=f"{artifact.name} in {engine}")
-
-
-def _of_transformers(respondent: Respondent, tokenizer, texts: list[str], new_tokens: int) -> Iterator:
-    return grammars.answers(respondent.model, tokenizer, texts, max_new_tokens=new_tokens)
-
-
-def _of_engine(engine: str, artifact: Artifact, tokenizer, texts: list[str], new_tokens: int) -> Iterator:
-    loaded = engines.load(engine, artifact)
-    try:
-        for index, text in enumerate(texts):
-            tokens = loaded.generate(tokenizer(text, add_special_tokens=False).input_ids, new_tokens)
-            yield index, tokenizer.decode(tokens, skip_special_tokens=True)
-    finally:
-        loaded.close()
+    if engine not in engines.ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(engines.ENGINES)}")
+    respondent = Respondent(artifact, device, engine=engine)
+    questions = [
+        Question(respondent.tokenizer.apply_chat_template(p.chat, tokenize=False, add_generation_prompt=True))
+        for p in asked
+    ]
+    progress = f"{artifact.name} in {engine}"
+    return answer(respondent, questions, cache, task="side-by-side", tokens=new_tokens, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------------------------- sheet

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import artifacts, models, quality
+from avalab import artifacts, models, predict
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 from avalab.experiment import Run
@@ -107,9 +107,9 @@ def distributions(teacher: PreTrainedModel, row: dict[str, Tensor], temperature:
     """Log-probabilities ["token vocab"] at a temperature of the tokens that are scored, some tokens at a time."""
     inputs = {n: v.to(teacher.device) for n, v in collate([row]).items() if n in ("input_ids", "position_ids")}
     hidden = teacher.base_model(**inputs, boundaries=row["boundaries"], use_cache=False).last_hidden_state[0]
-    head, softcap = quality.output_head(teacher)
-    for part in (row["labels"] != IGNORED).nonzero()[:, 0].split(quality.CHUNK_TOKENS):
-        log_p = quality.log_probabilities(hidden[part.to(hidden.device)], head, softcap).cpu()
+    head, softcap = predict.output_head(teacher)
+    for part in (row["labels"] != IGNORED).nonzero()[:, 0].split(predict.CHUNK_TOKENS):
+        log_p = predict.log_probabilities(hidden[part.to(hidden.device)], head, softcap).cpu()
         yield log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import artifacts, models, quality
+from avalab import artifacts, cache, models, predict
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 
@@ -269,7 +269,7 @@ class _hooked:
 def moments_folder(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) -> Path:
     """Where the moments of these windows in this model are kept: a name from what determines them."""
     code = code_of(measure_moments, measure_squared_gradients)
-    parts = [("base", base.sha256), ("windows", quality.windows_sha256(windows)), ("code", code)]
+    parts = [("base", base.sha256), ("windows", predict.windows_sha256(windows)), ("code", code)]
     return cache / f"moments-{artifacts.combined_sha256(parts)[:16]}"
 
 
@@ -296,7 +296,7 @@ def measure_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"],
             calls = [next_call(block, call) for call in calls]
             continue
         found, calls = _of_block(block, calls, index)
-        quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, files[index])
+        cache.save_tensors(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, files[index])
         start = time.perf_counter()
     return files
 
@@ -352,7 +352,7 @@ def measure_squared_gradients(
 
     gradient_pass(model, windows[:GRADIENT_WINDOWS], list(names.values()), measure_layer, seed=seed)
     _refuse_non_finite(found, "gradients of")
-    quality.save_atomically(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
+    cache.save_tensors(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
     return path
 
 

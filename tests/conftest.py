@@ -109,9 +109,9 @@ def base(run):
 @pytest.fixture(scope="module")
 def respondent(base):
     """The tiny model, ready to answer."""
-    from avalab import evaluate
+    from avalab import answers
 
-    return evaluate.Respondent(base)
+    return answers.Respondent(base)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from avalab import (
     gguf_export,
     models,
     packing,
-    quality,
+    predict,
     quantize,
     rounding,
     sensitivity,
@@ -29,7 +29,7 @@ from avalab.compressors import Job
 from avalab.engines import kinds
 from avalab.experiment import Run
 from avalab.numerics import Grid
-from avalab.quality import Reference
+from avalab.predict import Reference
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def calibration(run) -> torch.Tensor:
 def against(run, base) -> Reference:
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def job_of(folder: Path, calibration: torch.Tensor, **parameters) -> Job:
 
 
 def kl(model: PreTrainedModel, against: Reference) -> float:
-    return float(quality.score(model, against).kl.mean())
+    return float(predict.score_model(model, against).kl.mean())
 
 
 def test_the_file_keeps_its_budget_and_the_card_says_what_was_predicted_and_measured(made, plain):

@@ -220,6 +220,6 @@ def test_real_keys_reach_what_computes_and_leave_out_paths_records_and_other_eng
     nf4, gptq = reached(quantize.METHODS["nf4"].compress), reached(quantize.METHODS["gptq"].compress)
     assert {"avalab.kernels.encoding:encode_tiles", "avalab.numerics:LEVELS"} <= set(nf4)
     assert "avalab.kernels.encoding:encode" not in gptq
-    everything = reached(finetune.train_adapter, "avalab.engine_quality:answered", engines.ENGINES["openvino"])
-    assert {"avalab.kernels.lora:linear", "avalab.train:fit", "avalab.grammars:answers"} <= set(everything)
+    everything = reached(finetune.train_adapter, "avalab.answers:answer_questions", engines.ENGINES["openvino"])
+    assert {"avalab.kernels.lora:linear", "avalab.train:fit", "avalab.grammars:call_grammar"} <= set(everything)
     assert not {at for at in everything if at.startswith(("avalab.experiment:R", "avalab.engines.llamacpp"))}

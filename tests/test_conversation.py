@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
 
-from avalab import calls, chat_tools, conversation, evaluate, grammars, models
+from avalab import answers, calls, chat_tools, conversation, grammars, models
 
 COMB = {
     "name": "ways",
@@ -158,7 +158,7 @@ def test_a_request_that_is_too_long_is_refused_and_the_chat_goes_on(respondent):
 
 
 def test_an_unknown_mode_is_refused_before_anything_is_loaded(respondent):
-    fresh = evaluate.Respondent(respondent.artifact)
+    fresh = answers.Respondent(respondent.artifact)
     with pytest.raises(ValueError, match="unknown mode 'forced'; choose one of free, grammar"):
         conversation.converse(fresh, TOOLS, mode="forced")
     assert "model" not in vars(fresh)

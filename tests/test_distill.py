@@ -17,8 +17,8 @@ from avalab import (
     kernels,
     models,
     packed_rows,
+    predict,
     prune,
-    quality,
     quantize,
     train,
 )
@@ -55,11 +55,11 @@ def rows(run, base):
 @pytest.fixture(scope="module")
 def against(run, base):
     windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-    return quality.reference(base, windows[:4], run.artifacts_dir / "cache")
+    return predict.reference(base, windows[:4], run.artifacts_dir / "cache")
 
 
 def divergence(artifact, against):
-    return quality.score(models.load(artifact), against).kl.mean().item()
+    return predict.score_model(models.load(artifact), against).kl.mean().item()
 
 
 def batch_of(row):

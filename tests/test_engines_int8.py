@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab import artifacts, engines, gguf_export, gguf_quantizer, llamacpp_build, models, onnx_file, quality
+from avalab import artifacts, engines, gguf_export, gguf_quantizer, llamacpp_build, models, onnx_file, predict
 from avalab.engines import onnx_int8
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def windows() -> torch.Tensor:
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float(quality.kl_divergence(theirs.log_softmax(-1), ours.log_softmax(-1)).mean())
+    return float(predict.kl_divergence(theirs.log_softmax(-1), ours.log_softmax(-1)).mean())
 
 
 def reference(folder) -> engines.Engine:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avalab import artifacts, engines, gguf_export, grammars, models, quality
+from avalab import artifacts, engines, gguf_export, grammars, models, predict
 from avalab.engines import kinds, onnx_export, openvino_export, openvino_graph
 from avalab.engines.engine import Engine
 
@@ -74,7 +74,7 @@ def opened(name: str, folder: Path) -> Engine:
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Mean KL divergence from the reference, nats a token."""
-    return float(quality.kl_divergence(theirs.log_softmax(-1), ours.log_softmax(-1)).mean())
+    return float(predict.kl_divergence(theirs.log_softmax(-1), ours.log_softmax(-1)).mean())
 
 
 # --- GGUF in every engine ----------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import call_cases, cascade, ensemble_answers, evaluate, models, quantize
+from avalab import calls, cascade, ensemble_answers, models, quantize
+from avalab.answers import Respondent
 from avalab.artifacts import Artifact
 from avalab.ensemble_answers import Answered
-from avalab.evaluate import Respondent
 
-ASKED = call_cases.cases("toolbox_multiple", 4)
+ASKED = calls.cases("toolbox_multiple", 4)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def saying(monkeypatch, **texts: list[str]) -> None:
 
 def test_held_out_cases_ask_nothing_that_is_scored_and_nothing_twice():
     for category in ("toolbox_simple", "toolbox_multiple"):
-        asked = evaluate.cases(category, 20)
+        asked = calls.cases(category, 20)
         found = ensemble_answers.held_out_cases(asked, 20)
         questions = [str(case.messages) for case in found]
         assert len(set(questions)) == len(found) == 20
@@ -73,7 +73,7 @@ def test_the_threshold_is_chosen_where_the_large_one_is_right_and_the_small_one_
 
 def test_a_likelier_answer_is_surer_and_an_empty_one_is_not_sure_at_all(pair):
     small, _ = pair
-    prompt = call_cases.prompt(small.tokenizer, ASKED[0])
+    prompt = calls.case_prompt(small.tokenizer, ASKED[0])
     told = ensemble_answers.text_confidence(small, prompt, "<tool_call>[{")
     noise = ensemble_answers.text_confidence(small, prompt, "zq xj kv")
     assert 0 < noise < told <= 1

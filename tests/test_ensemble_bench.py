@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import corpora, ensemble, ensemble_bench, models, quality, quantize
+from avalab import corpora, ensemble, ensemble_bench, models, predict, quantize
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 
@@ -27,7 +27,7 @@ def text(tokenizer):
 @pytest.fixture(scope="module")
 def against(run, base, text, tokenizer):
     windows = corpora.profile_windows(run, text, tokenizer)[:4]
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def test_held_out_windows_are_none_of_those_that_artefacts_are_calibrated_on_and
 
 
 def test_an_ensemble_of_one_scores_as_that_one_does(run, pair, against):
-    alone = quality.score(models.load(pair[0]), against)
+    alone = predict.score_model(models.load(pair[0]), against)
     found = ensemble_bench.scores(run, {"one": ensemble.assemble(pair[:1], "mean")}, against)["one"]
     for column in ("nll", "kl", "agrees"):
         torch.testing.assert_close(getattr(found, column), getattr(alone, column), atol=2e-5, rtol=0)
 
 
 def test_the_fitted_mixture_loses_no_more_than_any_member_where_it_was_fitted(run, base, pair, held_out):
-    reference = quality.reference(base, held_out, run.artifacts_dir / "cache")
+    reference = predict.reference(base, held_out, run.artifacts_dir / "cache")
     targets = ensemble_bench.target_log_probabilities(tuple(pair), reference, run)
     weights = ensemble.fit_weights(targets)
     mixed = ensemble.assemble(pair, "weighted", weights=weights)
@@ -87,7 +87,7 @@ def test_records_name_members_weights_and_the_verdict_of_the_paired_gap(run, pai
     made = {r.metric: r for r in run.records if r.subject == "mean-2"}
     assert made["kl_divergence:python_docs"].details["members"] == [a.name for a in pair]
     assert made["perplexity:python_docs"].low < made["perplexity:python_docs"].value
-    single = quality.score(models.load(base), against)
+    single = predict.score_model(models.load(base), against)
     gaps = ensemble_bench.record_gap(run, "mean-2", found, ("bf16", single), text)
     gap = run.records[-1]
     assert (gap.metric, gap.details) == ("kl_gap:python_docs", {"against": "bf16", "verdict": "worse"})
@@ -103,7 +103,7 @@ def test_a_cascade_at_both_ends_is_one_of_its_members(run, pair, against):
 
 
 def test_the_rule_for_tokens_wins_back_nine_tenths_of_the_loss_or_asks_nobody(run, base, pair, held_out):
-    reference = quality.reference(base, held_out, run.artifacts_dir / "cache")
+    reference = predict.reference(base, held_out, run.artifacts_dir / "cache")
     for small, large in ((pair[1], base), (base, pair[1])):
         rule = ensemble_bench.token_rule(run, (small, large), reference)
         ours, theirs = (-row.mean() for row in ensemble_bench.target_log_probabilities((small, large), reference, run))

@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from avalab import ava, cli, corpora, equivalence, models, quality, quantize, rounding, walk
+from avalab import ava, cli, corpora, equivalence, models, predict, quantize, rounding, walk
 from avalab.compressors import Job
 from avalab.equivalence import Pair
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_transformed_is_refused(tmp_path):
 def against(run, base):
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.evaluation_texts(run, tokenizer)[0], tokenizer, count=4, tokens=64)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.mark.usefixtures("few_docstrings")
@@ -230,7 +230,7 @@ def test_an_artefact_of_every_form_holds_the_transformed_model(form, plain, run,
     assert made.name.endswith(f"+{name}-scale+rotate{end}")
     assert made.card["recipe"][-1]["transform"] == "scale+rotate"
     assert made.bytes <= form["bytes"]
-    assert float(quality.score(models.load(made), against).kl.mean()) < 0.2
+    assert float(predict.score_model(models.load(made), against).kl.mean()) < 0.2
 
 
 def test_a_budget_over_bf16_leaves_the_weights_as_they_are(base):

@@ -16,7 +16,7 @@ from avalab import (
     losses,
     models,
     packed_rows,
-    quality,
+    predict,
     quantize,
     toolbox,
 )
@@ -157,7 +157,7 @@ def test_rehearsal_rows_pull_towards_the_base_and_are_disjoint_from_evaluation(r
     rows = packed_rows.rehearsal_rows(run, base, tokens=256, row_tokens=128)
     assert [len(row["input_ids"]) for row in rows] == [128, 128]
     model = models.load(base)
-    hidden = quality.hidden_states(model, rows[0]["input_ids"][None]).clone().requires_grad_()
+    hidden = predict.hidden_states(model, rows[0]["input_ids"][None]).clone().requires_grad_()
     batch = packed_rows.collate(rows[:1])
     same = losses.rehearsed(hidden, model.lm_head.weight, batch)
     assert same.item() == pytest.approx(0, abs=1e-5)
@@ -173,10 +173,10 @@ def test_rehearsal_rows_pull_towards_the_base_and_are_disjoint_from_evaluation(r
 def test_rehearsal_keeps_general_text_closer_to_the_base(run, base, examples):
     drift = {}
     windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-    reference = quality.reference(base, windows[:4], run.artifacts_dir / "cache")
+    reference = predict.reference(base, windows[:4], run.artifacts_dir / "cache")
     for tokens in (0, 4000):
         schedule = replace(RECIPE.schedule, steps=8)
         recipe = replace(RECIPE, rehearsal_tokens=tokens, schedule=schedule)
         tuned = finetune.train_adapter(base, examples, run=run, name=f"rehearsal-{tokens}", recipe=recipe)
-        drift[tokens] = quality.score(models.load(tuned), reference).kl.mean().item()
+        drift[tokens] = predict.score_model(models.load(tuned), reference).kl.mean().item()
     assert drift[4000] < drift[0]

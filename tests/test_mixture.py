@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from avalab import call_cases, ensemble, evaluate, grammars, mixture, models, quantize
+from avalab import answers, calls, ensemble, grammars, mixture, models, quantize
 
 PROMPTS = ["<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nWhat is a list?"]
 
@@ -55,10 +55,10 @@ def test_steps_over_a_common_cache_agree_with_one_pass_over_the_whole_text(pair,
 def test_an_ensemble_answers_cases_under_a_grammar_and_is_read_back_after_that(run, pair, monkeypatch):
     choir = mixture.respondent(ensemble.assemble(pair, "mean"))
     how = {"category": "toolbox_multiple", "mode": "forced", "limit": 3}
-    verdicts = evaluate.record(run, "mean-2", choir, **how)
+    verdicts = answers.record_calls(run, "mean-2", choir, **how)
     assert run.records[-1].artifact_sha256 == choir.artifact.sha256
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the answers were known"))
-    assert evaluate.record(run, "mean-2", mixture.respondent(choir.about), **how) == verdicts
+    assert answers.record_calls(run, "mean-2", mixture.respondent(choir.about), **how) == verdicts
 
 
 def test_noise_draws_from_the_tempered_distribution(pair, both):
@@ -91,6 +91,6 @@ def test_members_with_another_number_of_logits_are_refused(both, pair, monkeypat
 
 
 def test_an_unsampled_case_prompt_is_that_of_the_first_member(pair, respondent):
-    (case,) = call_cases.cases("toolbox_simple", 1)
+    (case,) = calls.cases("toolbox_simple", 1)
     choir = mixture.respondent(ensemble.assemble(pair, "mean"))
-    assert call_cases.prompt(choir.tokenizer, case) == call_cases.prompt(respondent.tokenizer, case)
+    assert calls.case_prompt(choir.tokenizer, case) == calls.case_prompt(respondent.tokenizer, case)

@@ -23,7 +23,7 @@ from avalab import (
     onnx_graph,
     onnx_mixed,
     packing,
-    quality,
+    predict,
     quantize,
     rounding,
 )
@@ -215,7 +215,7 @@ def test_rounding_what_products_read_to_8_bits_costs_little(run, mixed, prompt):
     made = onnx_export.write(mixed, "kept", out=run.artifacts_dir / "eight")
     ours, theirs = engines.load("onnx", made, threads=1), engines.load("torch", mixed, dtype=torch.float32)
     parts = [engine.logits(prompt).log_softmax(-1) for engine in (theirs, ours)]
-    assert 1e-7 < float(quality.kl_divergence(*parts).mean()) < 0.01
+    assert 1e-7 < float(predict.kl_divergence(*parts).mean()) < 0.01
     ours.close()
 
 
@@ -257,7 +257,7 @@ def test_ava_keeps_its_budget_and_beats_one_grid_for_all_layers_at_its_bytes(run
     for artifact in (made, plain):
         ours = engines.load("onnx", artifact, threads=1)
         pairs = [[e.logits(window.tolist()).log_softmax(-1) for e in (theirs, ours)] for window in windows]
-        found.append(sum(float(quality.kl_divergence(*pair).mean()) for pair in pairs))
+        found.append(sum(float(predict.kl_divergence(*pair).mean()) for pair in pairs))
         ours.close()
     assert found[0] < 0.8 * found[1]
 

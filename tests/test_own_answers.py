@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab import calls, evaluate, gates, synthesize, toolbox
+from avalab import answers, calls, gates, synthesize, toolbox
 from avalab.synthesize import precision, select_answers
 
 
@@ -66,7 +66,7 @@ def test_nothing_asked_is_nothing_kept():
 
 def test_the_tiny_models_own_answers_pass_the_gates_that_they_are_said_to_pass(run, respondent, requests):
     counts, cases = Counter(), synthesize.answer_cases(requests)
-    texts = evaluate.answer_calls(respondent, cases, "forced", run.artifacts_dir / "cache")
+    texts = answers.answer_calls(respondent, cases, "forced", run.artifacts_dir / "cache")
     kept = select_answers(requests, texts, source="self", row=gates.standard([]), counts=counts)
     assert counts["answered"] == len(requests)
     assert counts["accepted"] == len(kept)

@@ -19,7 +19,7 @@ from avalab import (
     packed_embedding,
     packed_file,
     packing,
-    quality,
+    predict,
     quantize,
     rounding,
     storage,
@@ -46,7 +46,7 @@ def small(run, base):
 def against(run, base):
     tokenizer = models.load_tokenizer(base)
     texts = corpora.windows(corpora.evaluation_texts(run, tokenizer)[0], tokenizer, count=8, tokens=64)
-    return quality.reference(base, texts, run.artifacts_dir / "cache")
+    return predict.reference(base, texts, run.artifacts_dir / "cache")
 
 
 def test_predicted_memory_counts_the_embedding_that_loading_unpacks(small):
@@ -65,7 +65,7 @@ def test_it_fits_the_budget_and_its_card_says_who_can_read_it(small):
 
 def test_at_equal_bytes_it_is_closer_than_int8_rows(small, run, base, against):
     portable = quantize.write(base, "ava", run=run, bytes=small.bytes)
-    ours, theirs = (float(quality.score(models.load(a), against).kl.mean()) for a in (small, portable))
+    ours, theirs = (float(predict.score_model(models.load(a), against).kl.mean()) for a in (small, portable))
     assert ours < theirs
 
 

@@ -23,8 +23,7 @@ from avalab import (
     peers_known,
     peers_making,
     peers_runtimes,
-    peers_scores,
-    quality,
+    predict,
     quantize,
 )
 from avalab.engines import kinds
@@ -51,7 +50,7 @@ def run(run):
 def against(run, base):
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=3, tokens=48)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def tuned(run, short):
 
 
 def divergence(artifact, against) -> float:
-    return float(quality.score(models.load(artifact), against).kl.mean())
+    return float(predict.score_model(models.load(artifact), against).kl.mean())
 
 
 # What is refused
@@ -204,34 +203,12 @@ def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
 
 def test_a_table_has_a_line_a_subject_a_dash_for_what_is_missing_and_its_note():
     rows = [Record("n", "a", "kl_divergence:t", 0.25, "nats"), Record("n", "b", "x", None, "1", note="no library")]
-    lines = peers_scores.table(rows, ["artifact_bytes", "kl_divergence:t"]).splitlines()
+    lines = peers.table(rows, ["artifact_bytes", "kl_divergence:t"]).splitlines()
     assert [line.split() for line in lines] == [
         ["subject", "bytes", "kl:t"],
         ["a", "-", "0.25"],
         ["b", "-", "-", "no", "library"],
     ]
-
-
-def test_an_engine_scores_as_quality_does(rounded, against):
-    ours, theirs = peers_scores.in_engine(rounded, against, "torch"), quality.score(models.load(rounded), against)
-    assert torch.allclose(ours.kl.mean(), theirs.kl.mean(), rtol=0.1)  # the engine's logits are bf16
-    assert torch.allclose(ours.nll.mean(), theirs.nll.mean(), rtol=0.01)
-
-
-def test_engine_scores_are_kept_and_damaged_ones_made_again(rounded, against, tmp_path, monkeypatch):
-    opened = []
-
-    def measured(*arguments) -> quality.TokenScores:
-        opened.append(arguments)
-        return quality.TokenScores(*(torch.ones(2, 2) for _ in range(3)))
-
-    monkeypatch.setattr(peers_scores, "in_engine", measured)
-    for _ in range(2):
-        peers_scores.scores(rounded, against, tmp_path, engine="openvino")
-    assert len(opened) == 1
-    next(tmp_path.iterdir()).write_bytes(b"?")
-    peers_scores.scores(rounded, against, tmp_path, engine="openvino")
-    assert len(opened) == 2
 
 
 # Engines' own compressors

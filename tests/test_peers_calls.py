@@ -1,12 +1,11 @@
 """Peers and the lab's artefacts answer the same calls; the answers are paired, kept, and never of another file."""
 
-import re
 import sys
 
 import pytest
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
 
-from avalab import artifacts, call_cases, engines, evaluate, peers, peers_calls
+from avalab import answers, artifacts, models, peers, peers_calls
 from avalab.engines.kinds import EngineUnavailable
 from avalab.experiment import load_records
 
@@ -29,9 +28,6 @@ def asked_run(run, base, monkeypatch, tmp_path):
 
 def by_name(records) -> dict:
     return {(r.subject, r.metric): r for r in records}
-
-
-# Pairs
 
 
 # Asking
@@ -70,7 +66,7 @@ def test_asking_again_replaces_what_was_asked_and_generates_nothing(asked_run, m
     peers_calls.record(asked_run, 2, chosen=[CATEGORY])
     before = {key: row.value for key, row in by_name(asked_run.records).items()}
     count = len(asked_run.records)
-    monkeypatch.setattr(evaluate, "_generated", None)
+    monkeypatch.setattr(models, "load", None)
     peers_calls.record(asked_run, 2, chosen=[CATEGORY])
     assert {key: row.value for key, row in by_name(asked_run.records).items()} == before
     assert len(asked_run.records) == count
@@ -89,46 +85,9 @@ def test_an_engine_that_cannot_be_had_is_a_row_with_the_reason(asked_run, monkey
     def missing(*arguments, **options):
         raise EngineUnavailable("openvino is\nnot installed")
 
-    monkeypatch.setattr(peers_calls, "answers", missing)
+    monkeypatch.setattr(answers, "answer_calls", missing)
     peers_calls.record(asked_run, 1, chosen=[CATEGORY])
     assert by_name(asked_run.records)["base", "call_accuracy_forced:all"].note == "not asked: openvino is not installed"
-
-
-def test_a_killed_run_asks_an_engine_only_what_is_missing(run, base, monkeypatch):
-    """The engine dies at the second of three cases; the second run starts there, and a third one loads nothing."""
-    asked, loads = call_cases.cases(CATEGORY, 3), []
-    opened = engines.load
-
-    def counted(name, artifact, **options):
-        loads.append(name)
-        return opened("torch", artifact, **options)
-
-    def dying(self, tokens, limit, grammar):
-        if len(tokens) == dying.at:
-            raise RuntimeError("killed")
-        dying.seen.append(len(tokens))
-        return [5]
-
-    texts = [call_cases.prompt(peers_calls.models.load_tokenizer(base), case) for case in asked]
-    tokenizer = peers_calls.models.load_tokenizer(base)
-    dying.at, dying.seen = len(tokenizer(texts[1], add_special_tokens=False).input_ids), []
-    monkeypatch.setattr(engines, "load", counted)
-    monkeypatch.setattr(engines.Engine, "generate", dying)
-    with pytest.raises(RuntimeError, match="killed"):
-        peers_calls.answers(run, base, asked, engine="openvino")
-    dying.at = -1
-    found = peers_calls.answers(run, base, asked, engine="openvino")
-    assert len(dying.seen) == len(asked)
-    assert peers_calls.answers(run, base, asked, engine="openvino") == found
-    assert loads == ["openvino"] * 2
-
-
-def test_an_engine_answers_each_case_within_its_grammar(run, base, monkeypatch):
-    asked, opened = call_cases.cases("toolbox_multiple", 3), engines.load
-    monkeypatch.setattr(engines, "load", lambda name, artifact, **options: opened("torch", artifact, **options))
-    for case, text in zip(asked, peers_calls.answers(run, base, asked, engine="onnx"), strict=True):
-        offered = "|".join(re.escape(function["name"]) for function in case.functions)
-        assert re.match(rf'<tool_call>\[{{"name": "({offered})", "arguments": {{', text)
 
 
 # What is refused

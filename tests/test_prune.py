@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from avalab import artifacts, corpora, models, prune, quality, quantize, saliency, sparse_storage, walk
+from avalab import artifacts, corpora, models, predict, prune, quantize, saliency, sparse_storage, walk
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -32,7 +32,7 @@ def run(run):
 def against(run, base):
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=8, tokens=64)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def linear_weights(artifact: Artifact) -> dict[str, torch.Tensor]:
 
 def kl(model_or_artifact, against) -> float:
     model = models.load(model_or_artifact) if isinstance(model_or_artifact, Artifact) else model_or_artifact
-    return float(quality.score(model, against).kl.mean())
+    return float(predict.score_model(model, against).kl.mean())
 
 
 def refused(message: str):

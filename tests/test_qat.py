@@ -16,8 +16,8 @@ from avalab import (
     models,
     packed_file,
     packed_rows,
+    predict,
     qat,
-    quality,
     quantize,
     train,
 )
@@ -55,11 +55,11 @@ def mixed(run, base):
 @pytest.fixture(scope="module")
 def against(run, base):
     windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 def divergence(artifact, against):
-    return quality.score(models.load(artifact), against).kl.mean().item()
+    return predict.score_model(models.load(artifact), against).kl.mean().item()
 
 
 @pytest.mark.parametrize("kind", KINDS)

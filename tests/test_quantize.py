@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from avalab import artifacts, corpora, models, numerics, quality, quantize
+from avalab import artifacts, corpora, models, numerics, predict, quantize
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -29,7 +29,7 @@ def run(run):
 def against(run, base):
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def loaded(made) -> dict[str, PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def divergence(loaded, against) -> dict[str, float]:
-    return {method: float(quality.score(model, against).kl.mean()) for method, model in loaded.items()}
+    return {method: float(predict.score_model(model, against).kl.mean()) for method, model in loaded.items()}
 
 
 def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
 
 
 def kl(artifact: Artifact, against) -> float:
-    return float(quality.score(models.load(artifact), against).kl.mean())
+    return float(predict.score_model(models.load(artifact), against).kl.mean())
 
 
 # Every method
@@ -90,10 +90,10 @@ def test_eight_bits_diverge_less_than_four(divergence):
 def test_a_forward_pass_changes_neither_the_artefact_nor_the_next_load(made, against):
     """bitsandbytes packs 4-bit weights in place in the first call; a model saved after it would be ruined."""
     model = models.load(made["nf4"])
-    first, second = (quality.score(model, against).kl for _ in range(2))
+    first, second = (predict.score_model(model, against).kl for _ in range(2))
     artifacts.load(made["nf4"].path)
     assert torch.equal(first, second)
-    assert torch.equal(quality.score(models.load(made["nf4"]), against).kl, first)
+    assert torch.equal(predict.score_model(models.load(made["nf4"]), against).kl, first)
 
 
 # What is in the file

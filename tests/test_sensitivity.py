@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from avalab import corpora, models, numerics, quality, sensitivity
+from avalab import corpora, models, numerics, predict, sensitivity
 from avalab.allocation import Option
 
 OPTIONS = {
@@ -26,7 +26,7 @@ def against(run):
     base = models.base(run)
     tokenizer = models.load_tokenizer(base)
     windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=3, tokens=48)
-    return quality.reference(base, windows, run.artifacts_dir / "cache")
+    return predict.reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_starting_at_a_layers_block_gives_what_a_full_pass_gives(found, model, a
     for name, layer in models.linear_layers(model).items():
         kept = layer.weight.data
         layer.weight.data = numerics.round_to_nearest(kept.float(), FORMAT).to(kept.dtype)
-        full = quality.score(model, against).kl
+        full = predict.score_model(model, against).kl
         layer.weight.data = kept
         assert torch.allclose(found[name], full, atol=1e-5), name
 
@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_was_even_when_the_walk_is_abandoned(model, agai
     list(sensitivity.layer_by_layer(model, against, FORMAT))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(block._forward_pre_hooks for block in model.model.layers)
-    assert quality.score(model, against).kl.abs().max() == 0
+    assert predict.score_model(model, against).kl.abs().max() == 0
 
 
 def test_fewer_bits_hurt_more(found, model, against):
@@ -67,7 +67,7 @@ def test_fewer_bits_hurt_more(found, model, against):
 def test_groups_that_do_not_divide_the_columns_are_refused_and_change_nothing(model, against):
     with pytest.raises(ValueError, match=r"group size 48 .*does not divide 128 columns"):
         next(sensitivity.layer_by_layer(model, against, numerics.integer(4, 48)))
-    assert quality.score(model, against).kl.abs().max() == 0
+    assert predict.score_model(model, against).kl.abs().max() == 0
 
 
 def test_each_layer_becomes_a_record_with_its_format(run, model, against, found):

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import artifacts, engines, side_by_side, toolbox
-from avalab.engines.engine import Engine
-from avalab.engines.kinds import Facts
+from avalab import artifacts, side_by_side, toolbox
 from avalab.side_by_side import Prompt
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-llama"
@@ -82,38 +80,8 @@ def test_answers_are_asked_once_and_a_longer_sheet_begins_with_what_is_known(tin
     assert len(cache.read_text().splitlines()) == 2
 
 
-def test_an_engine_and_transformers_batches_give_the_same_greedy_answers(tiny, tmp_path):
-    asked = side_by_side.prompts(2)
-    ours = side_by_side.answers(tiny, asked, tmp_path, new_tokens=6)
-    assert side_by_side.answers(tiny, asked, tmp_path, engine="torch", new_tokens=6) == ours
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_an_engine_that_fails_is_closed_and_keeps_what_it_answered(tiny, tmp_path, monkeypatch):
-    closed = []
-
-    def new_tokens(state: dict, request) -> list[int]:
-        if state["asked"]:
-            raise RuntimeError("out of memory")
-        state["asked"].append(1)
-        return [5, 6]
-
-    def load(name: str, artifact) -> Engine:
-        state = {"asked": []}
-        engine = Engine(name, artifact.path, Facts(1024, 2048, (2,)), state, new_tokens, None)
-        closed.append(state)
-        return engine
-
-    monkeypatch.setattr(engines, "load", load)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        side_by_side.answers(tiny, ASKED, tmp_path, engine="onnx")
-    assert closed == [{}]
-    (cache,) = tmp_path.iterdir()
-    assert len(cache.read_text().splitlines()) == 1
-
-
 def test_an_unknown_engine_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="unknown engine 'abacus'; choose one of transformers, torch"):
+    with pytest.raises(ValueError, match="unknown engine 'abacus'; choose one of torch"):
         side_by_side.answers(tiny, ASKED, tmp_path, engine="abacus")
 
 
