@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import symtable
 import textwrap
 
 import pytest
 
 from avalab import code, engines, finetune, prune, quantize
 from avalab.code import code_of, reached
+from avalab.dependencies import module_paths
 
 ROUND = """
     import math
@@ -188,6 +190,19 @@ def test_a_name_that_nothing_defines_is_refused():
         code_of("avalab.quantize:nothing")
     with pytest.raises(ValueError, match=r"'avalab\.nowhere'"):
         code_of("avalab.nowhere:load")
+
+
+def test_no_global_name_that_the_compiler_sees_in_a_definition_is_missed():
+    def names(table: symtable.SymbolTable) -> set[str]:
+        found = {s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced()}
+        return found.union(*map(names, table.get_children()))
+
+    for name, path in module_paths().items():
+        module = code._module(name)
+        for table in symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec").get_children():
+            if table.get_name() in module.definitions:
+                wanted = {(name, each) for each in names(table) & set(module.definitions)}
+                assert wanted <= set(code._definition(name, table.get_name()).references)
 
 
 # --- the package's own keys -------------------------------------------------------------------------------------------
