@@ -5,7 +5,7 @@
    that each grid should cost; that of int8 rows for the embedding is measured.
 2. Choice: `allocation` picks a grid for every layer, and int8 rows or bf16 for the embedding, under a budget of bytes.
 3. Rounding: `rounded_walk` and `rounding`, block by block, each layer aiming at the original outputs.
-4. Files: a compressed-tensors checkpoint (`packing`), the embedding stored once though it serves as head too.
+4. Files: a compressed-tensors checkpoint (`packed`), the embedding stored once though it serves as head too.
 
 With `embedding="packed"` embedding and tied head are candidates on the same grids (`embedding_rounding`). Below 5 bits
 a parameter most is won there, but only `avalab.models.load` reads the file: transformers and vLLM refuse a packed
@@ -41,16 +41,16 @@ from avalab import (
     gguf_mixed,
     models,
     onnx_mixed,
-    packing,
+    packed,
     rounded_walk,
     rounding,
 )
 from avalab.allocation import Allocation, Option
-from avalab.compressors import Job
 from avalab.expected_rise import BF16, Candidate
 from avalab.gguf_mixed import GgufModel
+from avalab.libraries import Job
 from avalab.onnx_mixed import OnnxModel
-from avalab.packing import Packed
+from avalab.packed import Packed
 from avalab.rounding import Grid, Problem, Rounded
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -76,7 +76,7 @@ FORMATS = {
 }
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # of `transformers` where only avalab reads the file
 _PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
-_OWN = (ava_onnx, *ava_onnx.PARTS, equivalence, packing, rounded_walk, rounding)
+_OWN = (ava_onnx, *ava_onnx.PARTS, equivalence, packed, rounded_walk, rounding)
 SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_OWN)), Path(__file__))
 
 
@@ -112,7 +112,7 @@ def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
     measured = predicted | {"damped_moments": damped, "formats": counts, "budget_bytes": budget}
     measured["embedding"] = chosen.chosen[_embedding(model)].format
     measured["note"] = "; ".join(([PACKED_NOTE] if table else []) + _notes(model, parameters["group_size"], damped))
-    return packing.pack(model, table | layers, int8_rows_of=_int8(chosen), measured=measured)
+    return packed.pack(model, table | layers, int8_rows_of=_int8(chosen), measured=measured)
 
 
 def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -232,7 +232,7 @@ def _candidate(grid: Grid, rows: int, columns: int) -> Candidate:
     def approximate(sample: Tensor, cost: Tensor) -> Tensor:
         return rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
 
-    return Candidate(grid.name, packing.stored_bytes(rows, columns, grid), approximate)
+    return Candidate(grid.name, packed.stored_bytes(rows, columns, grid), approximate)
 
 
 def _embedding(model: PreTrainedModel) -> str:
@@ -243,7 +243,7 @@ def round_model(
     model: PreTrainedModel, windows: Int[Tensor, "window time"], chosen: Allocation
 ) -> tuple[dict[str, Rounded], int]:
     """Replace, in place, the chosen layers' weights by rounded ones; also how many moments needed more damping."""
-    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
+    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
     return rounded_walk.apply(model, windows, formats, _round_rows)
 
 
@@ -251,7 +251,7 @@ def _packed_table(model: PreTrainedModel, moment: Tensor, chosen: Allocation) ->
     """The embedding, if a grid was chosen for it: rounded, in place, before the layers that read it."""
     name = _embedding(model)
     format = chosen.chosen[name].format
-    if format in (BF16, packing.INT8_ROWS):
+    if format in (BF16, packed.INT8_ROWS):
         return {}
     return {name: embedding_rounding.apply(model, moment, rounding.grid_named(format))}
 
@@ -261,4 +261,4 @@ def _round_rows(weight: Tensor, posed: Problem, format: str, rows: list[int]) ->
 
 
 def _int8(chosen: Allocation) -> str:
-    return next((name for name, option in chosen.chosen.items() if option.format == packing.INT8_ROWS), "")
+    return next((name for name, option in chosen.chosen.items() if option.format == packed.INT8_ROWS), "")

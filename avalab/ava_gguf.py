@@ -38,8 +38,8 @@ from avalab import (
 )
 from avalab.allocation import Allocation, Option
 from avalab.block_rounding import BlockRounded
-from avalab.compressors import Job
 from avalab.expected_rise import BF16, Candidate
+from avalab.libraries import Job
 from avalab.numerics import NumberFormat
 from avalab.rounding import Problem
 

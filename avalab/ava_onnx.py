@@ -37,8 +37,8 @@ from avalab import (
     rounding,
 )
 from avalab.allocation import Allocation, Option
-from avalab.compressors import Job
 from avalab.expected_rise import BF16, Candidate
+from avalab.libraries import Job
 from avalab.onnx_mixed import OnnxModel
 from avalab.rounding import Grid, Problem, Rounded
 

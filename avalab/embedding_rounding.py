@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avalab import expected_rise, packing, rounding
+from avalab import expected_rise, packed, rounding
 from avalab.allocation import Option
 from avalab.rounding import Grid, Problem, Rounded
 
@@ -39,9 +39,9 @@ def portable_options(model: PreTrainedModel, windows: Int[Tensor, "window time"]
     found = [Option(expected_rise.BF16, 2 * rows * columns, 0.0)]
     if int8:
         tied = model.get_output_embeddings().weight is table
-        codes, scales = packing.int8_rows(table.detach())
+        codes, scales = packed.int8_rows(table.detach())
         rise = expected_rise.of_replacement(model, windows, table, (codes.to(table.dtype) * scales).to(table.dtype))
-        found.append(Option(packing.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), rise))
+        found.append(Option(packed.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), rise))
     return found
 
 
@@ -67,7 +67,7 @@ def options(
     for grid in dict.fromkeys((ranked[-1], ranked[len(ranked) // 2])):
         values = _rounded(table.detach(), posed, grid).decode(table.dtype)
         known[grid] = expected_rise.of_replacement(model, windows, table, values)
-    return [Option(g.name, packing.stored_bytes(*table.shape, g), _rise(errors, known, g)) for g in grids]
+    return [Option(g.name, packed.stored_bytes(*table.shape, g), _rise(errors, known, g)) for g in grids]
 
 
 def _rise(errors: dict[Grid, float], known: dict[Grid, float], grid: Grid) -> float:

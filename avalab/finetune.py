@@ -31,7 +31,6 @@ from avalab import (
     models,
     packed_attention,
     packed_rows,
-    quantize,
     rehearsal,
     train,
 )
@@ -125,7 +124,7 @@ def prepared(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
 
 def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
     """Bytes of the adapter's numbers: rank x (rows + columns) of every target layer, in float32."""
-    model = quantize.skeleton(base.path)
+    model = models.skeleton(base.path)
     layers, names = models.linear_layers(model), models.select_linear(model, recipe.target_modules)
     return 4 * recipe.rank * sum(layers[name].in_features + layers[name].out_features for name in names)
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import httpx
 
-from avalab import artifacts, evaluate, experiment, models
+from avalab import artifacts, evaluate, experiment, models, quiet
 from avalab.artifacts import Artifact
 from avalab.assets import AssetUnavailable
 from avalab.engines import EngineUnavailable
@@ -209,7 +209,7 @@ def _manager(folder: Path | None) -> object:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' own remarks; their progress bars stay."""
-    models.quiet_libraries()
+    quiet.quiet_libraries()
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -9,7 +9,7 @@ this package loads it. (`gguf_export` with the block type `kept` turns it into a
 2. What it then misses has to be the embedding (and a head tied to it), and nothing more.
 3. The decoded rows, integers less zero points times scales, each in bf16, take the place; a tied head shares them.
 
-What it does not do: choose, round or pack (see `embedding_rounding`, `packing`), or keep the rows packed in memory.
+What it does not do: choose, round or pack (see `embedding_rounding`, `packed`), or keep the rows packed in memory.
 """
 
 from __future__ import annotations

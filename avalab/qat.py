@@ -41,7 +41,7 @@ from avalab import (
     fake_quant,
     finetune,
     models,
-    packed_file,
+    packed,
     targets,
     torchao_qat,
     train,
@@ -54,7 +54,7 @@ from avalab.targets import Form
 from avalab.train import Schedule
 
 KINDS = ("scales", "weights", "blocks", "torchao")
-_MODULES = (fake_quant, packed_file, block_training, torchao_qat)
+_MODULES = (fake_quant, packed, block_training, torchao_qat)
 SOURCES = [*distill.SOURCES, *(Path(module.__file__) for module in _MODULES), Path(__file__)]
 Rows = list[dict[str, Tensor]]
 
@@ -129,14 +129,14 @@ def write(
         return found
 
     def save(folder: Path) -> dict:
-        began, layers = time.perf_counter(), packed_file.read(start)
+        began, layers = time.perf_counter(), packed.packed_layers(start)
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
             about = _by_blocks(model, teacher, read, recipe, run)
         else:
             about = _end_to_end(model, teacher, read, recipe, run, (out.name, identity, folder))
         after = rounded(model)
-        packed_file.write(start, folder, after)
+        packed.replace_layers(start, folder, after)
         shares = [float((part.codes != layers[at].codes).float().mean()) for at, part in after.items()]
         seconds = {"train_seconds": time.perf_counter() - began, "codes_changed": sum(shares) / len(shares)}
         return about | seconds

@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from avalab import additivity, artifacts, ava, ava_gguf, corpora, engines, gguf_export, models, quality, quantize
 from avalab.artifacts import Artifact
-from avalab.compressors import Job
 from avalab.engines import kinds
 from avalab.experiment import Run
+from avalab.libraries import Job
 from avalab.quality import Reference
 
 
@@ -53,7 +53,7 @@ def plain(base) -> Artifact:
 @pytest.fixture(scope="module")
 def made(run, base, plain) -> Artifact:
     """Our file with the bytes of the plain one."""
-    return quantize.write(base, "ava", run=run, bytes=plain.bytes, format="gguf")
+    return quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="gguf")
 
 
 def kl(artifact: Artifact, against: Reference) -> float:
@@ -107,14 +107,14 @@ def test_the_curve_runs_from_the_smallest_file_to_bf16_and_never_rises(base, cal
 
 
 def test_an_engine_gets_only_types_that_it_reads_as_written(run, base, plain):
-    found = quantize.write(base, "ava", run=run, bytes=plain.bytes, format="gguf", engine="openvino")
+    found = quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="gguf", engine="openvino")
     assert found.name.endswith("-gguf-openvino")
     assert set(found.card["measured"]["formats"]) <= {*ava_gguf.TYPES_OF["openvino"], "bf16"}
 
 
 def test_a_budget_over_bf16_copies_and_says_so(run, base):
     for format in ("gguf", "transformers"):
-        found = quantize.write(base, "ava", run=run, bytes=4_000_000, format=format)
+        found = quantize.compress_artifact(base, "ava", run=run, bytes=4_000_000, format=format)
         assert "holds the whole bf16 model: copied" in found.card["measured"]["note"]
         ours, theirs = (models.load(artifact).state_dict() for artifact in (found, base))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -132,7 +132,7 @@ def test_a_budget_over_bf16_copies_and_says_so(run, base):
 )
 def test_a_budget_format_or_engine_that_cannot_be_is_refused(parameters, message, run, base):
     with pytest.raises(ValueError, match=message):
-        quantize.write(base, "ava", run=run, **parameters)
+        quantize.compress_artifact(base, "ava", run=run, **parameters)
 
 
 def test_a_family_without_names_in_gguf_is_told_which_exports_remain(tmp_path):

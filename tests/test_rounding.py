@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from avalab import ava, calibration, corpora, models, packing, quality, rounded_walk, rounding
-from avalab.compressors import Job
+from avalab import ava, calibration, corpora, models, packed, quality, rounded_walk, rounding
 from avalab.experiment import Run
+from avalab.libraries import Job
 from avalab.rounding import Grid
 
 
@@ -178,12 +178,12 @@ def test_equal_seeds_give_equal_bytes_within_the_budget_and_load_as_they_were_ro
     written = [tmp_path / "a", tmp_path / "b"]
     for folder in written:
         folder.mkdir()
-        packed = ava.compress(tiny.job(bytes=budget))
-        packed.save_pretrained(folder)
+        made = ava.compress(tiny.job(bytes=budget))
+        made.save_pretrained(folder)
     files = [folder / "model.safetensors" for folder in written]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert 0.97 * budget < files[0].stat().st_size <= budget
-    assert 0.97 * packed.measured["predicted_bytes"] < files[0].stat().st_size <= packed.measured["predicted_bytes"]
+    assert 0.97 * made.measured["predicted_bytes"] < files[0].stat().st_size <= made.measured["predicted_bytes"]
     loaded = models.load(written[0])
     assert tiny.kl(loaded) < 0.1
     layer = loaded.get_submodule("model.layers.0.mlp.down_proj")
@@ -199,10 +199,10 @@ def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(tiny, tm
         rounded = rounding.round_weight(
             layer.weight.detach().float(), rounding.problem(torch.eye(layer.in_features)), grid
         )
-        stored = packing.packed_tensors(rounded)
+        stored = packed.packed_tensors(rounded)
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        assert size == packing.stored_bytes(*layer.weight.shape, grid)
-        packing.pack(model, {name: rounded}, measured={}).save_pretrained(tmp_path)
+        assert size == packed.stored_bytes(*layer.weight.shape, grid)
+        packed.pack(model, {name: rounded}, measured={}).save_pretrained(tmp_path)
         assert torch.equal(models.load(tmp_path).get_submodule(name).weight, rounded.decode())
 
 
