@@ -39,7 +39,8 @@ import numpy as np
 from scipy.stats import binom
 
 from avalab import probe, storage
-from avalab.artifacts import Artifact, sha256_of, sha256_of_text
+from avalab.artifacts import Artifact, sha256_of_text
+from avalab.code import code_of
 from avalab.experiment import Run, write_atomically
 from avalab.storage import Shape, Storage
 
@@ -220,8 +221,7 @@ def record(run: Run, subject: str, artifact: Artifact) -> None:
 
 def cached_measure(artifact: Artifact, work: Workload, cache: Path, *, device: str = "cpu") -> Measurement:
     """`measure`, or what it returned before for the same artefact, workload, device and measuring code."""
-    code = [(p.name, sha256_of(p)) for p in (Path(__file__), Path(__file__).with_name("probe.py"))]
-    key = sha256_of_text(json.dumps([artifact.sha256, asdict(work), device, code]))
+    key = sha256_of_text(json.dumps([artifact.sha256, asdict(work), device, code_of(measure)]))
     path = cache / f"cost-{key[:24]}.json"
     try:
         return Measurement(**json.loads(path.read_text()))

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from avalab import alone, artifacts, cost, engine_bench, engines
+from avalab.code import code_of
 from avalab.contestants import Entry
-from avalab.engines import engine
 from avalab.engines.engine import Engine
 from avalab.experiment import Run, device_name
 
@@ -165,9 +165,8 @@ STEPS = {"torch": _torch, "openvino": _openvino, "onnx": _onnx}
 
 
 def _cached(run: Run, entry: Entry, work: Batches) -> dict[str, dict[str, list[float]]]:
-    here = Path(__file__)
-    files = [here, Path(engine.__file__), *sorted((here.parent / "engines").glob(f"{entry.engine}*.py"))]
-    about = [entry.artifact.sha256, entry.engine, asdict(work), artifacts.code_sha256(files), device_name(run.device)]
+    code = code_of(measure, engines.ENGINES[entry.engine])
+    about = [entry.artifact.sha256, entry.engine, asdict(work), code, device_name(run.device)]
     path = run.artifacts_dir / "cache" / f"batches-{artifacts.sha256_of_text(json.dumps(about))[:24]}.json"
     return alone.kept(path, lambda: measure(entry.artifact.path, entry.engine, work))
 

@@ -35,6 +35,7 @@ from avalab import answer_cache, artifacts, assets, calls, grammars, models, san
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.calls import Case, Verdict
+from avalab.code import code_of
 from avalab.experiment import ROOT, Run
 from avalab.quality import Estimate
 from avalab.sandbox import Problem
@@ -235,6 +236,6 @@ def _key(text: str, schemas: dict | None) -> str:
 
 
 def _cache_file(cache: Path, respondent: Respondent, task: str) -> Path:
-    code = artifacts.sha256_of(Path(grammars.__file__))  # answers that an older decoder gave are not trusted
+    code = code_of(_generated, _grammar, type(respondent))  # answers that older code gave are not trusted
     settings = artifacts.sha256_of_text(f"{code} {CALL_TOKENS} {CODE_TOKENS} {respondent.device}")
     return cache / f"answers-{respondent.artifact.sha256[:16]}-{task}-{settings[:8]}.jsonl"

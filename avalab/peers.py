@@ -119,7 +119,7 @@ def record_peer(
             theirs = peers_scores.scores(rival, reference, cache, device=run.device)
             estimate = peers_scores.ratio(theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed)
             sizes = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
-            run.record(subject, _ratio_of(text, form), unit="1", **vars(estimate), details=sizes, **about)
+            run.record(subject, f"kl_ratio:{text}{_ending(form)}", unit="1", **vars(estimate), details=sizes, **about)
     return found
 
 
@@ -178,8 +178,9 @@ def _engine_and_embedding(peer: str) -> tuple[str, str]:
     return row.engines[0], quantize.INT8_EMBEDDING if parameters.get("embedding") == "int8" else row.embedding
 
 
-def _ratio_of(text: str, form: str) -> str:
-    return ":".join(("kl_ratio", text, *form.split("-")[1:]))
+def _ending(form: str) -> str:
+    """What stands behind a metric that compares with a form: nothing, `:packed` or `:gguf`."""
+    return f":{form.removeprefix('ava-')}" if form != "ava" else ""
 
 
 def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, quality.Estimate]]:
@@ -193,12 +194,13 @@ def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str
     ]
 
 
-def columns(run: Run) -> list[str]:
-    """The metrics of a table of peers: bytes, seconds, scores and ratios on each text in every form, and calls."""
-    texts = run.profile.eval_texts
-    scores = [f"{metric}:{text}" for text in texts for metric in SHOWN]
-    ratios = [_ratio_of(text, form) for text in texts for form in FORMS]
-    return ["artifact_bytes", "compress_seconds", *scores, *ratios, f"{peers_calls.SHARE}:{peers_calls.ALL}"]
+def columns(run: Run, scores: Sequence[str] = SHOWN) -> list[str]:
+    """The metrics of a table of peers: bytes, seconds; on each text scores and ratios to every form; function calls."""
+    texts, forms = run.profile.eval_texts, [_ending(form) for form in FORMS]
+    found = ["artifact_bytes", "compress_seconds", *(f"{score}:{text}" for text in texts for score in scores)]
+    found += [f"kl_ratio:{text}{form}" for text in texts for form in forms]
+    found.append(f"{peers_calls.SHARE}:{peers_calls.ALL}")
+    return found + [f"{peers_calls.DIFFERENCE}:{peers_calls.ALL}{form}" for form in forms]
 
 
 def main() -> None:

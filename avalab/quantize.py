@@ -88,13 +88,12 @@ def compress_artifact(
     if skipped and not row.skips:
         raise ValueError(f"method {method!r} keeps no single layer in bf16; leave out skip")
     _refuse_ragged_groups(base.path, row, parameters, skipped)
-    # The compressors' own hash: an artefact that an older version of them made is made again, not trusted.
-    step = {"step": method, **parameters, "skip": skipped, "code": code_of(row.compress)[:12]}
+    # The code's hash: an artefact that an older version of it made is made again, not trusted.
+    step = {"step": method, **parameters, "skip": skipped, "code": _code(row)}
     step |= {"seed": run.seed, "calibration": _sizes(run)} if row.calibrated else {}
     recipe = [*base.card["recipe"], step]
-    out = (
-        artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{method_label(method, parameters, skipped)}"
-    )
+    name = f"{base.name}+{method_label(method, parameters, skipped)}"
+    out = artifacts.checked_target(out) or run.artifacts_dir / name
     found = artifacts.find(out.name, out.parent, recipe, base.sha256)
     if found:
         return found
@@ -185,6 +184,11 @@ def _sizes(run: Run) -> list[int]:
     return [run.profile.calibration_samples, run.profile.calibration_tokens]
 
 
+def _code(row: Method) -> str:
+    calibration = [corpora.calibration_windows] if row.calibrated else []
+    return code_of(_fill, row.compress, *calibration)[:12]
+
+
 def _kept(skipped: list[str] | tuple[str, ...]) -> list[str]:
     return [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
 
@@ -222,7 +226,7 @@ def _fill(row: Method, job: Job) -> dict:
         if not isinstance(made, dict):
             made.save_pretrained(job.out)  # before any forward pass, see the module
             models.load_tokenizer(job.folder).save_pretrained(job.out)
-            if row.compress is not ava.compress and job.parameters.get("embedding") == "int8":
+            if job.parameters.get("embedding") == "int8":
                 packed.replace_embedding(job.out)
     return {
         "compress_seconds": time.perf_counter() - start,

@@ -23,12 +23,12 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from avalab import alone, artifacts, contestants, cost, engine_bench, engines
+from avalab import artifacts, contestants, cost, engine_bench, engines
+from avalab.code import code_of
 from avalab.contestants import Entry
 from avalab.engine_bench import Cell, Race
 from avalab.experiment import PROFILES, ROOT, Run, device_name, load_average
@@ -111,14 +111,8 @@ def settled(cell: Cell, wanted: float = WANTED) -> bool:
 def key(entry: Entry, race: Race, run: Run) -> str:
     """What a visit depends on, as one hash: artefact, engine, threads, sizes, code and machine."""
     about = [entry.artifact.sha256, entry.engine, entry.threads, asdict(race), device_name(run.device)]
-    return artifacts.sha256_of_text(json.dumps([*about, _code(entry.engine)]))[:24]
-
-
-@cache
-def _code(engine: str) -> str:
-    here = Path(__file__).parent
-    files = [Path(m.__file__) for m in (alone, engine_bench)] + [here / "engines" / "engine.py"]
-    return artifacts.code_sha256([*files, *sorted((here / "engines").glob(f"{engine}*.py"))])
+    code = code_of(engine_bench.measure, engines.ENGINES[entry.engine])
+    return artifacts.sha256_of_text(json.dumps([*about, code]))[:24]
 
 
 def _width(samples: Sequence[float]) -> float:

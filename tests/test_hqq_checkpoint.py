@@ -10,7 +10,7 @@ import torch
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
 from safetensors.torch import load_file, save_file
 
-from avalab import hqq_checkpoint, models, peers
+from avalab import hqq_checkpoint, models, packed, peers, quantize
 
 has_hqq = pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="hqq is missing")
 LAYER = "model.layers.0.mlp.up_proj"

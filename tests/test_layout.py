@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "experiment assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
+    0: "experiment code assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
     1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
     "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
@@ -40,8 +40,8 @@ LAYERS = {
     "surgeon adapters calls call_cases grammars gates overlap drafts teachers example_files whole_training "
     "recovery answers_vote fake_quant torchao_qat agreement embedding_rounding equivalence",
     3: "runtimes quantize prune train rehearsal first_token dialogues finetune answer_loss synthesize evaluate "
-    "self_improvement ensemble mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
-    "distill block_training qat chain rating",
+    "self_improvement ensemble mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows "
+    "distill_objective distill block_training qat chain rating",
     4: "race contestants engine_batches engine_quality peers "
     "peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
     "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
