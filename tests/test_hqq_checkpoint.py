@@ -43,7 +43,8 @@ def library(monkeypatch):
     core.BaseQuantizeConfig = lambda nbits, group_size: {"weight_quant_params": {"group_size": group_size, "axis": 1}}
     for name, module in (("hqq", ModuleType("hqq")), ("hqq.core", ModuleType("hqq.core")), ("hqq.core.quantize", core)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "hqq" else real(name))
 
 
 def test_a_checkpoint_is_decoded_into_a_dense_model_near_its_base(library, run, base):
