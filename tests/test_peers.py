@@ -11,7 +11,7 @@ import torch
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
 from safetensors.torch import load_file
 
-from avalab import artifacts, corpora, engines, models, packed, peers, peers_scores, quality, quantize, tables
+from avalab import artifacts, corpora, engines, models, packed, peers, peers_scores, quality, quantize, storage, tables
 from avalab.engines.kinds import EngineUnavailable
 from avalab.experiment import Record, load_records
 
@@ -111,6 +111,14 @@ def test_only_a_compressed_checkpoint_gets_an_int8_embedding(base):
         packed.replace_embedding(base.path)
 
 
+def test_the_bytes_of_an_int8_embedding_are_predicted(small):
+    measured, predicted = storage.bytes_by_component(small), storage.predicted_bytes(small)
+    assert {part: predicted[part] for part in ("embedding", "scales", "mlp")} == {
+        part: measured[part] for part in ("embedding", "scales", "mlp")
+    }
+    assert sum(predicted.values()) == pytest.approx(small.bytes, rel=0.002)
+
+
 # AutoRound
 
 
@@ -121,6 +129,7 @@ def test_autoround_loads_back_rounded_but_for_the_layer_that_is_kept(tuned, shor
     assert torch.equal(stored[f"{KEPT}.weight"], source[f"{KEPT}.weight"])
     plain = quantize.compress_artifact(short, "rtn", run=run, skip=(KEPT,))
     assert tuned.bytes == pytest.approx(plain.bytes, rel=0.01)
+    assert sum(storage.predicted_bytes(tuned).values()) == pytest.approx(tuned.bytes, rel=0.01)
     loaded, original = (models.load(artifact).get_submodule(OTHER).weight for artifact in (tuned, short))
     assert 0 < (loaded - original).norm() < 0.15 * original.norm()
 

@@ -184,7 +184,7 @@ def test_skipped_layers_and_no_others_stay_in_bf16(method, run, base):
 def test_an_equal_recipe_is_reused_and_another_parameter_gets_another_name(run, base, made, monkeypatch):
     other = quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
     assert other.path != made["nf4"].path
-    monkeypatch.setattr(quantize, "_fill", lambda *arguments: pytest.fail("made a second time"))
+    monkeypatch.setattr(artifacts, "write", lambda *arguments, **options: pytest.fail("made a second time"))
     assert quantize.compress_artifact(base, "nf4", run=run, block_size=64).sha256 == made["nf4"].sha256
 
 
