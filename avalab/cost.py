@@ -221,7 +221,7 @@ def record(run: Run, subject: str, artifact: Artifact) -> None:
 
 def cached_measure(artifact: Artifact, work: Workload, cache: Path, *, device: str = "cpu") -> Measurement:
     """`measure`, or what it returned before for the same artefact, workload, device and measuring code."""
-    key = sha256_of_text(json.dumps([artifact.sha256, asdict(work), device, code_of(measure)]))
+    key = sha256_of_text(json.dumps([artifact.sha256, asdict(work), device, code_of(cached_measure)]))
     path = cache / f"cost-{key[:24]}.json"
     try:
         return Measurement(**json.loads(path.read_text()))

@@ -165,7 +165,7 @@ STEPS = {"torch": _torch, "openvino": _openvino, "onnx": _onnx}
 
 
 def _cached(run: Run, entry: Entry, work: Batches) -> dict[str, dict[str, list[float]]]:
-    code = code_of(measure, engines.ENGINES[entry.engine])
+    code = code_of(_cached, engines.ENGINES[entry.engine])
     about = [entry.artifact.sha256, entry.engine, asdict(work), code, device_name(run.device)]
     path = run.artifacts_dir / "cache" / f"batches-{artifacts.sha256_of_text(json.dumps(about))[:24]}.json"
     return alone.kept(path, lambda: measure(entry.artifact.path, entry.engine, work))

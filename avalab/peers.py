@@ -20,7 +20,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 
-from avalab import corpora, models, peers_calls, peers_scores, quality, quantize
+from avalab import corpora, models, peers_calls, peers_scores, quality, quantize, statistics
 from avalab.artifacts import Artifact
 from avalab.engines import kinds
 from avalab.experiment import PROFILES, ROOT, Run, load_average, load_records
@@ -117,7 +117,9 @@ def record_peer(
             run.record(subject, f"{metric}:{text}", unit=unit, **vars(estimate), **about)
         for form, rival in (rivals or {}).items():
             theirs = peers_scores.scores(rival, reference, cache, device=run.device)
-            estimate = peers_scores.ratio(theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed)
+            estimate = statistics.paired_ratio(
+                theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed
+            )
             sizes = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
             run.record(subject, f"kl_ratio:{text}{_ending(form)}", unit="1", **vars(estimate), details=sizes, **about)
     return found
@@ -183,14 +185,14 @@ def _ending(form: str) -> str:
     return f":{form.removeprefix('ava-')}" if form != "ava" else ""
 
 
-def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, quality.Estimate]]:
+def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, statistics.Estimate]]:
     resamples, seed = run.profile.resamples, run.seed
     return [
-        ("kl_divergence", "nats/token", quality.mean(ours.kl, resamples=resamples, seed=seed)),
-        ("kl_divergence_p99", "nats/token", peers_scores.tail(ours.kl, resamples=resamples, seed=seed)),
-        ("top1_agreement", "1", quality.mean(ours.agrees, resamples=resamples, seed=seed)),
-        ("perplexity", "1", quality.perplexity(ours.nll, resamples=resamples, seed=seed)),
-        ("loss_rise", "nats/token", quality.paired_difference(ours.nll, base.nll, resamples=resamples, seed=seed)),
+        ("kl_divergence", "nats/token", statistics.mean(ours.kl, resamples=resamples, seed=seed)),
+        ("kl_divergence_p99", "nats/token", statistics.tail(ours.kl, resamples=resamples, seed=seed)),
+        ("top1_agreement", "1", statistics.mean(ours.agrees, resamples=resamples, seed=seed)),
+        ("perplexity", "1", statistics.perplexity(ours.nll, resamples=resamples, seed=seed)),
+        ("loss_rise", "nats/token", statistics.paired_difference(ours.nll, base.nll, resamples=resamples, seed=seed)),
     ]
 
 

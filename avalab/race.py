@@ -111,7 +111,7 @@ def settled(cell: Cell, wanted: float = WANTED) -> bool:
 def key(entry: Entry, race: Race, run: Run) -> str:
     """What a visit depends on, as one hash: artefact, engine, threads, sizes, code and machine."""
     about = [entry.artifact.sha256, entry.engine, entry.threads, asdict(race), device_name(run.device)]
-    code = code_of(engine_bench.measure, engines.ENGINES[entry.engine])
+    code = code_of(visit, engines.ENGINES[entry.engine])
     return artifacts.sha256_of_text(json.dumps([*about, code]))[:24]
 
 

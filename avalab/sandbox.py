@@ -5,8 +5,9 @@ layers that the machine allows; `layers()` names the active ones and every `Outc
 
 - `limits`: resource limits for CPU time, address space, file size, open files, processes (setrlimit), and wall time.
 - `namespaces`: own process tree (all of it ends with its first process), network without interfaces, IPC, host name
-  (unshare; without root inside a user namespace).
-- `root`: own file system: Python's library and /usr read-only, a small tmpfs to work in (mount, chroot).
+  (bubblewrap where `bwrap` is installed and works, else unshare; without root inside a user namespace).
+- `root`: own file system: Python's library and /usr read-only, a small tmpfs to work in (bubblewrap, else mount and
+  chroot).
 - `landlock`: reading only below those folders, writing only in the temporary folder, no TCP (Linux >= 5.13).
 - `user`: user and group `nobody` when started as root, and no capabilities.
 - `seccomp`: system calls for sockets, processes, signals, tracing, mounts, keys and shared memory fail (x86-64).
@@ -14,7 +15,7 @@ layers that the machine allows; `layers()` names the active ones and every `Outc
 
 Each layer is tried alone: one that the system refuses is left out, not an error, so look at `layers()` before running
 code that might be hostile: one of `namespaces` and `seccomp` and one of `root` and `landlock` is the least.
-Sources: the manual pages landlock(7), seccomp(2), namespaces(7), capabilities(7); HumanEval: Chen et al. (2021).
+Sources: the manual pages bwrap(1), landlock(7), seccomp(2), namespaces(7), capabilities(7); Chen et al. (2021).
 
 What is not covered: bugs in the kernel or in Python; timing and cache side channels; reading /usr and Python's library
 (no secrets are expected there); without `root`, filling the disk with many files of the allowed size until the time is
@@ -31,13 +32,14 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -45,7 +47,7 @@ from pathlib import Path
 from typing import IO
 
 FILE_BYTES = 4 << 20  # of one file, standard output included
-DISK_BYTES = 16 << 20  # of the temporary folder, where `root` is active
+SMALL = f"size={16 << 20},nr_inodes=2000"  # the temporary folder, where `root` is active
 OUTPUT_CHARACTERS = 20_000
 STARTUP_SECONDS = 10  # on top of the time limit, for a busy machine to start the process
 NOBODY = 65534
@@ -63,6 +65,7 @@ DENIED_CALLS = {
     "system": (103, 135, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 227, 246, 305, 313, 320),
 }
 DENIED_EVENTS = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.system")
+INSIDE = "/sandbox.py"  # this file, where bubblewrap shows it
 LAYERS = ("limits", "namespaces", "root", "landlock", "user", "seccomp", "audit")
 
 
@@ -97,15 +100,40 @@ def run(code: str, *, seconds: float = 5.0, memory_bytes: int = 1 << 30, without
         raise ValueError(f"limits must be positive, got seconds={seconds}, memory_bytes={memory_bytes}")
     if unknown := set(without) - set(LAYERS):
         raise ValueError(f"unknown layers {sorted(unknown)}; there are {', '.join(LAYERS)}")
+    around = _bubblewrap() if not {"namespaces", "root"} & set(without) else ()
+    return _run(code, around, seconds=seconds, memory_bytes=memory_bytes, without=without)
+
+
+def _run(code: str, around: Sequence[str], *, seconds: float, memory_bytes: int, without: Collection[str]) -> Outcome:
+    """Run in a new process, which another program confines where `around` is its command line."""
     with tempfile.TemporaryDirectory() as folder, _file() as out, _file() as err, _file() as report:
-        settings = json.dumps([folder, seconds, memory_bytes, sorted(without), report.fileno()])
-        command = [sys.executable, "-I", "-S", "-B", __file__, settings]
+        settings = json.dumps([folder, seconds, memory_bytes, sorted(without), report.fileno(), bool(around)])
+        python, program = (sys._base_executable, INSIDE) if around else (sys.executable, __file__)
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=err, env={}, cwd=folder, start_new_session=True,
-            pass_fds=[report.fileno()],
+            [*around, python, "-I", "-S", "-B", program, settings], stdin=subprocess.PIPE, stdout=out, stderr=err,
+            env={}, cwd=folder, start_new_session=True, pass_fds=[report.fileno()],
         )  # fmt: skip
         status = _wait(process, code, seconds + STARTUP_SECONDS)
         return Outcome(status, _text(out), _text(err), tuple(_text(report).split()))
+
+
+@cache
+def _bubblewrap() -> tuple[str, ...]:
+    """The command line of bubblewrap, nothing where it is not installed or does not confine a first run."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return ()
+    # One capability, to limit the number of files below; `_drop_user` gives it up before the code runs.
+    around = [program, "--as-pid-1", "--die-with-parent", "--cap-add", "CAP_SYS_ADMIN"]
+    around += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    for folder in _readable_folders():
+        for above in list(Path(folder).parents)[-2::-1]:
+            around += ["--perms", "0755", "--dir", str(above)]  # nobody passes through
+        link = Path(folder).is_symlink()
+        around += ["--symlink", str(Path(folder).readlink()), folder] if link else ["--ro-bind", folder, folder]
+    around += ["--tmpfs", "/tmp", "--ro-bind", __file__, INSIDE, "--remount-ro", "/"]
+    first = _run("", around, seconds=30, memory_bytes=1 << 30, without=())
+    return tuple(around) if first.status == "finished" and {"namespaces", "root"} <= set(first.layers) else ()
 
 
 @cache
@@ -190,14 +218,17 @@ def _die_with_parent() -> None:
 
 
 def _main(settings: str) -> None:
-    folder, seconds, memory_bytes, without, report = json.loads(settings)
+    folder, seconds, memory_bytes, without, report, confined = json.loads(settings)
     source = sys.stdin.buffer.read()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    nothing, end = os.pipe()  # there is no /dev/null inside
+    os.dup2(nothing, 0)
+    os.close(nothing), os.close(end)
+    os.environ.clear()
     os.umask(0o077)
     _die_with_parent()
     steps: list[tuple[str, Callable[[], None]]] = [
-        ("namespaces", _enter_namespaces),
-        ("root", lambda: _enter_root(folder)),
+        ("namespaces", _continue_in_child if confined else _enter_namespaces),
+        ("root", _limit_folder if confined else lambda: _enter_root(folder)),
         ("user", _drop_user),
         ("landlock", _enter_landlock),
         ("limits", lambda: _limit(seconds, memory_bytes)),
@@ -247,11 +278,14 @@ def _enter_namespaces() -> None:
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     _continue_in_child()  # the first process of the namespace: its end ends all others
-    _continue_in_child()  # the first process ignores most signals, so it is not the one that runs the code
+    _continue_in_child()
 
 
 def _continue_in_child() -> None:
-    """Fork; the parent waits and ends as the child did."""
+    """Fork; the parent waits and ends as the child did.
+
+    The first process of a namespace ignores most signals, so it is not the one that runs the code.
+    """
     child = os.fork()
     if child == 0:
         _die_with_parent()
@@ -271,10 +305,17 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _system("mount", *(text.encode() for text in (source, target, kind)), ctypes.c_ulong(flags), data.encode())
 
 
+def _limit_folder() -> None:
+    """Go to the temporary folder of bubblewrap and make it as small as that of `_enter_root`."""
+    no_suid, no_dev, remount = 2, 4, 32
+    os.chdir("/tmp")
+    _mount("none", "/tmp", "", remount | no_suid | no_dev, SMALL)
+
+
 def _enter_root(folder: str) -> None:
     read_only, no_suid, no_dev, remount, bind, recursive, private = 1, 2, 4, 32, 4096, 16384, 1 << 18
     _mount("none", "/", "", recursive | private)
-    _mount("sandbox", folder, "tmpfs", no_suid | no_dev, f"size={DISK_BYTES},nr_inodes=2000,mode=755")
+    _mount("sandbox", folder, "tmpfs", no_suid | no_dev, f"{SMALL},mode=755")
     for source in _readable_folders():
         target = Path(folder + source)
         if Path(source).is_symlink():

@@ -77,7 +77,7 @@ def attach(run: Run, rows: Rows, teacher: Artifact, form: Form) -> tuple[Rows, f
 
 def header(rows: Rows, teacher: Artifact, form: Form) -> dict:
     """What a file of targets says about itself; the code's hash because older draws are not trusted."""
-    code = code_of(write)[:12]
+    code = code_of(attach)[:12]
     return {"rows": rows_sha256(rows), "teacher": teacher.sha256, "code": code, **asdict(form)}
 
 

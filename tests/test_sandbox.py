@@ -17,6 +17,20 @@ from avalab.sandbox import LAYERS, Problem, layers, load_problems, passes, run
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the layers are those of Linux")
 
+
+@pytest.fixture(autouse=True, scope="module", params=["own layers", "bubblewrap"])
+def confinement(request):
+    """Everything holds with the lab's own namespaces and with bubblewrap's."""
+    found = sandbox._bubblewrap()
+    if request.param == "bubblewrap" and not found:
+        pytest.skip("bubblewrap is not installed here, or does not work")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sandbox, "_bubblewrap", lambda: found if request.param == "bubblewrap" else ())
+        layers.cache_clear()
+        yield
+    layers.cache_clear()
+
+
 # All layers, each of the strong ones missing, and what a container without privileges leaves.
 MISSING = [(), ("namespaces", "root", "user"), ("landlock",), ("seccomp", "audit"), ("audit",)]
 missing = pytest.mark.parametrize("without", MISSING, ids=lambda names: "+".join(names) or "none")
