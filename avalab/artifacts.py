@@ -124,6 +124,13 @@ def load(path: Path | str, *, verify: bool = True) -> Artifact:
     return Artifact(path, card)
 
 
+def checked_target(out: Path | None) -> Path | None:
+    """The folder that an artefact is to be written to. Raises ValueError for one that may hold somebody's files."""
+    if out and out.exists() and not (out / CARD).is_file():
+        raise ValueError(f"{out} exists and is not an artefact; name a new folder")
+    return out and out.resolve()
+
+
 def list_artifacts(directory: Path | str) -> list[Artifact]:
     """All artefacts directly below a folder, by name; their files are not verified."""
     return [load(card.parent, verify=False) for card in _cards(Path(directory))]

@@ -27,24 +27,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avalab import (
-    allocation,
-    artifacts,
-    ava_targets,
-    equivalence,
-    models,
-    packing,
-    predict,
-    rounding,
-    sensitivity,
-)
+from avalab import allocation, artifacts, ava_targets, equivalence, models, packed, predict, rounding, sensitivity
 from avalab.allocation import Allocation, Option
 from avalab.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
-from avalab.compressors import Job
 from avalab.gguf_blocks import BlockRounded
+from avalab.libraries import Job
 from avalab.numerics import Rounded
 from avalab.onnx_mixed import OnnxModel
-from avalab.packing import Packed
+from avalab.packed import Packed
 from avalab.rounding import Problem
 from avalab.sensitivity import BF16
 
@@ -202,7 +192,7 @@ def round_model(
     tables: Mapping[str, Problem],
 ) -> tuple[dict[str, Rounded | BlockRounded], int]:
     """Replace, in place, chosen tensors by rounded ones, `tables` first; also how many moments needed more damping."""
-    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packing.INT8_ROWS)}
+    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
     rounded = {}
     for name, posed in tables.items():
         if name in formats:

@@ -36,17 +36,17 @@ from avalab import (
     onnx_blocks,
     onnx_graph,
     onnx_mixed,
-    packing,
+    packed,
     predict,
     rounding,
     sensitivity,
 )
 from avalab.allocation import Allocation, Option
-from avalab.compressors import Job
 from avalab.gguf_blocks import BlockRounded
+from avalab.libraries import Job
 from avalab.numerics import Grid, Rounded
 from avalab.onnx_mixed import OnnxModel
-from avalab.packing import Packed
+from avalab.packed import Packed
 from avalab.rounding import Problem
 from avalab.sensitivity import BF16, Sizes
 
@@ -141,7 +141,7 @@ def onnx_grids(columns: int, group_size: int = 0) -> list[Grid]:
 
 def _packed_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
     offered = grids(columns, parameters["group_size"])
-    return {grid.name: packing.stored_bytes(rows, columns, grid) for grid in offered}
+    return {grid.name: packed.stored_bytes(rows, columns, grid) for grid in offered}
 
 
 def _packed_table_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
@@ -175,10 +175,10 @@ def int8_rows_option(model: PreTrainedModel, windows: Tensor) -> Option:
     table = model.get_input_embeddings().weight
     rows, columns = table.shape
     tied = model.get_output_embeddings().weight is table
-    codes, scales = packing.int8_rows(table.detach())
+    codes, scales = packed.int8_rows(table.detach())
     values = (codes.to(table.dtype) * scales).to(table.dtype)
     increase = sensitivity.increase_of_replacement(model, windows[: sensitivity.TABLE_WINDOWS], table, values)
-    return Option(packing.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), increase)
+    return Option(packed.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), increase)
 
 
 def _packed_fixed_bytes(work: Work, options: Options) -> int:
@@ -190,7 +190,7 @@ def _packed_fixed_bytes(work: Work, options: Options) -> int:
 
 def _packed_notes(work: Work, options: Options, chosen: Allocation) -> list[str]:
     """A packed embedding, and columns that groups do not divide."""
-    notes = [PACKED_NOTE] if chosen.chosen[embedding_name(work.model)].format not in (BF16, packing.INT8_ROWS) else []
+    notes = [PACKED_NOTE] if chosen.chosen[embedding_name(work.model)].format not in (BF16, packed.INT8_ROWS) else []
     return notes + ragged_groups(work.model, work.job.parameters["group_size"])
 
 
@@ -207,8 +207,8 @@ def ragged_groups(model: PreTrainedModel, group_size: int) -> list[str]:
 
 def _write_packed(work: Work, chosen: Allocation, rounded: dict[str, Rounded], about: dict) -> Packed:
     name = embedding_name(work.model)
-    rows = name if chosen.chosen[name].format == packing.INT8_ROWS else ""
-    return packing.pack(work.model, rounded, int8_rows_of=rows, measured=about)
+    rows = name if chosen.chosen[name].format == packed.INT8_ROWS else ""
+    return packed.pack(work.model, rounded, int8_rows_of=rows, measured=about)
 
 
 def _onnx_graph(job: Job, model: PreTrainedModel, scratch: Path) -> onnx_graph.Graph:

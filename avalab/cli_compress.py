@@ -10,11 +10,6 @@ import typer
 
 from avalab.cli_options import Model, Profile, Seed, print_records
 
-PARAMETERS = (  # options of `quantize` that are handed to the method as they are
-    *("bits", "group_size", "symmetric", "double_quantization", "block_size", "compute_dtype", "static"),
-    *("bits_per_weight", "format", "embedding", "engine", "transform"),
-)
-
 
 def quantize(
     method: Annotated[str, typer.Option(help="One of the methods of avalab.quantize; a wrong name lists them.")],
@@ -22,7 +17,7 @@ def quantize(
     model: Model = "",
     profile: Profile = "laptop",
     seed: Seed = 0,
-    bits: Annotated[int | None, typer.Option(help="Bits a weight (rtn, gptq, awq).")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight (rtn, gptq, awq, autoround, hqq).")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; 0: one scale a row.")] = None,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
@@ -31,13 +26,18 @@ def quantize(
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale (nf4, fp4).")] = None,
     compute_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (nf4, fp4).")] = None,
     static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Activation scales (smoothquant).")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of the learnt rounding (autoround).")] = None,
     size: Annotated[str, typer.Option("--bytes", help="Budget of the weight file, such as 80MB (ava).")] = "",
     bits_per_weight: Annotated[float | None, typer.Option(help="The same in bits a parameter (ava).")] = None,
     format: Annotated[
         str | None, typer.Option(help="transformers; gguf: one file; onnx: a folder for ONNX Runtime GenAI (ava).")
     ] = None,
     embedding: Annotated[
-        str | None, typer.Option(help="any, bf16, or packed: fewer than 8 bits, loaded by avalab only (ava).")
+        str | None,
+        typer.Option(
+            help="any, bf16, or packed: fewer than 8 bits, loaded by avalab only (ava); "
+            "bf16 or int8 (rtn, gptq, awq, autoround, hqq)."
+        ),
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Only GGUF types that this engine reads as written (ava).")] = None,
     transform: Annotated[
@@ -47,17 +47,31 @@ def quantize(
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:
     """Compress a model by one method into an artefact folder."""
-    given = locals()
     from avalab import models
-    from avalab import quantize as quantize_
     from avalab.experiment import Run
+    from avalab.quantize import checked_method, compress_artifact
 
-    parameters = {name: given[name] for name in PARAMETERS if given[name] is not None}
-    parameters |= {"bytes": byte_count(size)} if size else {}
+    offered = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quantization": double_quantization,
+        "block_size": block_size,
+        "compute_dtype": compute_dtype,
+        "static": static,
+        "iterations": iterations,
+        "bytes": byte_count(size) if size else None,
+        "bits_per_weight": bits_per_weight,
+        "format": format,
+        "embedding": embedding,
+        "engine": engine,
+        "transform": transform,
+    }
+    parameters = {name: value for name, value in offered.items() if value is not None}
     run = Run("avalab_quantize", profile, seed, model)
-    quantize_.checked(method, parameters)
+    checked_method(method, parameters)
     base = models.base(run)
-    artifact = quantize_.write(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
+    artifact = compress_artifact(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
     _say_size(artifact, base)
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)

@@ -102,7 +102,7 @@ def finetune(
     fitting = packed_rows.fitting(tokenizer, examples, row_tokens)
     chosen, held_out = split(fitting, limit or run.profile.train_examples, run.profile.held_out_examples, seed)
     print(f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {row_tokens} tokens and are left out")
-    start = base if method == "lora" else quantize.write(base, "nf4", run=run, double_quantization=True)
+    start = base if method == "lora" else quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
     schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2)
     about = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": tuple(target_modules.split())}
     tokens = sum(len(packed_rows.encode(tokenizer, example["messages"]).ids) for example in chosen)

@@ -31,12 +31,14 @@ def _ava(base: Artifact, run: Run) -> Artifact:
     """The mixed grid in the size that the run has made already, so that it is found again, else of `AVA_BITS`."""
     steps = [a.card["recipe"][-1] for a in artifacts.list_artifacts(run.artifacts_dir) if _is_ava_of(base, a)]
     size = steps[0].get("bytes") if steps else None
-    return quantize.write(base, "ava", run=run, **({"bytes": size} if size else {"bits_per_weight": AVA_BITS}))
+    return quantize.compress_artifact(
+        base, "ava", run=run, **({"bytes": size} if size else {"bits_per_weight": AVA_BITS})
+    )
 
 
 def _gguf_ava(base: Artifact, run: Run) -> Artifact:
     """The allocation over GGUF's own block types, at the bytes of Q4_0."""
-    return quantize.write(base, "ava", run=run, bytes=gguf_export.write(base, "q4_0").bytes, format="gguf")
+    return quantize.compress_artifact(base, "ava", run=run, bytes=gguf_export.write(base, "q4_0").bytes, format="gguf")
 
 
 def _calibration(base: Artifact, run: Run) -> Tensor:
@@ -50,8 +52,8 @@ def _is_ava_of(base: Artifact, artifact: Artifact) -> bool:
 
 FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "bf16": lambda base, run: base,
-    "nf4": lambda base, run: quantize.write(base, "nf4", run=run, double_quantization=True),
-    "torchao-int8": lambda base, run: quantize.write(base, "torchao-int8", run=run),
+    "nf4": lambda base, run: quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
+    "torchao-int8": lambda base, run: quantize.compress_artifact(base, "torchao-int8", run=run),
     "ava": _ava,
     "gguf-q8_0": lambda base, run: gguf_export.write(base, "q8_0"),
     "gguf-q4_0": lambda base, run: gguf_export.write(base, "q4_0"),

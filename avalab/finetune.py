@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from avalab import adapters, artifacts, losses, models, packed_rows, quantize, train
+from avalab import adapters, artifacts, losses, models, packed_rows, train
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 from avalab.experiment import Run
@@ -138,7 +138,7 @@ def prepared(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
 
 def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
     """Bytes of the adapter's numbers: rank x (rows + columns) of every target layer, in float32."""
-    model = quantize.skeleton(base.path)
+    model = models.skeleton(base.path)
     layers, names = models.linear_layers(model), models.select_linear(model, recipe.target_modules)
     return 4 * recipe.rank * sum(layers[name].in_features + layers[name].out_features for name in names)
 

@@ -1,4 +1,4 @@
-"""A mixed-grid checkpoint of `packing` in GGUF's block types, without rounding again.
+"""A mixed-grid checkpoint of `packed` in GGUF's block types, without rounding again.
 
 A stored weight is a whole number of steps, code less zero point, times the scale of its group. Blocks of 32 weights
 hold such numbers as they are; `block_of` takes the smallest type that does:

@@ -3,7 +3,7 @@
 1. `write` lets the library round every linear layer (Badri and Shaji 2023, Half-Quadratic Quantization: zero points are
    chosen so that the weights' error is sparse; no data) with its defaults, and keeps what a layer needs: packed codes,
    and a float16 scale and fractional zero point a group.
-2. The embedding stays bf16 or goes to int8 rows (`packing.int8_rows`' numbers, handed in by the caller).
+2. The embedding stays bf16 or goes to int8 rows (`packed.int8_rows`' numbers, handed in by the caller).
 3. `from_pretrained` decodes every layer with the library's own `Quantizer` into a dense model.
 
 transformers 5.17 lists HQQ and refuses it ("not available yet"), to compress and to load; what the library saves itself

@@ -65,7 +65,7 @@ SIZES["long"] = SIZES["laptop"]
 
 def base(run: Run) -> Artifact:
     """The artefact that everything here is measured on: the run's model in NF4, scales quantized again."""
-    return quantize.write(models.base(run), "nf4", run=run, double_quantization=True)
+    return quantize.compress_artifact(models.base(run), "nf4", run=run, double_quantization=True)
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,7 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import artifacts, assets, gguf_vocabulary, hqq_checkpoint, packed_embedding
+from avalab import artifacts, assets, gguf_vocabulary, hqq_checkpoint, packed_embedding, quiet
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -100,7 +99,7 @@ def load(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = to
     if not list(folder.glob("*.safetensors")) and len(files := list(folder.glob("*.gguf"))) == 1:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             return nn.Module.to(from_gguf(files[0])[0], device, dtype)
-    quiet_libraries()
+    quiet.quiet_libraries()
     if hqq_checkpoint.is_one(folder):
         return nn.Module.to(hqq_checkpoint.from_pretrained(folder, dtype=dtype), device).eval()
     # The libraries' own deprecations and progress bars that cannot be turned off: nothing a reader can act on.
@@ -146,6 +145,15 @@ def _decompress(model: PreTrainedModel) -> None:
         compressor.decompress_model(model=model)
 
 
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model's modules and shapes without any weights, nor what its configuration says of quantisation."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the weights."""
     return AutoTokenizer.from_pretrained(folder.path if isinstance(folder, Artifact) else folder)
@@ -153,7 +161,7 @@ def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights as safetensors, configuration and tokenizer into a folder."""
-    quiet_libraries()
+    quiet.quiet_libraries()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -234,16 +242,6 @@ def rescale_off_grid(model: PreTrainedModel, *, limit: float = RESCALE_RANGE, se
         attention.o_proj.weight.div_(_per_query_head(factors, attention))
 
 
-def quiet_libraries() -> None:
-    """Silence progress bars and per-call chatter of the libraries; errors still come through."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for name in ("bitsandbytes", "torchao", "compressed_tensors", "llmcompressor", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _factors(count: int, limit: float, generator: torch.Generator) -> torch.Tensor:
     return torch.exp((torch.rand(count, generator=generator) * 2 - 1) * limit)
 
@@ -290,7 +288,7 @@ def _off_grid(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
-    quiet_libraries()
+    quiet.quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if model.config.model_type in gguf_vocabulary.MODEL_TYPES:
         tokenizer = gguf_vocabulary.tokenizer(gguf)

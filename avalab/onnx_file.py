@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab import artifacts, models, quantize, sparse_storage
+from avalab import artifacts, models, sparse_storage
 from avalab.artifacts import Artifact
 from avalab.engines import EngineUnavailable
 
@@ -67,7 +67,7 @@ def write(artifact: Artifact, out: Path, *, weights: str = "dense") -> Artifact:
     if artifact.format != "bf16":
         raise ValueError(f"{artifact.name} is in format {artifact.format!r}; only bf16 artefacts become ONNX files")
     require()
-    out = quantize._checked_target(out)
+    out = artifacts.checked_target(out)
     return artifacts.write(
         out.name,
         out.parent,

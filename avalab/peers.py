@@ -1,47 +1,70 @@
-"""The lab's compressor against other people's (`peers_known`): one signature, one evaluator, the same file bytes.
+"""The lab's compressor against other people's rows of `quantize.METHODS`, at the same file bytes, by one evaluator.
 
-1. `write` makes an artefact with a peer; what calibrates does so on the run's own windows.
+1. `make_peer` makes an artefact with a peer: a method with its parameters under a name (`PEERS`). What calibrates does
+   so on the run's own windows.
 2. `match` makes the lab's artefact of the same file bytes: its budget is a number of bytes, so the lab does the
    matching, and one it has made already serves again within 1 %. It does so in every form of `FORMS`, a row each:
    `ava-<bytes>b` (int8 embedding at least: transformers, vLLM), `ava-packed-<bytes>b` (embedding below 8 bits: only
    this package loads it) and `ava-gguf-<bytes>b` (llama.cpp and its kin), so that portable forms stand by themselves.
-3. `record` appends bytes, seconds and scores, and the ratio of KL divergences to each form on the same windows.
+3. `record_peer` appends bytes, seconds and scores, and the ratio of KL divergences to each form on the same windows.
 4. `peers_calls` asks all of them the same function calls, forced by a grammar, and pairs the answers.
 5. `python -m avalab.peers` does all of it for a model and writes results/<run>/peers.json after each subject. With
    `--add` it goes on from that file: what it holds is neither made nor scored again, and nothing in it is lost.
 
-A missing library raises EngineUnavailable with the install line; the command records that and goes on. What it does not
-do: tune a peer, train after rounding, or choose among the lab's forms.
+A missing library raises EngineUnavailable with the install line; the command records that and goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 
 from avalab import corpora, models, peers_calls, predict, quality, quantize, statistics
 from avalab.artifacts import Artifact
 from avalab.engines import kinds
-from avalab.experiment import PROFILES, ROOT, Run, load_average, load_records
-from avalab.peers_known import NAMES, PEERS, SHORT, known
+from avalab.experiment import PROFILES, ROOT, Record, Run, load_average, load_records
 from avalab.predict import Reference, TokenScores
 
 SAME_BYTES = 0.01  # two files within this share are of one size
+FORMS: dict[str, dict] = {"ava": {}, "ava-packed": {"embedding": "packed"}, "ava-gguf": {"format": "gguf"}}
+SHOWN = ("kl_divergence", "kl_divergence_p99", "top1_agreement", "perplexity")
+
+# Bits and group sizes of the methods that take them; each with its embedding in bf16, and in int8 rows (-int8emb).
+SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "rtn": ((4, 64), (3, 64), (2, 64)),
+    "gptq": ((6, 64), (4, 64), (3, 64), (2, 64)),
+    "awq": ((4, 64),),
+    "autoround": ((6, 64), (4, 64), (4, 32), (3, 64), (2, 64)),
+    "hqq": ((4, 64), (3, 64), (2, 64)),
+}
+WITHOUT_SIZES = ("openvino-int4", "nncf-int4", "onnx-k-quant", "gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k")
+PEERS: dict[str, tuple[str, dict]] = {
+    f"{method}-w{bits}g{group}{ending}": (method, {"bits": bits, "group_size": group, "embedding": embedding})
+    for ending, embedding in (("", "bf16"), ("-int8emb", "int8"))
+    for method, sizes in SIZES.items()
+    for bits, group in sizes
+}
+PEERS |= {"nf4": ("nf4", {}), "nf4-dq": ("nf4", {"double_quantization": True})}
+PEERS |= {method: (method, {}) for method in WITHOUT_SIZES}
+# The libraries that calibrate, at three sizes, and NNCF: two hours on one thread, most of them AutoRound's.
+SHORT = (
+    *(f"{method}-w{bits}g64-int8emb" for bits in (4, 3, 2) for method in ("gptq", "autoround")),
+    "nncf-int4",
+)
 
 
-def write(base: Artifact, peer: str, *, run: Run) -> Artifact:
-    """The artefact of a peer, below `run.artifacts_dir`; one of the same recipe and code is reused.
+def known_peer(peer: str) -> tuple[str, dict]:
+    """Method and parameters of a peer. Raises ValueError listing the names for an unknown one."""
+    if peer not in PEERS:
+        raise ValueError(f"unknown peer {peer!r}; choose one of {', '.join(PEERS)}")
+    return PEERS[peer]
 
-    Raises ValueError for an unknown peer or a base that is no bf16 artefact, EngineUnavailable without its library.
-    """
-    row = known(peer)
-    if base.format != "bf16":
-        raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
-    if importlib.util.find_spec(row.module) is None:
-        raise kinds.EngineUnavailable(f"peer {peer} needs the package {row.module}; install it: {row.install}")
-    return row.make(base, run)
+
+def make_peer(base: Artifact, peer: str, *, run: Run) -> Artifact:
+    """The artefact of a peer. Raises ValueError for an unknown one, and what `quantize.compress_artifact` raises."""
+    method, parameters = known_peer(peer)
+    return quantize.compress_artifact(base, method, run=run, **parameters)
 
 
 def match(base: Artifact, size: int, *, run: Run, form: str = "ava", made: Sequence[Artifact] = ()) -> Artifact:
@@ -52,7 +75,7 @@ def match(base: Artifact, size: int, *, run: Run, form: str = "ava", made: Seque
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r} of the lab's artefact; choose one of {', '.join(FORMS)}")
     near = [artifact for artifact in made if abs(artifact.bytes / size - 1) <= SAME_BYTES]
-    return near[0] if near else quantize.write(base, "ava", bytes=size, run=run, **FORMS[form])
+    return near[0] if near else quantize.compress_artifact(base, "ava", bytes=size, run=run, **FORMS[form])
 
 
 def references(run: Run, base: Artifact) -> dict[str, Reference]:
@@ -63,7 +86,7 @@ def references(run: Run, base: Artifact) -> dict[str, Reference]:
     return {name: predict.reference(base, rows, cache, run.device) for name, rows in windows.items()}
 
 
-def record(
+def record_peer(
     run: Run,
     subject: str,
     artifact: Artifact,
@@ -78,16 +101,16 @@ def record(
     also `kl_ratio` (`:packed` and `:gguf` behind the text for those forms): the rival's mean KL divergence over this
     one's, windows paired. Returns the token scores by text.
     """
-    row = known(peer) if peer else None
-    about = {"artifact_sha256": artifact.sha256, "engine": row.engine if row else "torch"}
-    measured, recipe = artifact.card["measured"], artifact.card["recipe"]
-    stored = {"embedding": row.embedding if row else "as its recipe says", "format": artifact.format}
+    engine, embedding = _engine_and_embedding(peer) if peer else ("torch", "as its recipe says")
+    about = {"artifact_sha256": artifact.sha256, "engine": engine}
+    stored = {"embedding": embedding, "format": artifact.format}
     run.record(subject, "artifact_bytes", artifact.bytes, "bytes", n=1, details=stored, **about)
+    measured, recipe = artifact.card["measured"], artifact.card["recipe"]
     details = {"recipe": recipe, **measured}
     run.record(subject, "compress_seconds", measured.get("compress_seconds"), "s", n=1, details=details, **about)
     cache, found = run.artifacts_dir / "cache", {}
     for text, reference in against.items():
-        found[text] = quality.score_artifact(artifact, reference, cache, run.device, engine=about["engine"])
+        found[text] = quality.score_artifact(artifact, reference, cache, run.device, engine=engine)
         base = quality.score_artifact(reference.base, reference, cache, run.device)
         rows = _estimates(run, found[text], base)
         for metric, unit, estimate in rows:
@@ -98,7 +121,7 @@ def record(
                 theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed
             )
             sizes = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
-            run.record(subject, _ratio_of(text, form), unit="1", **vars(estimate), details=sizes, **about)
+            run.record(subject, f"kl_ratio:{text}{_ending(form)}", unit="1", **vars(estimate), details=sizes, **about)
     return found
 
 
@@ -109,14 +132,14 @@ def compare(run: Run, names: Sequence[str], *, forms: Sequence[str] = ()) -> Non
     file of records is written after each subject. Raises ValueError when those records are of another base.
     """
     base = models.base(run)
-    known = {row.subject: row for row in run.records if row.metric == "artifact_bytes"}
-    if "base" in known and known["base"].artifact_sha256 != base.sha256:
+    sizes = {row.subject: row for row in run.records if row.metric == "artifact_bytes"}
+    if "base" in sizes and sizes["base"].artifact_sha256 != base.sha256:
         raise ValueError(f"{run.records_path.name} is about another base than {base.name}; start anew, without --add")
     against = references(run, base)
-    if "base" not in known:
-        record(run, "base", base, against)
+    if "base" not in sizes:
+        record_peer(run, "base", base, against)
     made = {form: _made_before(run, form) for form in forms or FORMS}
-    for name in (name for name in names if name not in known):
+    for name in (name for name in names if name not in sizes):
         run.records[:] = [row for row in run.records if row.subject != name]  # why it failed then
         _compare_one(run, base, name, against, made)
         run.save()
@@ -129,10 +152,10 @@ def _made_before(run: Run, form: str) -> list[Artifact]:
 
 def _compare_one(run: Run, base: Artifact, name: str, against: dict[str, Reference], made: dict) -> None:
     try:
-        artifact = write(base, name, run=run)
+        artifact = make_peer(base, name, run=run)
         found = {form: _rival(run, base, artifact.bytes, against, form, made[form]) for form in made}
         rivals = {form: rival for form, rival in found.items() if rival}
-        record(run, name, artifact, against, peer=name, rivals=rivals)
+        record_peer(run, name, artifact, against, peer=name, rivals=rivals)
     except (kinds.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
         run.record(name, "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
 
@@ -146,31 +169,40 @@ def _rival(run: Run, base: Artifact, size: int, against: dict, form: str, made: 
         return None
     if rival not in made:
         made.append(rival)
-        record(run, f"{form}-{rival.bytes}b", rival, against)
+        record_peer(run, f"{form}-{rival.bytes}b", rival, against)
     return rival
 
 
-def _ratio_of(text: str, form: str) -> str:
-    return ":".join(("kl_ratio", text, *form.split("-")[1:]))
+def _engine_and_embedding(peer: str) -> tuple[str, str]:
+    """The engine that scores a peer's artefact, and how the file holds the embedding."""
+    method, parameters = known_peer(peer)
+    row = quantize.METHODS[method]
+    return row.engines[0], quantize.INT8_EMBEDDING if parameters.get("embedding") == "int8" else row.embedding
+
+
+def _ending(form: str) -> str:
+    """What stands behind a metric that compares with a form: nothing, `:packed` or `:gguf`."""
+    return f":{form.removeprefix('ava-')}" if form != "ava" else ""
 
 
 def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, statistics.Estimate]]:
-    how = {"resamples": run.profile.resamples, "seed": run.seed}
+    resamples, seed = run.profile.resamples, run.seed
     return [
-        ("kl_divergence", "nats/token", statistics.mean(ours.kl, **how)),
-        ("kl_divergence_p99", "nats/token", statistics.tail(ours.kl, **how)),
-        ("top1_agreement", "1", statistics.mean(ours.agrees, **how)),
-        ("perplexity", "1", statistics.perplexity(ours.nll, **how)),
-        ("loss_rise", "nats/token", statistics.paired_difference(ours.nll, base.nll, **how)),
+        ("kl_divergence", "nats/token", statistics.mean(ours.kl, resamples=resamples, seed=seed)),
+        ("kl_divergence_p99", "nats/token", statistics.tail(ours.kl, resamples=resamples, seed=seed)),
+        ("top1_agreement", "1", statistics.mean(ours.agrees, resamples=resamples, seed=seed)),
+        ("perplexity", "1", statistics.perplexity(ours.nll, resamples=resamples, seed=seed)),
+        ("loss_rise", "nats/token", statistics.paired_difference(ours.nll, base.nll, resamples=resamples, seed=seed)),
     ]
 
 
-def _shown(run: Run) -> str:
-    """A line a subject: bytes, seconds, and for each text its scores and the lab's ratio to it in every form."""
-    texts = run.profile.eval_texts
-    columns = ["artifact_bytes", "compress_seconds", *(f"{metric}:{text}" for text in texts for metric in SHOWN)]
-    columns += [_ratio_of(text, form) for text in texts for form in FORMS]
-    return table(run.records, [*columns, f"{peers_calls.SHARE}:{peers_calls.ALL}"])
+def columns(run: Run, scores: Sequence[str] = SHOWN) -> list[str]:
+    """The metrics of a table of peers: bytes, seconds; on each text scores and ratios to every form; function calls."""
+    texts, forms = run.profile.eval_texts, [_ending(form) for form in FORMS]
+    found = ["artifact_bytes", "compress_seconds", *(f"{score}:{text}" for text in texts for score in scores)]
+    found += [f"kl_ratio:{text}{form}" for text in texts for form in forms]
+    found.append(f"{peers_calls.SHARE}:{peers_calls.ALL}")
+    return found + [f"{peers_calls.DIFFERENCE}:{peers_calls.ALL}{form}" for form in forms]
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:
@@ -197,7 +229,7 @@ def main() -> None:
     calls = run.profile.call_items if options.calls is None else options.calls
     if calls:
         peers_calls.record(run, calls)
-    print(_shown(run))
+    print(table(run.records, columns(run)))
     print(f"load average {load_average()}; records: {run.records_path.relative_to(ROOT)}")
 
 
@@ -208,7 +240,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="laptop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forms", default=",".join(FORMS), help="forms of the lab's artefact, joined by commas")
-    parser.add_argument("--peers", default=",".join(SHORT), help=f"names joined by commas; all: {', '.join(NAMES)}")
+    parser.add_argument("--peers", default=",".join(SHORT), help=f"names joined by commas; all: {', '.join(PEERS)}")
     parser.add_argument("--calls", type=int, help="function calls of each category; 0: none; the profile's own without")
     parser.add_argument("--add", action="store_true", help="go on from the records that are there")
     options = parser.parse_args()
@@ -220,9 +252,6 @@ def _options() -> argparse.Namespace:
         parser.error(f"--calls has to be 0 or more, got {options.calls}")
     return options
 
-
-FORMS: dict[str, dict] = {"ava": {}, "ava-packed": {"embedding": "packed"}, "ava-gguf": {"format": "gguf"}}
-SHOWN = ("kl_divergence", "kl_divergence_p99", "top1_agreement", "perplexity")
 
 if __name__ == "__main__":
     main()

@@ -42,7 +42,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from avalab import models
+from avalab import models, quiet
 from avalab.experiment import load_average
 
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
@@ -91,7 +91,7 @@ def run(request: dict) -> dict:
 
 def start_runtime(folder: Path, device: str) -> int:
     """Import what the artefact's format needs, run a toy model, and return the resident bytes before any weights."""
-    models.quiet_libraries()
+    quiet.quiet_libraries()
     method = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
     if method in LIBRARIES:
         importlib.import_module(LIBRARIES[method])

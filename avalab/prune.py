@@ -36,18 +36,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import (
-    artifacts,
-    cache,
-    corpora,
-    models,
-    patterns,
-    quantize,
-    saliency,
-    sparse_storage,
-    structured,
-    walk,
-)
+from avalab import artifacts, cache, corpora, models, patterns, quantize, saliency, sparse_storage, structured, walk
 from avalab.artifacts import Artifact
 from avalab.code import code_of
 from avalab.experiment import Run
@@ -117,7 +106,7 @@ def write(
         seed=run.seed,
     )
     recipe = [*base.card["recipe"], _step(plan, run)]
-    out = quantize._checked_target(out) or run.artifacts_dir / f"{base.name}+{label(plan, base.path)}"
+    out = artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{label(plan, base.path)}"
     found = artifacts.find(out.name, out.parent, recipe, base.sha256)
     if found:
         return found
@@ -154,7 +143,7 @@ def planned(
     """
     _refuse_unknown(score, pattern, allocation)
     _refuse_sparsity(pattern, sparsity)
-    skeleton = quantize.skeleton(folder)
+    skeleton = models.skeleton(folder)
     layers = models.linear_layers(skeleton)
     wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
     targets = models.select_linear(skeleton, wanted) if wanted else list(layers)
@@ -172,7 +161,7 @@ def label(plan: Plan, folder: Path) -> str:
     parts = [plan.score] + ([plan.pattern.replace(":", "of")] if plan.pattern != "unstructured" else [])
     parts += [f"s{100 * plan.sparsity:.4g}"] if fixed is None else []
     parts += [plan.allocation] if plan.allocation != "uniform" else []
-    names = list(models.linear_layers(quantize.skeleton(folder)))
+    names = list(models.linear_layers(models.skeleton(folder)))
     only = artifacts.sha256_of_text(",".join(plan.targets))[:4]
     return "-".join(parts + ([f"only{len(plan.targets)}.{only}"] if plan.targets != names else []))
 
@@ -193,12 +182,12 @@ def record(run: Run, subject: str, artifact: Artifact) -> None:
     measured, sparse = artifact.card["measured"], artifact.path / sparse_storage.FILE
     about = {"artifact_sha256": artifact.sha256, "details": {"recipe": artifact.card["recipe"]}}
     run.record(subject, "sparsity", measured.get("sparsity", 0.0), "1", **about)
-    count = models.parameter_count(quantize.skeleton(artifact.path))
+    count = models.parameter_count(models.skeleton(artifact.path))
     run.record(subject, "parameters", count, "1", **about)
     run.record(subject, "artifact_bytes", artifact.bytes, "byte", **about)
     size, note = (sparse.stat().st_size, "") if sparse.is_file() else (None, "no zeros to compress: the file is dense")
     run.record(subject, "sparse_bytes", size, "byte", note=note, **about)
-    quantize.record(run, subject, artifact)
+    quantize.record_compression(run, subject, artifact)
 
 
 def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress: Path) -> dict:
@@ -210,7 +199,7 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
     if PATTERNS[plan.pattern].structured:
         structured.save(model, kept_structures(model, plan, known), folder)
         tokenizer.save_pretrained(folder)
-        after = sum(layer.weight.numel() for layer in models.linear_layers(quantize.skeleton(folder)).values())
+        after = sum(layer.weight.numel() for layer in models.linear_layers(models.skeleton(folder)).values())
         sizes = {}
     else:
         apply_zeros(model, plan, known, progress)

@@ -38,7 +38,7 @@ from avalab import (
     fake_quant,
     finetune,
     models,
-    packed_file,
+    packed,
     packed_rows,
     targets,
     torchao_qat,
@@ -100,14 +100,14 @@ def train_quantized(
     identity = artifacts.sha256_of_text(json.dumps([start.sha256, step], sort_keys=True))
 
     def fill(folder: Path) -> dict:
-        began, layers = time.perf_counter(), packed_file.read(start)
+        began, layers = time.perf_counter(), packed.packed_layers(start)
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
             about = _by_blocks(model, teacher, read, recipe, run)
         else:
             about = _end_to_end(model, teacher, read, recipe, run, (out.name, identity, folder))
         after = rounded(model)
-        packed_file.write(start, folder, after)
+        packed.replace_layers(start, folder, after)
         shares = [float((part.codes != layers[at].codes).float().mean()) for at, part in after.items()]
         seconds = {"train_seconds": time.perf_counter() - began, "codes_changed": sum(shares) / len(shares)}
         return about | seconds

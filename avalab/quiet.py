@@ -4,7 +4,8 @@ torchao warns about each GPU library it cannot load and registers enums that tor
 a CPU kernel that a hub would have to send; a reader can act on none of it. The package imports this first. Setting log
 levels at import is a deliberate exception to "importing does nothing": later is too late.
 
-`native_output` is for what compiled code prints to the process's standard output whatever its options say.
+`quietly` is for a call of a library that talks, `native_output` for what compiled code prints to the process's standard
+output whatever its options say.
 
 What it does not do: hide errors, or change the level of any logger that a user has configured.
 """
@@ -12,13 +13,34 @@ What it does not do: hide errors, or change the level of any logger that a user 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and per-call chatter of the libraries; errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("bitsandbytes", "torchao", "compressed_tensors", "llmcompressor", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the libraries' progress bars, logs and deprecation warnings to themselves; errors still come through."""
+    quiet_libraries()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

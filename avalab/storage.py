@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class Storage:
     metadata_bytes: int = 0  # text a layer in the file's header
     copy_bits: float = 0.0  # bits a weight of the linear layers that the torch engine adds on a CPU
     embedding_copy_bits: float = 0.0  # likewise of the embedding
+    int8_embedding: bool = False  # with a scale a row, repeated for a tied head
     decodes: bool = True  # weights are decoded on the fly, layer by layer
 
     @property
@@ -97,8 +98,10 @@ def of_method(method: str, parameters: dict) -> Storage:
         static = (Part("input_scale", 16, "layer"), Part("input_zero_point", 8, "layer"))
         parts = (Part("weight", 8), Part("weight_scale", 16, "row"))
         return Storage(method, parts + (static if parameters.get("static", True) else ()), copy_bits=16)
-    if method in ("rtn", "gptq", "awq"):
-        return _packed(method, parameters.get("bits", 4), group, parameters.get("symmetric", False))
+    if method in ("rtn", "gptq", "awq", "autoround"):
+        stored = _packed(method, parameters.get("bits", 4), group, parameters.get("symmetric", False))
+        int8 = parameters.get("embedding") == "int8"
+        return replace(stored, int8_embedding=int8, embedding_copy_bits=16 * int8)
     raise ValueError(f"the storage of method {method!r} is not known; give a Storage of your own")
 
 
@@ -137,7 +140,7 @@ def _torchao(name: str, group: int | str, scale_bits: int, metadata_bytes: int) 
 
 
 def _packed(name: str, bits: int, group: int | str, symmetric: bool) -> Storage:
-    if bits == 8:  # compressed-tensors packs what is shorter than a byte
+    if bits == 8 and name != "autoround":  # compressed-tensors packs what is shorter than a byte; we pack all
         parts = (Part("weight", 8), Part("weight_scale", 16, group))
         return Storage(name, parts + (() if symmetric else (Part("weight_zero_point", 8, group),)), copy_bits=16)
     parts = (Part("weight_packed", bits), Part("weight_scale", 16, group), Part("weight_shape", 128, "layer"))
@@ -234,6 +237,10 @@ def _tensor_table(model: Shape, stored: Storage, kept: Sequence[str]) -> dict[st
     """(shape, bytes) by tensor name. Shapes only serve to know the header's length."""
     d = model.hidden
     table = {"model.embed_tokens.weight": ([model.vocab, d], 2 * model.vocab * d), "model.norm.weight": ([d], 2 * d)}
+    if stored.int8_embedding:
+        table["model.embed_tokens.weight"] = ([model.vocab, d], model.vocab * d)
+        for reader in ("model.embed_tokens", "lm_head") if model.tied else ("model.embed_tokens",):
+            table[f"{reader}.weight_scale"] = ([model.vocab, 1], 2 * model.vocab)
     if not model.tied:
         table["lm_head.weight"] = ([model.vocab, d], 2 * model.vocab * d)
     for layer in range(model.layers):

@@ -58,7 +58,7 @@ SIZES["long"] = SIZES["laptop"]
 def measure(run: Run, sizes: Sizes | None = None) -> None:
     """Append every arm's speed, memory and loss gap to the run's records."""
     sizes = sizes or SIZES[run.profile_name]
-    base = quantize.write(models.base(run), "nf4", run=run, double_quantization=True)
+    base = quantize.compress_artifact(models.base(run), "nf4", run=run, double_quantization=True)
     context = multiprocessing.get_context("spawn")
     started = [_start(context, (arm, base.path, run.device, sizes)) for arm in ARMS]
     try:

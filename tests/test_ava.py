@@ -17,7 +17,7 @@ from avalab import (
     engines,
     gguf_export,
     models,
-    packing,
+    packed,
     predict,
     quantize,
     rounding,
@@ -25,9 +25,9 @@ from avalab import (
 )
 from avalab.allocation import Allocation
 from avalab.artifacts import Artifact
-from avalab.compressors import Job
 from avalab.engines import kinds
 from avalab.experiment import Run
+from avalab.libraries import Job
 from avalab.numerics import Grid
 from avalab.predict import Reference
 
@@ -69,7 +69,7 @@ def plain(base) -> Artifact:
 @pytest.fixture(scope="module")
 def made(run, base, plain) -> Artifact:
     """Our file with the bytes of the plain one."""
-    return quantize.write(base, "ava", run=run, bytes=plain.bytes, format="gguf")
+    return quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="gguf")
 
 
 def job_of(folder: Path, calibration: torch.Tensor, **parameters) -> Job:
@@ -135,14 +135,14 @@ def test_the_curve_runs_from_the_smallest_file_to_bf16_and_never_rises(base, cal
 
 
 def test_an_engine_gets_only_types_that_it_reads_as_written(run, base, plain):
-    found = quantize.write(base, "ava", run=run, bytes=plain.bytes, format="gguf", engine="openvino")
+    found = quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="gguf", engine="openvino")
     assert found.name.endswith("-gguf-openvino")
     assert set(found.card["measured"]["formats"]) <= {*ava_targets.GGUF_TYPES["openvino"], "bf16"}
 
 
 def test_a_budget_over_bf16_copies_and_says_so(run, base):
     for format in ("gguf", "transformers"):
-        found = quantize.write(base, "ava", run=run, bytes=4_000_000, format=format)
+        found = quantize.compress_artifact(base, "ava", run=run, bytes=4_000_000, format=format)
         assert "holds the whole bf16 model: copied" in found.card["measured"]["note"]
         ours, theirs = (models.load(artifact).state_dict() for artifact in (found, base))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -160,7 +160,7 @@ def test_a_budget_over_bf16_copies_and_says_so(run, base):
 )
 def test_a_budget_format_or_engine_that_cannot_be_is_refused(parameters, message, run, base):
     with pytest.raises(ValueError, match=message):
-        quantize.write(base, "ava", run=run, **parameters)
+        quantize.compress_artifact(base, "ava", run=run, **parameters)
 
 
 def test_a_family_without_names_in_gguf_is_told_which_exports_remain(tmp_path):
@@ -260,10 +260,10 @@ def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(base, tm
         rounded = rounding.round_weight(
             layer.weight.detach().float(), rounding.problem(torch.eye(layer.in_features)), grid
         )
-        stored = packing.packed_tensors(rounded)
+        stored = packed.packed_tensors(rounded)
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        assert size == packing.stored_bytes(*layer.weight.shape, grid)
-        packing.pack(model, {name: rounded}, measured={}).save_pretrained(tmp_path)
+        assert size == packed.stored_bytes(*layer.weight.shape, grid)
+        packed.pack(model, {name: rounded}, measured={}).save_pretrained(tmp_path)
         assert torch.equal(models.load(tmp_path).get_submodule(name).weight, rounded.decode())
 
 

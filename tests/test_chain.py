@@ -11,7 +11,7 @@ from avalab.train import Schedule
 
 @pytest.fixture(scope="module")
 def nf4(run, base):
-    return quantize.write(base, "nf4", run=run, double_quantization=True)
+    return quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
 
 
 def test_a_ledger_adds_up_to_the_whole_difference():
@@ -41,7 +41,7 @@ def test_dequantised_values_are_those_of_four_bits_and_can_be_pruned_and_quantis
     torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.02)  # bf16 products in another order
     assert chain.dequantised(nf4).sha256 == plain.sha256
     smaller = prune.write(plain, "magnitude", "layers", run=run, sparsity=0.25)
-    again = quantize.write(smaller, "nf4", run=run, double_quantization=True)
+    again = quantize.compress_artifact(smaller, "nf4", run=run, double_quantization=True)
     codes = [layer.weight.data for layer in models.linear_layers(models.load(again)).values()]
     before = {layer.weight.data.numpy().tobytes() for layer in models.linear_layers(models.load(nf4)).values()}
     assert sum(code.numpy().tobytes() in before for code in codes) >= 0.9 * len(codes), "rounding twice is once"

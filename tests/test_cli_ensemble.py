@@ -12,8 +12,8 @@ from avalab import artifacts, cli, corpora, experiment, models, quantize
 def folders(run, base):
     return [
         base.path,
-        quantize.write(base, "nf4", run=run).path,
-        quantize.write(base, "rtn", run=run, group_size=32).path,
+        quantize.compress_artifact(base, "nf4", run=run).path,
+        quantize.compress_artifact(base, "rtn", run=run, group_size=32).path,
     ]
 
 

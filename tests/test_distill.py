@@ -77,7 +77,7 @@ def test_every_loss_brings_some_of_the_teacher_back(kind, run, base, pruned, row
     assert divergence(taught, against) < divergence(pruned, against)
     merged = taught if kind == "whole" else adapters.merge(taught)
     assert divergence(merged, against) < divergence(pruned, against)
-    assert quantize.write(merged, "torchao-int8", run=run).card["base"]["sha256"] == merged.sha256
+    assert quantize.compress_artifact(merged, "torchao-int8", run=run).card["base"]["sha256"] == merged.sha256
     stored = taught.card["measured"]["target_bytes_per_token"]
     assert 0 < stored <= 120 if kind in ("sampled", "topk") else stored == 0
 
@@ -164,7 +164,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(base, rows):
 
 
 def test_a_four_bit_student_gets_back_what_rounding_cost(run, base, rows, against):
-    fp4 = quantize.write(base, "fp4", run=run)
+    fp4 = quantize.compress_artifact(base, "fp4", run=run)
     schedule = replace(TRAINING.schedule, learning_rate=1e-3, epochs=4)
     recipe = replace(RECIPE, training=replace(TRAINING, schedule=schedule))
     taught = distill.train_student(fp4, base, rows, run=run, name="taught-fp4", recipe=recipe)

@@ -25,9 +25,9 @@ def artifacts(tmp_path_factory):
         run = Run("t", "smoke")
         base = models.base(run)
         yield {
-            "nf4": quantize.write(base, "nf4", run=run),
-            "nf4-dq": quantize.write(base, "nf4", run=run, double_quantization=True),
-            "fp4": quantize.write(base, "fp4", run=run),
+            "nf4": quantize.compress_artifact(base, "nf4", run=run),
+            "nf4-dq": quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
+            "fp4": quantize.compress_artifact(base, "fp4", run=run),
         }
 
 

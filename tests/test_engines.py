@@ -147,7 +147,7 @@ def test_a_quantised_artefact_gives_the_tokens_of_transformers(method, tmp_path,
     """Tokens of the loaded artefact itself; 12 of them, in bf16."""
     monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
     run = Run("t", "smoke")
-    artifact = quantize.write(models.base(run), method, run=run)
+    artifact = quantize.compress_artifact(models.base(run), method, run=run)
     prompt = tokenizer(PROMPT).input_ids
     loaded = engines.load("torch", artifact)
     assert loaded.generate(prompt, 12, past_end=True) == reference_tokens(loaded.state["model"], prompt, 12)

@@ -146,7 +146,10 @@ def test_weights_without_finite_tokens_are_refused(bad):
 
 @pytest.fixture(scope="module")
 def pair(run, base):
-    return [quantize.write(base, "nf4", run=run), quantize.write(base, "rtn", run=run, group_size=32)]
+    return [
+        quantize.compress_artifact(base, "nf4", run=run),
+        quantize.compress_artifact(base, "rtn", run=run, group_size=32),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ ASKED = calls.cases("toolbox_multiple", 4)
 
 @pytest.fixture(scope="module")
 def pair(run, base):
-    return Respondent(quantize.write(base, "nf4", run=run)), Respondent(base)
+    return Respondent(quantize.compress_artifact(base, "nf4", run=run)), Respondent(base)
 
 
 def perfect(case) -> str:

@@ -16,7 +16,10 @@ def tokenizer(base):
 
 @pytest.fixture(scope="module")
 def pair(run, base):
-    return [quantize.write(base, "nf4", run=run), quantize.write(base, "rtn", run=run, group_size=32)]
+    return [
+        quantize.compress_artifact(base, "nf4", run=run),
+        quantize.compress_artifact(base, "rtn", run=run, group_size=32),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from avalab import ava, cli, corpora, equivalence, models, predict, quantize, rounding, walk
-from avalab.compressors import Job
 from avalab.equivalence import Pair
+from avalab.libraries import Job
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -225,7 +225,7 @@ def test_an_artefact_of_every_form_holds_the_transformed_model(form, plain, run,
     monkeypatch.setattr(
         equivalence, "_best", lambda pair, *_: ((1.0, 0.0), factors.repeat(len(pair.source.weight) // 2))
     )
-    made = quantize.write(base, "ava", run=run, transform="scale+rotate", **form)
+    made = quantize.compress_artifact(base, "ava", run=run, transform="scale+rotate", **form)
     name, end = plain.removesuffix("-packedemb"), "-packedemb" if plain.endswith("emb") else ""
     assert made.name.endswith(f"+{name}-scale+rotate{end}")
     assert made.card["recipe"][-1]["transform"] == "scale+rotate"

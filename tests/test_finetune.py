@@ -90,14 +90,14 @@ def test_the_adapters_bytes_are_predicted(adapter, base):
 
 @pytest.mark.parametrize("decoded", [True, False])
 def test_a_four_bit_base_is_trained_and_merged_into_bf16(run, base, examples, logits, decoded):
-    nf4 = quantize.write(base, "nf4", run=run, double_quantization=True)
+    nf4 = quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
     recipe = replace(RECIPE, decoded=decoded)
     tuned = finetune.train_adapter(nf4, examples, run=run, name=f"qlora-{decoded}", recipe=recipe)
     merged = adapters.merge(tuned)
     assert merged.format == "bf16"
     ours, theirs = (logits(models.load(a)) for a in (merged, tuned))
     assert (ours - theirs).abs().mean() < 0.1 * (theirs - logits(models.load(nf4))).abs().mean() + 0.05
-    requantised = quantize.write(merged, "int8", run=run)
+    requantised = quantize.compress_artifact(merged, "int8", run=run)
     assert requantised.card["base"]["sha256"] == merged.sha256
 
 

@@ -149,7 +149,7 @@ def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_form
     """Nothing is rounded again but minimums, to 11 bits: logits within 0.02, where 4 bits move them by more than 1."""
     monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
     run = Run("t", "smoke")
-    artifact = quantize.write(models.base(run), "ava", run=run)
+    artifact = quantize.compress_artifact(models.base(run), "ava", run=run)
     exported = gguf_export.write(artifact, "kept")
     torch.testing.assert_close(logits(exported.path), logits(artifact.path), atol=0.02, rtol=0)
     assert "quantization_config" not in json.loads((exported.path / "config.json").read_text())

@@ -10,7 +10,7 @@ import torch
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
 from safetensors.torch import load_file, save_file
 
-from avalab import hqq_checkpoint, models, packing, peers, peers_making
+from avalab import hqq_checkpoint, models, packed, peers, quantize
 
 has_hqq = pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="hqq is missing")
 LAYER = "model.layers.0.mlp.up_proj"
@@ -43,26 +43,34 @@ def library(monkeypatch):
     core.BaseQuantizeConfig = lambda nbits, group_size: {"weight_quant_params": {"group_size": group_size, "axis": 1}}
     for name, module in (("hqq", ModuleType("hqq")), ("hqq.core", ModuleType("hqq.core")), ("hqq.core.quantize", core)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "hqq" else real(name))
 
 
 def test_a_checkpoint_is_decoded_into_a_dense_model_near_its_base(library, run, base):
-    small, plain = (peers.write(base, f"hqq-w4g64{end}", run=run) for end in ("-int8emb", ""))
+    small, plain = (peers.make_peer(base, f"hqq-w4g64{end}", run=run) for end in ("-int8emb", ""))
     original, loaded = models.load(base), models.load(small)
     weights = [model.get_submodule(LAYER).weight.detach() for model in (original, loaded)]
     assert not torch.equal(*weights)
     assert (weights[1] - weights[0]).norm() < 0.15 * weights[0].norm()
     table = original.get_input_embeddings().weight.detach()
-    codes, scales = packing.int8_rows(table)
+    codes, scales = packed.int8_rows(table)
     assert torch.equal(loaded.get_input_embeddings().weight, codes.bfloat16() * scales)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert torch.equal(models.load(plain).get_input_embeddings().weight, table)
     assert plain.bytes - small.bytes == pytest.approx(table.numel(), rel=0.05)
     assert small.format == "hqq"
+    kept = quantize.compress_artifact(base, "hqq", run=run, skip=(LAYER,))
+    assert torch.equal(models.load(kept).get_submodule(LAYER).weight, weights[0])
+
+
+def test_bits_that_the_library_has_not_are_refused(library, run, base):
+    with pytest.raises(ValueError, match="HQQ has no 5 bits; choose one of 2, 3, 4, 8"):
+        quantize.compress_artifact(base, "hqq", run=run, bits=5)
 
 
 def test_a_missing_tensor_is_named(library, run, base, tmp_path):
-    made = peers.write(base, "hqq-w4g64", run=run)
+    made = peers.make_peer(base, "hqq-w4g64", run=run)
     tensors = load_file(made.path / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
@@ -80,6 +88,6 @@ def test_only_its_own_folders_are_taken_for_such_checkpoints(base, tmp_path):
 @has_hqq
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_library_itself_rounds_and_decodes(run, base, bits):
-    made = peers_making.hqq(bits, 32)(base, run)
+    made = quantize.compress_artifact(base, "hqq", run=run, bits=bits, group_size=32)
     weights = [models.load(a).get_submodule(LAYER).weight.detach() for a in (base, made)]
     assert (weights[1] - weights[0]).norm() < {2: 0.5, 3: 0.25, 4: 0.12}[bits] * weights[0].norm()

@@ -11,7 +11,7 @@ PROMPTS = ["<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n", 
 
 @pytest.fixture(scope="module")
 def pair(run, base):
-    return [base, quantize.write(base, "nf4", run=run)]
+    return [base, quantize.compress_artifact(base, "nf4", run=run)]
 
 
 @pytest.fixture(scope="module")

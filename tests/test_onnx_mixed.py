@@ -22,7 +22,7 @@ from avalab import (
     onnx_builder,
     onnx_graph,
     onnx_mixed,
-    packing,
+    packed,
     predict,
     quantize,
     rounding,
@@ -83,7 +83,7 @@ def rounded(weight: torch.Tensor, grid: Grid) -> numerics.Rounded:
     return rounding.round_weight(weight, rounding.problem(torch.eye(weight.shape[1])), grid, repairs=0)
 
 
-def packed(run: Run, base: Artifact, name: str, grids: tuple[str, ...], table: str) -> Artifact:
+def packed_artifact(run: Run, base: Artifact, name: str, grids: tuple[str, ...], table: str) -> Artifact:
     """The base with these grids in turn, its embedding in int8 rows, on a grid, or as it is."""
     model = models.load(base)
     layers = models.linear_layers(model)
@@ -93,12 +93,12 @@ def packed(run: Run, base: Artifact, name: str, grids: tuple[str, ...], table: s
             for at, (layer, module) in enumerate(layers.items())
             if at < len(layers) - 1  # the last one stays bf16
         }
-        if table not in ("", packing.INT8_ROWS):
+        if table not in ("", packed.INT8_ROWS):
             parts[EMBEDDING] = rounded(model.get_input_embeddings().weight.float(), numerics.grid_named(table))
 
     def save(folder: Path) -> None:
-        rows = EMBEDDING if table == packing.INT8_ROWS else ""
-        packing.pack(model, parts, int8_rows_of=rows, measured={}).save_pretrained(folder)
+        rows = EMBEDDING if table == packed.INT8_ROWS else ""
+        packed.pack(model, parts, int8_rows_of=rows, measured={}).save_pretrained(folder)
         models.load_tokenizer(base).save_pretrained(folder)
 
     about = {"base": {"name": base.name, "sha256": base.sha256}, "recipe": [{"step": name}]}
@@ -107,7 +107,7 @@ def packed(run: Run, base: Artifact, name: str, grids: tuple[str, ...], table: s
 
 @pytest.fixture(scope="module")
 def mixed(run, base) -> Artifact:
-    return packed(run, base, "mixed", GRIDS, packing.INT8_ROWS)
+    return packed_artifact(run, base, "mixed", GRIDS, packed.INT8_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_rounding_what_products_read_to_8_bits_costs_little(run, mixed, prompt):
 
 @pytest.mark.parametrize("table", ["w3g32", ""])
 def test_an_embedding_on_a_grid_or_in_bf16_is_kept_too(run, base, table, prompt):
-    source = packed(run, base, f"table-{table}", ("w4g32",), table)
+    source = packed_artifact(run, base, f"table-{table}", ("w4g32",), table)
     made = onnx_export.write(source, "kept", inputs="float32")
     ours, theirs = engines.load("onnx", made, threads=1), engines.load("torch", source, dtype=torch.float32)
     found, expected = ours.logits(prompt), theirs.logits(prompt)
@@ -243,8 +243,8 @@ def test_the_export_command_keeps_a_packed_artefact_without_being_told(mixed, tm
 
 
 def test_ava_keeps_its_budget_and_beats_one_grid_for_all_layers_at_its_bytes(run, base):
-    plain = onnx_export.write(packed(run, base, "plain", ("w4g32",), "w4g32"), "kept")
-    made = quantize.write(base, "ava", run=run, bytes=plain.bytes, format="onnx")
+    plain = onnx_export.write(packed_artifact(run, base, "plain", ("w4g32",), "w4g32"), "kept")
+    made = quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="onnx")
     about = made.card["measured"]
     assert 0.9 * plain.bytes < made.bytes <= about["predicted_bytes"] <= plain.bytes
     assert made.format == "onnx-mixed"
@@ -269,16 +269,16 @@ def test_what_a_transform_does_to_norms_is_in_the_graph_too(run, base, monkeypat
         equivalence, "_best", lambda pair, *_: ((1.0, 0.0), factors.repeat(len(pair.source.weight) // 2))
     )
     monkeypatch.setattr(onnx_builder, "build", ORIGINAL)
-    made = quantize.write(base, "ava", run=run, bytes=1_000_000, format="onnx", transform="scale+rotate")
+    made = quantize.compress_artifact(base, "ava", run=run, bytes=1_000_000, format="onnx", transform="scale+rotate")
     assert made.name.endswith("+ava-1000000b-onnx-scale+rotate")
     assert made.card["measured"]["measured_kl_divergence"] < 0.1
 
 
 def test_a_budget_below_the_smallest_folder_names_it(run, base):
     with pytest.raises(ValueError, match=r"100,000 bytes is below the smallest ONNX graph and weights, [\d,]+ bytes"):
-        quantize.write(base, "ava", run=run, bytes=100_000, format="onnx")
+        quantize.compress_artifact(base, "ava", run=run, bytes=100_000, format="onnx")
     with pytest.raises(ValueError, match="embedding='packed' is of the own format"):
-        quantize.write(base, "ava", run=run, embedding="packed", format="onnx")
+        quantize.compress_artifact(base, "ava", run=run, embedding="packed", format="onnx")
 
 
 def test_every_grid_that_is_offered_is_stored_without_waste():

@@ -16,9 +16,8 @@ from avalab import (
     engines,
     gguf_export,
     models,
+    packed,
     packed_embedding,
-    packed_file,
-    packing,
     predict,
     quantize,
     rounding,
@@ -39,7 +38,7 @@ def windows(run, base):
 
 @pytest.fixture(scope="module")
 def small(run, base):
-    return quantize.write(base, "ava", run=run, bytes=BUDGET, embedding="packed")
+    return quantize.compress_artifact(base, "ava", run=run, bytes=BUDGET, embedding="packed")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_it_fits_the_budget_and_its_card_says_who_can_read_it(small):
 
 
 def test_at_equal_bytes_it_is_closer_than_int8_rows(small, run, base, against):
-    portable = quantize.write(base, "ava", run=run, bytes=small.bytes)
+    portable = quantize.compress_artifact(base, "ava", run=run, bytes=small.bytes)
     ours, theirs = (float(predict.score_model(models.load(a), against).kl.mean()) for a in (small, portable))
     assert ours < theirs
 
@@ -76,7 +75,7 @@ def test_what_is_loaded_is_what_was_rounded_in_memory_and_the_head_shares_it(bas
         posed = {NAME: rounding.problem(torch.eye(128))}
         found, _ = ava.round_model(model, windows, chosen, target=ava.TARGETS["transformers"], tables=posed)
         rounded = found[NAME]
-        packing.pack(model, found, measured={}).save_pretrained(tmp_path)
+        packed.pack(model, found, measured={}).save_pretrained(tmp_path)
         loaded = models.load(tmp_path)
         assert torch.equal(loaded.get_input_embeddings().weight, rounded.decode())
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
@@ -115,10 +114,10 @@ def test_exported_to_gguf_it_is_the_same_model(small):
 
 
 def test_training_through_the_rounding_sees_the_layers_and_leaves_the_embedding(small, tmp_path):
-    layers = packed_file.read(small)
+    layers = packed.packed_layers(small)
     assert len(layers) == 28
     assert NAME not in layers
-    packed_file.write(small, tmp_path, layers)
+    packed.replace_layers(small, tmp_path, layers)
     assert (tmp_path / "model.safetensors").read_bytes() == (small.path / "model.safetensors").read_bytes()
 
 

@@ -2,37 +2,21 @@
 
 import importlib.util
 import json
-import logging
-import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
 from safetensors.torch import load_file
 
-from avalab import (
-    artifacts,
-    corpora,
-    engines,
-    models,
-    packing,
-    peers,
-    peers_autoround,
-    peers_embedding,
-    peers_known,
-    peers_making,
-    peers_runtimes,
-    predict,
-    quantize,
-)
-from avalab.engines import kinds
+from avalab import artifacts, corpora, engines, models, packed, peers, predict, quantize, storage, tables
 from avalab.engines.kinds import EngineUnavailable
 from avalab.experiment import Record, load_records
-from avalab.numerics import Grid
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
 EMBEDDING = "model.embed_tokens.weight"
+KEPT, OTHER = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +26,6 @@ def run(run):
     few = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=2, tokens=64, offset=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "calibration_windows", lambda *arguments: few)
-        patch.setattr(peers_making, "ITERATIONS", 1)
         yield run
 
 
@@ -55,7 +38,7 @@ def against(run, base):
 
 @pytest.fixture(scope="module")
 def rounded(run, base):
-    return peers.write(base, "rtn-w4g64", run=run)
+    return peers.make_peer(base, "rtn-w4g64", run=run)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +54,7 @@ def short(run, base):
 
 @pytest.fixture(scope="module")
 def tuned(run, short):
-    return peers_making.autoround(4, 64)(short, run)
+    return quantize.compress_artifact(short, "autoround", run=run, iterations=1, skip=(KEPT,))
 
 
 def divergence(artifact, against) -> float:
@@ -81,27 +64,23 @@ def divergence(artifact, against) -> float:
 # What is refused
 
 
-@pytest.mark.parametrize("peer", peers.NAMES)
+@pytest.mark.parametrize("peer", peers.PEERS)
 def test_a_peer_without_its_library_names_it_and_how_to_get_it(peer, run, base, monkeypatch):
-    row = peers.known(peer)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineUnavailable, match=rf"{row.module}; install it: (pip install|make )"):
-        peers.write(base, peer, run=run)
+    row = quantize.METHODS[peers.PEERS[peer][0]]
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == row.library else real(name))
+    with pytest.raises(EngineUnavailable, match=rf"{row.library}; install it: (pip install|make )"):
+        peers.make_peer(base, peer, run=run)
 
 
 def test_an_unknown_peer_is_refused_with_the_known_ones(run, base):
     with pytest.raises(ValueError, match=r"unknown peer 'gptq'; choose one of rtn-w4g64, .*gguf-q2_k"):
-        peers.write(base, "gptq", run=run)
+        peers.make_peer(base, "gptq", run=run)
 
 
 def test_what_is_compressed_already_is_no_base(run, rounded):
     with pytest.raises(ValueError, match="in format 'compressed-tensors'; only bf16"):
-        peers.write(rounded, "nf4", run=run)
-
-
-def test_only_a_compressed_checkpoint_gets_an_int8_embedding(base, tmp_path):
-    with pytest.raises(ValueError, match="is dense; needed is compressed-tensors"):
-        peers_embedding.write(base.path, tmp_path)
+        peers.make_peer(rounded, "nf4", run=run)
 
 
 # An int8 embedding
@@ -109,7 +88,7 @@ def test_only_a_compressed_checkpoint_gets_an_int8_embedding(base, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(run, base, rounded):
-    return peers.write(base, "rtn-w4g64-int8emb", run=run)
+    return peers.make_peer(base, "rtn-w4g64-int8emb", run=run)
 
 
 def test_an_int8_embedding_leaves_every_linear_layer_as_it_was(small, rounded):
@@ -121,59 +100,40 @@ def test_an_int8_embedding_leaves_every_linear_layer_as_it_was(small, rounded):
 
 def test_an_int8_embedding_halves_its_bytes_and_loads_as_its_codes_say(small, rounded, base):
     table = load_file(base.path / "model.safetensors")[EMBEDDING]
-    codes, scales = packing.int8_rows(table)
+    codes, scales = packed.int8_rows(table)
     assert rounded.bytes - small.bytes == pytest.approx(table.numel(), rel=0.05)
     assert torch.equal(models.load(small).get_input_embeddings().weight, (codes.bfloat16() * scales))
 
 
-def test_its_seconds_are_those_of_both_steps(small, rounded):
-    before = rounded.card["measured"]["compress_seconds"]
-    assert small.card["measured"]["compress_seconds"] > before == small.card["measured"]["seconds_before"]
+def test_only_a_compressed_checkpoint_gets_an_int8_embedding(base):
+    with pytest.raises(ValueError, match="is dense; needed is compressed-tensors"):
+        packed.replace_embedding(base.path)
+
+
+def test_the_bytes_of_an_int8_embedding_are_predicted(small):
+    measured, predicted = storage.bytes_by_component(small), storage.predicted_bytes(small)
+    assert {part: predicted[part] for part in ("embedding", "scales", "mlp")} == {
+        part: measured[part] for part in ("embedding", "scales", "mlp")
+    }
+    assert sum(predicted.values()) == pytest.approx(small.bytes, rel=0.002)
 
 
 # AutoRound
 
 
-def test_autoround_loads_back_with_the_weights_it_had_in_memory(tuned, short, run):
+def test_autoround_loads_back_rounded_but_for_the_layer_that_is_kept(tuned, short, run):
     card = tuned.card["recipe"][-1]
-    assert card["step"] == "autoround"
-    assert card["bits"] == 4
-    assert card["iterations"] == 1
-    assert tuned.bytes == pytest.approx(peers.write(short, "rtn-w4g64", run=run).bytes, rel=0.01)
+    assert (card["step"], card["bits"], card["iterations"]) == ("autoround", 4, 1)
+    stored, source = (load_file(artifact.path / "model.safetensors") for artifact in (tuned, short))
+    assert torch.equal(stored[f"{KEPT}.weight"], source[f"{KEPT}.weight"])
+    plain = quantize.compress_artifact(short, "rtn", run=run, skip=(KEPT,))
+    assert tuned.bytes == pytest.approx(plain.bytes, rel=0.01)
+    assert sum(storage.predicted_bytes(tuned).values()) == pytest.approx(tuned.bytes, rel=0.01)
+    loaded, original = (models.load(artifact).get_submodule(OTHER).weight for artifact in (tuned, short))
+    assert 0 < (loaded - original).norm() < 0.15 * original.norm()
 
 
-def test_autorounds_integers_are_read_off_its_weights_exactly():
-    """Two groups of two: scales 0.5 and 0.25, zero points 8 and 6."""
-    layer = torch.nn.Linear(4, 1, bias=False)
-    layer.weight.data = torch.tensor([[-0.5, 1.0, 0.25, -1.5]])
-    layer.scale, layer.zp = torch.tensor([[0.5, 0.25]]), torch.tensor([[8.0, 6.0]])
-    found = peers_autoround.rounded(layer, Grid(4, 2))
-    assert found.codes.tolist() == [[-1, 2, -1, -8]]
-    assert found.zero_points.tolist() == [[0, -2]]
-    assert torch.equal(found.decode(torch.float32), layer.weight.data)
-
-
-def test_weights_that_are_not_on_their_grid_are_refused():
-    layer = torch.nn.Linear(2, 1, bias=False)
-    layer.weight.data = torch.tensor([[0.7, 1.0]])
-    layer.scale, layer.zp = torch.tensor([[0.5]]), torch.tensor([[8.0]])
-    with pytest.raises(ValueError, match=r"0.40 steps off AutoRound's own grid of 4 bits"):
-        peers_autoround.rounded(layer, Grid(4, 2))
-
-
-# Caching and matching
-
-
-def test_a_peer_that_was_made_is_not_made_again(run, short, tuned, monkeypatch):
-    monkeypatch.setattr(peers_autoround, "compress", None)
-    assert peers_making.autoround(4, 64)(short, run).sha256 == tuned.sha256
-
-
-def test_other_code_makes_a_peer_anew(run, short, tuned, monkeypatch):
-    monkeypatch.setattr(peers_making, "code_of", lambda *functions: "another")
-    monkeypatch.setattr(peers_autoround, "compress", None)
-    with pytest.raises(TypeError):  # it was called
-        peers_making.autoround(4, 64)(short, run)
+# Matching
 
 
 def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
@@ -185,7 +145,7 @@ def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
         asked.append((method, how))
         return other
 
-    monkeypatch.setattr(quantize, "write", written)
+    monkeypatch.setattr(quantize, "compress_artifact", written)
     size = round(base.bytes * 1.02)
     for form in peers.FORMS:
         assert peers.match(base, size, run=run, form=form, made=[near]) is other
@@ -211,45 +171,15 @@ def test_a_table_has_a_line_a_subject_a_dash_for_what_is_missing_and_its_note():
     ]
 
 
-# Engines' own compressors
-
-
-def test_onnx_runtimes_builder_is_asked_for_k_quant_and_its_failure_has_a_reason(base, run, monkeypatch):
-    asked = []
-    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="first\nno such layer")
-    monkeypatch.setattr(kinds, "require", lambda *arguments: None)
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command) or failed)
-    with pytest.raises(RuntimeError, match="the ONNX model builder failed on tiny-llama: no such layer"):
-        peers_runtimes.onnx_k_quant(base.path, run.artifacts_dir)
-    assert asked[0][-2:] == ["algo_config=k_quant", "is_symmetric=false"]
-
-
-def test_a_window_is_what_the_stateful_graph_reads():
-    inputs = peers_runtimes._inputs(torch.tensor([5, 6, 7]))
-    assert inputs["input_ids"].tolist() == [[5, 6, 7]]
-    assert inputs["position_ids"].tolist() == [[0, 1, 2]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1]]
-    assert inputs["beam_idx"].tolist() == [0]
-
-
-@has_llama_cpp
-def test_llama_cpp_writes_a_mixture_that_torch_reads(base, run, against):
-    artifact = peers.write(base, "gguf-q4_k_m", run=run)
-    assert artifact.card["measured"]["formats"]["q5_0"] > 0  # 256 does not divide the tiny model's rows
-    assert divergence(artifact, against) < 0.2
-
-
 # The command
 
 
 def test_a_comparison_records_peer_rival_and_what_is_missing(run, base, rounded, monkeypatch, tmp_path):
     monkeypatch.setattr(type(run), "results_dir", property(lambda self: tmp_path))
     monkeypatch.setattr(peers, "match", lambda *arguments, **options: rounded)
-    monkeypatch.setattr(
-        peers_known,
-        "PEERS",
-        {"rtn-w4g64": peers.PEERS["rtn-w4g64"], "x": peers_known.Peer(peers_making.onnx, "no_such_module")},
-    )
+    missing = replace(quantize.METHODS["onnx-k-quant"], library="no_such_module")
+    monkeypatch.setitem(quantize.METHODS, "x", missing)
+    monkeypatch.setitem(peers.PEERS, "x", ("x", {}))
     peers.compare(run, ["rtn-w4g64", "x"])
     kept = {(r.subject, r.metric): r for r in load_records(tmp_path / f"{run.notebook}.json")}
     texts = run.profile.eval_texts
@@ -261,7 +191,8 @@ def test_a_comparison_records_peer_rival_and_what_is_missing(run, base, rounded,
         assert kept[f"{form}-{rounded.bytes}b", "artifact_bytes"].value == rounded.bytes
     assert "needs the package no_such_module" in kept["x", "kl_divergence"].note
     assert json.dumps(kept["rtn-w4g64", "artifact_bytes"].details["embedding"]) == '"bf16"'
-    assert "rtn-w4g64" in peers._shown(run)
+    shown = tables.table(run.records, ["rtn-w4g64", "x"], peers.columns(run))
+    assert shown.rows[0][1] == f"{rounded.bytes / 1e6:.4f}"
 
 
 def test_a_form_that_does_not_fit_is_recorded_with_the_reason(run, base, rounded, monkeypatch, tmp_path):
@@ -293,16 +224,16 @@ def test_the_command_refuses_a_misspelt_name_before_anything_runs(monkeypatch, c
     assert message in capsys.readouterr().err
 
 
-def test_a_logger_that_another_library_made_its_own_is_standard_again(monkeypatch):
-    class Other(logging.Logger):
-        pass
-
-    monkeypatch.setattr(logging, "_loggerClass", Other)
-    assert type(logging.getLogger("avalab-test-logger")) is Other
-    peers_making.standard_logger("avalab-test-logger")
-    assert type(logging.getLogger("avalab-test-logger")) is logging.Logger
+def test_every_peer_is_a_row_with_parameters_of_its_own_and_an_engine_that_exists():
+    for method, parameters in peers.PEERS.values():
+        row, _ = quantize.checked_method(method, parameters)
+        assert row.engines[0] in engines.ENGINES
+    assert set(peers.SHORT) <= peers.PEERS.keys()
 
 
-def test_every_peer_is_scored_by_an_engine_that_exists():
-    assert {peers.known(name).engine for name in peers.NAMES} <= set(engines.ENGINES)
-    assert set(peers.SHORT) <= set(peers.NAMES)
+def test_names_of_recorded_peers_stay_what_they_mean():
+    weights = {"bits": 4, "group_size": 64, "embedding": "int8"}
+    assert peers.known_peer("gptq-w4g64-int8emb") == ("gptq", weights)
+    assert peers.known_peer("autoround-w4g32") == ("autoround", {"bits": 4, "group_size": 32, "embedding": "bf16"})
+    assert peers.known_peer("nf4-dq") == ("nf4", {"double_quantization": True})
+    assert len(peers.PEERS) == 40

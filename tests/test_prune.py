@@ -43,7 +43,7 @@ def made(run, base) -> dict[str, Artifact]:
 
 def linear_weights(artifact: Artifact) -> dict[str, torch.Tensor]:
     tensors = load_file(artifact.path / "model.safetensors")
-    return {n: tensors[f"{n}.weight"] for n in models.linear_layers(quantize.skeleton(artifact.path))}
+    return {n: tensors[f"{n}.weight"] for n in models.linear_layers(models.skeleton(artifact.path))}
 
 
 def kl(model_or_artifact, against) -> float:
@@ -169,7 +169,7 @@ def test_a_protected_block_stays(run, base):
 
 
 def test_a_pruned_artefact_can_be_quantised_next(run, made):
-    artifact = quantize.write(made["sparsegpt"], "nf4", run=run)
+    artifact = quantize.compress_artifact(made["sparsegpt"], "nf4", run=run)
     assert [step["step"] for step in artifact.card["recipe"]][-2:] == ["prune", "nf4"]
 
 
@@ -300,7 +300,7 @@ def test_a_pattern_that_does_not_divide_a_layer_is_refused_by_name(run, base, tm
 
 def test_an_artefact_that_is_quantised_is_not_pruned(run, base):
     with refused("format 'bitsandbytes'; only bf16 artefacts can be pruned"):
-        prune.write(quantize.write(base, "nf4", run=run), "magnitude", run=run, sparsity=0.5)
+        prune.write(quantize.compress_artifact(base, "nf4", run=run), "magnitude", run=run, sparsity=0.5)
 
 
 def test_records_say_what_went_and_what_it_saves(run, base, made):

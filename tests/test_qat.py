@@ -14,7 +14,7 @@ from avalab import (
     experiment,
     fake_quant,
     models,
-    packed_file,
+    packed,
     packed_rows,
     predict,
     qat,
@@ -44,12 +44,12 @@ def read(run, base):
 
 @pytest.fixture(scope="module")
 def low(run, base):
-    return quantize.write(base, "rtn", run=run, bits=3, group_size=32)
+    return quantize.compress_artifact(base, "rtn", run=run, bits=3, group_size=32)
 
 
 @pytest.fixture(scope="module")
 def mixed(run, base):
-    return quantize.write(base, "ava", run=run, bits_per_weight=5.5)
+    return quantize.compress_artifact(base, "ava", run=run, bits_per_weight=5.5)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_kind_comes_closer_to_the_teacher_at_the_same_bytes_on_the_same_gr
     assert trained.bytes == low.bytes
     assert trained.format == low.format
     assert divergence(trained, against) < divergence(low, against)
-    before, after = packed_file.read(low), packed_file.read(trained)
+    before, after = packed.packed_layers(low), packed.packed_layers(trained)
     assert {n: p.grid for n, p in before.items()} == {n: p.grid for n, p in after.items()}
     assert trained.card["measured"]["codes_changed"] == 0 or kind in ("weights", "torchao", "blocks")
     assert qat.train_quantized(low, base, read, run=run, out=trained.path, recipe=KINDS[kind]).sha256 == trained.sha256
@@ -84,7 +84,7 @@ def test_mixed_precision_stays_as_it_was_and_every_other_tensor_too(run, base, m
     trained = qat.train_quantized(
         mixed, base, read[:4], run=run, out=run.artifacts_dir / "mixed-scales", recipe=KINDS["scales"]
     )
-    before, after = packed_file.read(mixed), packed_file.read(trained)
+    before, after = packed.packed_layers(mixed), packed.packed_layers(trained)
     assert len({part.grid.name for part in before.values()}) > 1
     assert [part.grid for part in before.values()] == [part.grid for part in after.values()]
     assert trained.bytes == mixed.bytes
@@ -94,25 +94,25 @@ def test_mixed_precision_stays_as_it_was_and_every_other_tensor_too(run, base, m
 
 
 def test_a_packed_file_written_back_unchanged_is_the_same_file(low, tmp_path):
-    packed_file.write(low, tmp_path, packed_file.read(low))
+    packed.replace_layers(low, tmp_path, packed.packed_layers(low))
     assert (tmp_path / "model.safetensors").read_bytes() == (low.path / "model.safetensors").read_bytes()
 
 
 def test_the_layers_read_from_a_file_decode_to_the_weights_that_the_model_computes_with(low):
     model = models.load(low)
-    for name, part in packed_file.read(low).items():
+    for name, part in packed.packed_layers(low).items():
         assert torch.equal(part.decode(), model.get_submodule(name).weight)
 
 
 def test_tensors_of_another_shape_or_name_are_refused(low, tmp_path):
     with pytest.raises(ValueError, match=r"has no tensor lm_head\.bias"):
-        packed_file.write(low, tmp_path, {}, others={"lm_head.bias": torch.zeros(2)})
+        packed.replace_layers(low, tmp_path, {}, others={"lm_head.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"model\.norm\.weight is .* in the file, not .*may not change the bytes"):
-        packed_file.write(low, tmp_path, {}, others={"model.norm.weight": torch.zeros(2)})
+        packed.replace_layers(low, tmp_path, {}, others={"model.norm.weight": torch.zeros(2)})
 
 
 def test_blocks_end_no_further_from_the_original_than_they_began(run, base, low, read):
-    layers, teacher = packed_file.read(low), models.load(base)
+    layers, teacher = packed.packed_layers(low), models.load(base)
     student, weights = models.load(low), {n: teacher.get_submodule(n).weight for n in layers}
     fake_quant.replace_layers(student, layers, weights=weights)
     errors = block_training.reconstruct(student, teacher, read[:4], Blocks(steps=4, windows_per_step=2), seed=0)
@@ -125,7 +125,7 @@ def test_blocks_without_fake_quantizers_or_steps_are_refused(base, low, read):
     teacher, student = models.load(base), models.load(low)
     with pytest.raises(ValueError, match="no layer of the student is a fake quantizer"):
         block_training.reconstruct(teacher, teacher, read, Blocks(), seed=0)
-    fake_quant.replace_layers(student, packed_file.read(low))
+    fake_quant.replace_layers(student, packed.packed_layers(low))
     with pytest.raises(ValueError, match="0 steps of 4 of 16 windows"):
         block_training.reconstruct(student, teacher, read, Blocks(steps=0), seed=0)
 

@@ -75,7 +75,7 @@ def test_an_engine_that_rounds_its_logits_to_bf16_scores_as_torch_does_up_to_tha
     run, base, against, here, tmp_path, monkeypatch
 ):
     as_torch(monkeypatch)
-    rounded = quantize.write(base, "rtn", run=run)
+    rounded = quantize.compress_artifact(base, "rtn", run=run)
     for artifact, share in ((base, 0), (rounded, 0.1)):
         ours = quality.score_artifact(artifact, against, tmp_path)
         theirs = quality.score_artifact(artifact, against, tmp_path, engine="openvino")

@@ -12,7 +12,8 @@ from avalab.experiment import Run
 
 FOUR_BITS = ("nf4", "fp4", "torchao-int4", "rtn", "gptq", "awq")
 EIGHT_BIT_WEIGHTS = ("int8", "torchao-int8")
-LIBRARIES = [method for method in quantize.METHODS if method != "ava"]  # `ava` compresses the embedding too
+LIBRARIES = [*EIGHT_BIT_WEIGHTS, "torchao-int8-dynamic", *FOUR_BITS, "smoothquant"]
+ALL = [*LIBRARIES, "ava"]  # `ava` compresses the embedding too; the peers' tests make what is left of METHODS
 KEPT = ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.down_proj"]
 
 
@@ -35,7 +36,7 @@ def against(run, base):
 @pytest.fixture(scope="module")
 def made(run, base) -> dict[str, Artifact]:
     """Every method's artefact with its default parameters."""
-    return {method: quantize.write(base, method, run=run) for method in quantize.METHODS}
+    return {method: quantize.compress_artifact(base, method, run=run) for method in ALL}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def kl(artifact: Artifact, against) -> float:
 # Every method
 
 
-@pytest.mark.parametrize("method", quantize.METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_a_method_writes_a_smaller_artefact_that_loads_back_and_scores(method, made, divergence, base):
     artifact = artifacts.load(made[method].path)  # verifies every file
     assert 0 < divergence[method] < 0.3
@@ -101,9 +102,9 @@ def test_a_forward_pass_changes_neither_the_artefact_nor_the_next_load(made, aga
 
 @pytest.mark.parametrize(("method", "block_size"), [("nf4", 64), ("fp4", 64), ("nf4", 32), ("nf4", 128)])
 def test_the_four_bit_file_holds_exactly_the_codes_and_scales_of_our_own_format(method, block_size, run, base):
-    artifact = quantize.write(base, method, run=run, block_size=block_size)
+    artifact = quantize.compress_artifact(base, method, run=run, block_size=block_size)
     source, stored = tensors(base), tensors(artifact)
-    for name in models.linear_layers(quantize.skeleton(base.path)):
+    for name in models.linear_layers(models.skeleton(base.path)):
         weight = source[f"{name}.weight"]
         ours = numerics.encode(weight, numerics.four_bit(method, block_size))
         codes = numerics.unpack_nibbles(stored[f"{name}.weight"].flatten(), *weight.shape)
@@ -115,7 +116,7 @@ def test_the_four_bit_file_holds_exactly_the_codes_and_scales_of_our_own_format(
 def test_loaded_nf4_weights_decode_to_those_of_our_own_format(double_quantization, run, base):
     from bitsandbytes.functional import dequantize_4bit
 
-    artifact = quantize.write(base, "nf4", run=run, double_quantization=double_quantization)
+    artifact = quantize.compress_artifact(base, "nf4", run=run, double_quantization=double_quantization)
     format = numerics.four_bit("nf4", double_quantization=double_quantization)
     source, model = tensors(base), models.load(artifact)
     for name, layer in models.linear_layers(model).items():
@@ -125,7 +126,7 @@ def test_loaded_nf4_weights_decode_to_those_of_our_own_format(double_quantizatio
 
 
 def test_double_quantization_stores_a_quarter_of_the_scale_bytes_and_costs_little(run, base, made, divergence, against):
-    smaller = quantize.write(base, "nf4", run=run, double_quantization=True)
+    smaller = quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
     plain, double = (
         sum(tensor.nbytes for name, tensor in tensors(artifact).items() if name.endswith("absmax"))
         for artifact in (made["nf4"], smaller)
@@ -142,21 +143,21 @@ def test_double_quantization_makes_the_file_smaller_once_layers_outweigh_its_tab
     models.save_model(wide, models.load_tokenizer(models.base(run)), tmp_path / "wide")
     wide_run = Run("t", "smoke", model=str(tmp_path / "wide"))
     plain, double = (
-        quantize.write(models.base(wide_run), "nf4", run=wide_run, double_quantization=choice)
+        quantize.compress_artifact(models.base(wide_run), "nf4", run=wide_run, double_quantization=choice)
         for choice in (False, True)
     )
     assert double.bytes < plain.bytes
 
 
 def test_smaller_blocks_cost_more_bytes_and_diverge_less(run, base, against):
-    artefacts = [quantize.write(base, "rtn", run=run, group_size=size) for size in (32, 128)]
+    artefacts = [quantize.compress_artifact(base, "rtn", run=run, group_size=size) for size in (32, 128)]
     assert artefacts[0].bytes > artefacts[1].bytes
     assert kl(artefacts[0], against) < kl(artefacts[1], against)
 
 
 def test_rounding_by_the_row_rounds_as_our_own_integers_do(run, base):
     """llmcompressor keeps its scales in the weight's bf16; ours are in float32: a step of difference at most."""
-    model = models.load(quantize.write(base, "rtn", run=run, bits=8, group_size=0, symmetric=True))
+    model = models.load(quantize.compress_artifact(base, "rtn", run=run, bits=8, group_size=0, symmetric=True))
     source = tensors(base)
     for name, layer in models.linear_layers(model).items():
         weight = source[f"{name}.weight"].float()
@@ -166,9 +167,9 @@ def test_rounding_by_the_row_rounds_as_our_own_integers_do(run, base):
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "torchao-int8", "rtn"])
 def test_skipped_layers_and_no_others_stay_in_bf16(method, run, base):
-    artifact = quantize.write(base, method, run=run, skip=("*.0.mlp.down_proj", "model.layers.3.mlp.down*"))
+    artifact = quantize.compress_artifact(base, method, run=run, skip=("*.0.mlp.down_proj", "model.layers.3.mlp.down*"))
     source, stored = tensors(base), tensors(artifact)
-    names = models.linear_layers(quantize.skeleton(base.path))
+    names = models.linear_layers(models.skeleton(base.path))
     kept = [n for n in names if f"{n}.weight" in stored and stored[f"{n}.weight"].dtype == torch.bfloat16]
     assert kept == KEPT
     layers = models.linear_layers(models.load(artifact))
@@ -181,10 +182,10 @@ def test_skipped_layers_and_no_others_stay_in_bf16(method, run, base):
 
 
 def test_an_equal_recipe_is_reused_and_another_parameter_gets_another_name(run, base, made, monkeypatch):
-    other = quantize.write(base, "nf4", run=run, double_quantization=True)
+    other = quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
     assert other.path != made["nf4"].path
-    monkeypatch.setattr(artifacts, "write", lambda *arguments, **more: pytest.fail("made a second time"))
-    assert quantize.write(base, "nf4", run=run, block_size=64).sha256 == made["nf4"].sha256
+    monkeypatch.setattr(artifacts, "write", lambda *arguments, **options: pytest.fail("made a second time"))
+    assert quantize.compress_artifact(base, "nf4", run=run, block_size=64).sha256 == made["nf4"].sha256
 
 
 @pytest.mark.parametrize(
@@ -200,24 +201,27 @@ def test_an_equal_recipe_is_reused_and_another_parameter_gets_another_name(run, 
         ("smoothquant", {"static": False, "smoothing_strength": 0.8}, "smoothquant-w8a8-dynamic-smoothing_strength0.8"),
         ("int8", {"threshold": 3.0}, "int8-threshold3"),
         ("awq", {"grid_points": 20}, "awq-w4g64-asym-grid_points20"),
+        ("gptq", {"bits": 3, "embedding": "int8"}, "gptq-w3g64-asym-int8emb"),
+        ("autoround", {"iterations": 200}, "autoround-w4g64-iterations200"),
+        ("gguf-q4_k_m", {}, "gguf-q4_k_m"),
     ],
 )
 def test_a_label_is_the_method_and_what_its_parameters_change(method, parameters, expected):
-    assert quantize.label(method, {**quantize.METHODS[method].defaults, **parameters}) == expected
+    assert quantize.method_label(method, {**quantize.METHODS[method].defaults, **parameters}) == expected
 
 
 def test_labels_of_as_many_but_other_layers_differ():
-    one, other = (quantize.label("int8", {"threshold": 6.0}, [name]) for name in KEPT)
+    one, other = (quantize.method_label("int8", {"threshold": 6.0}, [name]) for name in KEPT)
     assert one.startswith("int8-keep1.")
     assert one != other
 
 
 def test_an_artefact_can_be_written_to_a_folder_of_choice_but_not_over_others_files(run, base, tmp_path):
-    artifact = quantize.write(base, "nf4", run=run, out=tmp_path / "mine")
+    artifact = quantize.compress_artifact(base, "nf4", run=run, out=tmp_path / "mine")
     assert artifacts.load(tmp_path / "mine").sha256 == artifact.sha256
     (tmp_path / "notes").mkdir()
     with pytest.raises(ValueError, match="not an artefact"):
-        quantize.write(base, "nf4", run=run, out=tmp_path / "notes")
+        quantize.compress_artifact(base, "nf4", run=run, out=tmp_path / "notes")
 
 
 # Refusals
@@ -229,17 +233,22 @@ def refused(message: str):
 
 def test_an_unknown_method_is_refused_with_those_that_exist(run, base):
     with refused("unknown method 'int5'; choose one of nf4, fp4, int8, .*smoothquant"):
-        quantize.write(base, "int5", run=run)
+        quantize.compress_artifact(base, "int5", run=run)
 
 
 def test_an_unknown_parameter_is_refused_with_those_that_exist(run, base):
     with refused("'nf4' has no parameter groups; it has: double_quantization, block_size, compute_dtype, skip"):
-        quantize.write(base, "nf4", run=run, groups=32)
+        quantize.compress_artifact(base, "nf4", run=run, groups=32)
 
 
 def test_an_unknown_compute_dtype_is_refused_with_those_that_exist(run, base):
     with refused("compute_dtype 'int3' is not one of bfloat16, float16, float32"):
-        quantize.write(base, "nf4", run=run, compute_dtype="int3")
+        quantize.compress_artifact(base, "nf4", run=run, compute_dtype="int3")
+
+
+def test_an_embedding_that_a_library_cannot_have_is_refused(run, base):
+    with refused("embedding 'packed' is not one of bf16, int8"):
+        quantize.compress_artifact(base, "gptq", run=run, embedding="packed")
 
 
 @pytest.mark.parametrize(
@@ -252,27 +261,28 @@ def test_an_unknown_compute_dtype_is_refused_with_those_that_exist(run, base):
         ("nf4", {"block_size": 0}, "block_size 0 of 'nf4' is below 1"),
         ("torchao-int4", {"group_size": 0}, "group_size 0 of 'torchao-int4' is below 1"),
         ("rtn", {"group_size": -1}, "group_size -1 of 'rtn' is below 0"),
+        ("autoround", {"group_size": 0}, "group_size 0 of 'autoround' is below 1"),
         ("rtn", {"bits": 9}, "bits 9 is not one of 2 to 8"),
         ("gptq", {"bits": 0}, "bits 0 is not one of 2 to 8"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_with_those_that_do(method, parameters, message, run, base):
     with refused(message):
-        quantize.write(base, method, run=run, **parameters)
+        quantize.compress_artifact(base, method, run=run, **parameters)
 
 
 def test_a_glob_that_matches_no_layer_is_refused_with_names_that_exist(run, base):
     with refused(r"skip '\*\.lm_head' matches no linear layer; names look like model\.layers\.0\.self_attn\.q_proj"):
-        quantize.write(base, "nf4", run=run, skip=("*.lm_head",))
+        quantize.compress_artifact(base, "nf4", run=run, skip=("*.lm_head",))
 
 
 def test_an_artefact_is_not_compressed_a_second_time(run, made):
     with refused("format 'bitsandbytes'; only bf16"):
-        quantize.write(made["nf4"], "rtn", run=run)
+        quantize.compress_artifact(made["nf4"], "rtn", run=run)
 
 
 def test_what_is_refused_leaves_no_folder_behind(run, base):
     before = sorted(run.artifacts_dir.iterdir())
     with refused("unknown method"):
-        quantize.write(base, "int5", run=run)
+        quantize.compress_artifact(base, "int5", run=run)
     assert sorted(run.artifacts_dir.iterdir()) == before
