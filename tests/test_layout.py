@@ -28,11 +28,11 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 LAYERS = {
     0: "experiment assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
-    1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
-    "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
+    1: "gguf_vocabulary energy alone race_plots budgets models artifacts exported corpora cost "
+    "storage probe style plots tables executed roofline "
     "packaged_text argument_kinds surfaces grounding "
-    "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
-    "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot before_after "
+    "peers_table answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
+    "train_memory distill_losses structured before_after "
     "packed_embedding hqq_checkpoint",
     2: "block_rounding rounded_walk expected_rise additivity ava_gguf ava_onnx onnx_blocks onnx_builder onnx_graph "
     "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
