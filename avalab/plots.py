@@ -377,7 +377,7 @@ def by_tokens(records: list[Record], part: str, *, path: Path | None = None) -> 
     """
     found = frame(records)
     shares = measured(found, f"recovered:{part}").assign(x=measured(found, "train_tokens").value)
-    shares = shares.dropna(subset="x").sort_values("x")
+    shares = shares.dropna(subset="x").sort_values("x", kind="stable")
     if shares.empty:
         raise ValueError(f"no subject has both recovered:{part} and train_tokens")
     figure, (axes,) = style.new_figure(4.2)

@@ -50,7 +50,7 @@ LAYERS = {
     "cli_compare cli_compress",
 }
 LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
-PLOTTERS = {"avalab.cli", "avalab.report"}
+PLOTTERS = {"avalab.cli", "avalab.report", "avalab.race_plots"}  # the last one draws, too
 MODEL_CODE = {"avalab.models", "avalab.quality", "avalab.quantize", "avalab.prune", "avalab.adapters", "avalab.train"}
 
 notebooks = pytest.mark.parametrize("notebook", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
@@ -88,10 +88,10 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_only_notebooks_the_command_line_and_the_report_import_plots():
-    assert {name for name in GRAPH if "avalab.plots" in GRAPH[name]} <= PLOTTERS
+    assert {name for name in GRAPH if {"avalab.plots", "avalab.race_plots"} & set(GRAPH[name])} <= PLOTTERS
 
 
-@pytest.mark.parametrize("module", ["avalab.report", "avalab.plots", "avalab.roofline"])
+@pytest.mark.parametrize("module", ["avalab.report", "avalab.plots", "avalab.race_plots", "avalab.roofline"])
 def test_what_draws_records_never_sees_a_model(module):
     if module not in GRAPH:
         pytest.skip(f"{module} does not exist yet")

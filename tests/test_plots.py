@@ -472,7 +472,6 @@ def test_every_curve_and_its_ends_are_in_the_description(tmp_path):
     picture = plots.loss_curves(records, path=tmp_path / "loss.png")
     assert "lora: 2.00 to 0.500; qlora: 2.00 to 0.750" in picture.alt
     assert (tmp_path / "loss.png").read_bytes() == picture.png
-    (axes,) = picture.figure.axes
     assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == [
         "lora, training",
         "lora, held out",
