@@ -8,17 +8,15 @@
    divergence is not above the upper end of the peer's interval; of several, the fastest counts.
 
 Memory is the peak above the process's runtime (`peak_rss_bytes:engine`), or GPU memory where it was measured.
-What it does not do: measure, or choose `kl_limit`, which is a judgement of whoever asks.
+`kl_limit` is a judgement of whoever asks. `tables.budgets` and `tables.verdicts` show what is found here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from avalab import tables
 from avalab.experiment import Record
-from avalab.tables import Table
 
 GIB = 2**30
 BUDGETS = (GIB // 2, GIB, 2 * GIB, 4 * GIB)
@@ -100,33 +98,23 @@ def default(found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[in
     return None
 
 
-def table(found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS) -> Table:
-    """One row a budget: what to use, and why."""
-    header = (
-        "memory",
-        "use",
-        "needs [MB]",
-        "decode [tokens/s]",
-        "prefill [tokens/s]",
-        "KL [nats/token]",
-        "calls",
-        "why",
-    )
-    rows = []
-    for budget in sorted(budgets):
-        chosen, why = choose(found, budget, kl_limit=kl_limit)
-        shown = _shown(chosen) if chosen else ("nothing", *[""] * 5)
-        rows.append((f"{budget / GIB:g} GiB", *shown, why))
-    note = f"good enough: a KL divergence of at most {kl_limit:g} nats/token; memory above the process's runtime"
-    return Table(header, tuple(rows), (note,))
+def choices(
+    found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS
+) -> list[tuple[int, Candidate | None, str]]:
+    """(bytes, what to use, why) of each budget, the smallest first."""
+    return [(budget, *choose(found, budget, kl_limit=kl_limit)) for budget in sorted(budgets)]
 
 
 def judge(
-    found: dict[int, list[Candidate]], chosen: str, targets: Sequence[Target] = TARGETS
+    found: dict[int, list[Candidate]],
+    chosen: str,
+    *,
+    show: Callable[[Record], str],
+    targets: Sequence[Target] = TARGETS,
 ) -> list[tuple[Target, float | None, str]]:
     """(target, ratio, sentence) of every target; `found` holds the candidates by number of threads.
 
-    The ratio is None where it was not measured, and the sentence says why.
+    The ratio is None where it was not measured, and the sentence says why; `show` writes a record in it.
     """
     results = []
     for target in targets:
@@ -134,17 +122,13 @@ def judge(
         here = {c.subject: c for c in found.get(threads, [])}
         ours = here.get(chosen)
         peers = [c for s, c in here.items() if s.startswith(target.peers) or s.endswith(target.peers)]
-        results.append((target, *_ratio(target, threads, ours, peers)))
+        results.append((target, *_ratio(target, threads, ours, peers, show)))
     return results
 
 
-def verdicts(judged: Sequence[tuple[Target, float | None, str]]) -> Table:
-    """Header and rows of a table of targets."""
-    rows = [(t.claim, f"at least {t.wanted:g}x", sentence) for t, _, sentence in judged]
-    return Table(("target", "asked", "found"), tuple(rows))
-
-
-def _ratio(target: Target, threads: int, ours: Candidate | None, peers: list[Candidate]) -> tuple[float | None, str]:
+def _ratio(
+    target: Target, threads: int, ours: Candidate | None, peers: list[Candidate], show: Callable[[Record], str]
+) -> tuple[float | None, str]:
     if ours is None:
         return None, f"not measured: the default has no speed at {threads} threads"
     if not peers:
@@ -154,7 +138,7 @@ def _ratio(target: Target, threads: int, ours: Candidate | None, peers: list[Can
         best = min(peers, key=lambda c: c.kl.value)
         return (
             None,
-            f"not comparable: every peer is closer to the base, such as {best.subject} ({tables.show(best.kl)})",
+            f"not comparable: every peer is closer to the base, such as {best.subject} ({show(best.kl)})",
         )
     peer = max(equal, key=lambda c: getattr(c, target.metric).value)
     mine, theirs = getattr(ours, target.metric), getattr(peer, target.metric)
@@ -175,12 +159,6 @@ def _others(peers: list[Candidate], equal: list[Candidate]) -> list[str]:
 
 def _upper(record: Record) -> float:
     return record.value if record.high is None else record.high
-
-
-def _shown(chosen: Candidate) -> tuple[str, ...]:
-    records = (chosen.memory, chosen.decode, chosen.prefill, chosen.kl)
-    calls = tables.show(chosen.calls) if chosen.calls else ""
-    return chosen.subject, *[tables.show(r, unit=False) for r in records], calls
 
 
 def _at_prompt(records: Sequence[Record], metric: str, which) -> str:

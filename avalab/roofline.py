@@ -1,4 +1,4 @@
-"""How near a kernel is to the machine's limit, and to its peers: the figures and verdicts of notebook 10.
+"""Kernels against the limit of the machine and against peers: the figures and verdicts of notebook 10.
 
 `roofline` draws what was reached against what the machine allows. `ratios` draws every form of an operation relative
 to its plain one. `judge` compares the records with `TARGETS`, each the worst case of everything it speaks about.
@@ -9,8 +9,6 @@ operations a second than min(peak, intensity x read rate). Peak and read rate ar
 and kept in its record's details; the read rate depends on the size of the weight, so the roof is a band from the
 slowest to the fastest. Bytes are those of the weights: activations are not counted.
 Source: Williams, Waterman and Patterson, "Roofline" (2009).
-
-What it does not do: measure (`avalab.kernels.bench`), or judge a size that a target does not name.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from avalab import style
 from avalab.experiment import Record
-from avalab.marks import BASELINE_COLOUR, COLOURS, STYLE, Picture, dot, finish, new_figure
+from avalab.style import BASELINE_COLOUR, COLOURS, STYLE, Picture, dot, finish, new_figure
+from avalab.tables import frame
 
 OURS, PLAIN = "avalab", ("bf16", "dense", "reference")  # of every work one plain form is the baseline
 LOOKS = {
@@ -91,16 +89,14 @@ def ratios(panels: dict[str, tuple[list[Record], str]], path: Path | None = None
         if not works or not all(_plain(arms) for arms in works.values()):
             raise ValueError(f"{title!r}: every work needs a value of {' or '.join(PLAIN)}; works: {list(works)}")
     names = list(dict.fromkeys(work for works in found.values() for work in works))
-    figure, every = new_figure(1.7 + 0.27 * len(names), len(found))
-    every[0].set_yticks(range(len(names)), names)
-    every[0].set_ylim(len(names) - 0.4, -0.6)
+    figure, every = style.row_figure(names, "", len(found))
     for axes, (title, works) in zip(every, found.items(), strict=True):
         shown = QUANTITIES.get(panels[title][1], panels[title][1])
-        axes.axvline(1, color=BASELINE_COLOUR, lw=1.2, ls="--", zorder=1)
+        style.baseline_line(axes, x=1)
         for work, arms in works.items():
             _row_of_ratios(axes, names.index(work), arms)
         axes.set(xscale="log", title=title, xlabel=f"{shown} over that of the plain form [1]")
-        _readable_ticks(axes)
+        style.plain_ticks(axes.xaxis)
     kept = [r for records, metric in panels.values() for r in records if r.metric == metric]
     _legend(figure, kept)
     alt = f"{', '.join(found)}: forms of {len(names)} works relative to plain torch; left of the line is less."
@@ -129,16 +125,13 @@ def _range(values: list[float]) -> str:
 
 
 def _lines(axes: Axes, group: list[Record]) -> None:
-    lines: dict[tuple[str, str], list[Record]] = {}
-    for record in group:
-        work, _, arm = record.subject.rpartition(":")
-        lines.setdefault((arm, work.partition(" batch ")[0]), []).append(record)
-    for (arm, _), members in lines.items():
-        members.sort(key=_intensity)
+    found = frame(group).assign(x=[*map(_intensity, group)], arm=[r.subject.rpartition(":")[2] for r in group])
+    found["value"] = [r.details["flops"] / r.value / 1e6 for r in group]  # operations a ms -> GFLOP/s
+    found["shape"] = found.subject.str.rpartition(":")[0].str.partition(" batch ")[0]
+    for (arm, _), curve in found.sort_values("x").groupby(["arm", "shape"], sort=False):
         colour, marker = LOOKS.get(arm, UNKNOWN_LOOK)
-        heights = [r.details["flops"] / r.value / 1e6 for r in members]  # operations a ms -> GFLOP/s
         look = {"color": colour, "marker": marker, "ms": 9 if arm == "bf16" else 6, "mec": "black", "mew": 0.5}
-        axes.plot([*map(_intensity, members)], heights, lw=0.8, zorder=3 if arm == OURS else 2, **look)
+        axes.plot(curve.x, curve.value, lw=0.8, zorder=3 if arm == OURS else 2, **look)
 
 
 def _intensity(record: Record) -> float:
@@ -156,19 +149,12 @@ def _row_of_ratios(axes: Axes, row: int, arms: dict[str, Record]) -> None:
         dot(axes, record.value / base, float(place), **look)
 
 
-def _readable_ticks(axes: Axes) -> None:
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _legend(figure: Figure, records: list[Record]) -> None:
     present = {r.subject.rpartition(":")[2] for r in records if r.value is not None}
     arms = [arm for arm in LOOKS if arm in present] + sorted(present - LOOKS.keys())
     looks = [LOOKS.get(arm, UNKNOWN_LOOK) for arm in arms]
-    marks = [Line2D([], [], color=c, marker=m, ls="none", mec="black", mew=0.5) for c, m in looks]
-    figure.legend(marks, arms, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    shown = {arm: {"color": c, "marker": m, "ls": "none"} for arm, (c, m) in zip(arms, looks, strict=True)}
+    style.legend_above(figure, shown, columns=4, size=9)
 
 
 def _by_work(records: list[Record], metric: str) -> dict[str, dict[str, Record]]:

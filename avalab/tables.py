@@ -1,19 +1,25 @@
-"""Values as text: what a metric is called, how a number with its interval is written, and tables of both.
+"""One tidy frame of records, what a metric is called, and tables of both.
 
 A metric is a row of `METRICS`: its words, its unit and the factor to that unit. A number has four significant digits,
-an interval decides the decimals of its value, and 1 MB is 10^6 bytes. A missing value is shown as the reason for it.
-
-What it does not do: draw, measure, average or test anything; it loads no drawing library.
+an interval decides the decimals of its value, and 1 MB is 10^6 bytes. `frame` makes a pandas DataFrame of records, one
+row each; `measured` picks a metric from it, as it is shown; figures and tables start there. A missing value is shown as
+the reason for it. Numbers as text need no pandas, which is imported by what needs it; no drawing library is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from avalab.experiment import Record
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,30 @@ METRICS = {
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """Rows of text under a header; HTML in a notebook, markdown when printed."""
+    """Rows of text under a header; HTML in a notebook, markdown when printed, a DataFrame for what computes."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    def frame(self) -> pandas.DataFrame:
+        """The rows, indexed by their first cell."""
+        import pandas
+
+        return pandas.DataFrame(list(self.rows), columns=list(self.header)).set_index(self.header[0])
+
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in self.header)
-        body = "".join(_html_row(row) for row in self.rows)
-        notes = "".join(f"<p><small>{html.escape(note)}</small></p>\n" for note in self.notes)
-        return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n{notes}"
+        """pandas' Styler writes it; of its attributes only the meaning of a heading stays."""
+        shown = self.frame().rename_axis(index=None, columns=html.escape(self.header[0]))
+        styler = shown.style.format(lambda text: text.replace(", ", ",\N{NO-BREAK SPACE}"), escape="html")
+        styler.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
+        page = re.sub(r"<style.*?</style>\s*", "", styler.to_html(), flags=re.DOTALL)
+        page = re.sub(r'<th [^>]*"row_heading[^>]*>', '<th scope="row">', page)
+        page = re.sub(r"<th [^>]*class[^>]*>", '<th scope="col">', page)
+        page = re.sub(r"<(table|td) [^>]*>", r"<\1>", page)
+        return re.sub(r">\s+<", "><", page).strip() + "".join(
+            f"<p><small>{html.escape(note)}</small></p>\n" for note in self.notes
+        )
 
     def __repr__(self) -> str:
         lines = [self.header, ("---", *["---:"] * (len(self.header) - 1)), *self.rows]
@@ -84,55 +103,91 @@ class Table:
         return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines) + notes
 
 
-def _html_row(row: tuple[str, ...]) -> str:
-    """A row whose intervals do not break at their comma."""
-    cells = "".join(f"<td>{html.escape(c)}</td>" for c in row[1:]).replace(", ", ",&nbsp;")
-    return f'<tr><th scope="row">{html.escape(row[0])}</th>{cells}</tr>\n'
-
-
-def table(records: list[Record], subjects: Sequence[str], metrics: Sequence[str], *, baseline: str = "bf16") -> Table:
+def table(
+    records: Iterable[Record] | pandas.DataFrame,
+    subjects: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    baseline: str = "bf16",
+) -> Table:
     """One row a subject, one column a metric: `0.231 [0.214, 0.249]`, the unit in the header.
 
     `artifact_bytes/baseline` is a column of its own: how many times better than the baseline (`2.40x`). A cell without
     a value refers to a note that gives the reason. Raises ValueError naming the subjects nothing was recorded of.
     """
-    known = {r.subject for r in records}
-    if unknown := [s for s in subjects if s not in known]:
-        raise ValueError(f"no record of {', '.join(unknown)}; recorded: {', '.join(sorted(known))}")
+    found = frame(records)
+    if unknown := [s for s in subjects if s not in set(found.subject)]:
+        raise ValueError(f"no record of {', '.join(unknown)}; recorded: {', '.join(sorted(set(found.subject)))}")
+    newest = {(r.subject, r.metric): r for r in found.record}
+    first = {r.metric: r for r in reversed(list(found.record))}
     notes: dict[str, int] = {}
-    rows = [(s, *[_cell(records, s, metric, baseline, notes) for metric in metrics]) for s in subjects]
-    header = ("", *[_heading(records, metric) for metric in metrics])
+    rows = [(s, *[_cell(newest, s, metric, baseline, notes) for metric in metrics]) for s in subjects]
+    header = ("", *[_heading(first.get(metric.removesuffix("/baseline")), metric) for metric in metrics])
     return Table(header, tuple(rows), tuple(f"({n}) {note}" for note, n in notes.items()))
 
 
-def _heading(records: list[Record], metric: str) -> str:
-    name, is_ratio = metric.removesuffix("/baseline"), metric.endswith("/baseline")
-    if is_ratio:
+def _heading(found: Record | None, metric: str) -> str:
+    name = metric.removesuffix("/baseline")
+    if name != metric:
         return f"{words(name)}, {'gain' if described(name).higher_is_better else 'times smaller'} [x]"
-    found = next((r for r in records if r.metric == name), None)
     return words(name) if _unit(name, found) == "1" else f"{words(name)} [{_unit(name, found)}]"
 
 
-def _cell(records: list[Record], subject: str, metric: str, baseline: str, notes: dict[str, int]) -> str:
+def _cell(newest: dict, subject: str, metric: str, baseline: str, notes: dict[str, int]) -> str:
     """The text of a cell; a missing value becomes the number of its reason in `notes`, which grows."""
     name = metric.removesuffix("/baseline")
-    found = _last(records, name)
-    record = found.get(subject)
+    record, base = newest.get((subject, name)), newest.get((baseline, name))
     if record is None or record.value is None:
         reason = (record.note if record else "") or "not measured"
         return f"({notes.setdefault(reason, len(notes) + 1)})"
     if name == metric:
         return show(record, unit=False)
-    base = found.get(baseline)
     if base is None or not base.value or not record.value:
         return f"({notes.setdefault(f'no ratio to {baseline}', len(notes) + 1)})"
     ratio = record.value / base.value
     return f"{ratio if described(name).higher_is_better else 1 / ratio:.2f}x"
 
 
+def budgets(choices: Sequence[tuple], *, kl_limit: float) -> Table:
+    """What to use for each budget and why, of `budgets.choices`."""
+    header = (
+        "memory",
+        "use",
+        "needs [MB]",
+        "decode [tokens/s]",
+        "prefill [tokens/s]",
+        "KL [nats/token]",
+        "calls",
+        "why",
+    )
+    rows = []
+    for budget, chosen, why in choices:
+        cells = ["nothing", *[""] * 5]
+        if chosen:
+            needs = (chosen.memory, chosen.decode, chosen.prefill, chosen.kl)
+            calls = show(chosen.calls) if chosen.calls else ""
+            cells = [chosen.subject, *[show(record, unit=False) for record in needs], calls]
+        rows.append((f"{budget / 2**30:g} GiB", *cells, why))
+    note = f"good enough: a KL divergence of at most {kl_limit:g} nats/token; memory above the process's runtime"
+    return Table(header, tuple(rows), (note,))
+
+
+def verdicts(judged: Sequence[tuple]) -> Table:
+    """What was asked of the default and what was found, of `budgets.judge`."""
+    rows = [(target.claim, f"at least {target.wanted:g}x", sentence) for target, _, sentence in judged]
+    return Table(("target", "asked", "found"), tuple(rows))
+
+
 def show(record: Record, *, unit: bool = True) -> str:
-    """`0.231 [0.214, 0.249] nats/token`; the interval's half width is shown with two digits."""
-    value, low, high, _ = scaled(record)
+    """`0.231 [0.214, 0.249] nats/token`; the interval's half width is shown with two digits.
+
+    Raises ValueError when the record has no value.
+    """
+    if record.value is None:
+        raise ValueError(f"{record.metric} of {record.subject!r} has no value: {record.note or 'no reason given'}")
+    value, low, high = (
+        None if v is None else display_factor(record) * v for v in (record.value, record.low, record.high)
+    )
     name = _unit(record.metric, record)
     ending = f" {name}" if unit and name not in ("", "1") else ""
     if low is None or high is None or high <= low:
@@ -169,17 +224,10 @@ def show_ratio(label: str, predicted: float, measured: float, *, unit: str = "by
     print(ratio_line(label, predicted, measured, unit=unit))
 
 
-def scaled(record: Record) -> tuple[float, float | None, float | None, float]:
-    """Value, low and high of a record in the unit it is shown in, and the factor that was applied.
-
-    Raises ValueError when the record has no value.
-    """
-    if record.value is None:
-        raise ValueError(f"{record.metric} of {record.subject!r} has no value: {record.note or 'no reason given'}")
+def display_factor(record: Record) -> float:
+    """What a record's value is multiplied with to be shown."""
     row = described(record.metric)
-    factor = 1.0 if record.unit == row.unit else row.factor
-    low, high = (None if bound is None else factor * bound for bound in (record.low, record.high))
-    return factor * record.value, low, high, factor
+    return 1.0 if record.unit == row.unit else row.factor
 
 
 def words(metric: str) -> str:
@@ -188,26 +236,6 @@ def words(metric: str) -> str:
     whole = METRICS.get(part) or METRICS.get(f"{part}_bytes")  # predicted_bytes:peak_rss
     detail = whole.words if whole else part.replace("_", " ")
     return described(metric).words + (f", {detail}" if part and name in METRICS else "")
-
-
-def predicted_record(records: list[Record], measured: Record) -> Record | None:
-    """What was predicted for a measured record: `predicted_bytes:artifact` is for `artifact_bytes`, and so on."""
-    names = [f"predicted_bytes:{measured.metric.removesuffix('_bytes')}", f"predicted_bytes:{measured.metric}"]
-    found = [r for name in names for r in records if (r.subject, r.metric) == (measured.subject, name) and r.value]
-    return found[0] if found else None
-
-
-def components(records: list[Record], totals: dict[str, Record]) -> dict[str, dict[str, float]]:
-    """Component -> subject -> size as shown; what the components leave of a total is the component `other`.
-
-    A component that no subject has is left out.
-    """
-    names = dict.fromkeys(r.metric.partition(":")[2] for r in records if r.metric.startswith("artifact_bytes:"))
-    sizes = {n: {s: scaled(r)[0] for s, r in measured(records, f"artifact_bytes:{n}").items()} for n in names}
-    sizes = {name: size for name, size in sizes.items() if any(size.values())}
-    whole = {s: scaled(r)[0] for s, r in totals.items()}
-    rest = {s: whole[s] - sum(size.get(s, 0) for size in sizes.values()) for s in totals}
-    return {**sizes, "other": rest} if any(rest[s] > 0.001 * whole[s] for s in totals) else sizes
 
 
 def described(metric: str) -> Metric:
@@ -220,29 +248,68 @@ def _unit(metric: str, record: Record | None) -> str:
     return described(metric).unit or (record.unit if record else "") or "1"
 
 
-def axis_label(record: Record) -> str:
-    """`KL divergence [nats/token]`."""
+def axis_label(values: pandas.DataFrame) -> str:
+    """`KL divergence [nats/token]`, of what `measured` found."""
+    record = values.record.iloc[0]
     return f"{words(record.metric)} [{_unit(record.metric, record)}]"
 
 
-def _last(records: list[Record], metric: str) -> dict[str, Record]:
-    """The newest record of a metric for each subject, in order of appearance."""
-    return {r.subject: r for r in records if r.metric == metric}
+def frame(records: Iterable[Record] | pandas.DataFrame) -> pandas.DataFrame:
+    """One row a record: its fields, its metric's `name` and what follows the colon (`part`), and the `record` itself.
 
-
-def measured(records: list[Record], metric: str, baseline: str | None = None) -> dict[str, Record]:
-    """The records of a metric that have a value, the baseline first.
-
-    Raises ValueError when a baseline is named that is not among them.
+    What has no value is NaN. A frame comes back as it is.
     """
-    found = {s: r for s, r in _last(records, metric).items() if r.value is not None}
-    if baseline is None:
-        return found
-    if baseline not in found:
-        raise ValueError(f"the baseline {baseline!r} has no {metric}; subjects that have: {', '.join(found) or 'none'}")
-    return baseline_first(found, baseline)
+    import pandas
+
+    if isinstance(records, pandas.DataFrame):
+        return records
+    fields = [field.name for field in dataclasses.fields(Record)]
+    rows = [(*vars(r).values(), *r.metric.partition(":")[::2], r) for r in records]
+    found = pandas.DataFrame(rows, columns=[*fields, "name", "part", "record"])
+    return found.astype({"value": float, "low": float, "high": float})
 
 
-def baseline_first(subjects: dict, baseline: str) -> dict:
-    """The same subjects, the baseline moved to the front."""
-    return {s: subjects[s] for s in sorted(subjects, key=lambda s: s != baseline)}
+def measured(
+    records: Iterable[Record] | pandas.DataFrame, metric: str, baseline: str | None = None
+) -> pandas.DataFrame:
+    """The newest record of a metric for each subject that has a value, by subject, the baseline first.
+
+    `value`, `low` and `high` are in the unit they are shown in. Raises ValueError when a baseline is named that is not
+    among them.
+    """
+    found = frame(records)
+    found = found[found.metric == metric]
+    order = found.subject.drop_duplicates()
+    found = found.drop_duplicates("subject", keep="last").set_index("subject").loc[order].dropna(subset="value")
+    if baseline is not None:
+        if baseline not in found.index:
+            raise ValueError(
+                f"the baseline {baseline!r} has no {metric}; subjects that have: {', '.join(found.index) or 'none'}"
+            )
+        found = found.loc[sorted(found.index, key=lambda subject: subject != baseline)]  # the others stay in order
+    factors = [display_factor(record) for record in found.record]
+    return found.assign(**{column: found[column] * factors for column in ("value", "low", "high")})
+
+
+def predictions(records: Iterable[Record] | pandas.DataFrame, metric: str) -> pandas.DataFrame:
+    """What `measured` finds of a metric, with what was `predicted` beside it, where there are both.
+
+    `predicted_bytes:artifact` is for `artifact_bytes`, and so on; the part may be the metric's whole name, too.
+    """
+    found = frame(records)
+    names = (f"predicted_bytes:{metric.removesuffix('_bytes')}", f"predicted_bytes:{metric}")
+    long, short = (measured(found, name).value for name in reversed(names))
+    return measured(found, metric).assign(predicted=short.combine_first(long)).dropna(subset="predicted")
+
+
+def components(records: Iterable[Record] | pandas.DataFrame, totals: pandas.DataFrame) -> pandas.DataFrame:
+    """Sizes as shown, a column a component, a row a subject of `totals`; what they leave of a total is `other`.
+
+    A component that no subject has is left out.
+    """
+    found = frame(records)
+    names = found[found.name == "artifact_bytes"].part.unique()
+    sizes = totals[[]].assign(**{name: measured(found, f"artifact_bytes:{name}").value for name in names if name})
+    sizes = sizes.fillna(0.0).loc[:, lambda each: each.any()]
+    rest = totals.value - sizes.sum(axis=1)
+    return sizes.assign(other=rest) if (rest > 0.001 * totals.value).any() else sizes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from avalab import budgets
+from avalab import budgets, tables
 from avalab.experiment import Run
 
 MB = 10**6
@@ -74,14 +74,17 @@ def test_the_default_is_the_choice_of_the_smallest_budget_with_something_good_en
 
 
 def test_the_table_has_a_row_for_each_budget_that_says_what_and_why(found):
-    table = budgets.table(found[1], kl_limit=0.1, budgets=(budgets.GIB // 8, budgets.GIB))
+    chosen = budgets.choices(found[1], kl_limit=0.1, budgets=(budgets.GIB, budgets.GIB // 8))
+    table = tables.budgets(chosen, kl_limit=0.1)
     assert [row[:2] for row in table.rows] == [("0.125 GiB", "nothing"), ("1 GiB", "int8 in openvino")]
     assert all(len(row) == len(table.header) for row in table.rows)
 
 
 def test_targets_compare_with_the_fastest_peer_that_is_not_closer_to_the_base(found):
     """int8 against q8 of the same divergence: 60 / 50 in decode; q4 decodes faster, at a higher divergence: 60 / 70."""
-    judged = {t.claim: (ratio, sentence) for t, ratio, sentence in budgets.judge(found, "int8 in openvino")}
+    judged = {
+        t.claim: (ratio, sentence) for t, ratio, sentence in budgets.judge(found, "int8 in openvino", show=tables.show)
+    }
     assert judged["decode, llama.cpp at one thread"][0] == pytest.approx(60 / 70)
     assert judged["decode, llama.cpp at one thread"][1].startswith("not reached: 0.86x [0.70, 1.05] of q4 in llamacpp")
     assert judged["prefill, llama.cpp at all threads"][0] == pytest.approx(2000 / 400)
@@ -90,7 +93,9 @@ def test_targets_compare_with_the_fastest_peer_that_is_not_closer_to_the_base(fo
 
 
 def test_peers_that_are_closer_to_the_base_are_named_and_not_counted(found):
-    judged = {t.claim: (ratio, sentence) for t, ratio, sentence in budgets.judge(found, "int4 in openvino")}
+    judged = {
+        t.claim: (ratio, sentence) for t, ratio, sentence in budgets.judge(found, "int4 in openvino", show=tables.show)
+    }
     assert judged["decode, llama.cpp at one thread"] == (
         None,
         "not comparable: every peer is closer to the base, such as q8 in llamacpp (0.0100 [0.0090, 0.0110] nats/token)",
@@ -99,9 +104,9 @@ def test_peers_that_are_closer_to_the_base_are_named_and_not_counted(found):
 
 def test_without_llama_cpp_the_sentence_says_so(found):
     alone = {n: [c for c in each if c.engine != "llamacpp"] for n, each in found.items()}
-    judged = budgets.judge(alone, "int8 in openvino")
+    judged = budgets.judge(alone, "int8 in openvino", show=tables.show)
     assert [sentence for t, _, sentence in judged if t.peers == " in llamacpp"] == [
         "not measured: no peer in llamacpp here"
     ] * 3
-    table = budgets.verdicts(judged)
+    table = tables.verdicts(judged)
     assert len(table.rows) == len(budgets.TARGETS)

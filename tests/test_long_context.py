@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import alone, artifacts, cost, engine_bench, gguf_export, long_context, long_context_plot, marks, storage
+from avalab import alone, artifacts, cost, engine_bench, gguf_export, long_context, storage
 from avalab.engines import kinds
 from avalab.experiment import Run
 
@@ -181,47 +181,3 @@ def test_points_become_records_by_pencil(artifact, monkeypatch):
     assert found["predicted_token_latency_ms:context32:cache16"].value > weights / 1e6
     assert {r.artifact_sha256 for r in run.records} == {artifact.sha256}
     assert found["peak_rss_bytes:context100:cache16"].details["memory"]["runtime"] == 1000
-
-
-# --- the figure --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def records(artifact, monkeypatch):
-    monkeypatch.setattr(alone, "call", lambda target, request, **how: answer(request))
-    run = Run("t", "smoke")
-    long_context.record(run, artifact, "torch", lengths=(32, 100))
-    return run.records
-
-
-def test_time_and_memory_are_drawn_against_the_length_with_their_predictions_dashed(records, tmp_path):
-    picture = long_context_plot.figure(records, path=tmp_path / "long.png")
-    assert picture.path.read_bytes() == picture.png
-    assert len(picture.png) <= marks.MAX_BYTES
-    left, right = picture.figure.axes
-    assert left.get_ylabel().endswith("[ms]")
-    assert right.get_ylabel().endswith("[MB]")
-    for axes in (left, right):
-        dashed = [drawn for drawn in axes.lines if drawn.get_linestyle() == "--"]
-        assert [list(drawn.get_xdata()) for drawn in dashed] == [[32, 100]]
-    assert "tiny in torch, 16-bit cache, 100 tokens: 20 ms a token (bound" in picture.alt
-
-
-def test_each_cache_and_engine_is_a_series_of_its_own(records):
-    other = [r.__class__(**{**vars(r), "metric": r.metric.replace("cache16", "cache8")}) for r in records]
-    found = long_context_plot.series_of(records + other)
-    assert [series[1:] for series in found] == [("torch", 16), ("torch", 8)]
-    assert sorted(found[("tiny", "torch", 8)]["token_latency_ms"]) == [32, 100]
-    legend = long_context_plot.figure(records + other).figure.legends[0]
-    assert len(legend.get_texts()) == 3
-
-
-def test_a_length_that_was_not_measured_is_named_below_the_figure(records):
-    missing = records[0].__class__(**{**vars(records[0]), "value": None, "note": "killed"})
-    picture = long_context_plot.figure([*records, missing])
-    assert "not measured: tiny" in picture.figure.get_supxlabel()
-
-
-def test_a_figure_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no token_latency_ms at a context length"):
-        long_context_plot.figure([])

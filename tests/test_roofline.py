@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from avalab import marks, roofline
+from avalab import roofline, style
 from avalab.experiment import Record
 
 LIMITS = {"flops_per_s": 4e11, "bytes_per_s": 2e10, "load_average": 0.1}
@@ -94,7 +94,7 @@ def test_both_figures_are_small_saved_and_described(tmp_path):
     panels = {"time": (LOSSES, "kernel_ms"), "memory": (LOSSES, "peak_bytes")}
     for picture in (roofline.roofline(RECORDS, tmp_path / "a.png"), roofline.ratios(panels, tmp_path / "b.png")):
         assert picture.path.read_bytes() == picture.png
-        assert len(picture.png) <= marks.MAX_BYTES
+        assert len(picture.png) <= style.MAX_BYTES
         assert Image.open(io.BytesIO(picture.png)).width == 900
         assert all("[" in axes.get_xlabel() for axes in picture.figure.axes)
         assert picture.alt

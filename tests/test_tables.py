@@ -23,9 +23,10 @@ RECORDS = [
 ]
 
 
-@pytest.mark.parametrize("module", ["tables", "labels", "executed", "report"])
-def test_text_and_placement_load_no_drawing_library(module):
-    check = f"import avalab.{module}, sys; assert not {{'matplotlib', 'seaborn', 'torch'}} & sys.modules.keys()"
+@pytest.mark.parametrize("module", ["tables", "executed", "report", "budgets"])
+def test_text_loads_no_drawing_library_and_no_pandas(module):
+    heavy = {"matplotlib", "seaborn", "torch", "pandas"}
+    check = f"import avalab.{module}, sys; assert not {heavy} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
@@ -33,7 +34,7 @@ def test_a_prediction_is_found_under_the_metrics_name_with_or_without_its_unit()
     measured = rec("a", "peak_rss_bytes", 2.0)
     for name in ("predicted_bytes:peak_rss", "predicted_bytes:peak_rss_bytes"):
         made = [rec("b", name, 3.0), rec("a", name, 1.0), rec("a", "predicted_bytes:artifact", 9.0)]
-        assert tables.predicted_record(made, measured).value == 1.0
+        assert tables.predictions([*made, measured], "peak_rss_bytes").predicted["a"] == pytest.approx(1e-6)
         assert tables.words(name) == "predicted, peak memory"
 
 
@@ -84,6 +85,37 @@ def test_the_table_of_a_notebook_is_escaped_and_the_printed_one_is_markdown():
     shown = tables.Table(("", "a|b"), (("<b>", "1"),))
     assert "&lt;b&gt;" in shown._repr_html_()
     assert repr(shown) == "|  | a\\|b |\n| --- | ---: |\n| <b> | 1 |"
+
+
+def test_the_page_of_a_table_has_headings_with_a_scope_and_intervals_that_do_not_break():
+    shown = tables.Table(("memory", "use"), (("1 GiB", "0.1 [0.0, 0.2]"), ("1 GiB", "")), ("a <note>",))
+    head = '<table><thead><tr><th scope="col">memory</th><th scope="col">use</th></tr></thead>'
+    rows = '<tr><th scope="row">1 GiB</th><td>0.1 [0.0,\N{NO-BREAK SPACE}0.2]</td></tr>'
+    rows += '<tr><th scope="row">1 GiB</th><td></td></tr>'
+    notes = "<p><small>a &lt;note&gt;</small></p>\n"
+    assert shown._repr_html_() == f"{head}<tbody>{rows}</tbody></table>{notes}"
+
+
+# --- the frame ---------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_has_a_row_for_each_record_and_the_metric_in_two_parts():
+    made = tables.frame([rec("a", "kl_divergence:docs:long", 0.1, "nats", low=0.0), rec("a", "perplexity", None)])
+    assert made[["name", "part"]].to_numpy().tolist() == [["kl_divergence", "docs:long"], ["perplexity", ""]]
+    assert made.value.isna().tolist() == [False, True]
+    assert tables.frame(made) is made
+    assert len(tables.frame([])) == 0
+
+
+def test_of_a_metric_the_newest_values_are_found_in_their_unit_the_baseline_first():
+    made = [rec("b", "recovered:x", 0.5, "1", low=0.4), rec("a", "recovered:x", 0.1, "1"), rec("b", "recovered:x", 0.2)]
+    found = tables.measured([*made, rec("c", "recovered:x", None), rec("c", "perplexity", 3.0)], "recovered:x", "a")
+    assert found.index.tolist() == ["a", "b"]
+    assert found.value.tolist() == pytest.approx([10, 20])
+    assert found.low.isna().all()
+    assert tables.axis_label(found) == "recovered, x [%]"
+    with pytest.raises(ValueError, match="the baseline 'c' has no recovered:x; subjects that have: b, a"):
+        tables.measured([*made], "recovered:x", "c")
 
 
 def test_a_table_of_a_subject_nothing_was_recorded_of_is_refused():
