@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from avalab import alone, artifacts, cost, engine_bench, engines
+from avalab import artifacts, cost, engine_bench, engines, process
 from avalab.contestants import Entry
 from avalab.engines import engine
 from avalab.engines.engine import Engine
@@ -72,7 +72,7 @@ def measure(folder: Path, name: str, work: Batches) -> dict[str, dict[str, list[
     """Batch size -> `prefill` and `decode`, seconds of each sample. Raises as `engine_bench.measure` does."""
     request = {"folder": str(folder.resolve()), "engine": name, **asdict(work)}
     how = {"limit_seconds": work.limit_seconds, "errors": engine_bench.FAILURES, "label": f"{folder.name} in {name}"}
-    return alone.call(f"{__name__}:run", request, **how)
+    return process.call(f"{__name__}:run", request, **how)
 
 
 def run(request: dict) -> dict:
@@ -169,7 +169,7 @@ def _cached(run: Run, entry: Entry, work: Batches) -> dict[str, dict[str, list[f
     files = [here, Path(engine.__file__), *sorted((here.parent / "engines").glob(f"{entry.engine}*.py"))]
     about = [entry.artifact.sha256, entry.engine, asdict(work), artifacts.code_sha256(files), device_name(run.device)]
     path = run.artifacts_dir / "cache" / f"batches-{artifacts.sha256_of_text(json.dumps(about))[:24]}.json"
-    return alone.kept(path, lambda: measure(entry.artifact.path, entry.engine, work))
+    return process.kept(path, lambda: measure(entry.artifact.path, entry.engine, work))
 
 
 def _add(run: Run, subject: str, size: int, seconds: dict[str, list[float]], work: Batches, about: dict) -> None:

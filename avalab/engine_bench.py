@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from avalab import alone, cost, energy, engines, probe
+from avalab import cost, energy, engines, probe, process
 from avalab.artifacts import Artifact
 from avalab.experiment import Run, load_average
 
@@ -81,7 +81,7 @@ def measure(artifact: Artifact | Path, engine: str, *, race: Race = Race()) -> C
     folder = Path(artifact.path if isinstance(artifact, Artifact) else artifact).resolve()
     request = {"folder": str(folder), "engine": engine, **asdict(race)}
     how = {"limit_seconds": race.limit_seconds, "errors": FAILURES, "label": f"{folder.name} in {engine}"}
-    return Cell(**alone.call(f"{__name__}:run", request, **how))
+    return Cell(**process.call(f"{__name__}:run", request, **how))
 
 
 def run(request: dict) -> dict:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalab import alone, answer_cache, artifacts, calls, engine_bench, evaluate, grammars, models, quality
+from avalab import answer_cache, artifacts, calls, engine_bench, evaluate, grammars, models, process, quality
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.corpora import Text
@@ -72,7 +72,7 @@ def text_scores(
     request = {"folder": str(artifact.path.resolve()), "engine": engine, "device": device, "threads": 0}
     request |= {"base": str(against.base.path.resolve()), "windows": against.windows.tolist(), "cache": str(cache)}
     how = _how(artifact, engine, limit)
-    found = alone.kept(path, lambda: alone.call(f"{__name__}:scored_windows", request, **how))
+    found = process.kept(path, lambda: process.call(f"{__name__}:scored_windows", request, **how))
     return TokenScores(**{name: torch.tensor(rows) for name, rows in found.items()})
 
 
@@ -128,7 +128,7 @@ def answer_calls(artifact: Artifact, engine: str, *, category: str, limit: int, 
     keys = [artifacts.sha256_of_text(json.dumps([mode, case.messages, case.functions]))[:16] for mode, case in asked]
 
     def generate(wanted: list[int]) -> list[tuple[int, str]]:
-        answer = alone.call(f"{__name__}:answered", request | {"wanted": wanted}, **_how(artifact, engine))
+        answer = process.call(f"{__name__}:answered", request | {"wanted": wanted}, **_how(artifact, engine))
         return list(enumerate(answer["texts"]))
 
     name = f"answers-{artifact.sha256[:16]}-{engine}-{category}-{_code(engine)[:8]}.jsonl"

@@ -29,7 +29,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab import adapters, alone, engine_bench, engines, models, probe, quantize, train, train_bench
+from avalab import adapters, engine_bench, engines, models, probe, process, quantize, train, train_bench
 from avalab.artifacts import Artifact
 from avalab.before_after import RATES
 from avalab.engines import Engine
@@ -161,7 +161,7 @@ def _agreement(run: Run, subject: str, model: PreTrainedModel, engine: Engine, *
 def _peak(run: Run, subject: str, artifact: Artifact, sizes: Sizes, **about) -> None:
     arm = subject.rpartition(":")[2]
     request = {"folder": str(artifact.path), "arm": arm, "device": run.device, "prompts": list(sizes.prompts)}
-    found = alone.call(f"{__name__}:peak", request, limit_seconds=PEAK_SECONDS, label=subject)
+    found = process.call(f"{__name__}:peak", request, limit_seconds=PEAK_SECONDS, label=subject)
     metric = "peak_vram_bytes" if run.device.startswith("cuda") else "peak_rss_bytes:engine"
     run.record(subject, metric, found["peak_bytes"], "byte", n=1, **about)
 

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from avalab import alone, artifacts, cost, engine_bench, engines, probe, storage
+from avalab import artifacts, cost, engine_bench, engines, probe, process, storage
 from avalab.artifacts import Artifact
 from avalab.engines import kinds, llamacpp
 from avalab.experiment import Run, load_average
@@ -218,7 +218,7 @@ def _measured(request: dict) -> tuple[list[dict], str]:
     with tempfile.TemporaryDirectory() as folder:
         file, why = Path(folder) / "lengths.jsonl", ""
         try:
-            alone.call("avalab.long_context:run", request | {"file": str(file)}, **how)
+            process.call("avalab.long_context:run", request | {"file": str(file)}, **how)
         except RuntimeError as error:
             if not file.is_file():
                 raise

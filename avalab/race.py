@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from avalab import alone, artifacts, contestants, cost, engine_bench, engines
+from avalab import artifacts, contestants, cost, engine_bench, engines, process
 from avalab.contestants import Entry
 from avalab.engine_bench import Cell, Race
 from avalab.experiment import PROFILES, ROOT, Run, device_name, load_average
@@ -117,7 +117,7 @@ def key(entry: Entry, race: Race, run: Run) -> str:
 @cache
 def _code(engine: str) -> str:
     here = Path(__file__).parent
-    files = [Path(m.__file__) for m in (alone, engine_bench)] + [here / "engines" / "engine.py"]
+    files = [Path(m.__file__) for m in (process, engine_bench)] + [here / "engines" / "engine.py"]
     return artifacts.code_sha256([*files, *sorted((here / "engines").glob(f"{engine}*.py"))])
 
 

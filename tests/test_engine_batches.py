@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import alone, engine_batches, engines
+from avalab import engine_batches, engines, process
 from avalab.contestants import Entry
 from avalab.engine_batches import Batches
 
@@ -13,7 +13,7 @@ SMALL = Batches(prompt_tokens=4, new_tokens=3, samples=2, threads=1, sizes=(1, 4
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """Both halves of a call without the process."""
-    monkeypatch.setattr(alone, "_run", lambda arguments, limit: alone.main(*arguments[:3]) or 0)
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
 
 
 def test_every_batch_size_has_its_samples_and_takes_time(base):

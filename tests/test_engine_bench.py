@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import alone, artifacts, cli, engine_bench, engines
+from avalab import artifacts, cli, engine_bench, engines, process
 from avalab.engine_bench import Cell, Race
 from avalab.engines.engine import Engine, Request
 from avalab.engines.kinds import Facts
@@ -125,14 +125,14 @@ def test_a_cell_that_takes_too_long_is_a_record_that_says_so(run, artifact):
 
 def test_what_an_engine_refuses_reaches_the_caller_as_the_same_error(artifact, monkeypatch):
     """The measuring process writes the error down; here both halves without the process."""
-    monkeypatch.setattr(alone, "_run", lambda arguments, limit: alone.main(*arguments[:3]) or 0)
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
     with pytest.raises(engines.NotSupported, match="onnx cannot load tiny"):
         engine_bench.measure(artifact, "onnx", race=RACE)
 
 
 def test_a_process_that_dies_says_why(artifact, monkeypatch):
-    monkeypatch.setattr(alone, "_run", lambda arguments, limit: -9)
-    with pytest.raises(RuntimeError, match=r"tiny in onnx failed: killed, most likely out of memory"):
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: -9)
+    with pytest.raises(RuntimeError, match=r"tiny in onnx failed: killed by SIGKILL, most likely out of memory"):
         engine_bench.measure(artifact, "onnx", race=RACE)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from avalab import alone, corpora, engine_quality, evaluate, models, quality
+from avalab import corpora, engine_quality, evaluate, models, process, quality
 from avalab.call_cases import cases
 
 CATEGORY, LIMIT = "toolbox_simple", 2
@@ -12,7 +12,7 @@ CATEGORY, LIMIT = "toolbox_simple", 2
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """Both halves of a call without the process; what the process would do is the same function."""
-    monkeypatch.setattr(alone, "_run", lambda arguments, limit: alone.main(*arguments[:3]) or 0)
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_the_base_in_torch_differs_from_itself_by_what_bf16_logits_round_away(ru
 def test_scores_are_read_back_and_not_made_again(run, base, against, monkeypatch):
     cache = run.artifacts_dir / "cache"
     first = engine_quality.text_scores(base, "torch", against, cache)
-    monkeypatch.setattr(alone, "call", _refuse)
+    monkeypatch.setattr(process, "call", _refuse)
     torch.testing.assert_close(engine_quality.text_scores(base, "torch", against, cache).kl, first.kl)
 
 

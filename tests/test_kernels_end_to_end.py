@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "artifacts_dir", property(lambda self: folder))
-        patch.setattr(kernels_end_to_end.alone, "call", lambda target, request, **_: {"peak_bytes": len(request)})
+        patch.setattr(kernels_end_to_end.process, "call", lambda target, request, **_: {"peak_bytes": len(request)})
         run = Run("10_kernels", "smoke")
         kernels_end_to_end.decoding(run, SIZES)
         kernels_end_to_end.training(run, SIZES)

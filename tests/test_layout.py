@@ -26,9 +26,9 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "experiment assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
+    0: "experiment assets numerics kernels gguf_blocks gguf_header process allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
-    1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
+    1: "gguf_vocabulary mixed_plot energy engine_plot budgets models artifacts exported corpora cost "
     "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
     "packaged_text argument_kinds surfaces grounding "
     "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "

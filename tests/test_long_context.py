@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import alone, artifacts, cost, engine_bench, gguf_export, long_context, long_context_plot, marks, storage
+from avalab import artifacts, cost, engine_bench, gguf_export, long_context, long_context_plot, marks, process, storage
 from avalab.engines import kinds
 from avalab.experiment import Run
 
@@ -122,7 +122,7 @@ def test_lengths_are_measured_in_a_process_of_its_own_shortest_first():
 
 def test_a_context_of_exactly_the_models_length_is_read(artifact, monkeypatch):
     seen = []
-    monkeypatch.setattr(alone, "call", lambda target, request, **how: seen.append(request) or answer(request))
+    monkeypatch.setattr(process, "call", lambda target, request, **how: seen.append(request) or answer(request))
     long_context.measure(artifact, "torch", lengths=(16, 1024), new_tokens=4)
     assert seen[0]["lengths"] == [16, 1024]
 
@@ -139,7 +139,7 @@ def test_what_was_measured_before_a_process_died_stays_and_the_rest_has_a_note(a
         answer(request, 1)
         raise RuntimeError("tiny in torch failed: killed, most likely out of memory")
 
-    monkeypatch.setattr(alone, "call", dies)
+    monkeypatch.setattr(process, "call", dies)
     run = Run("t", "smoke")
     points = long_context.record(run, artifact, "torch", lengths=(32, 100))
     assert [(p.length, p.seconds_per_token) for p in points] == [(32, 0.02), (100, None)]
@@ -152,7 +152,7 @@ def test_a_process_that_dies_at_once_raises_and_its_record_says_why(artifact, mo
     def dies(target: str, request: dict, **how) -> dict:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(alone, "call", dies)
+    monkeypatch.setattr(process, "call", dies)
     with pytest.raises(RuntimeError, match="killed"):
         long_context.measure(artifact, "torch", lengths=(16,), new_tokens=4)
     run = Run("t", "smoke")
@@ -168,7 +168,7 @@ def test_a_cache_that_the_engine_does_not_have_is_a_record_with_its_reason(artif
 
 def test_points_become_records_by_pencil(artifact, monkeypatch):
     """The median of 10, 20 and 30 ms, a first token after 200 ms, peaks as written; two lengths."""
-    monkeypatch.setattr(alone, "call", lambda target, request, **how: answer(request))
+    monkeypatch.setattr(process, "call", lambda target, request, **how: answer(request))
     run = Run("t", "smoke")
     long_context.record(run, artifact, "torch", lengths=(32, 100))
     found = {r.metric: r for r in run.records}
@@ -188,7 +188,7 @@ def test_points_become_records_by_pencil(artifact, monkeypatch):
 
 @pytest.fixture
 def records(artifact, monkeypatch):
-    monkeypatch.setattr(alone, "call", lambda target, request, **how: answer(request))
+    monkeypatch.setattr(process, "call", lambda target, request, **how: answer(request))
     run = Run("t", "smoke")
     long_context.record(run, artifact, "torch", lengths=(32, 100))
     return run.records

@@ -1,27 +1,33 @@
-"""Call a function in a process of its own: its memory is its own, and its end is not ours.
+"""A process of its own for a function, whose memory is its own and whose end is not ours; and silence for libraries.
 
 1. `call` names a function of the package that takes one dict and returns one, both as JSON. The process is forked from
    a server that has imported the package's engines and nothing else: a start costs a tenth of a second, not five.
 2. What the process prints goes to a file, whose last line explains a crash. An exception comes back as its name and
-   message; a process that is killed, crashes or takes too long becomes a RuntimeError in one line.
-
-What it does not do: return objects, share memory, or run two at once.
+   message; a process that is killed, crashes in native code or takes too long becomes a RuntimeError in one line, which
+   names the signal.
+3. torchao warns about each GPU library it cannot load and registers enums that torch then warns about; bitsandbytes
+   names a CPU kernel that a hub would have to send; a reader can act on none of it. The package imports this module
+   first, and it sets their log levels: a deliberate exception to "importing does nothing", since later is too late. The
+   level of a logger that a user has configured stays. `drop_native_output` is for what compiled code prints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-import multiprocessing
+import logging
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from avalab.experiment import write_atomically
-
 PRELOADED = ("avalab.engines",)
+
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+    if logging.getLogger(_name).level == logging.NOTSET:
+        logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def call(
@@ -45,22 +51,12 @@ def call(
             raise RuntimeError(f"{label} took longer than {limit_seconds:g} s")
         if code or not result.is_file():
             text = output.read_text(errors="replace") if output.is_file() else ""
-            raise RuntimeError(f"{label} failed: {why(code, text)}")
+            raise RuntimeError(f"{label} failed: {explain_end(code, text)}")
         answer = json.loads(result.read_text())
     if "error" in answer:
         known = (errors or {}).get(answer["error"])
         raise known(answer["message"]) if known else RuntimeError(f"{label} failed: {answer['message']}")
     return answer["answer"]
-
-
-def kept(path: Path, compute: Callable[[], dict]) -> dict:
-    """The JSON in a file, or what `compute` returns, which the file then holds; a damaged file counts as absent."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = compute()
-        write_atomically(path, json.dumps(found))
-        return found
 
 
 def main(target: str, request: str, result: str, output: str = "") -> None:
@@ -80,8 +76,20 @@ def main(target: str, request: str, result: str, output: str = "") -> None:
     Path(result).write_text(json.dumps(answer))
 
 
+def explain_end(code: int, text: str) -> str:
+    """What an exit status and the text that a process left say about its end, in one line."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, most likely out of memory"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if code < 0:
+        return f"crashed with {signal.Signals(-code).name}" + (f": {lines[-1]}" if lines else "")
+    return lines[-1] if lines else f"exit status {code}"
+
+
 def _run(arguments: tuple, limit_seconds: float) -> int | None:
     """Exit status of the process, None when it took too long."""
+    import multiprocessing  # not at the top: the package imports this module before everything else
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     process = context.Process(target=main, args=arguments)  # no daemon: some engines start processes themselves
@@ -95,11 +103,35 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
     return None if late else process.exitcode
 
 
-def why(code: int, text: str) -> str:
-    """What an exit status and the text that a process left say about its end, in one line."""
-    if code == -signal.SIGKILL:
-        return "killed, most likely out of memory"
-    if code < 0:
-        return f"crashed with {signal.Signals(-code).name}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit status {code}"
+def kept(path: Path, compute: Callable[[], dict]) -> dict:
+    """The JSON in a file, or what `compute` returns, which the file then holds; a damaged file counts as absent."""
+    from avalab.experiment import write_atomically
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = compute()
+        write_atomically(path, json.dumps(found))
+        return found
+
+
+@contextlib.contextmanager
+def drop_native_output() -> Iterator[None]:
+    """Drop what is written to file descriptor 1 in the block: output of compiled code, of every thread.
+
+    Python's own `print` is not affected where `sys.stdout` is buffered or, as in a notebook, not that descriptor; what
+    is in C's buffers is written out before and dropped after.
+    """
+    import ctypes
+
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    standard, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(standard, 1)
+        os.close(standard)
+        os.close(nowhere)
