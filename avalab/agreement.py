@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 LEVELS = ("nominal", "ordinal", "interval")
 

@@ -20,14 +20,13 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from avalab import artifacts, packed_rows, quality
+from avalab import artifacts, packed_rows, quality, statistics
 from avalab.evaluate import Respondent
 from avalab.experiment import Run
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 UNIT = "nats/token"
 
@@ -63,15 +62,6 @@ def _loss(respondent: Respondent, example: packed_rows.Encoded) -> float:
     return -log_probabilities.gather(-1, labels[counted, None]).mean().item()
 
 
-def over_draws(values: Float[Tensor, "draw"]) -> Estimate:
-    """The mean of a value over independent draws with Student's 95 % interval; one draw has none."""
-    mean, n = values.double().mean().item(), len(values)
-    if n < 2:
-        return Estimate(mean, None, None, n)
-    half = float(stats.t.ppf(0.975, n - 1)) * values.double().std().item() / n**0.5
-    return Estimate(mean, mean - half, mean + half, n)
-
-
 def record(
     run: Run,
     subject: str,
@@ -87,9 +77,9 @@ def record(
     """
     if losses.shape != baseline.shape:
         raise ValueError(f"cannot pair losses of shape {tuple(losses.shape)} with {tuple(baseline.shape)}")
-    rise, about = over_draws((losses - baseline).mean(-1)), {"unit": UNIT, "engine": "torch"}
+    rise, about = statistics.over_draws((losses - baseline).mean(-1)), {"unit": UNIT, "engine": "torch"}
     details = {"examples": losses.shape[1], **(details or {})}
-    run.record(subject, f"answer_loss:{part}", **vars(over_draws(losses.mean(-1))), **about, details=details)
-    verdict = {"verdict": quality.verdict(rise)}
+    run.record(subject, f"answer_loss:{part}", **vars(statistics.over_draws(losses.mean(-1))), **about, details=details)
+    verdict = {"verdict": statistics.verdict(rise)}
     run.record(subject, f"answer_loss_rise:{part}", **vars(rise), **about, details=details | verdict)
     return rise

@@ -54,20 +54,20 @@ def compare(
 
 
 def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
-    from avalab import evaluate
+    from avalab import evaluate, statistics
 
     answered = [evaluate.Respondent(artifact, run.device) for artifact in pair]
     every: list[list[bool]] = [[], []]
     for category in evaluate.answerable(run.profile.call_categories, mode):
         how = {"category": category, "mode": mode, "limit": limit}
         right = [[v.correct for v in evaluate.record(run, r.artifact.name, r, **how)] for r in answered]
-        print(f"{evaluate.metric(category, mode):44} {evaluate.mcnemar(*right)}")
+        print(f"{evaluate.metric(category, mode):44} {statistics.mcnemar(*right)}")
         every = [known + new for known, new in zip(every, right, strict=True)]
-    print(f"{'all':44} {evaluate.mcnemar(*every)}")
+    print(f"{'all':44} {statistics.mcnemar(*every)}")
 
 
 def _compare_loss(run, pair: list, limit: int | None) -> None:
-    from avalab import corpora, models, quality
+    from avalab import corpora, models, quality, statistics
 
     tokenizers = [models.load_tokenizer(artifact) for artifact in pair]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
@@ -79,9 +79,9 @@ def _compare_loss(run, pair: list, limit: int | None) -> None:
         windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
         against = quality.reference(pair[1], windows, cache, run.device)
         ours, theirs = (quality.cached_score(artifact, against, cache, run.device).nll for artifact in pair)
-        gap = quality.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
+        gap = statistics.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
         ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
-        print(f"{'loss, ' + text.name:44} {quality.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
+        print(f"{'loss, ' + text.name:44} {statistics.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
 
 
 def _compare_speed(run, pair: list, *, engine: str, threads: int, rounds: int) -> None:
@@ -126,12 +126,12 @@ def paired_timings(
 
 def speed_verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """`better: 0.72 [0.70, 0.75] of the other's time, 11 rounds`; an interval that holds 1 distinguishes nothing."""
-    from avalab import cost, quality
+    from avalab import cost, statistics
 
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     value, (low, high) = cost.quantile(ratios, 0.5), cost.quantile_interval(ratios)
     known = low is not None and high is not None
     ends = (low - 1, high - 1) if known else (None, None)
-    verdict = quality.verdict(quality.Estimate(value - 1, *ends, len(ratios)))
+    verdict = statistics.verdict(statistics.Estimate(value - 1, *ends, len(ratios)))
     interval = f" [{low:.3f}, {high:.3f}]" if known else " (too few rounds for an interval)"
     return f"{verdict}: {value:.3f}{interval} of the other's time, {len(ratios)} rounds"

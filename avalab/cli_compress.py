@@ -105,13 +105,13 @@ def prune(
 
 def _predicted_and_measured(run, base, artifact) -> None:
     """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
-    from avalab import corpora, models, peers_scores, quality
+    from avalab import corpora, models, peers_scores, quality, statistics
 
     tokenizer, cache = models.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.text(run.profile.eval_texts[0], tokenizer)
     against = quality.reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
     kl = peers_scores.scores(artifact, against, cache, engine=_engine(artifact), device=run.device).kl
-    found = quality.mean(kl, resamples=run.profile.resamples, seed=run.seed)
+    found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
     if artifact.card["measured"]["note"]:

@@ -9,7 +9,7 @@
 3. Both run in a process of their own, with a time limit; a failure is a record without value. What was scored is kept
    under artefact, engine, windows or cases, and code, and read back.
 
-What it does not do: time anything, or compare two artefacts (`evaluate.mcnemar` and `quality.paired_difference` do).
+What it does not do: time anything, or compare two artefacts (see `statistics`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from avalab import answer_cache, artifacts, calls, engine_bench, evaluate, grammars, models, process, quality
+from avalab import (
+    answer_cache,
+    artifacts,
+    calls,
+    engine_bench,
+    evaluate,
+    grammars,
+    models,
+    process,
+    quality,
+    statistics,
+)
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.corpora import Text
@@ -46,9 +57,9 @@ def record_text(
     how = {"resamples": run.profile.resamples, "seed": run.seed}
     about["details"] = {"text_sha256": text.sha256, "windows_sha256": quality.windows_sha256(against.windows)}
     for metric, unit, estimate in (
-        ("perplexity", "1", quality.perplexity(scores.nll, **how)),
-        ("kl_divergence", "nats/token", quality.mean(scores.kl, **how)),
-        ("top1_agreement", "1", quality.mean(scores.agrees, **how)),
+        ("perplexity", "1", statistics.perplexity(scores.nll, **how)),
+        ("kl_divergence", "nats/token", statistics.mean(scores.kl, **how)),
+        ("top1_agreement", "1", statistics.mean(scores.agrees, **how)),
     ):
         run.record(subject, f"{metric}:{text.name}", unit=unit, **vars(estimate), **about)
     return scores
@@ -113,7 +124,7 @@ def record_calls(
     for mode in MODES:
         verdicts = evaluate.judge(asked, texts[mode])
         right[mode] = [verdict.correct for verdict in verdicts]
-        share = evaluate.wilson(sum(right[mode]), len(verdicts))
+        share = statistics.wilson(sum(right[mode]), len(verdicts))
         details = {"mode": mode, "errors": evaluate.errors(verdicts)}
         run.record(subject, evaluate.metric(category, mode), unit="1", details=details, **vars(share), **about)
     return right

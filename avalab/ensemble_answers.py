@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avalab import answers_vote, call_cases, cascade, ensemble, evaluate, mixture, quality
+from avalab import answers_vote, call_cases, cascade, ensemble, evaluate, mixture, quality, statistics
 from avalab.artifacts import Artifact
 from avalab.calls import Case
 from avalab.evaluate import Respondent
@@ -141,7 +141,7 @@ def record(
 ) -> list[bool]:
     """Append the share of right answers with its errors, and `answer_seconds`; returns which were right."""
     verdicts = evaluate.judge(asked, answered.texts)
-    share = evaluate.wilson(sum(v.correct for v in verdicts), len(verdicts))
+    share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
     more = {"artifact_sha256": sha256, "engine": "torch"}
     told = {"errors": evaluate.errors(verdicts), "mode": mode, **(details or {})}
     run.record(subject, evaluate.metric(asked[0].category, mode), unit="1", **vars(share), **more, details=told)

@@ -13,10 +13,10 @@ memory: all members are held at once, so the bytes are their sum.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from jaxtyping import Float, Int
@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import artifacts, cascade, corpora, cost, ensemble, mixture, models, quality
+from avalab import artifacts, cascade, corpora, cost, ensemble, mixture, models, quality, statistics
 from avalab.artifacts import Artifact
 from avalab.cascade import Rule
 from avalab.corpora import Text
 from avalab.ensemble import Ensemble
 from avalab.experiment import Run, load_average
 from avalab.kernels.bench import interleaved
-from avalab.quality import Estimate, Reference, TokenScores
+from avalab.quality import Reference, TokenScores
+from avalab.statistics import Estimate
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def record(run: Run, subject: str, about: Ensemble, found: TokenScores, text: Te
     """Append perplexity, KL divergence and top-1 agreement of an ensemble, `:<text>` each."""
     how = {"resamples": run.profile.resamples, "seed": run.seed}
     for metric, unit, estimate in (
-        ("perplexity", "1", quality.perplexity(found.nll, **how)),
-        ("kl_divergence", "nats/token", quality.mean(found.kl, **how)),
-        ("top1_agreement", "1", quality.mean(found.agrees, **how)),
+        ("perplexity", "1", statistics.perplexity(found.nll, **how)),
+        ("kl_divergence", "nats/token", statistics.mean(found.kl, **how)),
+        ("top1_agreement", "1", statistics.mean(found.agrees, **how)),
     ):
         details = {"text_sha256": text.sha256, **described(about)}
         more = {"artifact_sha256": about.as_artifact().sha256, "engine": "torch", "details": details}
@@ -171,8 +172,8 @@ def record_gap(
     found = {}
     for column in ("nll", "kl"):
         values = (getattr(ours, column), getattr(single, column))
-        found[column] = quality.paired_difference(*values, resamples=run.profile.resamples, seed=run.seed)
-        details = {"against": name, "verdict": quality.verdict(found[column])}
+        found[column] = statistics.paired_difference(*values, resamples=run.profile.resamples, seed=run.seed)
+        details = {"against": name, "verdict": statistics.verdict(found[column])}
         estimate = vars(found[column])
         run.record(subject, f"{column}_gap:{text.name}", unit="nats/token", **estimate, details=details)
     return found
@@ -202,7 +203,7 @@ def record_speed(run: Run, subjects: Mapping[str, Artifact | Ensemble], tokens: 
         subject = subjects[name] if isinstance(subjects[name], Artifact) else subjects[name].as_artifact()
         about = {"artifact_sha256": subject.sha256, "engine": "torch", "n": len(rates), "samples": rates}
         about["details"] = {"load_average": load_average(), "prompt_tokens": len(tokens)}
-        run.record(name, "decode_tokens_per_s", statistics.median(rates), "token/s", low=low, high=high, **about)
+        run.record(name, "decode_tokens_per_s", median(rates), "token/s", low=low, high=high, **about)
 
 
 def _assembled(subject: Artifact | Ensemble, loaded: dict[str, PreTrainedModel], device: str) -> PreTrainedModel:

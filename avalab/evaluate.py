@@ -27,17 +27,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from scipy import stats
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import answer_cache, artifacts, assets, calls, grammars, models, sandbox
+from avalab import answer_cache, artifacts, assets, calls, grammars, models, sandbox, statistics
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.calls import Case, Verdict
 from avalab.experiment import ROOT, Run
-from avalab.quality import Estimate
 from avalab.sandbox import Problem
+from avalab.statistics import Estimate
 
 MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
 CALL_TOKENS, CODE_TOKENS = 128, 256
@@ -65,21 +64,6 @@ class Respondent:
     def compiler(self) -> grammars.Compiler:
         """Makes grammars for this tokenizer and this number of logits."""
         return grammars.compiler(self.tokenizer, self.model.config.vocab_size)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two subjects on the same cases: which of them only one got right, and the p-value of McNemar's exact test."""
-
-    gained: int
-    lost: int
-    n: int
-    p_value: float
-    verdict: str
-
-    def __str__(self) -> str:
-        flips = f"{self.gained + self.lost} of {self.n} flip, {self.lost} for the worse"
-        return f"{self.verdict}: {flips} (p = {self.p_value:.2g})"
 
 
 def problems(run: Run, limit: int | None = None) -> list[Problem]:
@@ -135,25 +119,6 @@ def judge(asked: list[Case], texts: list[str]) -> list[Verdict]:
     return [calls.check(case, calls.parse_calls(text)) for case, text in zip(asked, texts, strict=True)]
 
 
-def wilson(right: int, n: int) -> Estimate:
-    """A share with its 95 % score interval. Source: Wilson (1927). Raises ValueError when nothing was asked."""
-    if n < 1 or not 0 <= right <= n:
-        raise ValueError(f"{right} right of {n} is no share; n must be positive and right lie between 0 and n")
-    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
-    return Estimate(right / n, float(interval.low), float(interval.high), n)
-
-
-def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> Comparison:
-    """McNemar's exact two-sided test at p < 0.05; ValueError when the two did not answer equally many cases."""
-    if len(ours) != len(theirs):
-        raise ValueError(f"cannot pair {len(ours)} answers with {len(theirs)}; both must have the same cases")
-    gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
-    p_value = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    verdict = "not distinguishable" if p_value >= 0.05 else "better" if gained > lost else "worse"
-    return Comparison(gained, lost, len(ours), p_value, verdict)
-
-
 def metric(category: str, mode: str) -> str:
     """The metric's name, such as `call_accuracy_forced:multiple`; ValueError for a mode the category cannot have."""
     if mode not in MODES:
@@ -185,7 +150,7 @@ def record(
     verdicts = judge(asked, answer_calls(respondent, asked, mode, cache, progress=label))
     details = {"errors": errors(verdicts), "mode": mode, "skipped": skip, "max_calls": _max_calls(category)}
     details["items_per_s"] = items_per_s(respondent, asked, mode, cache)
-    share = wilson(sum(v.correct for v in verdicts), len(verdicts))
+    share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
     _record(run, subject, respondent, metric(category, mode), share, details)
     return verdicts
 
@@ -201,7 +166,7 @@ def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: l
     texts = answer_code(respondent, problems, run.artifacts_dir / "cache", progress=f"{subject} humaneval")
     bar = tqdm(zip(problems, texts, strict=True), total=len(texts), desc="sandbox", leave=False)
     endings = [sandbox.passes(problem, text).status for problem, text in bar]
-    share = wilson(endings.count("finished"), len(endings))
+    share = statistics.wilson(endings.count("finished"), len(endings))
     _record(run, subject, respondent, "pass_at_1", share, {"endings": dict(Counter(endings))})
     return [ending == "finished" for ending in endings]
 

@@ -31,12 +31,12 @@ from pathlib import Path
 
 import httpx
 
-from avalab import artifacts, evaluate, experiment, models
+from avalab import artifacts, experiment, models, statistics
 from avalab.artifacts import Artifact
 from avalab.assets import AssetUnavailable
 from avalab.engines import EngineUnavailable
 from avalab.experiment import Record, Run
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 BATCH = 16
 KEPT = ("results", "n-samples", "versions", "n-shot", "higher_is_better")  # of the harness's answer
@@ -127,7 +127,7 @@ def interval(value: float, stderr: float | None, n: int) -> Estimate:
     if stderr is None:
         return Estimate(float(value), None, None, n)
     if _is_share(value, stderr, n):
-        return evaluate.wilson(round(value * n), n)
+        return statistics.wilson(round(value * n), n)
     return Estimate(float(value), value - Z * stderr, value + Z * stderr, n)
 
 

@@ -21,7 +21,7 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 
-from avalab import corpora, models, peers_calls, quality, quantize
+from avalab import corpora, models, peers_calls, quality, quantize, statistics
 from avalab import peers_scores as scoring
 from avalab.artifacts import Artifact
 from avalab.engines import kinds
@@ -95,7 +95,9 @@ def record(
             run.record(subject, f"{metric}:{text}", unit=unit, **vars(estimate), **about)
         for form, rival in (rivals or {}).items():
             theirs = scoring.scores(rival, reference, cache, device=run.device)
-            estimate = scoring.ratio(theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed)
+            estimate = statistics.paired_ratio(
+                theirs.kl, found[text].kl, resamples=run.profile.resamples, seed=run.seed
+            )
             sizes = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
             run.record(subject, _ratio_of(text, form), unit="1", **vars(estimate), details=sizes, **about)
     return found
@@ -153,14 +155,14 @@ def _ratio_of(text: str, form: str) -> str:
     return ":".join(("kl_ratio", text, *form.split("-")[1:]))
 
 
-def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, quality.Estimate]]:
+def _estimates(run: Run, ours: TokenScores, base: TokenScores) -> list[tuple[str, str, statistics.Estimate]]:
     how = {"resamples": run.profile.resamples, "seed": run.seed}
     return [
-        ("kl_divergence", "nats/token", quality.mean(ours.kl, **how)),
-        ("kl_divergence_p99", "nats/token", scoring.tail(ours.kl, **how)),
-        ("top1_agreement", "1", quality.mean(ours.agrees, **how)),
-        ("perplexity", "1", quality.perplexity(ours.nll, **how)),
-        ("loss_rise", "nats/token", quality.paired_difference(ours.nll, base.nll, **how)),
+        ("kl_divergence", "nats/token", statistics.mean(ours.kl, **how)),
+        ("kl_divergence_p99", "nats/token", statistics.tail(ours.kl, **how)),
+        ("top1_agreement", "1", statistics.mean(ours.agrees, **how)),
+        ("perplexity", "1", statistics.perplexity(ours.nll, **how)),
+        ("loss_rise", "nats/token", statistics.paired_difference(ours.nll, base.nll, **how)),
     ]
 
 

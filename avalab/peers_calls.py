@@ -21,19 +21,17 @@ What it does not do: make or score an artefact, or correct p-values for the numb
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from avalab import answer_cache, artifacts, engines, evaluate, grammars, models
+from avalab import answer_cache, artifacts, engines, evaluate, grammars, models, statistics
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.calls import Case
 from avalab.experiment import Record, Run
-from avalab.quality import Estimate
 
 MODE, ALL = "forced", "all"
 SHARE = evaluate.MODES[MODE]
@@ -77,41 +75,12 @@ def record(run: Run, limit: int, *, chosen: Sequence[str] = ()) -> None:
 def record_difference(run: Run, subject: str, ours: Right, theirs: Right, *, form: str, ratio: Record) -> None:
     """Append, for each category that both answered, the rival's share of right calls less the subject's."""
     for category in (name for name in theirs if name in ours):
-        flips = evaluate.mcnemar(ours[category], theirs[category])
+        flips = statistics.mcnemar(ours[category], theirs[category])
         details = {"only_ours": flips.gained, "only_its": flips.lost, "p_value": flips.p_value}
         details |= {"verdict": flips.verdict, **{k: ratio.details[k] for k in ("rival", "rival_sha256")}}
         about = {"artifact_sha256": ratio.artifact_sha256, "engine": ratio.engine, "details": details}
-        found = difference(ours[category], theirs[category])
+        found = statistics.share_difference(ours[category], theirs[category])
         run.record(subject, f"{DIFFERENCE}:{category}{form}", unit="1", **vars(found), **about)
-
-
-def difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
-    """Share of `ours` less share of `theirs` on the same cases; ValueError when they are not equally many, or none."""
-    flips = evaluate.mcnemar(ours, theirs)
-    both = sum(a and b for a, b in zip(ours, theirs, strict=True))
-    return newcombe(both, flips.gained, flips.lost, flips.n - both - flips.gained - flips.lost)
-
-
-def newcombe(both: int, first: int, second: int, neither: int) -> Estimate:
-    """Share of the first less share of the second with a 95 % interval, from how many pairs had which of them right.
-
-    The score intervals of the two shares are joined by the correlation phi of the pairs, continuity-corrected where it
-    is positive. Source: Newcombe (1998), method 10. Raises ValueError when there is no pair.
-    """
-    n = both + first + second + neither
-    a, b = evaluate.wilson(both + first, n), evaluate.wilson(both + second, n)
-    covariance = both * neither - first * second
-    covariance = max(covariance - n / 2, 0) if covariance > 0 else covariance
-    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
-    phi = covariance / math.sqrt(margins) if margins else 0.0
-    low = _joined(a.value - a.low, b.high - b.value, phi)
-    high = _joined(a.high - a.value, b.value - b.low, phi)
-    value = (first - second) / n
-    return Estimate(value, value - low, value + high, n)
-
-
-def _joined(one: float, other: float, correlation: float) -> float:
-    return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0))
 
 
 def _record_one(run: Run, size: Record, artifact: Artifact | None, asked: dict[str, list[Case]]) -> Right:
@@ -130,7 +99,7 @@ def _record_one(run: Run, size: Record, artifact: Artifact | None, asked: dict[s
         return {}
     verdicts[ALL] = [verdict for rows in verdicts.values() for verdict in rows]
     for name, rows in verdicts.items():
-        share = evaluate.wilson(sum(verdict.correct for verdict in rows), len(rows))
+        share = statistics.wilson(sum(verdict.correct for verdict in rows), len(rows))
         details = {"mode": MODE, "errors": evaluate.errors(rows)}
         run.record(size.subject, f"{SHARE}:{name}", unit="1", details=details, **vars(share), **about)
     return {name: [verdict.correct for verdict in rows] for name, rows in verdicts.items()}

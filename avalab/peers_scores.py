@@ -14,20 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy import stats
 from torch import Tensor
 
 from avalab import artifacts, engines, quality
 from avalab.artifacts import Artifact
 from avalab.experiment import Record
-from avalab.quality import Estimate, Reference, TokenScores
-
-TAIL = 0.99
+from avalab.quality import Reference, TokenScores
 
 
 def scores(
@@ -57,44 +52,6 @@ def in_engine(artifact: Artifact, against: Reference, engine: str) -> TokenScore
     finally:
         opened.close()
     return TokenScores(*(torch.stack(column) for column in zip(*parts, strict=True)))
-
-
-def tail(values: Float[Tensor, "window token"], *, resamples: int, seed: int, share: float = TAIL) -> Estimate:
-    """The percentile `share` of all tokens, with a 95 % percentile-bootstrap interval that resamples windows."""
-    rows = values.double().numpy()
-    value = float(np.quantile(rows, share))
-    if len(rows) < 2:
-        return Estimate(value, None, None, len(rows))
-    picks = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
-    low, high = np.quantile([np.quantile(rows[pick], share) for pick in picks], (0.025, 0.975))
-    return Estimate(value, float(low), float(high), len(rows))
-
-
-def ratio(
-    ours: Float[Tensor, "window token"], theirs: Float[Tensor, "rival_window rival_token"], *, resamples: int, seed: int
-) -> Estimate:
-    """Mean of `ours` over mean of `theirs`, windows resampled as pairs.
-
-    Raises ValueError when the two were not measured on windows of the same shape, or `theirs` has no mean to divide by.
-    """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
-    a, b = (part.double().mean(-1).numpy() for part in (ours, theirs))
-    if b.mean() <= 0:
-        raise ValueError(f"the mean to divide by is {b.mean():.3g}; it has to be positive")
-    value = float(a.mean() / b.mean())
-    if len(a) < 2:
-        return Estimate(value, None, None, len(a))
-    found = stats.bootstrap(
-        (a, b),
-        lambda x, y, axis: x.mean(axis) / y.mean(axis),
-        paired=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-        vectorized=True,
-    ).confidence_interval
-    return Estimate(value, float(found.low), float(found.high), len(a))
 
 
 def table(records: Sequence[Record], columns: Sequence[str]) -> str:

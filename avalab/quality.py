@@ -22,18 +22,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from avalab import artifacts, models
+from avalab import artifacts, models, statistics
 from avalab.artifacts import Artifact
 from avalab.corpora import Text
 from avalab.experiment import Run
@@ -61,16 +59,6 @@ class TokenScores:
     nll: Float[Tensor, "window token"]
     kl: Float[Tensor, "window token"]
     agrees: Float[Tensor, "window token"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval over `n` windows; one window says nothing of its own spread: no interval."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
 
 
 def reference(base: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str = "cpu") -> Reference:
@@ -127,15 +115,15 @@ def record(run: Run, subject: str, artifact: Artifact, against: Reference, text:
     scores = cached_score(artifact, against, run.artifacts_dir / "cache", run.device)
     how = {"resamples": run.profile.resamples, "seed": run.seed}
     base = cached_score(against.base, against, run.artifacts_dir / "cache", run.device)
-    rise = paired_difference(scores.nll, base.nll, **how)
+    rise = statistics.paired_difference(scores.nll, base.nll, **how)
     details = {"text_sha256": text.sha256, "windows_sha256": windows_sha256(against.windows)}
     for metric, unit, estimate in (
-        ("perplexity", "1", perplexity(scores.nll, **how)),
-        ("kl_divergence", "nats/token", mean(scores.kl, **how)),
-        ("top1_agreement", "1", mean(scores.agrees, **how)),
+        ("perplexity", "1", statistics.perplexity(scores.nll, **how)),
+        ("kl_divergence", "nats/token", statistics.mean(scores.kl, **how)),
+        ("top1_agreement", "1", statistics.mean(scores.agrees, **how)),
         ("loss_rise", "nats/token", rise),
     ):
-        more = {"verdict": verdict(rise)} if metric == "loss_rise" else {}
+        more = {"verdict": statistics.verdict(rise)} if metric == "loss_rise" else {}
         about = {"artifact_sha256": artifact.sha256, "engine": "torch", "details": details | more}
         run.record(subject, f"{metric}:{text.name}", unit=unit, **vars(estimate), **about)
     return scores
@@ -161,50 +149,6 @@ def kl_divergence(
     Source: Kullback and Leibler (1951), eq. 2.4.
     """
     return F.kl_div(candidate.float(), reference.float(), reduction="none", log_target=True).sum(-1)
-
-
-def perplexity(nll: Float[Tensor, "window token"], *, resamples: int, seed: int) -> Estimate:
-    """exp(mean negative log-likelihood over all tokens) with a bootstrap interval over windows."""
-    estimate = mean(nll, resamples=resamples, seed=seed)
-    ends = (None if end is None else float(np.exp(end)) for end in (estimate.low, estimate.high))
-    return Estimate(float(np.exp(estimate.value)), *ends, estimate.n)
-
-
-def mean(values: Float[Tensor, "window token"], *, resamples: int, seed: int) -> Estimate:
-    """Mean over all tokens with a 95 % percentile-bootstrap interval that resamples windows.
-
-    Windows are of equal length, so the mean of window means is the mean over tokens. Their order changes nothing
-    but the interval's Monte-Carlo noise, which sorting removes. Source: Efron and Tibshirani (1993), ch. 13.
-    """
-    per_window = np.sort(values.double().mean(-1).numpy())
-    value = float(per_window.mean())
-    if len(per_window) < 2:
-        return Estimate(value, None, None, len(per_window))
-    if np.ptp(per_window) == 0:
-        return Estimate(value, value, value, len(per_window))
-    found = stats.bootstrap(
-        (per_window,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return Estimate(value, float(found.low), float(found.high), len(per_window))
-
-
-def paired_difference(
-    ours: Float[Tensor, "window token"], theirs: Float[Tensor, "window token"], *, resamples: int, seed: int
-) -> Estimate:
-    """Mean of `ours - theirs` on the same tokens, resampling windows as pairs.
-
-    Raises ValueError when the two were not measured on windows of the same shape.
-    """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
-    return mean(ours - theirs, resamples=resamples, seed=seed)
-
-
-def verdict(difference: Estimate, *, lower_is_better: bool = True) -> str:
-    """`better`, `worse` or `not distinguishable`: whether there is an interval and it excludes zero."""
-    if difference.low is None or difference.low <= 0 <= difference.high:
-        return "not distinguishable"
-    return "better" if (difference.value < 0) == lower_is_better else "worse"
 
 
 @torch.inference_mode()

@@ -28,9 +28,9 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from avalab import agreement, quality
+from avalab import agreement, statistics
 from avalab.experiment import Run, write_atomically
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 CRITERIA = {
     "coherence": "it is well formed, holds together and does not contradict or repeat itself",
@@ -164,9 +164,9 @@ def prefer(
 ) -> Preference:
     """Compare two subjects' scores; `better` when the interval of the preferred share is above one half."""
     signs = torch.sign(ours - theirs)
-    share = quality.mean((signs + 1) / 2, resamples=resamples, seed=seed)
+    share = statistics.mean((signs + 1) / 2, resamples=resamples, seed=seed)
     ends = (None if end is None else end - 0.5 for end in (share.low, share.high))
-    verdict = quality.verdict(Estimate(share.value - 0.5, *ends, share.n), lower_is_better=False)
+    verdict = statistics.verdict(Estimate(share.value - 0.5, *ends, share.n), lower_is_better=False)
     return Preference(*(int((signs == sign).sum()) for sign in (1, 0, -1)), share, verdict)
 
 
@@ -183,7 +183,7 @@ def record(run: Run, sheet: dict, key: dict, ratings: Sequence[dict], *, baselin
         for subject, each in given.items():
             facts = {k: key[subject].get(k, "") for k in ("artifact_sha256", "engine")}
             details = {"raters": each.shape[1]}
-            mean = quality.mean(each, **how)
+            mean = statistics.mean(each, **how)
             run.record(subject, f"rating:{criterion}", unit="1", **vars(mean), **facts, details=details)
             if subject != baseline:
                 found = prefer(each, given[baseline], **how)

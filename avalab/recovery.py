@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalab.experiment import Run
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"perplexity": np.exp, "mean": lambda mean: mean}
 

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import ipywidgets
 
-from avalab import evaluate, example_files, gates
+from avalab import example_files, gates, statistics
 from avalab.artifacts import sha256_of_text
 from avalab.experiment import write_atomically
 from avalab.gates import Gate
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 VERDICTS = ("accept", "reject", "edit")
 FIELDS = ("key", "verdict", "request", "note", "when")
@@ -117,7 +117,7 @@ def pending(examples: Sequence[dict], verdicts: dict[str, dict]) -> list[dict]:
 def acceptance(examples: Sequence[dict], verdicts: dict[str, dict]) -> Estimate | None:
     """The share of the judged examples that was accepted as it stood, with its interval; None before any verdict."""
     judged = [verdicts[k]["verdict"] for k in map(key, examples) if k in verdicts]
-    return evaluate.wilson(judged.count("accept"), len(judged)) if judged else None
+    return statistics.wilson(judged.count("accept"), len(judged)) if judged else None
 
 
 def apply(examples: Sequence[dict], verdicts: dict[str, dict]) -> list[dict]:

@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from avalab import calls, evaluate, example_files, gates
+from avalab import calls, evaluate, example_files, gates, statistics
 from avalab.calls import Case
 from avalab.evaluate import Respondent
 from avalab.gates import Gate
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 
 def self_improve(
@@ -64,7 +64,7 @@ def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
         expected = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in request["calls"]]
         case = Case("", "self_improvement", [], request["tools"], expected)
         right += calls.check(case, [calls.Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
-    return evaluate.wilson(right, len(accepted))
+    return statistics.wilson(right, len(accepted))
 
 
 def _case(number: int, request: dict) -> Case:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from avalab import models, numerics, quality
+from avalab import models, numerics, quality, statistics
 from avalab.experiment import Run
 from avalab.numerics import NumberFormat
 from avalab.quality import Reference
@@ -45,7 +45,7 @@ def layer_by_layer(
 def record(run: Run, model: PreTrainedModel, against: Reference, format: NumberFormat, **more) -> None:
     """Append a `kl_divergence` record for each layer, subject `layer 07/mlp.down_proj`."""
     for name, kl in layer_by_layer(model, against, format):
-        estimate = quality.mean(kl, resamples=run.profile.resamples, seed=run.seed)
+        estimate = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
         details = {"format": format.name, "windows_sha256": quality.windows_sha256(against.windows)}
         run.record(subject(name), "kl_divergence", unit="nats/token", **vars(estimate), details=details, **more)
 

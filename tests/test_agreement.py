@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avalab import agreement
-from avalab.quality import Estimate
+from avalab.statistics import Estimate
 
 GAP = np.nan
 # Krippendorff (2011), example C: four observers, twelve units, gaps.

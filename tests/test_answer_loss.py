@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab import answer_loss, evaluate, models, packed_rows, quality, toolbox
+from avalab import answer_loss, evaluate, models, packed_rows, toolbox
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,6 @@ def test_what_was_scored_is_read_back_without_a_model(respondent, examples, tmp_
     assert torch.equal(first, again)
     next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
     assert torch.equal(answer_loss.score(respondent, examples, tmp_path), first)
-
-
-def test_three_draws_have_students_interval():
-    """Mean 2, standard deviation 1, t(0.975, 2) = 4.3027: 2 -+ 4.3027 / sqrt(3) = -0.484 to 4.484."""
-    found = answer_loss.over_draws(torch.tensor([1.0, 2.0, 3.0]))
-    assert (found.value, found.n) == (2.0, 3)
-    assert (found.low, found.high) == pytest.approx((-0.484, 4.484), abs=1e-3)
-    assert answer_loss.over_draws(torch.tensor([1.0])) == quality.Estimate(1.0, None, None, 1)
 
 
 def test_loss_and_rise_are_recorded_with_the_verdict(run):

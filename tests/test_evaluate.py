@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from math import sqrt
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from avalab import answer_cache, calls, evaluate, models, sandbox, toolbox
@@ -38,54 +36,6 @@ def case(**fields) -> Case:
 
 
 # --- shares and pairs --------------------------------------------------------------------------------------------
-
-
-def test_eight_of_ten_has_the_wilson_interval_of_the_formula():
-    """(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with z = 1.959964: 0.490 to 0.943."""
-    z, p, n = 1.959964, 0.8, 10
-    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    found = evaluate.wilson(8, 10)
-    assert (found.value, found.n) == (0.8, 10)
-    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
-    assert (found.low, found.high) == pytest.approx((0.490, 0.943), abs=1e-3)
-
-
-def test_none_right_still_has_an_upper_end():
-    assert evaluate.wilson(0, 60).high == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-6)
-
-
-def test_a_share_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="n must be positive"):
-        evaluate.wilson(0, 0)
-
-
-def test_six_flips_all_for_the_worse_have_twice_the_chance_of_six_heads():
-    """2 x 0.5^6 = 1/32 = 0.03125: below 0.05, so it is worse; five flips (1/16) would not be enough."""
-    found = evaluate.mcnemar([False] * 6 + [True] * 4, [True] * 10)
-    assert (found.gained, found.lost, found.n, found.verdict) == (0, 6, 10, "worse")
-    assert found.p_value == pytest.approx(1 / 32)
-    assert str(found) == "worse: 6 of 10 flip, 6 for the worse (p = 0.031)"
-    assert evaluate.mcnemar([False] * 5, [True] * 5).verdict == "not distinguishable"
-
-
-def test_equal_answers_are_not_distinguishable():
-    assert evaluate.mcnemar([True, False], [True, False]) == evaluate.Comparison(0, 0, 2, 1.0, "not distinguishable")
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
-@EXAMPLES
-def test_swapping_the_two_swaps_the_verdict_and_keeps_the_p_value(pairs):
-    ours, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
-    there, back = evaluate.mcnemar(ours, theirs), evaluate.mcnemar(theirs, ours)
-    assert there.p_value == pytest.approx(back.p_value)
-    assert (there.gained, there.lost) == (back.lost, back.gained)
-    assert {there.verdict, back.verdict} in ({"better", "worse"}, {"not distinguishable"})
-
-
-def test_answers_to_different_numbers_of_cases_cannot_be_paired():
-    with pytest.raises(ValueError, match="cannot pair 1 answers with 2"):
-        evaluate.mcnemar([True], [True, False])
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "experiment assets numerics kernels gguf_blocks gguf_header process allocation layer_sparsity "
+    0: "statistics experiment assets numerics kernels gguf_blocks gguf_header process allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
     1: "gguf_vocabulary mixed_plot energy engine_plot budgets models artifacts exported corpora cost "
     "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "

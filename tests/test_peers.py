@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
@@ -203,19 +202,6 @@ def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
 # Scores
 
 
-def test_the_tail_of_known_values_is_their_percentile():
-    """0 to 99 in one window: the 99th percentile by linear interpolation is 98.01."""
-    values = torch.arange(100.0).reshape(1, 100)
-    assert peers_scores.tail(values, resamples=10, seed=0).value == pytest.approx(98.01)
-
-
-def test_the_tail_has_an_interval_around_it_and_none_for_one_window():
-    values = torch.from_numpy(np.random.default_rng(0).exponential(size=(12, 50))).float()
-    found = peers_scores.tail(values, resamples=100, seed=0)
-    assert found.low <= found.value <= found.high
-    assert peers_scores.tail(values[:1], resamples=100, seed=0).low is None
-
-
 def test_a_table_has_a_line_a_subject_a_dash_for_what_is_missing_and_its_note():
     rows = [Record("n", "a", "kl_divergence:t", 0.25, "nats"), Record("n", "b", "x", None, "1", note="no library")]
     lines = peers_scores.table(rows, ["artifact_bytes", "kl_divergence:t"]).splitlines()
@@ -224,19 +210,6 @@ def test_a_table_has_a_line_a_subject_a_dash_for_what_is_missing_and_its_note():
         ["a", "-", "0.25"],
         ["b", "-", "-", "no", "library"],
     ]
-
-
-def test_half_of_everything_is_a_ratio_of_one_half_without_doubt():
-    values = torch.rand(8, 5) + 0.1
-    found = peers_scores.ratio(values / 2, values, resamples=50, seed=0)
-    assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3, rel=1e-5)
-
-
-def test_a_ratio_of_other_windows_or_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="cannot pair scores of shape"):
-        peers_scores.ratio(torch.ones(2, 3), torch.ones(3, 3), resamples=5, seed=0)
-    with pytest.raises(ValueError, match="has to be positive"):
-        peers_scores.ratio(torch.ones(2, 3), torch.zeros(2, 3), resamples=5, seed=0)
 
 
 def test_an_engine_scores_as_quality_does(rounded, against):

@@ -4,9 +4,7 @@ import re
 import sys
 
 import pytest
-import torch
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
-from scipy import stats
 
 from avalab import artifacts, call_cases, engines, evaluate, peers, peers_calls
 from avalab.engines.kinds import EngineUnavailable
@@ -34,55 +32,6 @@ def by_name(records) -> dict:
 
 
 # Pairs
-
-
-@pytest.mark.parametrize(("table", "ends"), [((20, 12, 2, 16), (0.0562, 0.3292)), ((36, 12, 2, 0), (0.0569, 0.3404))])
-def test_pairs_of_fifty_have_the_interval_worked_out_by_hand(table, ends):
-    """Shares 32/50 and 22/50, and 48/50 and 38/50: both differ by 0.2, and the second has negative correlation."""
-    found = peers_calls.newcombe(*table)
-    assert found.value == pytest.approx(0.2)
-    assert (found.low, found.high) == pytest.approx(ends, abs=5e-5)
-    assert found.n == 50
-
-
-def test_without_correlation_the_two_score_intervals_are_joined_as_of_independent_shares():
-    """5 of 10 against 0 of 10: no margin to correlate, so only the ends of both Wilson intervals count."""
-    found, half, none = peers_calls.newcombe(0, 5, 0, 5), evaluate.wilson(5, 10), evaluate.wilson(0, 10)
-    assert found.low == pytest.approx(0.5 - ((0.5 - half.low) ** 2 + none.high**2) ** 0.5)
-    assert found.high == pytest.approx(half.high)
-
-
-def test_counts_of_four_cases_are_read_off_the_answers():
-    ours, theirs = [True, True, False, False], [True, False, True, False]
-    assert peers_calls.difference(ours, theirs) == peers_calls.newcombe(1, 1, 1, 1)
-    assert peers_calls.difference(ours, theirs).value == 0
-
-
-def test_exchanging_the_two_turns_the_interval_round():
-    there, back = peers_calls.newcombe(10, 7, 1, 4), peers_calls.newcombe(10, 1, 7, 4)
-    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
-
-
-def test_no_interval_leaves_what_a_difference_of_shares_can_be():
-    for table in ((0, 0, 9, 0), (9, 0, 0, 0), (0, 9, 0, 0), (0, 0, 0, 9), (1, 8, 0, 0)):
-        found = peers_calls.newcombe(*table)
-        assert -1 <= found.low <= found.value <= found.high <= 1
-
-
-def test_with_many_cases_the_interval_is_that_of_the_bootstrap():
-    draws = torch.Generator().manual_seed(0)
-    ours = torch.rand(400, generator=draws)
-    theirs = 0.7 * ours + 0.3 * torch.rand(400, generator=draws)
-    a, b = (ours > 0.4).tolist(), (theirs > 0.5).tolist()
-    found = peers_calls.difference(a, b)
-    gaps = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
-    again = stats.bootstrap((gaps,), lambda x, axis: x.mean(axis), n_resamples=4000, method="percentile", rng=0)
-    assert (found.low, found.high) == pytest.approx(tuple(again.confidence_interval), abs=0.01)
-
-
-def test_answers_to_other_numbers_of_cases_are_not_paired():
-    with pytest.raises(ValueError, match="cannot pair 1 answers with 2"):
-        peers_calls.difference([True], [True, False])
 
 
 # Asking

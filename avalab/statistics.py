@@ -1,0 +1,209 @@
+"""Estimates with their uncertainty: means, percentiles, ratios and shares, each with a 95 % interval, and paired tests.
+
+| what | how its interval is found | source |
+|---|---|---|
+| mean, perplexity, tail, difference, ratio over windows | bootstrap of windows | Efron and Tibshirani (1993) |
+| mean over independent draws | Student's t | Student (1908) |
+| share of right answers | score interval | Wilson (1927) |
+| difference of two shares on the same cases | method 10 for pairs | Newcombe (1998) |
+| which of two is right more often on the same cases | exact test of a fair coin | McNemar (1947) |
+
+An interval over text resamples windows, not tokens: neighbouring tokens are not independent. Values may be tensors or
+arrays. Two things that were measured on the same items are always compared in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+TAIL = 0.99
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval over `n` windows; one window says nothing of its own spread: no interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two subjects on the same cases: which of them only one got right, and the p-value of McNemar's exact test."""
+
+    gained: int
+    lost: int
+    n: int
+    p_value: float
+    verdict: str
+
+    def __str__(self) -> str:
+        flips = f"{self.gained + self.lost} of {self.n} flip, {self.lost} for the worse"
+        return f"{self.verdict}: {flips} (p = {self.p_value:.2g})"
+
+
+# ------------------------------------------------------------------------------------------------- values over windows
+
+
+def mean(values: Float[Any, "window token"], *, resamples: int, seed: int) -> Estimate:
+    """Mean over all tokens with a 95 % percentile-bootstrap interval that resamples windows.
+
+    Windows are of equal length, so the mean of window means is the mean over tokens. Their order changes nothing
+    but the interval's Monte-Carlo noise, which sorting removes. Source: Efron and Tibshirani (1993), ch. 13.
+    """
+    per_window = np.sort(_doubles(values).mean(-1))
+    value = float(per_window.mean())
+    if len(per_window) < 2:
+        return Estimate(value, None, None, len(per_window))
+    if np.ptp(per_window) == 0:
+        return Estimate(value, value, value, len(per_window))
+    return Estimate(value, *_bootstrap((per_window,), np.mean, resamples, seed), len(per_window))
+
+
+def perplexity(nll: Float[Any, "window token"], *, resamples: int, seed: int) -> Estimate:
+    """exp(mean negative log-likelihood over all tokens), never a mean of perplexities; interval over windows."""
+    estimate = mean(nll, resamples=resamples, seed=seed)
+    ends = (None if end is None else float(np.exp(end)) for end in (estimate.low, estimate.high))
+    return Estimate(float(np.exp(estimate.value)), *ends, estimate.n)
+
+
+def tail(values: Float[Any, "window token"], *, resamples: int, seed: int, share: float = TAIL) -> Estimate:
+    """The percentile `share` of all tokens, with a 95 % percentile-bootstrap interval that resamples windows."""
+    rows = _doubles(values)
+    value = float(np.quantile(rows, share))
+    if len(rows) < 2:
+        return Estimate(value, None, None, len(rows))
+    picks = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
+    low, high = np.quantile([np.quantile(rows[pick], share) for pick in picks], (0.025, 0.975))
+    return Estimate(value, float(low), float(high), len(rows))
+
+
+def paired_difference(
+    ours: Float[Any, "window token"], theirs: Float[Any, "window token"], *, resamples: int, seed: int
+) -> Estimate:
+    """Mean of `ours - theirs` on the same tokens, resampling windows as pairs.
+
+    Raises ValueError when the two were not measured on windows of the same shape.
+    """
+    _check_pairs(ours, theirs)
+    return mean(ours - theirs, resamples=resamples, seed=seed)
+
+
+def paired_ratio(
+    ours: Float[Any, "window token"], theirs: Float[Any, "rival_window rival_token"], *, resamples: int, seed: int
+) -> Estimate:
+    """Mean of `ours` over mean of `theirs`, windows resampled as pairs.
+
+    Raises ValueError when the two were not measured on windows of the same shape, or `theirs` has no mean to divide by.
+    """
+    _check_pairs(ours, theirs)
+    a, b = _doubles(ours).mean(-1), _doubles(theirs).mean(-1)
+    if b.mean() <= 0:
+        raise ValueError(f"the mean to divide by is {b.mean():.3g}; it has to be positive")
+    value = float(a.mean() / b.mean())
+    if len(a) < 2:
+        return Estimate(value, None, None, len(a))
+    ends = _bootstrap((a, b), lambda x, y, axis: x.mean(axis) / y.mean(axis), resamples, seed)
+    return Estimate(value, *ends, len(a))
+
+
+def verdict(difference: Estimate, *, lower_is_better: bool = True) -> str:
+    """`better`, `worse` or `not distinguishable`: whether there is an interval and it excludes zero."""
+    if difference.low is None or difference.low <= 0 <= difference.high:
+        return "not distinguishable"
+    return "better" if (difference.value < 0) == lower_is_better else "worse"
+
+
+def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, resamples: int, seed: int) -> tuple[float, float]:
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        vectorized=True,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _doubles(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check_pairs(ours: Any, theirs: Any) -> None:
+    if ours.shape != theirs.shape:
+        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
+
+
+# --------------------------------------------------------------------------------------------------- draws and shares
+
+
+def over_draws(values: Float[Any, "draw"]) -> Estimate:
+    """The mean of a value over independent draws with Student's 95 % interval; one draw has none."""
+    drawn, n = _doubles(values), len(values)
+    if n < 2:
+        return Estimate(float(drawn.mean()), None, None, n)
+    mean, half = float(drawn.mean()), float(stats.t.ppf(0.975, n - 1) * drawn.std(ddof=1) / n**0.5)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def wilson(right: int, n: int) -> Estimate:
+    """A share with its 95 % score interval. Source: Wilson (1927). Raises ValueError when nothing was asked."""
+    if n < 1 or not 0 <= right <= n:
+        raise ValueError(f"{right} right of {n} is no share; n must be positive and right lie between 0 and n")
+    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
+    return Estimate(right / n, float(interval.low), float(interval.high), n)
+
+
+def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> Comparison:
+    """McNemar's exact two-sided test at p < 0.05; ValueError when the two did not answer equally many cases.
+
+    Of the cases that only one of the two gets right: is the split compatible with a fair coin? Source: McNemar (1947).
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"cannot pair {len(ours)} answers with {len(theirs)}; both must have the same cases")
+    gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    p_value = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    said = "not distinguishable" if p_value >= 0.05 else "better" if gained > lost else "worse"
+    return Comparison(gained, lost, len(ours), p_value, said)
+
+
+def share_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
+    """Share of `ours` less share of `theirs` on the same cases; ValueError when they are not equally many, or none."""
+    flips = mcnemar(ours, theirs)
+    both = sum(a and b for a, b in zip(ours, theirs, strict=True))
+    return newcombe(both, flips.gained, flips.lost, flips.n - both - flips.gained - flips.lost)
+
+
+def newcombe(both: int, first: int, second: int, neither: int) -> Estimate:
+    """Share of the first less share of the second with a 95 % interval, from how many pairs had which of them right.
+
+    The score intervals of the two shares are joined by the correlation phi of the pairs, continuity-corrected where it
+    is positive. Source: Newcombe, "Improved confidence intervals for the difference between binomial proportions based
+    on paired data" (1998), method 10. Raises ValueError when there is no pair.
+    """
+    n = both + first + second + neither
+    a, b = wilson(both + first, n), wilson(both + second, n)
+    covariance = both * neither - first * second
+    covariance = max(covariance - n / 2, 0) if covariance > 0 else covariance
+    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
+    phi = covariance / math.sqrt(margins) if margins else 0.0
+    low = _joined(a.value - a.low, b.high - b.value, phi)
+    high = _joined(a.high - a.value, b.value - b.low, phi)
+    value = (first - second) / n
+    return Estimate(value, value - low, value + high, n)
+
+
+def _joined(one: float, other: float, correlation: float) -> float:
+    return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0))

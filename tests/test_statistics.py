@@ -1,0 +1,235 @@
+"""Estimates: what a pencil finds, what other libraries agree with, and what must never change."""
+
+import inspect
+from math import exp, sqrt
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from avalab import statistics
+from avalab.statistics import Estimate
+
+HOW = {"resamples": 300, "seed": 0}
+EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+
+# --- values over windows -----------------------------------------------------------------------------------------
+
+
+def distributions(seed: int, spread: float, shape: tuple[int, int]) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread).log_softmax(-1)
+
+
+def test_perplexity_is_exp_of_the_mean_and_not_the_mean_of_exps():
+    nll = torch.tensor([[0.0, 2.0], [4.0, 6.0]])
+    assert statistics.perplexity(nll, **HOW).value == pytest.approx(exp(3))
+    assert statistics.perplexity(nll, **HOW).value != pytest.approx((exp(1) + exp(5)) / 2)
+
+
+@given(st.permutations(range(9)))
+@EXAMPLES
+def test_the_order_of_windows_changes_nothing(order):
+    values = distributions(3, 2, (9, 6)).neg()
+    assert statistics.mean(values[list(order)], **HOW) == statistics.mean(values, **HOW)
+    assert statistics.perplexity(values[list(order)], **HOW) == statistics.perplexity(values, **HOW)
+
+
+def test_the_interval_holds_the_mean_and_is_that_of_the_normal_distribution():
+    values = torch.randn(400, 8, generator=torch.Generator().manual_seed(1)) + 2
+    found = statistics.mean(values, resamples=2000, seed=0)
+    half = 1.96 * values.mean(1).std().item() / 400**0.5
+    assert found.low < found.value < found.high
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_the_interval_shrinks_as_windows_are_added():
+    values = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
+    widths = [found.high - found.low for n in (4, 40, 400) if (found := statistics.mean(values[:n], **HOW))]
+    assert widths[0] > 2 * widths[1] > 4 * widths[2]
+
+
+def test_tokens_of_a_window_are_not_independent_and_do_not_narrow_the_interval():
+    values = torch.randn(20, 1, generator=torch.Generator().manual_seed(1))
+    assert statistics.mean(values.repeat(1, 50), **HOW).low == pytest.approx(statistics.mean(values, **HOW).low)
+
+
+def test_one_window_has_a_value_and_no_interval():
+    assert statistics.mean(torch.tensor([[1.0, 3.0]]), **HOW) == Estimate(2.0, None, None, 1)
+    assert statistics.perplexity(torch.tensor([[0.0, 0.0]]), **HOW) == Estimate(1.0, None, None, 1)
+    assert statistics.verdict(statistics.mean(torch.tensor([[1.0, 3.0]]), **HOW)) == "not distinguishable"
+
+
+def test_a_thing_does_not_differ_from_itself():
+    nll = distributions(0, 2, (5, 9)).neg()
+    difference = statistics.paired_difference(nll, nll, **HOW)
+    assert difference == Estimate(0.0, 0.0, 0.0, 5)
+    assert statistics.verdict(difference) == "not distinguishable"
+
+
+def test_pairing_finds_a_small_difference_that_the_windows_own_spread_would_hide():
+    theirs = 5 * torch.randn(12, 30, generator=torch.Generator().manual_seed(1))
+    ours = theirs + 0.1 + 0.01 * torch.randn(12, 30, generator=torch.Generator().manual_seed(2))
+    assert statistics.verdict(statistics.paired_difference(ours, theirs, **HOW)) == "worse"
+    alone = statistics.mean(ours, **HOW)
+    assert alone.high - alone.low > 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "lower", "said"),
+    [
+        (-0.2, 0.1, True, "not distinguishable"),
+        (0.0, 0.1, True, "not distinguishable"),
+        (0.1, 0.3, True, "worse"),
+        (0.1, 0.3, False, "better"),
+        (-0.3, -0.1, True, "better"),
+        (-0.3, -0.1, False, "worse"),
+    ],
+)
+def test_the_verdict_is_whether_the_interval_excludes_zero(low, high, lower, said):
+    assert statistics.verdict(Estimate((low + high) / 2, low, high, 9), lower_is_better=lower) == said
+
+
+def test_scores_of_different_windows_are_not_paired():
+    unchecked = inspect.unwrap(statistics.paired_difference)  # as users run it: without the tests' shape checks
+    with pytest.raises(ValueError, match=r"\(2, 3\) with \(3, 2\)"):
+        unchecked(torch.zeros(2, 3), torch.zeros(3, 2), **HOW)
+
+
+def test_the_tail_of_known_values_is_their_percentile():
+    """0 to 99 in one window: the 99th percentile by linear interpolation is 98.01."""
+    values = torch.arange(100.0).reshape(1, 100)
+    assert statistics.tail(values, resamples=10, seed=0).value == pytest.approx(98.01)
+
+
+def test_the_tail_has_an_interval_around_it_and_none_for_one_window():
+    values = torch.from_numpy(np.random.default_rng(0).exponential(size=(12, 50))).float()
+    found = statistics.tail(values, resamples=100, seed=0)
+    assert found.low <= found.value <= found.high
+    assert statistics.tail(values[:1], resamples=100, seed=0).low is None
+
+
+def test_half_of_everything_is_a_ratio_of_one_half_without_doubt():
+    values = torch.rand(8, 5) + 0.1
+    found = statistics.paired_ratio(values / 2, values, resamples=50, seed=0)
+    assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3, rel=1e-5)
+
+
+def test_a_ratio_of_other_windows_or_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="cannot pair scores of shape"):
+        statistics.paired_ratio(torch.ones(2, 3), torch.ones(3, 3), resamples=5, seed=0)
+    with pytest.raises(ValueError, match="has to be positive"):
+        statistics.paired_ratio(torch.ones(2, 3), torch.zeros(2, 3), resamples=5, seed=0)
+
+
+def test_three_draws_have_students_interval():
+    """Mean 2, standard deviation 1, t(0.975, 2) = 4.3027: 2 -+ 4.3027 / sqrt(3) = -0.484 to 4.484."""
+    found = statistics.over_draws(torch.tensor([1.0, 2.0, 3.0]))
+    assert (found.value, found.n) == (2.0, 3)
+    assert (found.low, found.high) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert statistics.over_draws(torch.tensor([1.0])) == statistics.Estimate(1.0, None, None, 1)
+
+
+# --- shares and pairs --------------------------------------------------------------------------------------------
+
+
+def test_eight_of_ten_has_the_wilson_interval_of_the_formula():
+    """(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with z = 1.959964: 0.490 to 0.943."""
+    z, p, n = 1.959964, 0.8, 10
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    found = statistics.wilson(8, 10)
+    assert (found.value, found.n) == (0.8, 10)
+    assert (found.low, found.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert (found.low, found.high) == pytest.approx((0.490, 0.943), abs=1e-3)
+
+
+def test_none_right_still_has_an_upper_end():
+    assert statistics.wilson(0, 60).high == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-6)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="n must be positive"):
+        statistics.wilson(0, 0)
+
+
+def test_six_flips_all_for_the_worse_have_twice_the_chance_of_six_heads():
+    """2 x 0.5^6 = 1/32 = 0.03125: below 0.05, so it is worse; five flips (1/16) would not be enough."""
+    found = statistics.mcnemar([False] * 6 + [True] * 4, [True] * 10)
+    assert (found.gained, found.lost, found.n, found.verdict) == (0, 6, 10, "worse")
+    assert found.p_value == pytest.approx(1 / 32)
+    assert str(found) == "worse: 6 of 10 flip, 6 for the worse (p = 0.031)"
+    assert statistics.mcnemar([False] * 5, [True] * 5).verdict == "not distinguishable"
+
+
+def test_equal_answers_are_not_distinguishable():
+    assert statistics.mcnemar([True, False], [True, False]) == statistics.Comparison(
+        0, 0, 2, 1.0, "not distinguishable"
+    )
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+@EXAMPLES
+def test_swapping_the_two_swaps_the_verdict_and_keeps_the_p_value(pairs):
+    ours, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
+    there, back = statistics.mcnemar(ours, theirs), statistics.mcnemar(theirs, ours)
+    assert there.p_value == pytest.approx(back.p_value)
+    assert (there.gained, there.lost) == (back.lost, back.gained)
+    assert {there.verdict, back.verdict} in ({"better", "worse"}, {"not distinguishable"})
+
+
+def test_answers_to_different_numbers_of_cases_cannot_be_paired():
+    with pytest.raises(ValueError, match="cannot pair 1 answers with 2"):
+        statistics.mcnemar([True], [True, False])
+
+
+@pytest.mark.parametrize(("table", "ends"), [((20, 12, 2, 16), (0.0562, 0.3292)), ((36, 12, 2, 0), (0.0569, 0.3404))])
+def test_pairs_of_fifty_have_the_interval_worked_out_by_hand(table, ends):
+    """Shares 32/50 and 22/50, and 48/50 and 38/50: both differ by 0.2, and the second has negative correlation."""
+    found = statistics.newcombe(*table)
+    assert found.value == pytest.approx(0.2)
+    assert (found.low, found.high) == pytest.approx(ends, abs=5e-5)
+    assert found.n == 50
+
+
+def test_without_correlation_the_two_score_intervals_are_joined_as_of_independent_shares():
+    """5 of 10 against 0 of 10: no margin to correlate, so only the ends of both Wilson intervals count."""
+    found, half, none = statistics.newcombe(0, 5, 0, 5), statistics.wilson(5, 10), statistics.wilson(0, 10)
+    assert found.low == pytest.approx(0.5 - ((0.5 - half.low) ** 2 + none.high**2) ** 0.5)
+    assert found.high == pytest.approx(half.high)
+
+
+def test_counts_of_four_cases_are_read_off_the_answers():
+    ours, theirs = [True, True, False, False], [True, False, True, False]
+    assert statistics.share_difference(ours, theirs) == statistics.newcombe(1, 1, 1, 1)
+    assert statistics.share_difference(ours, theirs).value == 0
+
+
+def test_exchanging_the_two_turns_the_interval_round():
+    there, back = statistics.newcombe(10, 7, 1, 4), statistics.newcombe(10, 1, 7, 4)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+
+
+def test_no_interval_leaves_what_a_difference_of_shares_can_be():
+    for table in ((0, 0, 9, 0), (9, 0, 0, 0), (0, 9, 0, 0), (0, 0, 0, 9), (1, 8, 0, 0)):
+        found = statistics.newcombe(*table)
+        assert -1 <= found.low <= found.value <= found.high <= 1
+
+
+def test_with_many_cases_the_interval_is_that_of_the_bootstrap():
+    draws = torch.Generator().manual_seed(0)
+    ours = torch.rand(400, generator=draws)
+    theirs = 0.7 * ours + 0.3 * torch.rand(400, generator=draws)
+    a, b = (ours > 0.4).tolist(), (theirs > 0.5).tolist()
+    found = statistics.share_difference(a, b)
+    gaps = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    again = stats.bootstrap((gaps,), lambda x, axis: x.mean(axis), n_resamples=4000, method="percentile", rng=0)
+    assert (found.low, found.high) == pytest.approx(tuple(again.confidence_interval), abs=0.01)
+
+
+def test_answers_to_other_numbers_of_cases_are_not_paired():
+    with pytest.raises(ValueError, match="cannot pair 1 answers with 2"):
+        statistics.share_difference([True], [True, False])
