@@ -26,7 +26,7 @@ from avalab import (
     answer_cache,
     artifacts,
     calls,
-    engine_bench,
+    cell,
     evaluate,
     grammars,
     models,
@@ -91,7 +91,7 @@ def scored_windows(request: dict) -> dict[str, list]:
     """`nll`, `kl` and `agrees` of every window, in this process."""
     base = artifacts.load(request["base"], verify=False)
     against = quality.reference(base, torch.tensor(request["windows"]), Path(request["cache"]))
-    loaded, _ = engine_bench.loaded(request)
+    loaded, _ = cell.load_engine(request)
     rows = [_scored(loaded.logits(w.tolist()), w, against, i) for i, w in enumerate(against.windows)]
     return {name: [row[i] for row in rows] for i, name in enumerate(("nll", "kl", "agrees"))}
 
@@ -154,7 +154,7 @@ def answered(request: dict) -> dict[str, list[str]]:
     wanted = [every[i] for i in request["wanted"]]
     if request["engine"] == "torch":
         return {"texts": _answered_in_batches(request, wanted)}
-    loaded, _ = engine_bench.loaded(request)
+    loaded, _ = cell.load_engine(request)
     tokenizer = models.load_tokenizer(loaded.folder)
     compiler = grammars.compiler(tokenizer, loaded.facts.vocabulary)
     texts = []
@@ -181,7 +181,7 @@ def _grammar(compiler: grammars.Compiler, case: calls.Case) -> grammars.CallGram
 
 
 def _how(artifact: Artifact, engine: str, limit: float = LIMIT_SECONDS) -> dict:
-    return {"limit_seconds": limit, "errors": engine_bench.FAILURES, "label": f"{artifact.name} in {engine}"}
+    return {"limit_seconds": limit, "errors": cell.FAILURES, "label": f"{artifact.name} in {engine}"}
 
 
 def _device(run: Run) -> str:

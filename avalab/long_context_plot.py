@@ -1,7 +1,7 @@
 """The figure of long contexts: time a token and peak memory against the context's length, measured and predicted.
 
 A series is one artefact in one engine with one cache precision, with a colour and a marker of its own. Solid lines join
-what was measured (bars: 95 % interval of the median), dashed ones what the formulas of `long_context` give: for memory
+what was measured (bars: 95 % interval of the median), dashed ones what the formulas of `context` give: for memory
 a prediction, for time the bound that reading all bytes sets.
 
 The style and the checks are those of `marks`. What it does not do: measure, predict or average.

@@ -28,11 +28,11 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 LAYERS = {
     0: "statistics experiment assets numerics kernels gguf_blocks gguf_header process allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
-    1: "gguf_vocabulary mixed_plot energy engine_plot budgets models artifacts exported corpora cost "
-    "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
+    1: "gguf_vocabulary mixed_plot engine_plot budgets models artifacts exported corpora "
+    "storage marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
     "packaged_text argument_kinds surfaces grounding "
     "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
-    "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot before_after "
+    "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot "
     "packed_embedding hqq_checkpoint",
     2: "block_rounding rounded_walk expected_rise additivity ava_gguf ava_onnx onnx_blocks onnx_builder onnx_graph "
     "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
@@ -42,9 +42,9 @@ LAYERS = {
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
     "mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
     "distill block_training qat chain rating",
-    4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "
-    "peers_runtimes peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
-    "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
+    4: "trackers cell cost race context before_after engine_quality peers peers_known peers_making "
+    "peers_autoround peers_embedding peers_runtimes peers_scores peers_calls search serve distill_bench train_bench "
+    "train_limit chat_tools conversation ensemble_bench ensemble_answers side_by_side",
     5: "plan review rating_form",
     6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options report headless dependencies "
     "cli_compare cli_compress",
