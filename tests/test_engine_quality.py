@@ -60,8 +60,8 @@ def test_an_engine_that_generates_itself_answers_within_the_grammar(base, monkey
     """The torch engine's own `generate`, one after another, gives the batches' answers with a grammar."""
     request = {"folder": str(base.path), "engine": "torch", "device": "cpu", "threads": 1}
     request |= {"category": CATEGORY, "limit": LIMIT, "wanted": [LIMIT], "cache": ""}
-    loaded, _ = engine_quality.engine_bench.loaded(request)
-    monkeypatch.setattr(engine_quality.engine_bench, "loaded", lambda asked: (loaded, {}))
+    loaded, _ = engine_quality.cell.load_engine(request)
+    monkeypatch.setattr(engine_quality.cell, "load_engine", lambda asked: (loaded, {}))
     (text,) = engine_quality.answered(request | {"engine": "another"})["texts"]
     assert text.startswith("<tool_call>")
 
