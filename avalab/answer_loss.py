@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from avalab import artifacts, packed_rows, quality, statistics
+from avalab.code import code_of
 from avalab.evaluate import Respondent
 from avalab.experiment import Run
 from avalab.statistics import Estimate
@@ -35,7 +36,7 @@ def score(respondent: Respondent, examples: Sequence[dict], cache: Path) -> Floa
     """Mean loss of each example's answer tokens in nats; read from `cache` when the same bytes were scored before."""
     encoded = [packed_rows.encode(respondent.tokenizer, example["messages"]) for example in examples]
     identity = artifacts.sha256_of_text(str([(e.ids, e.labels) for e in encoded]))
-    code = artifacts.sha256_of(Path(__file__))  # losses of an older version of this module are not trusted
+    code = code_of(score)  # losses that older code computed are not trusted
     parts = (
         "answer-loss",
         respondent.artifact.sha256[:16],

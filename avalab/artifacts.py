@@ -10,7 +10,6 @@ What it does not do: know any format. The caller passes a function that fills th
 
 from __future__ import annotations
 
-import ast
 import errno
 import hashlib
 import json
@@ -190,19 +189,6 @@ def _describe_files(folder: Path) -> list[dict]:
 def combined_sha256(files: Iterable[tuple[str, str]]) -> str:
     """One hash for a list of (name, sha256): that of the text `sha256sum` prints for them."""
     return sha256_of_text("\n".join(f"{sha256}  {name}" for name, sha256 in files))
-
-
-def code_sha256(paths: Iterable[Path]) -> str:
-    """One hash for Python files by what they do: comments, docstrings and layout change nothing."""
-    return combined_sha256((path.name, sha256_of_text(_syntax(path))) for path in paths)
-
-
-def _syntax(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 def sha256_of_text(content: str) -> str:

@@ -31,14 +31,10 @@ from avalab import (
     allocation,
     ava_gguf,
     ava_onnx,
-    block_rounding,
-    calibration,
     embedding_rounding,
     equivalence,
     expected_rise,
-    gguf_blocks,
     gguf_export,
-    gguf_mixed,
     models,
     onnx_mixed,
     packing,
@@ -75,9 +71,6 @@ FORMATS = {
     "onnx": (onnx_mixed.FORMAT, onnx_mixed.ENGINES),
 }
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # of `transformers` where only avalab reads the file
-_PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
-_OWN = (ava_onnx, *ava_onnx.PARTS, equivalence, packing, rounded_walk, rounding)
-SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_OWN)), Path(__file__))
 
 
 def compress(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:

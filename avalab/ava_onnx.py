@@ -46,7 +46,6 @@ GROUP_SIZES = (32, 64, 128)
 FORMS = ((2, False), (4, False), (4, True), (8, True))  # bits, and whether there are no zero points
 TABLE_WINDOWS = 2
 INPUTS = "int8"  # what products read: the only fast kernels for 2 and 8 bits
-PARTS = (ava_gguf, embedding_rounding, onnx_blocks, onnx_graph, onnx_mixed)
 
 
 def compress(job: Job, model: PreTrainedModel, budget: int) -> OnnxModel:

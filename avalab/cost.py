@@ -27,9 +27,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from avalab import artifacts, cell, process, statistics, storage
+from avalab import artifacts, cell, engines, process, statistics, storage
 from avalab.artifacts import Artifact
 from avalab.cell import Cell, Workload
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.storage import Shape, Storage
 
@@ -98,8 +99,7 @@ def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage |
 
 def cached_cell(artifact: Artifact, work: Workload, cache: Path) -> Cell:
     """`cell.measure_cell` in torch, or what it found before for the same artefact, workload and measuring code."""
-    here = Path(__file__)
-    code = artifacts.code_sha256([here, here.with_name("cell.py"), here.with_name("trackers.py")])
+    code = code_of(cached_cell, engines.ENGINES["torch"])
     key = artifacts.sha256_of_text(json.dumps([artifact.sha256, asdict(work), code]))
     path = cache / f"cost-{key[:24]}.json"
     return Cell(**process.kept(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work))))

@@ -36,7 +36,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avalab import (
     adapters,
     artifacts,
-    distill_losses,
     distill_objective,
     finetune,
     models,
@@ -45,14 +44,12 @@ from avalab import (
     whole_training,
 )
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.distill_objective import ONLINE, TEACHERS, Recipe
 from avalab.experiment import Run
-from avalab.kernels import loss_sparse
 from avalab.packed_rows import IGNORED
 from avalab.targets import Form
 
-_MODULES = (distill_losses, distill_objective, loss_sparse, targets, whole_training)
-SOURCES = [*finetune.SOURCES, *(Path(module.__file__) for module in _MODULES), Path(__file__)]
 Rows = list[dict[str, Tensor]]
 
 
@@ -75,7 +72,7 @@ def write(
     step = {"step": "distill", **asdict(recipe), "teacher_name": teacher.name if teacher else ""}
     step |= {"teacher_sha256": teacher.sha256 if teacher else "", "rows": targets.rows_sha256(rows), "seed": run.seed}
     identity = artifacts.sha256_of_text(json.dumps([student.sha256, step], sort_keys=True))
-    steps = json.loads(json.dumps([*student.card["recipe"], step | {"code": artifacts.code_sha256(SOURCES)[:12]}]))
+    steps = json.loads(json.dumps([*student.card["recipe"], step | {"code": code_of(write)[:12]}]))
     found = artifacts.find(name, student.path.parent, steps, student.sha256)
     if found:
         return found

@@ -21,7 +21,8 @@ import statistics
 from collections.abc import Callable
 from functools import cache
 
-from avalab import argument_kinds, packaged_text, phrasing, surfaces
+from avalab import packaged_text, phrasing
+from avalab.arguments import kind_of, say_value
 from avalab.phrasing import Dress, Tool
 
 Random = random.Random
@@ -220,13 +221,13 @@ def _which(content: Random, library: list[Tool], wording: Random) -> tuple[str, 
 
 
 def _sort_words(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    words = argument_kinds.kind_of("[word]").sample(content)
+    words = kind_of("[word]").sample(content)
     asked = (
         "Sort these words by the alphabet: {}.",
         "Put the words {} in alphabetical order.",
         "Can you sort {} from A to Z?",
     )
-    return wording.choice(asked).format(surfaces.shown(words, wording)), ", ".join(sorted(words))
+    return wording.choice(asked).format(say_value(words, wording)), ", ".join(sorted(words))
 
 
 def _statistic(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
@@ -237,18 +238,18 @@ def _statistic(content: Random, library: list[Tool], wording: Random) -> tuple[s
         "Give me the {0} number among {1}.",
         "Find the {0} of these numbers: {1}.",
     )
-    return wording.choice(asked).format(name, surfaces.shown(data, wording)), f"The {name} number is {function(data)}."
+    return wording.choice(asked).format(name, say_value(data, wording)), f"The {name} number is {function(data)}."
 
 
 def _select(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
     data, limit = [content.randint(1, 90) for _ in range(6)], content.randint(20, 60)
     kept = [str(n) for n in data if n > limit]
     asked = ("Which numbers in {0} are larger than {1}?", "From {0}, list only what is above {1}.")
-    return wording.choice(asked).format(surfaces.shown(data, wording), limit), ", ".join(kept) or "None of them."
+    return wording.choice(asked).format(say_value(data, wording), limit), ", ".join(kept) or "None of them."
 
 
 def _as_json(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    drawn = {field: argument_kinds.kind_of(kind) for field, kind in (("name", "person"), ("city", "city"))}
+    drawn = {field: kind_of(kind) for field, kind in (("name", "person"), ("city", "city"))}
     record = {field: kind.sample(content) for field, kind in drawn.items()}
     asked = (
         "Write as a JSON object that {name} lives in {city}.",

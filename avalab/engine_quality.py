@@ -15,7 +15,7 @@ What it does not do: time anything, or compare two artefacts (see `statistics`).
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from avalab import (
     artifacts,
     calls,
     cell,
+    engines,
     evaluate,
     grammars,
     models,
@@ -36,6 +37,7 @@ from avalab import (
 )
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
+from avalab.code import code_of
 from avalab.corpora import Text
 from avalab.experiment import Run
 from avalab.quality import Reference, TokenScores
@@ -78,7 +80,7 @@ def text_scores(
 
     Raises EngineUnavailable, NotSupported, or RuntimeError in one line for any other failure.
     """
-    parts = ("engine-scores", artifact.sha256[:16], against.identity[:16], engine, _code(engine)[:8])
+    parts = ("engine-scores", artifact.sha256[:16], against.identity[:16], engine, _code(scored_windows, engine))
     path = cache / f"{'-'.join(parts)}.json"
     request = {"folder": str(artifact.path.resolve()), "engine": engine, "device": device, "threads": 0}
     request |= {"base": str(against.base.path.resolve()), "windows": against.windows.tolist(), "cache": str(cache)}
@@ -142,7 +144,7 @@ def answer_calls(artifact: Artifact, engine: str, *, category: str, limit: int, 
         answer = process.call(f"{__name__}:answered", request | {"wanted": wanted}, **_how(artifact, engine))
         return list(enumerate(answer["texts"]))
 
-    name = f"answers-{artifact.sha256[:16]}-{engine}-{category}-{_code(engine)[:8]}.jsonl"
+    name = f"answers-{artifact.sha256[:16]}-{engine}-{category}-{_code(answered, engine)}.jsonl"
     texts = answer_cache.resumed(cache / name, keys, generate)
     each = len(texts) // len(MODES)
     return {mode: texts[i * each : (i + 1) * each] for i, mode in enumerate(MODES)}
@@ -188,9 +190,6 @@ def _device(run: Run) -> str:
     return "cuda" if run.device.startswith("cuda") else "cpu"
 
 
-@cache
-def _code(engine: str) -> str:
-    """One hash of the code that an engine's scores and answers depend on."""
-    here = Path(__file__).parent
-    files = [Path(__file__), here / "quality.py", here / "grammars.py", here / "engines" / "engine.py"]
-    return artifacts.code_sha256([*files, *sorted((here / "engines").glob(f"{engine}*.py"))])
+def _code(function: Callable, engine: str) -> str:
+    """What an engine's scores or answers depend on; an engine that is not known is refused when it is opened."""
+    return code_of(function, engines.ENGINES.get(engine, engines.load))[:8]

@@ -20,7 +20,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isclose
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from avalab import artifacts, models
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 
 POOLS = ("mean", "logits", "weighted", "cascade")  # of distributions
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
@@ -61,8 +61,7 @@ class Ensemble:
         settings = [self.method, self.weights, self.threshold, self.temperature, self.draw]
         parts = [(member.name, member.sha256) for member in self.members]
         parts += [("settings", artifacts.sha256_of_text(json.dumps(settings)))]
-        code = (Path(__file__), Path(__file__).with_name("mixture.py"))
-        parts += [("code", artifacts.code_sha256(code))]
+        parts += [("code", code_of("avalab.mixture:Mixture"))]
         files = [{"name": "members.safetensors", "bytes": self.bytes, "sha256": ""}]
         card = {"name": self.name, "format": "ensemble", "sha256": artifacts.combined_sha256(parts), "files": files}
         return Artifact(self.members[0].path.parent / self.name, card)

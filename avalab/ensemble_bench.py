@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import artifacts, cascade, corpora, ensemble, mixture, models, quality, statistics
+from avalab import cascade, corpora, ensemble, mixture, models, quality, statistics
 from avalab.artifacts import Artifact
 from avalab.cascade import Rule
+from avalab.code import code_of
 from avalab.corpora import Text
 from avalab.ensemble import Ensemble
 from avalab.experiment import Run, load_average
@@ -238,7 +239,7 @@ def _log_probabilities(heard: Voice, index: int, rows: slice) -> Float[Tensor, "
 
 
 def _path(run: Run, about: Ensemble, against: Reference) -> Path:
-    code = artifacts.code_sha256((Path(__file__), Path(quality.__file__)))  # what older code scored is not trusted
+    code = code_of(voice, _score)  # what older code scored is not trusted
     parts = (about.as_artifact().sha256[:16], against.identity[:16], code[:8], torch.device(run.device).type)
     return run.artifacts_dir / "cache" / f"ensemble-{'-'.join(parts)}.safetensors"
 

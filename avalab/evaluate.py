@@ -34,6 +34,7 @@ from avalab import answer_cache, artifacts, assets, calls, grammars, models, san
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.calls import Case, Verdict
+from avalab.code import code_of
 from avalab.experiment import ROOT, Run
 from avalab.sandbox import Problem
 from avalab.statistics import Estimate
@@ -200,6 +201,6 @@ def _key(text: str, schemas: dict | None) -> str:
 
 
 def _cache_file(cache: Path, respondent: Respondent, task: str) -> Path:
-    code = artifacts.sha256_of(Path(grammars.__file__))  # answers that an older decoder gave are not trusted
+    code = code_of(answer_calls, answer_code, type(respondent))  # answers that older code gave are not trusted
     settings = artifacts.sha256_of_text(f"{code} {CALL_TOKENS} {CODE_TOKENS} {respondent.device}")
     return cache / f"answers-{respondent.artifact.sha256[:16]}-{task}-{settings[:8]}.jsonl"

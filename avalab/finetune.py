@@ -27,22 +27,19 @@ from avalab import (
     adapters,
     artifacts,
     first_token,
-    kernels,
     models,
-    packed_attention,
     packed_rows,
     quantize,
     rehearsal,
     train,
 )
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.train import Schedule
 
 HISTORY = "history.json"
 REHEARSAL_ROW = 512  # tokens
-SOURCES = [Path(module.__file__) for module in (adapters, kernels.lora, kernels.loss, packed_attention, packed_rows)]
-SOURCES += [Path(module.__file__) for module in (rehearsal, first_token, train)] + [Path(__file__)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def write(
     """
     recipe = recipe or Recipe()
     step = {"step": "finetune", **asdict(recipe), "examples": _identity(examples), "held_out": _identity(held_out)}
-    step |= {"seed": run.seed, "code": artifacts.code_sha256(SOURCES)[:12]}
+    step |= {"seed": run.seed, "code": code_of(write)[:12]}
     steps = json.loads(json.dumps([*base.card["recipe"], step]))
     found = artifacts.find(name, run.artifacts_dir, steps, base.sha256)
     if found:

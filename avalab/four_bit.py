@@ -13,7 +13,6 @@ itself can ask for 64 only. What it does not do: compute with such a model
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,6 @@ from avalab import compressors, kernels, models, numerics
 from avalab.compressors import Job
 from avalab.kernels import NestedScales, Weight4
 from avalab.kernels.weight import NESTED_GROUP
-
-SOURCES = (*(Path(part.__file__) for part in (numerics, kernels.encoding, kernels.weight)), Path(__file__))
 
 
 def compressor(levels: str) -> Callable[[Job], PreTrainedModel]:

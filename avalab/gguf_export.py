@@ -50,8 +50,7 @@ def write(artifact: Artifact, block: str = "q8_0", *, out: Path | None = None) -
     One made before by the same code is reused. Raises ValueError for an unknown block type, a model family or tokenizer
     that is not exported, or weights that are quantised already.
     """
-    sources = [Path(m.__file__) for m in (gguf_blocks, gguf_packed, gguf_tokenizer)] + [Path(__file__)]
-    about = exported.Export({"step": "gguf", "block": block}, f"gguf-{block}", ENGINES, sources)
+    about = exported.Export({"step": "gguf", "block": block}, f"gguf-{block}", ENGINES)
 
     def save(folder: Path) -> None:
         export(artifact.path, folder / f"{artifact.name}.{block}.gguf", block)

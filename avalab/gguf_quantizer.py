@@ -41,8 +41,7 @@ def write(
     kinds.require("llamacpp", "llama_cpp", INSTALL)
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "llama.cpp", "mixture": mixture, "calibration": text}
-    sources = [Path(__file__), Path(gguf_export.__file__)]
-    about = exported.Export(step, f"gguf-{mixture}", ENGINES, sources)
+    about = exported.Export(step, f"gguf-{mixture}", ENGINES)
     return exported.write(artifact, about, lambda folder: quantise(artifact, folder, mixture, windows), out=out)
 
 

@@ -1,7 +1,7 @@
 """Whether a request says the values that a call passes: what a model must not invent.
 
 A number is looked for as digits, in words, in per cent, in thousands, millions or billions, and as the pools of numbers
-say it (`a week` is 7, `a fair coin` 0.5); a text in any of its surfaces; of a list or an object, every leaf. A truth
+say it (`a week` is 7, `a fair coin` 0.5); a text in any way of saying it; of a list or an object, every leaf. A truth
 value is said in too many ways to be found: a word of its parameter's name or description has to be there.
 
 What it does not do: prove that a value that is said belongs to its parameter.
@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import re
 
-from avalab import packaged_text, surfaces
+from avalab import packaged_text
+from avalab.arguments import SCALES, WORDS, ways_to_say
 
 STOP_WORDS = {"whether", "the", "are", "and", "not", "too", "default", "true", "false", "only", "for", "with", "also"}
 
@@ -52,7 +53,7 @@ def _unsaid(value: object, name: str, request: str) -> object:
     if re.fullmatch(r"-?\d+(\.\d+)?", str(value)) and _says_number(float(value), request):
         return None  # a number that is passed as text
     plain = _plain(request)
-    return None if any(_plain(form) in plain for form in surfaces.surfaces(str(value))) else value
+    return None if any(_plain(form) in plain for form in ways_to_say(str(value))) else value
 
 
 def _says_number(value: float, request: str) -> bool:
@@ -61,10 +62,8 @@ def _says_number(value: float, request: str) -> bool:
     said = {float(n) for n in re.findall(number, plain)}
     said |= {float(n) / 100 for n in re.findall(number + r"\s?(?:%|percent|per cent)", plain)}
     said |= {float(n) * 1000 for n in re.findall(r"\$(\d+)k\b", plain)}
-    said |= {
-        float(n) * surfaces.SCALES[word] for n, word in re.findall(number + r" (thousand|million|billion)\b", plain)
-    }
-    said |= {float(surfaces.WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in surfaces.WORDS}
+    said |= {float(n) * SCALES[word] for n, word in re.findall(number + r" (thousand|million|billion)\b", plain)}
+    said |= {float(WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in WORDS}
     return any(math.isclose(value, n, rel_tol=1e-9, abs_tol=1e-12) for n in said) or _implies(value, _plain(request))
 
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from avalab import artifacts, calibration, models, quality
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.sensitivity import block_index
 
 GRADIENT_WINDOWS = 8
@@ -37,8 +38,8 @@ INFLUENCE, SECONDS = "influence", "seconds"
 
 def folder_of(base: Artifact, windows: Int[Tensor, "window time"], cache: Path) -> Path:
     """Where the moments of these windows in this model are kept: a name from what determines them."""
-    code = [artifacts.sha256_of(Path(file)) for file in (__file__, calibration.__file__)]
-    parts = [("base", base.sha256), ("windows", quality.windows_sha256(windows)), *(("code", c) for c in code)]
+    code = code_of(measure, squared_gradients)
+    parts = [("base", base.sha256), ("windows", quality.windows_sha256(windows)), ("code", code)]
     return cache / f"moments-{artifacts.combined_sha256(parts)[:16]}"
 
 

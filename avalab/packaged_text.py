@@ -2,7 +2,7 @@
 
 A line of a pool file is `name=value; value => said one / said two`: what stands behind an arrow is how people say the
 value before it. Where the pool's name begins with `#`, its values are numbers: `7 => a week / seven days`. Lines that
-begin with `&` are records (`argument_kinds`).
+begin with `&` are records (`arguments`).
 
 What it does not do: draw or say values.
 """

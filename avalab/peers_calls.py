@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -31,6 +29,7 @@ from avalab import answer_cache, artifacts, engines, evaluate, grammars, models,
 from avalab.artifacts import Artifact
 from avalab.call_cases import cases, prompt
 from avalab.calls import Case
+from avalab.code import code_of
 from avalab.experiment import Record, Run
 
 MODE, ALL = "forced", "all"
@@ -121,7 +120,8 @@ def answers(run: Run, artifact: Artifact, asked: list[Case], *, engine: str) -> 
     def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
         return _generated(artifact, engine, [(prompts[i], asked[i]) for i in wanted])
 
-    name = f"answers-{artifact.sha256[:16]}-{engine}-{asked[0].category}-{MODE}-{_code(engine)[:8]}.jsonl"
+    code = code_of(_generated, engines.ENGINES[engine])
+    name = f"answers-{artifact.sha256[:16]}-{engine}-{asked[0].category}-{MODE}-{code[:8]}.jsonl"
     return answer_cache.resumed(folder / name, keys, generate, progress=label)
 
 
@@ -142,14 +142,6 @@ def _generated(artifact: Artifact, engine: str, wanted: list[tuple[str, Case]]) 
 
 def _key(text: str, case: Case) -> str:
     return artifacts.sha256_of_text(json.dumps([text, case.functions, evaluate.CALL_TOKENS]))[:16]
-
-
-@cache
-def _code(engine: str) -> str:
-    """One hash of the code that an engine's answers depend on."""
-    here = Path(__file__).parent
-    files = [here / "grammars.py", here / "engines" / "engine.py", *sorted((here / "engines").glob(f"{engine}*.py"))]
-    return artifacts.code_sha256(files)
 
 
 def _sized(run: Run) -> dict[str, Record]:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 
 from avalab import (
     artifacts,
@@ -28,6 +27,7 @@ from avalab import (
     quantize,
 )
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.compressors import Job
 from avalab.engines import openvino_export
 from avalab.experiment import Run
@@ -55,7 +55,7 @@ def autoround(bits: int, group_size: int) -> Maker:
             tokenizer.save_pretrained(folder)
             return packed.measured
 
-        step = {"step": "autoround", **parameters, **_calibration(run), "code": _code(peers_autoround, packing)}
+        step = {"step": "autoround", **parameters, **_calibration(run)}
         return _made(base, run, f"autoround-w{bits}g{group_size}-asym", step, fill, format="compressed-tensors")
 
     return make
@@ -79,7 +79,7 @@ def hqq(bits: int, group_size: int, *, int8_embedding: bool = False) -> Maker:
 
         step = {"step": "hqq", "bits": bits, "group_size": group_size, "int8_embedding": int8_embedding}
         name = f"hqq-w{bits}g{group_size}" + ("-int8emb" if int8_embedding else "")
-        return _made(base, run, name, step | {"code": _code(hqq_checkpoint, packing)}, fill, format="hqq")
+        return _made(base, run, name, step, fill, format="hqq")
 
     return make
 
@@ -103,7 +103,7 @@ def with_int8_embedding(make: Maker) -> Maker:
             peers_embedding.write(source.path, folder)
             return {"seconds_before": before}
 
-        step = {"step": "int8-embedding", "code": _code(peers_embedding, packing)}
+        step = {"step": "int8-embedding"}
         return _made(source, run, "int8emb", step, fill, format="compressed-tensors")
 
     return wrapped
@@ -116,7 +116,7 @@ def nncf(base: Artifact, run: Run) -> Artifact:
         windows = corpora.calibration_windows(run, models.load_tokenizer(base))
         peers_runtimes.nncf_int4(base.path, folder, windows)
 
-    step = {"step": "nncf-int4", **_calibration(run), "code": _code(peers_runtimes)}
+    step = {"step": "nncf-int4", **_calibration(run)}
     return _made(base, run, "nncf-int4", step, fill, format="openvino-int4", engines=["openvino"])
 
 
@@ -126,7 +126,7 @@ def openvino(base: Artifact, run: Run) -> Artifact:
     def fill(folder: Path) -> None:
         openvino_export.export(base.path, folder, "int4")
 
-    step = {"step": "openvino-int4", "code": _code(openvino_export)}
+    step = {"step": "openvino-int4"}
     return _made(base, run, "openvino-int4", step, fill, format="openvino-int4", engines=["openvino"])
 
 
@@ -136,7 +136,7 @@ def onnx(base: Artifact, run: Run) -> Artifact:
     def fill(folder: Path) -> None:
         peers_runtimes.onnx_k_quant(base.path, folder)
 
-    step = {"step": "onnx-k-quant", "code": _code(peers_runtimes)}
+    step = {"step": "onnx-k-quant"}
     return _made(base, run, "onnx-k-quant", step, fill, format="onnx-int4", engines=["onnx"])
 
 
@@ -148,7 +148,7 @@ def gguf(block: str) -> Maker:
             windows = corpora.calibration_windows(run, models.load_tokenizer(base))
             return gguf_quantizer.quantise(base, folder, block, windows)
 
-        step = {"step": "llama.cpp", "mixture": block, **_calibration(run), "code": _code(gguf_quantizer, gguf_export)}
+        step = {"step": "llama.cpp", "mixture": block, **_calibration(run)}
         return _made(base, run, f"gguf-{block}", step, fill, format="gguf", engines=gguf_export.ENGINES)
 
     return make
@@ -165,7 +165,7 @@ def _made(
     engines: Iterable[str] = ("torch",),
 ) -> Artifact:
     """The artefact `<base>+<name>`, reused when its recipe and base are the same; `compress_seconds` is in its card."""
-    name, recipe = f"{base.name}+{name}", [*base.card["recipe"], step]
+    name, recipe = f"{base.name}+{name}", [*base.card["recipe"], step | {"code": code_of(fill)[:12]}]
     found = artifacts.find(name, run.artifacts_dir, recipe, base.sha256)
     if found:
         return found
@@ -182,7 +182,3 @@ def _made(
 
 def _calibration(run: Run) -> dict:
     return {"seed": run.seed, "calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]}
-
-
-def _code(*modules: ModuleType) -> str:
-    return artifacts.code_sha256(Path(module.__file__) for module in modules)[:12]

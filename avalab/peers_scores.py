@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avalab import artifacts, engines, quality
+from avalab import engines, quality
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Record
 from avalab.quality import Reference, TokenScores
 
@@ -31,7 +32,7 @@ def scores(
     """Token scores of an artefact in an engine; read from `cache` when the same bytes were scored before."""
     if engine == "torch":
         return quality.cached_score(artifact, against, cache, device)
-    code = artifacts.code_sha256([Path(__file__), Path(quality.__file__)])
+    code = code_of(scores, engines.ENGINES[engine])
     name = "-".join(("scores", artifact.sha256[:16], against.identity[:16], code[:8], engine))
     path = cache / f"{name}.safetensors"
     kept = _cached(path)

@@ -2,7 +2,7 @@
 
 1. `tools()` reads `domains/*.txt` (the format stands in `domains/README.txt`) and the training half of
    `avalab.toolbox`; a tool of the standard library without a description takes its docstring's first sentence.
-2. `sample` draws arguments by kind (`argument_kinds`).
+2. `sample` draws arguments by kind (`arguments`).
 3. `phrase` fills one of the tool's sentences and sets it into a frame. Square brackets hold what is said only when its
    argument is given: that is how optional and missing arguments come about.
 4. `describe` renders the JSON schema; a `Dress` varies spelling, where defaults stand and the names of the types, so
@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from avalab import packaged_text, toolbox
-from avalab.argument_kinds import Parameter, kind_of, parameter
-from avalab.surfaces import shown
+from avalab.arguments import Parameter, kind_of, parameter, say_value
 
 PYTHON_DIALECT = {"number": "float", "object": "dict"}  # as many published tool lists spell the types
 VERBS = {  # first word of a description -> (verbs that may begin the name, words that may stand for it)
@@ -223,7 +222,7 @@ def core(tool: Tool, arguments: dict, rng: random.Random, sentence: str = "") ->
     frame, template = rng.choice(pairs)
     kinds = {p.name: p.kind for p in tool.parameters}
     text = _SEGMENT.sub(lambda match: _segment(match.group(1), arguments), template)
-    text = _SLOT.sub(lambda match: shown(arguments[match.group(1)], rng, kinds[match.group(1)]), text)
+    text = _SLOT.sub(lambda match: say_value(arguments[match.group(1)], rng, kinds[match.group(1)]), text)
     named = set(_SLOT.findall(template)) | set(re.findall(r"\[(\w+)=", template))
     rest = [p for p in arguments if p not in named]
     text = re.sub(
@@ -246,7 +245,7 @@ def _appended(name: str, value: object, rng: random.Random, kind: str) -> str:
     if isinstance(value, bool):
         return f", {words} {rng.choice(('on', 'yes', 'true') if value else ('off', 'no', 'false'))}"
     frame = rng.choice((", with {} {}", ", {} {}", ", {}: {}", ", and {} {}"))
-    return frame.format(words, shown(value, rng, kind))
+    return frame.format(words, say_value(value, rng, kind))
 
 
 def phrase(frame: str, text: str, rng: random.Random) -> str:

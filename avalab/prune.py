@@ -27,18 +27,16 @@ from pathlib import Path
 from avalab import (
     artifacts,
     corpora,
-    layer_sparsity,
     models,
     moments,
     quantize,
     removal,
-    saliency,
     sparse_storage,
     sparsity_patterns,
     structured,
-    surgeon,
 )
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.removal import Known, Plan
 from avalab.saliency import SCORES
@@ -47,8 +45,6 @@ from avalab.sparsity_patterns import PATTERNS
 ALLOCATIONS = ("uniform", "sensitivity")
 # A configuration has one size for all blocks: these layers have to be among the targets.
 CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": removal.READERS}
-_MODULES = (layer_sparsity, moments, removal, saliency, sparsity_patterns, structured, surgeon)
-SOURCES = (*(Path(module.__file__) for module in _MODULES), Path(__file__))
 
 
 def write(
@@ -213,7 +209,7 @@ def _save_compressed(model, plan: Plan, folder: Path) -> int:
 
 def _step(plan: Plan, run: Run) -> dict:
     """The recipe's step. The code's own hash: an artefact that an older version made is made again, not trusted."""
-    code = artifacts.code_sha256(SOURCES)[:12]
+    code = code_of(_prune_into)[:12]
     sizes = {"calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]} if plan.needs else {}
     return {"step": "prune", **vars(plan), "code": code} | sizes
 

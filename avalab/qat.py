@@ -48,14 +48,13 @@ from avalab import (
 )
 from avalab.artifacts import Artifact
 from avalab.block_training import Blocks
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.rounding import Rounded
 from avalab.targets import Form
 from avalab.train import Schedule
 
 KINDS = ("scales", "weights", "blocks", "torchao")
-_MODULES = (fake_quant, packed_file, block_training, torchao_qat)
-SOURCES = [*distill.SOURCES, *(Path(module.__file__) for module in _MODULES), Path(__file__)]
 Rows = list[dict[str, Tensor]]
 
 
@@ -122,7 +121,7 @@ def write(
     step |= {"text": artifacts.sha256_of_text(json.dumps(read.tolist())), "tokens": read.numel()}
     step |= {"window_tokens": read.shape[1]}
     identity = artifacts.sha256_of_text(json.dumps([start.sha256, step], sort_keys=True))
-    steps = [*start.card["recipe"], step | {"code": artifacts.code_sha256(SOURCES)[:12]}]
+    steps = [*start.card["recipe"], step | {"code": code_of(write)[:12]}]
     steps = json.loads(json.dumps(steps))
     found = artifacts.find(out.name, out.parent, steps, start.sha256)
     if found:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from avalab import artifacts, models, statistics
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.corpora import Text
 from avalab.experiment import Run
 
@@ -99,7 +100,7 @@ def score_hidden(
 
 def cached_score(artifact: Artifact, against: Reference, cache: Path, device: str = "cpu") -> TokenScores:
     """Scores of an artefact loaded back from its folder; read from `cache` when the same bytes were scored before."""
-    code = artifacts.sha256_of(Path(__file__))  # scores of an older version of this module are not trusted
+    code = code_of(cached_score)  # scores that older code computed are not trusted
     parts = ("scores", artifact.sha256[:16], against.identity[:16], code[:8], torch.device(device).type)
     path = cache / f"{'-'.join(parts)}.safetensors"
     columns = {name: _cached(path, name) for name in ("nll", "kl", "agrees")}

@@ -38,6 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from avalab import artifacts, ava, compressors, corpora, four_bit, models
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.compressors import Job
 from avalab.experiment import Run
 
@@ -51,7 +52,6 @@ class Method:
     defaults: dict = field(default_factory=dict)
     calibrated: bool = False
     note: str = ""  # what the library does not do on a CPU
-    sources: tuple[Path, ...] = ()  # the lab's own modules that compress; none: the wrappers of `compressors`
 
 
 def write(
@@ -68,7 +68,7 @@ def write(
     row, parameters = checked(method, parameters)
     skipped = _expand(skip, base.path)
     _refuse_ragged_groups(base.path, parameters, skipped)
-    # The compressors' own hash: an artefact that an older version of them made is made again, not trusted.
+    # The code's hash: an artefact that an older version of it made is made again, not trusted.
     step = {"step": method, **parameters, "skip": skipped, "code": _code(row)}
     step |= {"seed": run.seed, "calibration": _sizes(run)} if row.calibrated else {}
     recipe = [*base.card["recipe"], step]
@@ -182,10 +182,8 @@ def _plain_config(folder: Path):
 
 
 def _code(row: Method) -> str:
-    """Hash of what compresses: the libraries' wrappers, or the lab's own modules."""
-    if not row.sources:
-        return artifacts.sha256_of(Path(compressors.__file__))[:12]
-    return artifacts.combined_sha256((file.name, artifacts.sha256_of(file)) for file in row.sources)[:12]
+    calibration = [corpora.calibration_windows] if row.calibrated else []
+    return code_of(_compress_into, row.compress, *calibration)[:12]
 
 
 def _expand(globs: tuple[str, ...], folder: Path) -> list[str]:
@@ -235,8 +233,8 @@ _WEIGHTS = {"bits": 4, "group_size": 64, "symmetric": False}
 _AWQ = {**_WEIGHTS, "grid_points": 10}
 
 METHODS: dict[str, Method] = {
-    "nf4": Method(four_bit.compressor("nf4"), "bitsandbytes", _FOUR_BIT, sources=four_bit.SOURCES),
-    "fp4": Method(four_bit.compressor("fp4"), "bitsandbytes", _FOUR_BIT, sources=four_bit.SOURCES),
+    "nf4": Method(four_bit.compressor("nf4"), "bitsandbytes", _FOUR_BIT),
+    "fp4": Method(four_bit.compressor("fp4"), "bitsandbytes", _FOUR_BIT),
     "int8": Method(compressors.llm_int8, "bitsandbytes", {"threshold": 6.0}),
     "torchao-int8": Method(compressors.torchao("int8"), "torchao"),
     "torchao-int8-dynamic": Method(compressors.torchao("int8-dynamic"), "torchao"),
@@ -255,5 +253,5 @@ METHODS: dict[str, Method] = {
         {"smoothing_strength": 0.5, "static": True},
         calibrated=True,
     ),
-    "ava": Method(ava.compress, "compressed-tensors", ava.DEFAULTS, calibrated=True, sources=ava.SOURCES),
+    "ava": Method(ava.compress, "compressed-tensors", ava.DEFAULTS, calibrated=True),
 }

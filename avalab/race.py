@@ -26,7 +26,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -35,6 +34,7 @@ from tqdm.auto import tqdm
 from avalab import artifacts, cell, corpora, engines, gguf_export, gguf_quantizer, models, process, quantize, statistics
 from avalab.artifacts import Artifact
 from avalab.cell import Cell, Workload
+from avalab.code import code_of
 from avalab.engines import kinds, onnx_export, openvino_export
 from avalab.experiment import PROFILES, ROOT, Run, device_name, load_average
 
@@ -219,17 +219,11 @@ def is_settled(found: Cell, wanted: float = WANTED) -> bool:
     return all(None not in (m.low, m.high) and m.high - m.low <= wanted * m.value for m in medians)
 
 
-def visit_key(entry: Entry, work: Workload, run: Run) -> str:
-    """What a visit depends on, as one hash: artefact, engine, threads, sizes, code and machine."""
-    about = [entry.artifact.sha256, entry.engine, entry.threads, asdict(work), device_name(run.device)]
-    return artifacts.sha256_of_text(json.dumps([*about, _code(entry.engine)]))[:24]
-
-
-@cache
-def _code(engine: str) -> str:
-    here = Path(__file__).parent
-    files = [here / name for name in ("process.py", "cell.py", "trackers.py", "engines/engine.py")]
-    return artifacts.code_sha256([*files, *sorted((here / "engines").glob(f"{engine}*.py"))])
+def visit_key(entry: Entry, work: Workload, run: Run, *, measured: Callable | str = visit) -> str:
+    """What a visit, or what `measured` finds, depends on, as one hash: artefact, engine, sizes, code and machine."""
+    code = code_of(measured, engines.ENGINES[entry.engine])
+    about = [entry.artifact.sha256, entry.engine, entry.threads, asdict(work), device_name(run.device), code]
+    return artifacts.sha256_of_text(json.dumps(about))[:24]
 
 
 def _device(run: Run) -> str:
@@ -303,7 +297,8 @@ def record_batches(run: Run, entries: list[Entry]) -> None:
     work = replace(sizes, threads=most, seed=run.seed, device=_device(run))
     for entry in tqdm([e for e in entries if e.threads == most], desc="batches", leave=False):
         about = {"artifact_sha256": entry.artifact.sha256, "engine": entry.engine, "threads": most}
-        path = run.artifacts_dir / "cache" / f"batches-{visit_key(entry, work, run)}.json"
+        key = visit_key(entry, work, run, measured="avalab.cell:measure_batches")
+        path = run.artifacts_dir / "cache" / f"batches-{key}.json"
         try:
             found = process.kept(path, lambda e=entry: cell.measure_batches(e.artifact, e.engine, work=work))
         except engines.EngineUnavailable:

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from avalab import agreement, statistics
+from avalab import statistics
 from avalab.experiment import Run, write_atomically
 from avalab.statistics import Estimate
 
@@ -199,9 +199,9 @@ def _record_agreement(run: Run, criterion: str, values: ndarray, clusters: list[
         run.record("raters", metric, None, "1", note="agreement needs two raters; there is one")
         return
     try:
-        found = agreement.estimate(values, clusters, resamples=run.profile.resamples, seed=run.seed)
+        found = statistics.agreement(values, clusters, resamples=run.profile.resamples, seed=run.seed)
     except ValueError as error:  # everybody gave everything the same score
         run.record("raters", metric, None, "1", note=str(error))
         return
-    details = {"raters": len(values), "allows": agreement.reliability(found)}
+    details = {"raters": len(values), "allows": statistics.reliability(found)}
     run.record("raters", metric, unit="1", **vars(found), details=details)

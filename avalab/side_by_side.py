@@ -24,8 +24,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from avalab import answer_cache, artifacts, engines, grammars, models, toolbox
+from avalab import answer_cache, engines, grammars, models, toolbox
 from avalab.artifacts import Artifact, sha256_of_text
+from avalab.code import code_of
 from avalab.evaluate import Respondent
 from avalab.experiment import write_atomically
 
@@ -116,13 +117,17 @@ def answers(
         missing = [texts[index] for index in wanted]
         if engine != TRANSFORMERS:
             return _of_engine(engine, artifact, tokenizer, missing, new_tokens)
-        respondent = Respondent(artifact, device)
-        return grammars.answers(respondent.model, tokenizer, missing, max_new_tokens=new_tokens)
+        return _of_transformers(Respondent(artifact, device), tokenizer, missing, new_tokens)
 
-    code = artifacts.sha256_of(Path(grammars.__file__))  # answers that an older decoder gave are not trusted
+    # Answers that older code gave are not trusted.
+    code = code_of(_of_transformers) if engine == TRANSFORMERS else code_of(_of_engine, engines.ENGINES[engine])
     settings = sha256_of_text(f"{code} {new_tokens} {device}")[:8]
     path = cache / f"side-by-side-{artifact.sha256[:16]}-{engine}-{settings}.jsonl"
     return answer_cache.resumed(path, keys, generate, progress=f"{artifact.name} in {engine}")
+
+
+def _of_transformers(respondent: Respondent, tokenizer, texts: list[str], new_tokens: int) -> Iterator:
+    return grammars.answers(respondent.model, tokenizer, texts, max_new_tokens=new_tokens)
 
 
 def _of_engine(engine: str, artifact: Artifact, tokenizer, texts: list[str], new_tokens: int) -> Iterator:

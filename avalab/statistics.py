@@ -8,6 +8,8 @@
 | share of right answers | score interval | Wilson (1927) |
 | difference of two shares on the same cases | method 10 for pairs | Newcombe (1998) |
 | which of two is right more often on the same cases | exact test of a fair coin | McNemar (1947) |
+| share of a loss that came back | bootstrap of items, paired | Efron and Tibshirani (1993), section 10.5 |
+| agreement of raters, Krippendorff's alpha | bootstrap of clusters of units | Zapf et al. (2016) |
 
 An interval over text resamples windows, not tokens: neighbouring tokens are not independent. Values may be tensors or
 arrays. Two things that were measured on the same items are always compared in pairs.
@@ -20,11 +22,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import krippendorff
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from avalab.experiment import Run
+
 TAIL = 0.99
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"perplexity": np.exp, "mean": lambda mean: mean}
+LEVELS = ("nominal", "ordinal", "interval")
 
 
 @dataclass(frozen=True)
@@ -219,3 +226,127 @@ def newcombe(both: int, first: int, second: int, neither: int) -> Estimate:
 
 def _joined(one: float, other: float, correlation: float) -> float:
     return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0))
+
+
+# ----------------------------------------------------------------------------------------------- what training recovers
+
+
+def recovered_share(
+    damaged: Float[Any, "item"],
+    taught: Float[Any, "item"],
+    whole: Float[Any, "item"],
+    *,
+    of: str = "mean",
+    resamples: int,
+    seed: int,
+) -> Estimate:
+    """(damaged - taught) / (damaged - whole) of exp(mean) (`of` "perplexity") or of the mean, on the same items.
+
+    0: nothing of the damage came back, 1: all of it; above 1 the student is better there than the whole model. No
+    interval where more than one resample in forty shows no damage: there is nothing to recover. It does not hold the
+    noise of training, which a second seed would show.
+    Raises ValueError when the three were not measured on equally many items, or nothing at all was damaged.
+    """
+    if not len(damaged) == len(taught) == len(whole):
+        raise ValueError(f"cannot pair {len(damaged)}, {len(taught)} and {len(whole)} items")
+    values = np.stack([_doubles(each) for each in (damaged, taught, whole)])
+    if values[0].mean() == values[2].mean():
+        raise ValueError("nothing was damaged: the damaged and the whole model have the same mean")
+    transform, n = TRANSFORMS[of], values.shape[1]
+    point = float(_share(transform(values.mean(1))))
+    drawn = transform(values[:, np.random.default_rng(seed).integers(0, n, (resamples, n))].mean(-1))
+    damage = np.sign(values[0].mean() - values[2].mean()) * (drawn[0] - drawn[2])
+    if n < 2 or np.quantile(damage, 0.025) <= 0:
+        return Estimate(point, None, None, n)
+    low, high = np.quantile(_share(drawn[:, damage > 0]), [0.025, 0.975])
+    return Estimate(point, float(low), float(high), n)
+
+
+def record_recovered(
+    run: Run,
+    subject: str,
+    part: str,
+    damaged: Float[Any, "item"],
+    taught: Float[Any, "item"],
+    whole: Float[Any, "item"],
+    *,
+    of: str = "mean",
+) -> None:
+    """Append `recovered:<part>`; without a value, and a note, where the damage is no larger than chance."""
+    if _doubles(damaged).mean() == _doubles(whole).mean():
+        run.record(subject, f"recovered:{part}", None, "1", n=len(whole), note="nothing was lost")
+        return
+    found = recovered_share(damaged, taught, whole, of=of, resamples=run.profile.resamples, seed=run.seed)
+    if found.low is None:
+        note = "what was lost is not distinguishable from nothing on these items"
+        run.record(subject, f"recovered:{part}", None, "1", n=found.n, note=note, details={"point": found.value})
+        return
+    run.record(subject, f"recovered:{part}", unit="1", **vars(found))
+
+
+def _share(three: np.ndarray) -> np.ndarray | np.floating:
+    damaged, taught, whole = three
+    return (damaged - taught) / (damaged - whole)
+
+
+# -------------------------------------------------------------------------------------------------- agreement of raters
+
+
+def alpha(values: Float[np.ndarray, "rater unit"], *, level: str = "ordinal") -> float:
+    """Krippendorff's alpha of scores, NaN where a rater gave none; `level` is one of `LEVELS`.
+
+    Source: Krippendorff, "Computing Krippendorff's alpha-reliability" (2011). Raises ValueError when no unit has two
+    scores or all of those are equal: agreement cannot be told from no choice.
+    """
+    found = _alpha(*_score_counts(values), level)
+    if np.isnan(found):
+        raise ValueError(f"alpha is not defined for scores of {values.shape[0]} raters that differ on no paired unit")
+    return found
+
+
+def agreement(
+    values: Float[np.ndarray, "rater unit"],
+    clusters: Sequence,
+    *,
+    resamples: int,
+    seed: int,
+    level: str = "ordinal",
+) -> Estimate:
+    """Alpha with a 95 % percentile interval over resampled clusters of units (one label a unit, such as its request).
+
+    Clusters, because answers to one request are not independent. Resamples in which all scores are equal have no alpha
+    and are left out. Raises ValueError as `alpha` does.
+    """
+    names, where = np.unique(np.asarray(clusters), return_inverse=True)
+    counts, scores = _score_counts(values)
+    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=resamples)
+    again = np.array([_alpha(np.repeat(counts, times[where], axis=0), scores, level) for times in drawn])
+    again = again[~np.isnan(again)]
+    low, high = np.quantile(again, (0.025, 0.975)) if len(names) > 1 and len(again) else (None, None)
+    ends = (None if end is None else float(end) for end in (low, high))
+    return Estimate(alpha(values, level=level), *ends, len(names))
+
+
+def reliability(found: Estimate) -> str:
+    """What an agreement allows, by its lower end where it has one: 0.8 is reliable, 0.667 tentative.
+
+    Source: Krippendorff, "Content Analysis" (2004), chapter 11.
+    """
+    least = found.value if found.low is None else found.low
+    return "reliable" if least >= 0.8 else "good for tentative conclusions" if least >= 0.667 else "not reliable"
+
+
+def _score_counts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often each unit got each score ["unit score"], and the scores."""
+    scores = np.unique(values[~np.isnan(values)])
+    return (values[:, :, None] == scores).sum(0), scores
+
+
+def _alpha(counts: np.ndarray, scores: np.ndarray, level: str) -> float:
+    """Alpha of the units with two scores and more; NaN where those are all equal, or there are none."""
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+    paired = counts[counts.sum(1) > 1]
+    if np.count_nonzero(paired.sum(0)) < 2:
+        return float("nan")
+    return float(krippendorff.alpha(value_counts=paired, value_domain=scores, level_of_measurement=level))

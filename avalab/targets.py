@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from avalab import artifacts, models, quality
 from avalab.artifacts import Artifact
+from avalab.code import code_of
 from avalab.experiment import Run
 from avalab.packed_attention import apply_packed_attention
 from avalab.packed_rows import IGNORED, collate
@@ -76,7 +77,7 @@ def attach(run: Run, rows: Rows, teacher: Artifact, form: Form) -> tuple[Rows, f
 
 def header(rows: Rows, teacher: Artifact, form: Form) -> dict:
     """What a file of targets says about itself; the code's hash because older draws are not trusted."""
-    code = artifacts.code_sha256([Path(__file__)])[:12]
+    code = code_of(attach)[:12]
     return {"rows": rows_sha256(rows), "teacher": teacher.sha256, "code": code, **asdict(form)}
 
 

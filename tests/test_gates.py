@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from avalab import argument_kinds, drafts, gates, phrasing, synthesize, toolbox
+from avalab import drafts, gates, phrasing, synthesize, toolbox
+from avalab.arguments import kind_of
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "synthetic_datasets"
 TOOL = {
@@ -196,7 +197,7 @@ def test_the_parameters_of_library_tools_are_those_of_their_signatures():
 def test_every_sentence_of_every_tool_can_be_said_with_and_without_its_optional_arguments():
     rng = random.Random(0)
     for tool in phrasing.tools():
-        full = {p.name: argument_kinds.kind_of(p.kind).sample(rng) for p in tool.parameters}
+        full = {p.name: kind_of(p.kind).sample(rng) for p in tool.parameters}
         for arguments in (full, {p.name: full[p.name] for p in tool.parameters if not p.optional}):
             for frame, sentence in tool.sentences:
                 said = phrasing.phrase(*phrasing.core(tool, arguments, rng, sentence), rng)
@@ -205,7 +206,7 @@ def test_every_sentence_of_every_tool_can_be_said_with_and_without_its_optional_
 
 def test_an_unknown_kind_of_argument_is_refused():
     with pytest.raises(ValueError, match=r"unknown kind 'colour'"):
-        argument_kinds.kind_of("colour")
+        kind_of("colour")
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "statistics experiment assets numerics kernels gguf_blocks gguf_header process allocation layer_sparsity "
+    0: "experiment statistics code assets numerics kernels gguf_blocks gguf_header process allocation layer_sparsity "
     "sparse_storage sparsity_patterns variety cascade llamacpp_build",
     1: "gguf_vocabulary mixed_plot engine_plot budgets models artifacts exported corpora "
     "storage marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
-    "packaged_text argument_kinds surfaces grounding "
+    "packaged_text arguments grounding "
     "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
     "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot "
     "packed_embedding hqq_checkpoint",
@@ -38,7 +38,7 @@ LAYERS = {
     "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
     "gguf_export quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
     "surgeon adapters calls call_cases grammars gates overlap drafts teachers example_files whole_training "
-    "recovery answers_vote fake_quant four_bit packed_file torchao_qat agreement embedding_rounding equivalence",
+    "answers_vote fake_quant four_bit packed_file torchao_qat embedding_rounding equivalence",
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
     "mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
     "distill block_training qat chain rating",

@@ -171,7 +171,7 @@ def test_a_peer_that_was_made_is_not_made_again(run, short, tuned, monkeypatch):
 
 
 def test_other_code_makes_a_peer_anew(run, short, tuned, monkeypatch):
-    monkeypatch.setattr(peers_making, "_code", lambda *modules: "another")
+    monkeypatch.setattr(peers_making, "code_of", lambda *functions: "another")
     monkeypatch.setattr(peers_autoround, "compress", None)
     with pytest.raises(TypeError):  # it was called
         peers_making.autoround(4, 64)(short, run)

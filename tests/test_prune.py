@@ -179,7 +179,7 @@ def test_a_pruned_artefact_can_be_quantised_next(run, made):
 def test_an_equal_recipe_is_reused_and_the_walk_is_shared(run, base, made, monkeypatch):
     monkeypatch.setattr(moments, "_of_block", lambda *arguments: pytest.fail("calibrated a second time"))
     prune.write(base, "wanda", run=run, sparsity=0.4)
-    monkeypatch.setattr(prune, "_prune_into", lambda *arguments, **more: pytest.fail("made a second time"))
+    monkeypatch.setattr(artifacts, "write", lambda *arguments, **more: pytest.fail("made a second time"))
     assert prune.write(base, "wanda", run=run, sparsity=0.5).sha256 == made["wanda"].sha256
 
 

@@ -1,7 +1,7 @@
 """Estimates: what a pencil finds, what other libraries agree with, and what must never change."""
 
 import inspect
-from math import exp, sqrt
+from math import exp, log, sqrt
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from avalab import statistics
+from avalab.experiment import Run
 from avalab.statistics import Estimate
 
 HOW = {"resamples": 300, "seed": 0}
@@ -233,6 +234,176 @@ def test_with_many_cases_the_interval_is_that_of_the_bootstrap():
 def test_answers_to_other_numbers_of_cases_are_not_paired():
     with pytest.raises(ValueError, match="cannot pair 1 answers with 2"):
         statistics.share_difference([True], [True, False])
+
+
+# --- what training recovers --------------------------------------------------------------------------------------
+
+
+def test_half_of_a_doubled_loss_that_is_taken_back_is_a_half():
+    """Loss 1 became 2 and is 1.5 after training: (2 - 1.5) / (2 - 1) = 1/2."""
+    whole = torch.tensor([1.0, 1.0, 1.0])
+    found = statistics.recovered_share(2 * whole, 1.5 * whole, whole, **HOW)
+    assert (found.value, found.low, found.high, found.n) == (0.5, 0.5, 0.5, 3)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss():
+    """Perplexities 4, 8 and 6: (8 - 6) / (8 - 4) = 1/2, with losses spread around their means."""
+    spread = torch.tensor([-0.3, 0.3])
+    whole, damaged, taught = (log(p) + spread for p in (4, 8, 6))
+    assert statistics.recovered_share(damaged, taught, whole, of="perplexity", **HOW).value == pytest.approx(0.5)
+
+
+def test_right_answers_come_back_although_more_is_better():
+    """10 of 10 right, then 4, then 7: half of the six lost cases."""
+    whole, damaged, taught = (torch.tensor([1.0] * n + [0.0] * (10 - n)) for n in (10, 4, 7))
+    found = statistics.recovered_share(damaged, taught, whole, **HOW)
+    assert found.value == pytest.approx(0.5)
+    assert 0 <= found.low < 0.5 < found.high < 1
+
+
+@EXAMPLES
+@given(losses=st.lists(st.floats(0.1, 5), min_size=2, max_size=20), damage=st.floats(0.5, 3))
+def test_a_student_as_good_as_the_whole_model_recovers_all_and_an_untaught_one_nothing(losses, damage):
+    whole = torch.tensor(losses)
+    for of in statistics.TRANSFORMS:
+        untaught = statistics.recovered_share(whole + damage, whole + damage, whole, of=of, **HOW)
+        best = statistics.recovered_share(whole + damage, whole, whole, of=of, **HOW)
+        assert untaught.value == pytest.approx(0, abs=1e-5)
+        assert best.value == pytest.approx(1, abs=1e-5)
+        assert best.low <= best.high
+
+
+def test_damage_within_the_noise_has_no_interval_and_its_record_says_so():
+    noise = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    whole, damaged = torch.ones(30), 1 + 0.001 + noise - noise.mean()
+    assert statistics.recovered_share(damaged, whole, whole, **HOW).low is None
+    run = Run("t", "smoke")
+    statistics.record_recovered(run, "s", "calls", damaged, whole, whole)
+    statistics.record_recovered(run, "s", "calls", whole, whole, whole)
+    assert [(r.metric, r.value) for r in run.records] == [("recovered:calls", None)] * 2
+    assert ["not distinguishable" in r.note for r in run.records] == [True, False]
+
+
+def test_a_measured_recovery_is_recorded_with_its_interval():
+    run, whole = Run("t", "smoke"), torch.linspace(1, 2, 10)
+    statistics.record_recovered(run, "s", "text", 2 * whole, 1.5 * whole, whole)
+    (record,) = run.records
+    assert record.value == pytest.approx(0.5)
+    assert record.low <= 0.5 + 1e-9
+    assert record.high >= 0.5 - 1e-9
+
+
+def test_items_that_do_not_match_and_no_damage_at_all_are_refused():
+    function, two = statistics.recovered_share, torch.ones(2)
+    while hasattr(function, "__wrapped__"):  # below the checks of shapes that the tests install, as a user has it
+        function = function.__wrapped__
+    with pytest.raises(ValueError, match="cannot pair 2, 2 and 3 items"):
+        function(two, two, torch.ones(3), **HOW)
+    with pytest.raises(ValueError, match="nothing was damaged"):
+        statistics.recovered_share(torch.ones(2), torch.ones(2), torch.ones(2), **HOW)
+
+
+# --- agreement of raters -------------------------------------------------------------------------------------------
+
+GAP = np.nan
+# Krippendorff (2011), example C: four observers, twelve units, gaps.
+OBSERVERS = np.array(
+    [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, GAP, GAP, GAP],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, GAP, 3],
+        [GAP, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, GAP],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, GAP],
+    ]
+)
+# Krippendorff (2011), example A: two observers, ten units, no gap.
+BINARY = np.array([[0, 1, 0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]], dtype=float)
+
+
+@pytest.mark.parametrize(("level", "value"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
+def test_alpha_of_krippendorffs_four_observers_is_the_published_one(level, value):
+    assert statistics.alpha(OBSERVERS, level=level) == pytest.approx(value, abs=5e-4)
+
+
+def test_alpha_of_krippendorffs_two_observers_is_the_published_one():
+    """14 zeros and 6 ones, 4 coincidences 0-1: 1 - 19 x 4 / (14 x 6) = 0.095."""
+    assert statistics.alpha(BINARY, level="nominal") == pytest.approx(1 - 19 * 4 / (14 * 6))
+
+
+def test_ordinal_alpha_of_three_units_by_pencil():
+    """Pairs (1,1), (1,2), (3,3): n = 3, 1, 2. Middle ranks 1.5, 3.5, 5: d(1,2) = 4, d(1,3) = 12.25, d(2,3) = 2.25.
+
+    Observed 1 x 4; expected 3 x 1 x 4 + 3 x 2 x 12.25 + 1 x 2 x 2.25 = 90: alpha = 1 - 5 x 4 / 90 = 7/9.
+    """
+    assert statistics.alpha(np.array([[1.0, 1, 3], [1, 2, 3]])) == pytest.approx(7 / 9)
+
+
+def test_a_unit_that_one_rater_scored_says_nothing():
+    wider = np.hstack([OBSERVERS, [[5], [GAP], [GAP], [GAP]]])
+    assert statistics.alpha(wider) == pytest.approx(statistics.alpha(OBSERVERS))
+
+
+def test_equal_scores_agree_entirely_and_opposite_ones_less_than_by_chance():
+    assert statistics.alpha(np.array([[1.0, 2, 5], [1, 2, 5]])) == 1
+    assert statistics.alpha(np.array([[1.0, 5, 1, 5], [5, 1, 5, 1]])) < 0
+
+
+scores = st.lists(st.lists(st.integers(1, 5), min_size=3, max_size=3), min_size=2, max_size=8)
+
+
+@EXAMPLES
+@given(scores)
+def test_the_order_of_raters_and_units_and_the_distance_of_ordinal_scores_change_nothing(rows):
+    values = np.array(rows, dtype=float).T
+    if len(np.unique(values)) < 2:
+        return
+    value = statistics.alpha(values)
+    assert value <= 1
+    assert statistics.alpha(values[::-1, ::-1]) == pytest.approx(value)
+    assert statistics.alpha(10**values) == pytest.approx(value)
+
+
+def test_scores_without_a_difference_have_no_alpha():
+    for values in (np.full((2, 3), 4.0), np.array([[1.0, GAP], [GAP, 2]])):
+        with pytest.raises(ValueError, match="alpha is not defined for scores of 2 raters"):
+            statistics.alpha(values)
+
+
+def test_an_unknown_level_of_scores_is_refused():
+    with pytest.raises(ValueError, match="unknown level 'ratio'; choose one of nominal, ordinal, interval"):
+        statistics.alpha(OBSERVERS, level="ratio")
+
+
+def test_the_interval_holds_the_value_and_shrinks_with_more_units():
+    draw = np.random.default_rng(0)
+    truth = draw.integers(1, 6, 400)
+    values = np.clip(truth + draw.integers(-1, 2, (3, 400)), 1, 5).astype(float)
+    few = statistics.agreement(values[:, :40], range(40), **HOW)
+    many = statistics.agreement(values, range(400), **HOW)
+    assert few.low < few.value < few.high
+    assert many.low < many.value < many.high
+    assert many.high - many.low < 0.5 * (few.high - few.low)
+    assert (few.n, many.n) == (40, 400)
+
+
+def test_the_interval_resamples_clusters_so_that_copies_of_a_unit_do_not_narrow_it():
+    once = statistics.agreement(OBSERVERS, range(12), **HOW)
+    copied = statistics.agreement(
+        np.repeat(OBSERVERS, 5, axis=1), [unit for unit in range(12) for _ in range(5)], **HOW
+    )
+    assert copied.n == 12
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high), abs=0.03)
+
+
+def test_one_cluster_has_no_interval():
+    found = statistics.agreement(OBSERVERS, ["same"] * 12, **HOW)
+    assert (found.low, found.high, found.n) == (None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "allows"), [(0.81, "reliable"), (0.7, "good for tentative conclusions"), (0.5, "not reliable")]
+)
+def test_what_an_agreement_allows_is_decided_by_its_lower_end(low, allows):
+    assert statistics.reliability(Estimate(0.9, low, 0.95, 20)) == allows
 
 
 # --- timings ----------------------------------------------------------------------------------------------------------

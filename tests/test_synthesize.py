@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from avalab import calls, drafts, example_files, gates, packaged_text, surfaces, synthesize
+from avalab import calls, drafts, example_files, gates, packaged_text, synthesize
+from avalab.arguments import ways_to_say
 from avalab.experiment import ROOT
 
 FEW = 40
@@ -83,15 +84,15 @@ def test_not_to_call_is_one_tokens_decision():
 
 
 def test_money_is_written_as_people_write_it_and_stays_grounded():
-    assert surfaces.surfaces(45_000, "$100..90000") == [
+    assert ways_to_say(45_000, "$100..90000") == [
         "$45,000",
         "45000 dollars",
         "45000",
         "$45k",
         "45 thousand dollars",
     ]
-    assert surfaces.surfaces(8.5, "$1.00..9.50") == ["$8.50", "8.50 dollars", "8.50"]
-    for said in surfaces.surfaces(45_000, "$100..90000"):
+    assert ways_to_say(8.5, "$1.00..9.50") == ["$8.50", "8.50 dollars", "8.50"]
+    for said in ways_to_say(45_000, "$100..90000"):
         request = {"messages": [{"role": "user", "content": f"I earn {said} a year."}], "tools": []}
         assert gates.grounded(request | {"calls": [{"name": "tax", "arguments": {"income": 45_000}}]}) == ""
 

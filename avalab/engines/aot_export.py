@@ -31,8 +31,7 @@ WAY_OUT = "install one (apt-get install g++; conda install gxx), name it in CXX,
 def write(artifact: Artifact, weights: str = "bf16", *, dynamic: bool = True, out: Path | None = None) -> Artifact:
     """Compile a dense artefact into `<name>+aot-<weights>` beside it or the folder `out`; one made before is reused."""
     step = {"step": "aot", "weights": weights, "dynamic": dynamic, "torch": torch.__version__}
-    sources = [Path(module.__file__) for module in (aot_program, cached_step)] + [Path(__file__)]
-    about = exported.Export(step, f"aot-{weights}", ("aot",), sources)
+    about = exported.Export(step, f"aot-{weights}", ("aot",))
     return exported.write(
         artifact, about, lambda folder: export(artifact.path, folder, weights, dynamic=dynamic), out=out
     )

@@ -30,9 +30,7 @@ CONTEXT = 512  # tokens of the fixed cache, which attention reads whole at each 
 def write(artifact: Artifact, weights: str = "fp32", *, context: int = CONTEXT, out: Path | None = None) -> Artifact:
     """Export a dense artefact into `<name>+executorch-<weights>` beside it or `out`; one made before is reused."""
     step = {"step": "executorch", "weights": weights, "context": context}
-    about = exported.Export(
-        step, f"executorch-{weights}", ("executorch",), [Path(cached_step.__file__), Path(__file__)]
-    )
+    about = exported.Export(step, f"executorch-{weights}", ("executorch",))
     return exported.write(
         artifact, about, lambda folder: export(artifact.path, folder, weights, context=context), out=out
     )

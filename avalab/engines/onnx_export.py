@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avalab import exported, onnx_blocks, onnx_builder, onnx_graph, onnx_mixed
+from avalab import exported, onnx_builder, onnx_mixed
 from avalab.artifacts import Artifact
 from avalab.engines import dense, kinds
 from avalab.engines.onnx import INSTALL
 
 KEPT = "kept"
 WEIGHTS = ("fp32", "int8", "int4")
-_MIXED = (onnx_blocks, onnx_builder, onnx_graph, onnx_mixed)
 
 
 def write(artifact: Artifact, weights: str = "int4", *, inputs: str = "int8", out: Path | None = None) -> Artifact:
@@ -30,10 +29,9 @@ def write(artifact: Artifact, weights: str = "int4", *, inputs: str = "int8", ou
     step = {"step": "onnxruntime-genai", "weights": weights}
     if weights == KEPT:
         _require()
-        sources = [Path(part.__file__) for part in _MIXED]
-        about = exported.Export(step | {"inputs": inputs}, onnx_mixed.FORMAT, onnx_mixed.ENGINES, sources)
+        about = exported.Export(step | {"inputs": inputs}, onnx_mixed.FORMAT, onnx_mixed.ENGINES)
         return exported.write(artifact, about, lambda f: onnx_mixed.export(artifact.path, f, inputs=inputs), out=out)
-    about = exported.Export(step, f"onnx-{weights}", ("onnx",), [Path(__file__), Path(onnx_builder.__file__)])
+    about = exported.Export(step, f"onnx-{weights}", ("onnx",))
     return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 

@@ -36,8 +36,7 @@ def write(
     """Export into `<name>+onnx-int8-<mode>` beside it or `out`; `static` needs `windows` of calibration tokens."""
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "onnxruntime-int8", "mode": mode, "calibration": text}
-    sources = [Path(__file__), Path(onnx_file.__file__)]
-    about = exported.Export(step, f"onnx-int8-{mode}", ("onnxruntime",), sources)
+    about = exported.Export(step, f"onnx-int8-{mode}", ("onnxruntime",))
     return exported.write(artifact, about, lambda folder: export(artifact.path, folder, mode, windows=windows), out=out)
 
 

@@ -28,8 +28,7 @@ GROUP_SIZE = 64
 
 def write(artifact: Artifact, weights: str = "int8", *, out: Path | None = None) -> Artifact:
     """Export a dense artefact into an OpenVINO artefact, `<name>+openvino-<weights>` beside it or the folder `out`."""
-    sources = [Path(__file__), Path(gguf_export.__file__)]
-    about = exported.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",), sources)
+    about = exported.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",))
     return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 

@@ -1,4 +1,4 @@
-"""Arguments by kind: the JSON schema that a kind's text stands for, and how a value of it is drawn.
+"""Arguments by kind: the JSON schema that a kind's text stands for, how a value is drawn, and how people say it.
 
 A kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$` before it (money), an enumeration
 `a|b`, an open choice `(a|b)` that the schema does not list, `bool`, `%` or `%5..60` (a fraction said in per cent),
@@ -6,11 +6,12 @@ A kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$`
 (a list that begins otherwise, such as cash flows), `[[kind]]` (rows of equal length) or `&record` (an object whose
 fields stand in the pool files, with the sentences that say it behind a `~`).
 
-What it does not do: say values (`surfaces`), or know tools.
+Values are said as digits, words, millions or `a week`, money, dates, lists, records.
 """
 
 from __future__ import annotations
 
+import calendar
 import json
 import math
 import random
@@ -24,6 +25,9 @@ from avalab.toolbox import Kind
 MILLION = 1_000_000
 PER_CENT = (*range(1, 13), 5, 10, 15, 18, 20, 25, 30, 40, 50, 60, 75, 80, 90, 95, 99, 0.5, 1.5, 2.5, 3.2, 3.75, 4.5)
 PER_CENT += (6.5, 7.25, 9.8, 12.5, 22)
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+SCALES = {"billion": 1000 * MILLION, "million": MILLION, "thousand": 1000}
+MONTHS = tuple(calendar.month_name[1:])
 
 
 @dataclass(frozen=True)
@@ -176,3 +180,87 @@ def _record_kind(fields: tuple[Parameter, ...]) -> Kind:
     properties = {p.name: {**kind_of(p.kind).schema, "description": p.description} for p in fields}
     schema = {"type": "object", "properties": properties, "required": list(properties)}
     return Kind("", schema, lambda rng: {p.name: kind_of(p.kind).sample(rng) for p in fields})
+
+
+# --- how people say a value -------------------------------------------------------------------------------------------
+
+
+def say_value(value: object, rng: random.Random, kind: str = "") -> str:
+    """One way to say a value; lists are joined, records are said by their sentence or as `key value` pairs."""
+    if isinstance(value, list):
+        return _table(value, rng) if isinstance(value[0], list) else _listed(value, rng, kind[1:-1])
+    return _told(value, rng, kind) if isinstance(value, dict) else rng.choice(ways_to_say(value, kind))
+
+
+def _listed(values: list, rng: random.Random, kind: str) -> str:
+    parts = [say_value(item, rng, kind) for item in values]
+    if not isinstance(values[0], str | dict) and rng.random() < 0.4:
+        return f"[{', '.join(map(_digits, values))}]"
+    last = rng.choice((" and ", " and ", ", and ", ", "))
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
+
+
+def _table(rows: list[list], rng: random.Random) -> str:
+    """Rows of numbers: `[[1, 2], [3, 4]]`, `[1, 2] and [3, 4]` or `(1, 2), (3, 4)`."""
+    said = [", ".join(map(_digits, row)) for row in rows]
+    bare = ", ".join(f"[{row}]" for row in said)
+    return rng.choice((f"[{bare}]", f"[{bare}]", " and ".join(f"[{row}]" for row in said), f"({'), ('.join(said)})"))
+
+
+def _told(record: dict, rng: random.Random, kind: str) -> str:
+    fields, sentences = records().get(kind, ((), ()))
+    kinds = {field.name: field.kind for field in fields}
+    parts = {key: say_value(item, rng, kinds.get(key, "")) for key, item in record.items()}
+    if sentences:
+        return rng.choice(sentences).format(**parts)
+    return "(" + ", ".join(f"{key.replace('_', ' ')} {part}" for key, part in parts.items()) + ")"
+
+
+def _digits(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.10g}"
+
+
+def ways_to_say(value: object, kind: str = "") -> list[str]:
+    """The ways in which a scalar may be said; the likely ones several times."""
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if kind.startswith("#"):
+        return packaged_text.pools()[kind][json.dumps(value)]
+    if kind.startswith("$"):
+        return _amounts(value)
+    if isinstance(value, int):
+        words = [WORDS[value]] if 1 <= value <= 12 else _in_words(value) * (2 if abs(value) >= MILLION else 1)
+        return [str(value), str(value), *words, *([f"{value:,}"] if abs(value) >= 10_000 else [])]
+    if isinstance(value, float):
+        return _per_cent(value) if kind.startswith("%") else [f"{value:.10g}"]
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        year, month, day = map(int, value.split("-"))
+        return [value, f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"]
+    if re.fullmatch(r"\d\d:\d\d", value):
+        hour, minute = map(int, value.split(":"))
+        return [value, f"{(hour - 1) % 12 + 1}{f':{minute:02}' if minute else ''} {'am' if hour < 12 else 'pm'}"]
+    if value in packaged_text.said_forms():
+        return packaged_text.said_forms()[value]
+    return [value.replace("_", " ")] if re.fullmatch(r"[a-z]+(_[a-z]+)+", value) else [value]
+
+
+def _per_cent(share: float) -> list[str]:
+    said = f"{round(share * 100, 4):g}"
+    return [f"{said}%", f"{said}%", f"{said}%", f"{said} percent", f"{said} per cent"]
+
+
+def _in_words(value: int) -> list[str]:
+    """`40 thousand`, `3.4 million`, `-2 billion`: amounts from ten thousand that have at most two decimals so."""
+    for word, scale in SCALES.items():
+        if abs(value) >= scale and scale >= MILLION:
+            return [f"{value / scale:.10g} {word}"] if value % (scale // 100) == 0 else []
+    return [f"{value // 1000} thousand"] if abs(value) >= 10_000 and value % 1000 == 0 else []
+
+
+def _amounts(value: float) -> list[str]:
+    """The ways in which people write an amount of money: $45,000, 45000 dollars, $45k, $3.4 million."""
+    if isinstance(value, float):
+        return [f"${value:.2f}", f"{value:.2f} dollars", f"{value:.2f}"]
+    words = [form for said in _in_words(value) for form in (f"{said} dollars", f"${said}")]
+    short = [f"${value // 1000}k"] if value % 1000 == 0 and value < MILLION else []
+    return [f"${value:,}", f"{value} dollars", str(value), *short, *(words if value >= MILLION else words[:1])]

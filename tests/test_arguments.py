@@ -6,8 +6,8 @@ import re
 import jsonschema
 import pytest
 
-from avalab import argument_kinds, gates, grounding, packaged_text, phrasing, surfaces
-from avalab.argument_kinds import kind_of
+from avalab import gates, grounding, packaged_text, phrasing
+from avalab.arguments import kind_of, say_value, ways_to_say
 
 FIGURES = "figures.txt"
 KINDS = ["%", "%5..60", "$1000..900000", "$1000000..90000000000", "100000..900000000", "-60000..-10000", "-9.5..-1.5"]
@@ -29,13 +29,13 @@ def test_whatever_is_drawn_fits_its_schema_and_is_grounded_however_it_is_said(ki
     for _ in range(60):
         value = kind_of(kind).sample(rng)
         jsonschema.validate(value, kind_of(kind).schema)
-        said = surfaces.shown(value, rng, kind)
+        said = say_value(value, rng, kind)
         assert said_and_grounded(value, said), (value, said)
 
 
 def test_a_share_is_said_in_per_cent_and_passed_as_a_fraction():
-    assert set(surfaces.surfaces(0.05, "%1..10")) == {"5%", "5 percent", "5 per cent"}
-    assert set(surfaces.surfaces(0.0725, "%")) == {"7.25%", "7.25 percent", "7.25 per cent"}
+    assert set(ways_to_say(0.05, "%1..10")) == {"5%", "5 percent", "5 per cent"}
+    assert set(ways_to_say(0.0725, "%")) == {"7.25%", "7.25 percent", "7.25 per cent"}
     drawn = {kind_of("%80..99").sample(random.Random(seed)) for seed in range(60)}
     assert drawn == {0.8, 0.9, 0.95, 0.99}
 
@@ -52,12 +52,12 @@ def test_a_share_is_said_in_per_cent_and_passed_as_a_fraction():
     ],
 )
 def test_a_large_amount_is_said_in_thousands_millions_and_billions(value, kind, said):
-    assert said <= set(surfaces.surfaces(value, kind))
-    assert all(said_and_grounded(value, form) for form in surfaces.surfaces(value, kind))
+    assert said <= set(ways_to_say(value, kind))
+    assert all(said_and_grounded(value, form) for form in ways_to_say(value, kind))
 
 
 def test_an_amount_that_words_would_round_is_said_in_digits():
-    assert not [form for form in surfaces.surfaces(1_234_567) if re.search(r"[a-z]", form)]
+    assert not [form for form in ways_to_say(1_234_567) if re.search(r"[a-z]", form)]
 
 
 def test_a_large_amount_is_drawn_round():
@@ -68,8 +68,8 @@ def test_a_large_amount_is_drawn_round():
 
 
 def test_a_number_is_said_by_what_has_so_many():
-    assert "a fortnight" in surfaces.surfaces(14, "#f_days")
-    assert "six-sided" in surfaces.surfaces(6, "#f_die")
+    assert "a fortnight" in ways_to_say(14, "#f_days")
+    assert "six-sided" in ways_to_say(6, "#f_die")
     assert kind_of("#f_days").schema == {"type": "integer"}
     assert kind_of("#f_coin").schema == {"type": "number"}
 
@@ -91,20 +91,20 @@ def test_a_number_in_words_grounds_that_number_only(said, value, other):
 def test_the_first_entry_of_a_list_may_be_drawn_otherwise_and_is_said_with_its_sign():
     flows = kind_of("[-90000..-10000,2000..40000]").sample(random.Random(2))
     assert flows[0] < 0 < min(flows[1:])
-    assert str(flows[0]) in surfaces.shown(flows, random.Random(0), "").replace(",", "")
+    assert str(flows[0]) in say_value(flows, random.Random(0), "").replace(",", "")
 
 
 def test_the_rows_of_a_table_have_one_length_and_stand_once():
     for seed in range(20):
         rows = kind_of("[[1..99]]").sample(random.Random(seed))
         assert len({len(row) for row in rows}) == 1
-        said = surfaces.shown(rows, random.Random(seed), "[[1..99]]")
+        said = say_value(rows, random.Random(seed), "[[1..99]]")
         assert [int(n) for n in re.findall(r"\d+", said)] == [cell for row in rows for cell in row]
 
 
 def test_a_record_is_said_by_its_sentence_and_stands_once_by_its_first_field():
     rule = {"field": "unit_price", "operation": "gte", "value": 30}
-    said = {surfaces.shown(rule, random.Random(seed), "&f_rule") for seed in range(40)}
+    said = {say_value(rule, random.Random(seed), "&f_rule") for seed in range(40)}
     assert {"unit price at least 30", "unit_price is no less than 30"} <= said
     for seed in range(40):
         fields = [rule["field"] for rule in kind_of("[&f_rule]").sample(random.Random(seed))]
@@ -114,7 +114,7 @@ def test_a_record_is_said_by_its_sentence_and_stands_once_by_its_first_field():
 def test_a_path_is_made_of_pools_and_said_in_full():
     paths = {kind_of("f_data_file").sample(random.Random(seed)) for seed in range(200)}
     assert len(paths) > 120
-    assert all(surfaces.surfaces(path) == [path] and "<" not in path for path in paths)
+    assert all(ways_to_say(path) == [path] and "<" not in path for path in paths)
 
 
 def test_most_figure_tools_take_a_bare_share_and_some_say_per_cent():
@@ -142,4 +142,4 @@ def test_every_sentence_of_every_figure_tool_is_grounded():
 
 def test_an_unknown_kind_inside_a_list_is_refused():
     with pytest.raises(ValueError, match=r"unknown kind 'colour'; a range, an enumeration, %"):
-        argument_kinds.kind_of("[colour]")
+        kind_of("[colour]")
