@@ -89,7 +89,7 @@ class Cell:
     read_bytes_per_s: float = 0.0  # memory, at that footprint
     read_bytes_per_s_one_thread: float = 0.0  # of a predictable cell
     peak_vram_bytes: int | None = None
-    threads: int = 0  # torch's
+    torch_threads: int = 0
     first_prefill_seconds: float = 0.0  # includes what an engine does once: unpacking, re-packing
     timed_peak_bytes: int = 0  # while samples were taken: what malloc keeps for itself is in it
     anonymous_bytes: int = 0  # resident after the warm-up: the process's own memory
@@ -167,7 +167,7 @@ def run_cell(request: dict) -> dict:
         footprint = trackers.weight_bytes_read(engine.state["model"]) + cache
     engine.close()
     torch.set_num_threads(request["threads"] or torch.get_num_threads())
-    facts |= {"threads": torch.get_num_threads(), "bytes_read_per_token": footprint}
+    facts |= {"torch_threads": torch.get_num_threads(), "bytes_read_per_token": footprint}
     facts["read_bytes_per_s"] = trackers.memory_read_rate(footprint, device=device)
     if predictable:
         torch.set_num_threads(1)

@@ -91,7 +91,7 @@ def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage |
         runtime_bytes=measured.runtime_bytes if measured.peak_vram_bytes is None else 0,
     )
     details = {"load_average": measured.load_average}
-    about = {"artifact_sha256": artifact.sha256, "engine": "torch", "threads": measured.threads}
+    about = {"artifact_sha256": artifact.sha256, "engine": "torch", "threads": measured.torch_threads}
     _record_bytes(run, subject, storage.bytes_by_component(artifact), disk, memory, details=details, **about)
     _record_memory(run, subject, measured, details=details, **about)
     _record_time(run, subject, measured, details=details, **about)
