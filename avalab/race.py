@@ -85,7 +85,7 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "gguf-q8_0": lambda base, run: gguf_export.write(base, "q8_0"),
     "gguf-q4_0": lambda base, run: gguf_export.write(base, "q4_0"),
     "gguf-q4_k_m": lambda base, run: gguf_quantizer.write(base, "q4_k_m", windows=_calibration(base, run)),
-    "gguf-ava": lambda base, run: _gguf_ava(base, run),
+    "gguf-ava": _gguf_ava,
     "openvino-int8": lambda base, run: openvino_export.write(base, "int8"),
     "openvino-int4": lambda base, run: openvino_export.write(base, "int4"),
     "onnx-int4": lambda base, run: onnx_export.write(base, "int4"),
