@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from avalab import artifacts, kernels, models, quiet
+from avalab import artifacts, kernels, models, process
 from avalab.artifacts import Artifact
 from avalab.kernels import Weight4
 
@@ -105,7 +105,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Write the adapter in PEFT's format, without the path of the machine it was trained on."""
     model.peft_config[ADAPTER].base_model_name_or_path = None
     model.peft_config[ADAPTER].inference_mode = True
-    quiet.quiet_libraries()
+    process.quiet_libraries()
     model.save_pretrained(folder)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from avalab import quiet
+from avalab import process
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _solve(rows: list[list[Option]], budget_bytes: int) -> list[Option]:
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(rows), len(flat)))
     costs = np.array([option.cost for option in flat])
     sizes = np.array([[option.bytes for option in flat]]) / 1024  # the solver's tolerances are absolute
-    with quiet.native_output():  # HiGHS 1.12 prints a line for each solution it repairs, also when told not to
+    with process.drop_native_output():  # HiGHS 1.12 prints a line for each solution it repairs, also when told not to
         found = milp(
             costs / max(np.abs(costs).max(), 1e-300) * len(rows),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes, -np.inf, budget_bytes / 1024)],

@@ -37,7 +37,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import alone, artifacts, assets, calls, engines, grammars, models, packed_rows, predict, sandbox, statistics
+from avalab import (
+    artifacts,
+    assets,
+    calls,
+    engines,
+    grammars,
+    models,
+    packed_rows,
+    predict,
+    process,
+    sandbox,
+    statistics,
+)
 from avalab.artifacts import Artifact
 from avalab.cache import cache_path, cached_lines, cached_tensors, known_lines, seconds_of_lines
 from avalab.calls import Case, Verdict, cases
@@ -112,7 +124,7 @@ def answer(
         return cached_lines(path, keys, generate, progress=progress)
     missing = [question for question, key in zip(questions, keys, strict=True) if key not in known_lines(path)]
     if missing:
-        alone.call(
+        process.call(
             f"{__name__}:answer_questions",
             {
                 "folder": str(respondent.artifact.path.resolve()),

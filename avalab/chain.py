@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from avalab import adapters, artifacts, models, quiet
+from avalab import adapters, artifacts, models, process
 from avalab.artifacts import Artifact
 from avalab.experiment import Record, Run
 
@@ -58,7 +58,7 @@ def dequantised(artifact: Artifact) -> Artifact:
     def save(folder: Path) -> None:
         model = models.load(artifact)
         adapters.replace_quantised(model)
-        with quiet.quietly():
+        with process.quietly():
             models.save_model(model, models.load_tokenizer(artifact), folder)
 
     origin = {"name": artifact.name, "sha256": artifact.sha256}

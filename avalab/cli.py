@@ -112,19 +112,19 @@ def bench(
     run = Run("avalab_bench", profile, seed)
     found = artifacts.load(artifact)
     if engine:
-        _race(run, found, engine, threads)
+        _bench_in(run, found, engine, threads)
     else:
-        cost.record(run, found.name, found)
+        cost.record_cost(run, found.name, found)
     print_records(run, as_json)
 
 
-def _race(run, artifact, engine: str, threads: int) -> None:
+def _bench_in(run, artifact, engine: str, threads: int) -> None:
     """One cell of the benchmark; what the engine refuses is the caller's error."""
-    from avalab import engine_bench
+    from avalab import cell
 
-    race = engine_bench.Race(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
-    cell = engine_bench.measure(artifact, engine, race=race)
-    engine_bench.add_records(run, artifact, engine=engine, race=race, cell=cell)
+    work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
+    found = cell.measure_cell(artifact, engine, work=work)
+    cell.record_cell(run, artifact, engine=engine, work=work, cell=found)
 
 
 @app.command("eval")

@@ -3,9 +3,9 @@
     bfcl    the same function-calling cases, McNemar's exact test
     text    the same windows of text, paired bootstrap of the loss
     speed   the same prompts in the same engine, both artefacts loaded, generations in turn: each round is a ratio of
-            seconds, ours over theirs; the interval of their median is one of order statistics (see `cost`), which
-            takes no shape of the noise for granted. Whoever goes first changes from round to round, so that neither
-            profits from what the other left in a cache, and what disturbs the machine meets both.
+            seconds, ours over theirs; the interval of their median is one of order statistics, which takes no shape of
+            the noise for granted. Whoever goes first changes from round to round, so that neither profits from what the
+            other left in a cache, and what disturbs the machine meets both.
 
 What it does not do: compare memory (see `avalab bench`), or engines with each other.
 """
@@ -111,7 +111,7 @@ def paired_timings(
     `sizes` are tokens of the prompt and new ones. A round before the first warms up and does not count. Raises
     ValueError for fewer than two new tokens.
     """
-    from avalab import engine_bench
+    from avalab import trackers
 
     if sizes[1] < 2:
         raise ValueError(f"need at least 2 new tokens to time one, got {sizes[1]}")
@@ -120,7 +120,7 @@ def paired_timings(
     for number in range(rounds + 1):
         prompt = [draw.randrange(vocabulary) for _ in range(sizes[0])]
         for index in (0, 1) if number % 2 else (1, 0):
-            told = engine_bench.timed((ours, theirs)[index], prompt, sizes[1])
+            told = trackers.time_tokens((ours, theirs)[index], prompt, sizes[1])
             if number:
                 first[index].append(told[0])
                 further[index].append((told[-1] - told[0]) / (len(told) - 1))
@@ -129,10 +129,11 @@ def paired_timings(
 
 def speed_verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """`better: 0.72 [0.70, 0.75] of the other's time, 11 rounds`; an interval that holds 1 distinguishes nothing."""
-    from avalab import cost, statistics
+    from avalab import statistics
 
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    value, (low, high) = cost.quantile(ratios, 0.5), cost.quantile_interval(ratios)
+    middle = statistics.quantile(ratios)
+    value, low, high = middle.value, middle.low, middle.high
     known = low is not None and high is not None
     ends = (low - 1, high - 1) if known else (None, None)
     verdict = statistics.verdict(statistics.Estimate(value - 1, *ends, len(ratios)))

@@ -176,5 +176,5 @@ def _score(run, subjects: dict) -> None:
         for subject, artifact in subjects.items():
             quality.record_quality(run, subject, artifact, against, text)
     for subject, artifact in subjects.items():
-        cost.record(run, subject, artifact)
+        cost.record_cost(run, subject, artifact)
     print_records(run, as_json=False)

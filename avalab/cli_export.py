@@ -149,7 +149,7 @@ def tensorrt(
     profile: Profile = "laptop",
 ) -> None:
     """Build a model for TensorRT-LLM, continue a prompt with it, and say how fast; needs an NVIDIA GPU."""
-    from avalab import engine_bench, models
+    from avalab import models, trackers
     from avalab.engines import tensorrt as engine
 
     engine.require(precision)
@@ -157,7 +157,7 @@ def tensorrt(
     loaded, tokenizer = engine.load(artifact, precision=precision), models.load_tokenizer(artifact)
     ids = tokenizer(prompt).input_ids
     print(tokenizer.decode(loaded.generate(ids, 32)))
-    told = engine_bench.timed(loaded, ids, 32)
+    told = trackers.time_tokens(loaded, ids, 32)
     print(f"{precision}: {31 / (told[-1] - told[0]):.1f} token/s after {told[0] * 1000:.0f} ms")
     loaded.close()
 

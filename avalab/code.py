@@ -56,7 +56,7 @@ NOT_FOLLOWED = (  # in the hash by name only
     "avalab.engines:ENGINES",
     "avalab.quantize:METHODS",
 )
-DEFINED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:\w+")  # `package.module:name`, as `alone.call` takes it
+DEFINED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:\w+")  # `package.module:name`, as `process.call` takes it
 Reference = tuple[str, str]  # module and name; without a name, the module as a value
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import cascade, corpora, cost, ensemble, mixture, models, predict, quality, statistics
+from avalab import cascade, corpora, ensemble, mixture, models, predict, quality, statistics
 from avalab.artifacts import Artifact
 from avalab.cache import cache_path, load_tensors, save_tensors
 from avalab.cascade import Rule
@@ -188,11 +187,10 @@ def record_speed(run: Run, subjects: Mapping[str, Artifact | Ensemble], tokens: 
             run.record(name, "decode_tokens_per_s", None, "token/s", note="out of memory with all members loaded")
     for name, times in interleaved(arms, 3 * run.profile.latency_samples, run.device).items():
         rates = [1000 / ms for ms in times]
-        low, high = cost.quantile_interval(rates)
         subject = subjects[name] if isinstance(subjects[name], Artifact) else subjects[name].as_artifact()
-        about = {"artifact_sha256": subject.sha256, "engine": "torch", "n": len(rates), "samples": rates}
+        about = {"artifact_sha256": subject.sha256, "engine": "torch", "samples": rates}
         about["details"] = {"load_average": load_average(), "prompt_tokens": len(tokens)}
-        run.record(name, "decode_tokens_per_s", median(rates), "token/s", low=low, high=high, **about)
+        run.record(name, "decode_tokens_per_s", unit="token/s", **vars(statistics.quantile(rates)), **about)
 
 
 def _assembled(subject: Artifact | Ensemble, loaded: dict[str, PreTrainedModel], device: str) -> PreTrainedModel:

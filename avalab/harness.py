@@ -32,7 +32,7 @@ from pathlib import Path
 
 import httpx
 
-from avalab import artifacts, experiment, models, quiet, statistics
+from avalab import artifacts, experiment, models, process, statistics
 from avalab.artifacts import Artifact
 from avalab.assets import AssetUnavailable
 from avalab.cache import cache_path, cached_document
@@ -214,7 +214,7 @@ def _manager(folder: Path | None) -> object:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' own remarks; their progress bars stay."""
-    quiet.quiet_libraries()
+    process.quiet_libraries()
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from avalab import artifacts, assets, gguf_vocabulary, hqq_checkpoint, packed_embedding, quiet
+from avalab import artifacts, assets, gguf_vocabulary, hqq_checkpoint, packed_embedding, process
 from avalab.artifacts import Artifact
 from avalab.experiment import Run
 
@@ -99,7 +99,7 @@ def load(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = to
     if not list(folder.glob("*.safetensors")) and len(files := list(folder.glob("*.gguf"))) == 1:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             return nn.Module.to(from_gguf(files[0])[0], device, dtype)
-    quiet.quiet_libraries()
+    process.quiet_libraries()
     if hqq_checkpoint.is_one(folder):
         return nn.Module.to(hqq_checkpoint.from_pretrained(folder, dtype=dtype), device).eval()
     # The libraries' own deprecations and progress bars that cannot be turned off: nothing a reader can act on.
@@ -161,7 +161,7 @@ def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights as safetensors, configuration and tokenizer into a folder."""
-    quiet.quiet_libraries()
+    process.quiet_libraries()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -288,7 +288,7 @@ def _off_grid(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
-    quiet.quiet_libraries()
+    process.quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if model.config.model_type in gguf_vocabulary.MODEL_TYPES:
         tokenizer = gguf_vocabulary.tokenizer(gguf)

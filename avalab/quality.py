@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from avalab import alone, artifacts, engines, models, predict, statistics
+from avalab import artifacts, engines, models, predict, process, statistics
 from avalab.artifacts import Artifact
 from avalab.cache import cache_path, cached_tensors
 from avalab.code import code_of
@@ -52,7 +52,7 @@ def score_artifact(
             return vars(_scored_in_torch(artifact, against, device))
         request = {"folder": str(artifact.path.resolve()), "engine": engine, "device": device, "cache": str(cache)}
         request |= {"base": str(against.base.path.resolve()), "windows": against.windows.tolist()}
-        found = alone.call(
+        found = process.call(
             f"{__name__}:scored_windows",
             request,
             limit_seconds=limit_seconds,

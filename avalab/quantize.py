@@ -43,7 +43,7 @@ from avalab.code import code_of
 from avalab.engines import kinds, llamacpp, onnx, openvino
 from avalab.experiment import Run
 from avalab.libraries import Job
-from avalab.quiet import quietly
+from avalab.process import quietly
 
 LAB = 'pip install -e ".[lab]"'
 HQQ = "pip install hqq==0.2.8.post1"

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from avalab import cost, onnx_file, storage
+from avalab import onnx_file, statistics
 from avalab.artifacts import Artifact
 from avalab.experiment import Run, load_average
 
@@ -118,7 +118,7 @@ def milliseconds(
 
 def best_ratio(found: Mapping[str, Timing]) -> float:
     """Median time of the best sparse kernel over that of the best dense one: above 1 zeros make nothing faster."""
-    medians = {name: cost.quantile(timing.samples, 0.5) for name, timing in found.items() if timing.samples}
+    medians = {name: statistics.quantile(timing.samples).value for name, timing in found.items() if timing.samples}
     sparse = [median for name, median in medians.items() if not name.startswith("dense")]
     return min(sparse) / min(median for name, median in medians.items() if name.startswith("dense"))
 
@@ -136,21 +136,9 @@ def record(
         if not timing.samples:
             run.record(subject, metric, None, "ms", note=timing.reason, **about)
             continue
-        low, high = cost.quantile_interval(timing.samples)
-        many = {"low": low, "high": high, "n": len(timing.samples), "samples": timing.samples}
-        run.record(subject, metric, cost.quantile(timing.samples, 0.5), "ms", **many, **about)
+        found_ms = vars(statistics.quantile(timing.samples))
+        run.record(subject, metric, unit="ms", samples=timing.samples, **found_ms, **about)
     return found
-
-
-def record_model(run: Run, subject: str, artifact: Artifact) -> None:
-    """Append what a pruned artefact, or its base, costs to run, predicted and measured in a process of its own."""
-    work, shape = cost.workload(run), storage.shape_of(artifact)
-    measured = cost.cached_measure(artifact, work, run.artifacts_dir / "cache", device=run.device)
-    how = {"weight_bytes": artifact.bytes, "work": work, "device": run.device}
-    runtime_bytes = measured.runtime_bytes if measured.peak_vram_bytes is None else 0
-    memory = cost.predict_memory(shape, storage.BF16, **how, runtime_bytes=runtime_bytes)
-    predicted = {"artifact": storage.predict_bytes(shape, storage.BF16), "memory": memory}
-    cost.records(run, subject, artifact=artifact, measurement=measured, predicted=predicted)
 
 
 def _timed(product: Callable[[], Tensor]) -> float:

@@ -4,6 +4,7 @@
 |---|---|---|
 | mean, perplexity, tail, difference, ratio over windows | bootstrap of windows | Efron and Tibshirani (1993) |
 | mean over independent draws | Student's t | Student (1908) |
+| median, percentiles of timings | order statistics | Conover, Practical Nonparametric Statistics, 3.2 |
 | share of right answers | score interval | Wilson (1927) |
 | difference of two shares on the same cases | method 10 for pairs | Newcombe (1998) |
 | which of two is right more often on the same cases | exact test of a fair coin | McNemar (1947) |
@@ -162,6 +163,17 @@ def over_draws(values: Float[Any, "draw"]) -> Estimate:
         return Estimate(float(drawn.mean()), None, None, n)
     mean, half = float(drawn.mean()), float(stats.t.ppf(0.975, n - 1) * drawn.std(ddof=1) / n**0.5)
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def quantile(samples: Sequence[float], q: float = 0.5) -> Estimate:
+    """The q-quantile with an interval from order statistics, which needs no model of the noise.
+
+    Linear between neighbouring samples (type 7 of Hyndman and Fan, 1996); a side that they are too few for is None.
+    """
+    ordered, n = sorted(samples), len(samples)
+    low, high = int(stats.binom.ppf(0.025, n, q)), int(stats.binom.ppf(0.975, n, q)) + 1
+    ends = ordered[low - 1] if low >= 1 else None, ordered[high - 1] if high <= n else None
+    return Estimate(float(np.quantile(ordered, q)), *ends, n)
 
 
 def wilson(right: int, n: int) -> Estimate:

@@ -213,6 +213,11 @@ def predict_artifact_bytes(model: Shape, stored: Storage, kept: Sequence[str] = 
     return sum(predict_bytes(model, stored, kept).values())
 
 
+def kv_cache_bytes(model: Shape, *, context: int, batch: int = 1, bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values of every layer for `context` tokens of `batch` sequences."""
+    return 2 * model.layers * model.kv_heads * model.head_dim * batch * context * bytes_per_value
+
+
 def folder_of(artifact: Artifact | Path) -> Path:
     """The folder of an artefact, or the folder itself."""
     return artifact.path if isinstance(artifact, Artifact) else Path(artifact)

@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from avalab import artifacts, quiet
+from avalab import artifacts, process
 from avalab.experiment import write_atomically
 from avalab.losses import Loss, next_token
 from avalab.packed_attention import apply_packed_attention
@@ -132,7 +132,7 @@ def fit(
         callbacks=[Progress(), *([EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    quiet.quiet_libraries()
+    process.quiet_libraries()
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
     history = [_entry(logged) for logged in trainer.state.log_history if "loss" in logged or "eval_loss" in logged]
     trainer.accelerator.wait_for_everyone()

@@ -28,7 +28,10 @@ os.environ.update(
 
 from jaxtyping import install_import_hook  # after the environment is set
 
-for _name in ("torchao", "torch.utils._pytree"):  # as `avalab.quiet`, which must not be imported before the hook is set
+for _name in (
+    "torchao",
+    "torch.utils._pytree",
+):  # as `avalab.process`, which comes after the hook
     logging.getLogger(_name).setLevel(logging.ERROR)
 with warnings.catch_warnings():  # its docstrings hold invalid escapes, which are errors where warnings are
     warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from avalab import alone, answers, calls, engines, experiment, grammars, models, packed_rows, sandbox, toolbox
+from avalab import answers, calls, engines, experiment, grammars, models, packed_rows, process, sandbox, toolbox
 from avalab.answers import Question, Respondent
 from avalab.calls import Case
 from avalab.experiment import Run
@@ -39,7 +39,7 @@ def case(**fields) -> Case:
 @pytest.fixture
 def here(monkeypatch):
     """Both halves of a call without the process; what the process would do is the same function."""
-    monkeypatch.setattr(alone, "_run", lambda arguments, limit: alone.main(*arguments[:3]) or 0)
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
 
 
 def test_each_wrong_answer_is_counted_under_its_error():

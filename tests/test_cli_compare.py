@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import cli, cli_compare, engine_bench, models
+from avalab import cli, cli_compare, models, trackers
 from avalab.engines.engine import Engine
 from avalab.engines.kinds import Facts
 from avalab.experiment import Run
@@ -50,7 +50,7 @@ def test_both_read_the_same_prompts_and_take_turns_in_going_first(monkeypatch):
         seen.append((engine.name, tuple(prompt)))
         return [float(n + 1) for n in range(new_tokens)]
 
-    monkeypatch.setattr(engine_bench, "timed", timed)
+    monkeypatch.setattr(trackers, "time_tokens", timed)
     pair = [Engine(name, Path("x"), Facts(100, 10, ()), {"model": 1}, list, None) for name in ("ours", "theirs")]
     found = cli_compare.paired_timings(*pair, sizes=(4, 3), rounds=2, seed=0)
     assert found == {"time to first token": ([1, 1], [1, 1]), "time a token": ([1, 1], [1, 1])}

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab import artifacts, cost, storage
-from avalab.cost import Workload
+from avalab import artifacts, cell, cost, storage
+from avalab.cell import Cell, Workload
 from avalab.experiment import ROOT, Run
 from avalab.storage import Shape
 
@@ -22,8 +20,9 @@ PENCIL = Shape(vocab=10, hidden=8, mlp=16, layers=1, heads=2, kv_heads=1, head_d
 
 
 @pytest.fixture(scope="module")
-def measurement() -> cost.Measurement:
-    return cost.measure(TINY, Workload(prompt_tokens=8, new_tokens=3, samples=7, threads=1), limit_seconds=60)
+def measured() -> Cell:
+    work = Workload(prompts=(8,), new_tokens=3, samples=7, threads=1, predictable=True, limit_seconds=60)
+    return cell.measure_cell(TINY, "torch", work=work)
 
 
 @pytest.fixture
@@ -133,12 +132,12 @@ def test_an_unknown_method_is_refused_by_name():
 
 def test_kv_cache_of_one_block_by_hand():
     """Keys and values x 1 layer x 1 head x 4 x 5 tokens x 3 sequences x 2 bytes."""
-    assert cost.kv_cache_bytes(PENCIL, context=5, batch=3) == 2 * 4 * 5 * 3 * 2
+    assert storage.kv_cache_bytes(PENCIL, context=5, batch=3) == 2 * 4 * 5 * 3 * 2
 
 
 def test_predicted_memory_by_hand():
     """Six tokens: MLP 6 x 2 x (16 + 48) = 768 beats attention 6 x 2 x (16 + 32) = 576; logits of one position only."""
-    work = Workload(prompt_tokens=6, new_tokens=2)
+    work = Workload(prompts=(6,), new_tokens=2)
     parts = cost.predict_memory(PENCIL, storage.BF16, weight_bytes=1000, work=work, runtime_bytes=5000)
     assert parts["activations"] == 768
     assert parts["logits"] == 20
@@ -151,72 +150,41 @@ def test_unpacked_weights_are_counted_as_a_copy_on_a_cpu_only():
     """576 linear weights, 2 bytes each, beside the packed file."""
     packed = storage.of_method("gptq", {"group_size": 32})
     assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload())["copies"] == 2 * 576
-    assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload(), device="cuda")["copies"] == 0
+    assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload(device="cuda"))["copies"] == 0
 
 
-def test_percentiles_of_one_to_five():
-    """Linear between neighbours: the 95th lies 0.8 of the way from 4 to 5."""
-    assert cost.quantile([5, 1, 4, 2, 3], 0.5) == 3
-    assert cost.quantile([5, 1, 4, 2, 3], 0.95) == pytest.approx(4.8)
-
-
-def test_interval_of_the_median_of_nine_is_the_second_to_the_eighth():
-    """P(2 <= Binomial(9, 1/2) <= 7) = 1 - 20/512 = 0.961."""
-    assert cost.quantile_interval(list(range(1, 10))) == (2, 8)
-
-
-def test_three_samples_give_no_interval():
-    assert cost.quantile_interval([1.0, 2.0, 3.0]) == (None, None)
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=6, max_size=40), st.randoms(use_true_random=False))
-def test_order_of_samples_changes_neither_quantile_nor_interval(samples, random):
-    shuffled = random.sample(samples, len(samples))
-    assert cost.quantile_interval(samples) == cost.quantile_interval(shuffled)
-    assert cost.quantile(samples, 0.5) == pytest.approx(cost.quantile(shuffled, 0.5))
-
-
-def test_interval_of_the_median_covers_it_at_least_95_times_in_100():
-    generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(2000):
-        low, high = cost.quantile_interval(torch.rand(9, generator=generator).tolist())
-        hits += low <= 0.5 <= high
-    assert hits / 2000 > 0.945
-
-
-def test_one_decode_step_reads_the_weights_once_and_half_the_cache(measurement):
+def test_one_decode_step_reads_the_weights_once_and_half_the_cache(measured):
     """The head is tied, so the embedding is read too; the cache is counted after the prompt and half the new tokens."""
     model = storage.shape_of(TINY)
     sizes = storage.bytes_by_component(TINY)
     weights = sum(sizes.values()) - sizes["overhead"]
-    cache = cost.kv_cache_bytes(model, context=8 + 1)
-    assert measurement.bytes_read_per_token == pytest.approx(weights + cache, rel=0.01)
+    cache = storage.kv_cache_bytes(model, context=8 + 1)
+    assert measured.bytes_read_per_token == pytest.approx(weights + cache, rel=0.01)
 
 
-def test_memory_of_the_measuring_process_grows_in_the_order_of_its_steps(measurement):
-    assert 0 < measurement.runtime_bytes <= measurement.load_peak_bytes
-    assert measurement.loaded_bytes <= measurement.load_peak_bytes
-    assert measurement.peak_rss_bytes >= 0.98 * (measurement.anonymous_bytes + measurement.file_bytes)
+def test_memory_of_the_measuring_process_grows_in_the_order_of_its_steps(measured):
+    assert 0 < measured.runtime_bytes <= measured.load_peak_bytes
+    assert measured.loaded_bytes <= measured.load_peak_bytes
+    assert measured.peak_bytes >= 0.98 * (measured.anonymous_bytes + measured.file_bytes)
 
 
-def test_predicted_peak_memory_of_the_tiny_model_is_within_15_percent(measurement):
-    work = Workload(prompt_tokens=8, new_tokens=3)
+def test_predicted_peak_memory_of_the_tiny_model_is_within_15_percent(measured):
+    work = Workload(prompts=(8,), new_tokens=3)
     size = sum(storage.bytes_by_component(TINY).values())
     parts = cost.predict_memory(
-        storage.shape_of(TINY), storage.BF16, weight_bytes=size, work=work, runtime_bytes=measurement.runtime_bytes
+        storage.shape_of(TINY), storage.BF16, weight_bytes=size, work=work, runtime_bytes=measured.runtime_bytes
     )
-    assert parts["total"] == pytest.approx(measurement.peak_rss_bytes, rel=0.15)
+    assert parts["total"] == pytest.approx(measured.peak_bytes, rel=0.15)
 
 
-def test_raw_samples_are_kept(measurement):
-    assert len(measurement.prefill_seconds) == len(measurement.first_token_seconds) == 7
-    assert [len(steps) for steps in measurement.decode_seconds] == [2] * 7
-    assert all(p <= f for p, f in zip(measurement.prefill_seconds, measurement.first_token_seconds, strict=True))
-    assert measurement.roofline_fraction > 0
+def test_raw_samples_are_kept(measured):
+    assert len(measured.first["8"]) == 7
+    assert [len(steps) for steps in measured.further["8"]] == [2] * 7
+    assert measured.first_prefill_seconds > 0
+    assert min(measured.roofline_fractions) > 0
 
 
-def test_records_hold_prediction_beside_measurement(measurement, tmp_path, monkeypatch):
+def test_records_hold_prediction_beside_measurement(measured, tmp_path, monkeypatch):
     def save(folder: Path) -> None:
         for file in ("model.safetensors", "config.json"):
             (folder / file).write_bytes((TINY / file).read_bytes())
@@ -225,9 +193,9 @@ def test_records_hold_prediction_beside_measurement(measurement, tmp_path, monke
     artifact = artifacts.write("tiny", tmp_path, save, base=origin, recipe=[{"step": "cast"}], format="bf16")
     monkeypatch.setenv("AVALAB_DEVICE", "cpu")
     monkeypatch.setattr("avalab.experiment.ROOT", tmp_path)
-    monkeypatch.setattr(cost, "measure", lambda *args, **more: measurement)  # measured once for the whole file
+    monkeypatch.setattr(cell, "measure_cell", lambda *args, work: measured)  # measured once for the whole file
     run = Run("01_quantization", "smoke")
-    cost.record(run, "bf16", artifact)
+    cost.record_cost(run, "bf16", artifact)
     by_metric = {r.metric: r for r in run.records}
     assert by_metric["artifact_bytes"].value == artifact.bytes
     assert by_metric["predicted_bytes:artifact"].value == pytest.approx(artifact.bytes, rel=0.01)
@@ -237,13 +205,13 @@ def test_records_hold_prediction_beside_measurement(measurement, tmp_path, monke
     assert {"load_seconds", "prefill_tokens_per_s", "roofline_fraction", "memory_read_bytes_per_s"} <= set(by_metric)
 
 
-def test_a_measurement_is_taken_once_for_the_same_bytes(measurement, tmp_path, monkeypatch):
+def test_a_measurement_is_taken_once_for_the_same_bytes(measured, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(cost, "measure", lambda *args, **more: taken.append(args) or measurement)
+    monkeypatch.setattr(cell, "measure_cell", lambda *args, work: taken.append(args) or measured)
     artifact = artifacts.Artifact(tmp_path, {"name": "tiny", "sha256": "0" * 64})
-    first = cost.cached_measure(artifact, Workload(), tmp_path)
-    assert cost.cached_measure(artifact, Workload(), tmp_path) == first == measurement
-    cost.cached_measure(artifact, Workload(prompt_tokens=9), tmp_path)
+    first = cost.cached_cell(artifact, Workload(), tmp_path)
+    assert cost.cached_cell(artifact, Workload(), tmp_path) == first == measured
+    cost.cached_cell(artifact, Workload(prompts=(9,)), tmp_path)
     assert len(taken) == 2
 
 
@@ -251,20 +219,6 @@ def test_a_crashing_measurement_names_the_artefact_and_the_last_error_line(tmp_p
     folder = tmp_path / "broken-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(RuntimeError, match=r"measuring broken-model failed: exit status 1: \w+Error: .+") as caught:
-        cost.measure(folder, Workload(prompt_tokens=4, new_tokens=2, samples=1, threads=1))
+    with pytest.raises(RuntimeError, match=r"broken-model in torch failed: .+") as caught:
+        cell.measure_cell(folder, "torch", work=Workload(prompts=(4,), samples=1, threads=1, predictable=True))
     assert "\n" not in str(caught.value)
-
-
-def test_a_measurement_over_its_time_limit_is_stopped_and_says_so():
-    with pytest.raises(RuntimeError, match=r"measuring tiny-llama took longer than 0\.2 s"):
-        cost.measure(TINY, Workload(), limit_seconds=0.2)
-
-
-def test_a_killed_process_is_reported_by_its_signal():
-    assert cost._why(-9) == "killed by SIGKILL"
-
-
-def test_generating_one_token_is_refused():
-    with pytest.raises(ValueError, match="got 1 and 9"):
-        cost.measure(TINY, Workload(new_tokens=1))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab import alone, corpora, engines, models, predict, quality, quantize
+from avalab import corpora, engines, models, predict, process, quality, quantize
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Both halves of a call without the process; what the process would do is the same function."""
-    monkeypatch.setattr(alone, "_run", lambda arguments, limit: alone.main(*arguments[:3]) or 0)
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
 
 
 @pytest.fixture(scope="module")

@@ -404,3 +404,33 @@ def test_one_cluster_has_no_interval():
 )
 def test_what_an_agreement_allows_is_decided_by_its_lower_end(low, allows):
     assert statistics.reliability(Estimate(0.9, low, 0.95, 20)) == allows
+
+
+# --- timings ----------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_of_one_to_five():
+    """Linear between neighbours: the 95th lies 0.8 of the way from 4 to 5."""
+    assert statistics.quantile([5, 1, 4, 2, 3]).value == 3
+    assert statistics.quantile([5, 1, 4, 2, 3], 0.95).value == pytest.approx(4.8)
+
+
+def test_interval_of_the_median_of_nine_is_the_second_to_the_eighth():
+    """P(2 <= Binomial(9, 1/2) <= 7) = 1 - 20/512 = 0.961."""
+    assert statistics.quantile(list(range(1, 10))) == Estimate(5, 2, 8, 9)
+
+
+def test_three_samples_give_no_interval():
+    assert statistics.quantile([1.0, 2.0, 3.0]) == Estimate(2, None, None, 3)
+
+
+@EXAMPLES
+@given(st.lists(st.floats(0, 1e6), min_size=6, max_size=40), st.randoms(use_true_random=False))
+def test_order_of_samples_changes_neither_quantile_nor_interval(samples, random):
+    assert statistics.quantile(samples) == statistics.quantile(random.sample(samples, len(samples)))
+
+
+def test_interval_of_the_median_covers_it_at_least_95_times_in_100():
+    generator = torch.Generator().manual_seed(0)
+    found = [statistics.quantile(torch.rand(9, generator=generator).tolist()) for _ in range(2000)]
+    assert sum(estimate.low <= 0.5 <= estimate.high for estimate in found) / 2000 > 0.945

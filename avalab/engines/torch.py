@@ -38,9 +38,13 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = False,
+    own_kernels: bool = True,
     threads: int = 0,
 ) -> Engine:
-    """Open any artefact that `models.load` can, or a GGUF file; `threads` 0 leaves torch's own choice."""
+    """Open any artefact that `models.load` can, or a GGUF file; `threads` 0 leaves torch's own choice.
+
+    Without `own_kernels`, 4-bit layers stay those of their library.
+    """
     folder = kinds.checked("torch", artifact)
     found = kinds.kind(folder)
     if threads:
@@ -52,7 +56,8 @@ def load(
         model = torch.nn.Module.to(decoded, device, dtype)
     else:
         model = models.load(artifacts.load(folder, verify=False) if found == "adapter" else folder, device, dtype)
-    four_bit.apply_kernels(model)
+    if own_kernels:
+        four_bit.apply_kernels(model)
     state = {"model": model, "step": _compiled(model, folder) if compiled else None}
     return Engine("torch", folder, facts, state, _new_tokens, _logits)
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import transformers  # noqa: F401  (before what reaches torchao)
 
-from avalab import before_after, engines, kernels_end_to_end, models
+from avalab import before_after, engines, models
+from avalab.before_after import AFTER, BEFORE, PEFT, REFERENCE, Sizes
 from avalab.experiment import PROFILES, Record, Run, save_records
 from avalab.kernels import dispatch
-from avalab.kernels_end_to_end import AFTER, BEFORE, PEFT, REFERENCE, Sizes
 
 SIZES = Sizes(rounds=2, new_tokens=4, reference=(1, 2), train_rounds=1, rank=2, prompts=(8, 32))
 
@@ -20,10 +20,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "artifacts_dir", property(lambda self: folder))
-        patch.setattr(kernels_end_to_end.alone, "call", lambda target, request, **_: {"peak_bytes": len(request)})
+        patch.setattr(before_after.process, "call", lambda target, request, **_: {"peak_bytes": len(request)})
         run = Run("10_kernels", "smoke")
-        kernels_end_to_end.decoding(run, SIZES)
-        kernels_end_to_end.training(run, SIZES)
+        before_after.record_decoding(run, SIZES)
+        before_after.record_training(run, SIZES)
         yield run
 
 
@@ -32,7 +32,7 @@ def values(run, metric):
 
 
 def test_every_profile_has_sizes():
-    assert kernels_end_to_end.SIZES.keys() == PROFILES.keys()
+    assert before_after.SIZES.keys() == PROFILES.keys()
 
 
 def test_reading_and_decoding_are_recorded_for_all_three_forms_and_training_for_two(run):
@@ -61,20 +61,20 @@ def test_peak_memory_is_asked_for_before_and_after(run):
 
 def test_a_peak_holds_at_least_the_packed_weights(run):
     """Measured in this process: it is above the libraries, whatever ran before."""
-    artifact = kernels_end_to_end.base(run)
+    artifact = before_after.nf4_base(run)
     request = {"folder": str(artifact.path), "device": "cpu", "prompts": [8]}
     for arm in (BEFORE, AFTER):
-        assert kernels_end_to_end.peak(request | {"arm": arm})["peak_bytes"] >= 0
+        assert before_after.measure_peak(request | {"arm": arm})["peak_bytes"] >= 0
 
 
 def test_transformers_tells_as_many_times_as_tokens_and_they_rise(run):
-    told = kernels_end_to_end.generating(models.load(kernels_end_to_end.base(run)))([1, 2, 3], 5)
+    told = before_after.generating(models.load(before_after.nf4_base(run)))([1, 2, 3], 5)
     assert len(told) == 5
     assert told == sorted(told)
 
 
 def test_the_reference_is_forced_in_its_own_arm_and_nowhere_else(run, monkeypatch):
-    engine = engines.load("torch", kernels_end_to_end.base(run))
+    engine = engines.load("torch", before_after.nf4_base(run))
     seen = []
 
     def new_tokens(state, request):
@@ -84,7 +84,7 @@ def test_the_reference_is_forced_in_its_own_arm_and_nowhere_else(run, monkeypatc
     watched = replace(engine, new_tokens=new_tokens)
     monkeypatch.setenv(dispatch.SWITCH, "tiles")
     for form in ("", "reference"):
-        kernels_end_to_end.telling(watched, form=form)([1], 1)
+        before_after.telling(watched, form=form)([1], 1)
     assert [*seen, os.environ[dispatch.SWITCH]] == ["tiles", "reference", "tiles"]
 
 
@@ -102,7 +102,7 @@ def speed(subject, metric, value, ratio, first):
 def test_a_row_holds_speed_ratio_range_and_peak():
     records = speed("decode m:avalab", "decode_tokens_per_s", 30.0, 1.5, "before")
     records += [Record("n", "decode m:avalab", "peak_rss_bytes:engine", 2e6, "byte")]
-    assert before_after.rows(records) == (("decode m", "avalab", "30", "1.50x [1.00, 2.00]", "2"),)
+    assert before_after.speed_rows(records) == (("decode m", "avalab", "30", "1.50x [1.00, 2.00]", "2"),)
     assert len(before_after.HEADER) == 5
 
 
@@ -110,13 +110,13 @@ def test_the_longer_runs_of_training_name_their_file_commit_day_and_threads(monk
     monkeypatch.setattr(before_after, "ROOT", tmp_path)
     monkeypatch.setattr(Run, "results_dir", property(lambda self: tmp_path / "results"))
     run = Run("10_kernels", "smoke")
-    rows, note = before_after.recorded(run)
+    rows, note = before_after.longer_runs(run)
     assert rows == ()
     assert "make bench-train writes results/bench_train.json; there is none yet" in note
     made = speed("packed", "train_tokens_per_s", 800.0, 2.5, "peft")
     save_records([*made, Record("n", "packed", "peak_rss_bytes", 4e9, "bytes")], tmp_path / "results/bench_train.json")
-    rows, note = before_after.recorded(run)
+    rows, note = before_after.longer_runs(run)
     assert rows == (("train, longer run", "packed", "800", "2.50x [2.00, 3.00]", "4000"),)
     assert note == "Longer run: results/bench_train.json, commit abc1234, 2026-01-02, threads 2."
     save_records([], tmp_path / "results/bench_train.json")
-    assert before_after.recorded(run) == ((), "results/bench_train.json holds no speed of a training step.")
+    assert before_after.longer_runs(run) == ((), "results/bench_train.json holds no speed of a training step.")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import alone, artifacts, cost, engine_bench, gguf_export, long_context, storage
+from avalab import artifacts, context, cost, gguf_export, process, storage, trackers
+from avalab.cell import Workload
 from avalab.engines import kinds
 from avalab.experiment import Run
 
@@ -34,10 +35,10 @@ def line(length: int, *steps: float) -> dict:
 
 
 def test_a_scale_for_32_values_or_a_scale_and_a_zero_point_a_head_are_counted_in_an_8_bit_cache():
-    assert long_context.cached_bits("torch", 16, 64) == 16
-    assert long_context.cached_bits("llamacpp", 8, 64) == 8.5
-    assert long_context.cached_bits("openvino", 8, 64) == 9
-    assert long_context.cached_bits("openvino", 8, 32) == 10
+    assert context.cached_bits("torch", 16, 64) == 16
+    assert context.cached_bits("llamacpp", 8, 64) == 8.5
+    assert context.cached_bits("openvino", 8, 64) == 9
+    assert context.cached_bits("openvino", 8, 32) == 10
 
 
 def test_a_token_reads_the_weights_and_the_cache_once():
@@ -45,15 +46,15 @@ def test_a_token_reads_the_weights_and_the_cache_once():
     model = storage.shape_of(TINY)
     cache = 2 * model.layers * model.kv_heads * model.head_dim * 2 * 100
     weights = (TINY / "model.safetensors").stat().st_size
-    found = long_context.predict(TINY, asked=ASKED, length=100, runtime_bytes=0, bytes_per_s=1e9)
+    found = context.predict_length(TINY, asked=ASKED, length=100, runtime_bytes=0, bytes_per_s=1e9)
     assert found["read_bytes"] == weights + cache
     assert found["seconds"] == pytest.approx((weights + cache) / 1e9)
     assert found["memory"]["kv_cache"] == cache
 
 
 def test_predicted_memory_is_that_of_the_cost_model_with_the_prompt_and_the_runtime():
-    found = long_context.predict(TINY, asked=ASKED, length=100, runtime_bytes=7, bytes_per_s=1e9)["memory"]
-    work = cost.Workload(prompt_tokens=96, new_tokens=4)
+    found = context.predict_length(TINY, asked=ASKED, length=100, runtime_bytes=7, bytes_per_s=1e9)["memory"]
+    work = Workload(prompts=(96,), new_tokens=4)
     size = (TINY / "model.safetensors").stat().st_size
     same = cost.predict_memory(storage.shape_of(TINY), storage.BF16, weight_bytes=size, work=work, runtime_bytes=7)
     assert found == same
@@ -61,7 +62,7 @@ def test_predicted_memory_is_that_of_the_cost_model_with_the_prompt_and_the_runt
 
 def test_half_the_bits_take_half_the_cache_and_llamacpp_holds_the_longest_one_from_the_start():
     sixteen, eight = (
-        long_context.predict(TINY, asked=ASKED | how, length=100, runtime_bytes=0, bytes_per_s=1e9)["memory"]
+        context.predict_length(TINY, asked=ASKED | how, length=100, runtime_bytes=0, bytes_per_s=1e9)["memory"]
         for how in ({}, {"engine": "llamacpp", "cache_bits": 8})
     )
     assert eight["kv_cache"] == int(sixteen["kv_cache"] * 2 * 8.5 / 16)
@@ -70,18 +71,18 @@ def test_half_the_bits_take_half_the_cache_and_llamacpp_holds_the_longest_one_fr
 @pytest.mark.parametrize("engine", ["torch", "onnx", "aot"])
 def test_an_engine_without_an_8_bit_cache_says_which_ones_have_it(engine):
     with pytest.raises(kinds.NotSupported, match="openvino and llamacpp have one of 8 bits"):
-        long_context.options(engine, 8, 100)
+        context.cache_options(engine, 8, 100)
 
 
 def test_the_caches_precision_is_set_where_an_engine_has_a_choice():
-    assert long_context.options("openvino", 8, 100)["properties"] == {"KV_CACHE_PRECISION": "u8"}
-    assert long_context.options("llamacpp", 8, 100) == {"context": 100, "cache_bits": 8}
-    assert long_context.options("torch", 16, 100) == {}
+    assert context.cache_options("openvino", 8, 100)["properties"] == {"KV_CACHE_PRECISION": "u8"}
+    assert context.cache_options("llamacpp", 8, 100) == {"context": 100, "cache_bits": 8}
+    assert context.cache_options("torch", 16, 100) == {}
 
 
 def test_a_cache_of_other_bits_is_refused():
     with pytest.raises(ValueError, match="no cache of 4 bits; choose 16 or 8"):
-        long_context.options("openvino", 4, 100)
+        context.cache_options("openvino", 4, 100)
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_an_engine_with_a_choice_reads_a_gguf_file_with_either_cache(artifact, e
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     exported = gguf_export.write(artifact, "f16")
-    points = long_context.measure(exported, engine, lengths=(16, 48), cache_bits=cache_bits, threads=1, new_tokens=3)
+    points = context.measure_lengths(exported, engine, lengths=(16, 48), cache_bits=cache_bits, threads=1, new_tokens=3)
     assert [(point.length, point.note) for point in points] == [(16, ""), (48, "")]
     assert all(point.seconds_per_token > 0 for point in points)
 
@@ -101,16 +102,16 @@ def test_an_engine_with_a_choice_reads_a_gguf_file_with_either_cache(artifact, e
 @pytest.mark.parametrize("lengths", [(16, 2000), (), (4,)])
 def test_lengths_that_the_models_context_does_not_hold_or_that_leave_no_prompt_are_refused(lengths):
     with pytest.raises(ValueError, match=r"lengths have to be 5 to 1,024 tokens, the model's context; got"):
-        long_context.measure(TINY, "torch", lengths=lengths, new_tokens=4)
+        context.measure_lengths(TINY, "torch", lengths=lengths, new_tokens=4)
 
 
 def test_one_new_token_is_too_few_to_time_one():
     with pytest.raises(ValueError, match="at least 2 new tokens"):
-        long_context.measure(TINY, "torch", new_tokens=1)
+        context.measure_lengths(TINY, "torch", new_tokens=1)
 
 
 def test_lengths_are_measured_in_a_process_of_its_own_shortest_first():
-    points = long_context.measure(TINY, "torch", lengths=(64, 16), threads=1, new_tokens=4)
+    points = context.measure_lengths(TINY, "torch", lengths=(64, 16), threads=1, new_tokens=4)
     assert [point.length for point in points] == [16, 64]
     for point in points:
         assert len(point.samples) == 3
@@ -122,15 +123,15 @@ def test_lengths_are_measured_in_a_process_of_its_own_shortest_first():
 
 def test_a_context_of_exactly_the_models_length_is_read(artifact, monkeypatch):
     seen = []
-    monkeypatch.setattr(alone, "call", lambda target, request, **how: seen.append(request) or answer(request))
-    long_context.measure(artifact, "torch", lengths=(16, 1024), new_tokens=4)
-    assert seen[0]["lengths"] == [16, 1024]
+    monkeypatch.setattr(process, "call", lambda target, request, **how: seen.append(request) or answer(request))
+    context.measure_lengths(artifact, "torch", lengths=(16, 1024), new_tokens=4)
+    assert seen[0]["prompts"] == (12, 1020)
 
 
 def answer(request: dict, lengths: int = 2) -> dict:
     """Write the first `lengths` lengths down, as the measuring process does."""
-    rows = [line(length, 0.01, 0.03, 0.02) for length in request["lengths"][:lengths]]
-    Path(request["file"]).write_text("".join(f"{long_context.json.dumps(row)}\n" for row in rows))
+    rows = [line(n + request["new_tokens"], 0.01, 0.03, 0.02) for n in request["prompts"][:lengths]]
+    Path(request["file"]).write_text("".join(f"{context.json.dumps(row)}\n" for row in rows))
     return {}
 
 
@@ -139,9 +140,9 @@ def test_what_was_measured_before_a_process_died_stays_and_the_rest_has_a_note(a
         answer(request, 1)
         raise RuntimeError("tiny in torch failed: killed, most likely out of memory")
 
-    monkeypatch.setattr(alone, "call", dies)
+    monkeypatch.setattr(process, "call", dies)
     run = Run("t", "smoke")
-    points = long_context.record(run, artifact, "torch", lengths=(32, 100))
+    points = context.record_lengths(run, artifact, "torch", lengths=(32, 100))
     assert [(p.length, p.seconds_per_token) for p in points] == [(32, 0.02), (100, None)]
     last = run.records[-1]
     assert (last.metric, last.value) == ("token_latency_ms:context100:cache16", None)
@@ -152,31 +153,31 @@ def test_a_process_that_dies_at_once_raises_and_its_record_says_why(artifact, mo
     def dies(target: str, request: dict, **how) -> dict:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(alone, "call", dies)
+    monkeypatch.setattr(process, "call", dies)
     with pytest.raises(RuntimeError, match="killed"):
-        long_context.measure(artifact, "torch", lengths=(16,), new_tokens=4)
+        context.measure_lengths(artifact, "torch", lengths=(16,), new_tokens=4)
     run = Run("t", "smoke")
-    assert long_context.record(run, artifact, "torch", lengths=(32,)) == []
+    assert context.record_lengths(run, artifact, "torch", lengths=(32,)) == []
     assert [(r.value, r.note) for r in run.records] == [(None, "killed")]
 
 
 def test_a_cache_that_the_engine_does_not_have_is_a_record_with_its_reason(artifact):
     run = Run("t", "smoke")
-    assert long_context.record(run, artifact, "torch", lengths=(32,), cache_bits=8) == []
+    assert context.record_lengths(run, artifact, "torch", lengths=(32,), cache_bits=8) == []
     assert "openvino and llamacpp have one of 8 bits" in run.records[0].note
 
 
 def test_points_become_records_by_pencil(artifact, monkeypatch):
     """The median of 10, 20 and 30 ms, a first token after 200 ms, peaks as written; two lengths."""
-    monkeypatch.setattr(alone, "call", lambda target, request, **how: answer(request))
+    monkeypatch.setattr(process, "call", lambda target, request, **how: answer(request))
     run = Run("t", "smoke")
-    long_context.record(run, artifact, "torch", lengths=(32, 100))
+    context.record_lengths(run, artifact, "torch", lengths=(32, 100))
     found = {r.metric: r for r in run.records}
     assert found["token_latency_ms:context32:cache16"].value == pytest.approx(20)
     assert found["token_latency_ms:context32:cache16"].n == 3
     assert found["time_to_first_token_ms:context100:cache16"].value == pytest.approx(200)
     assert found["peak_rss_bytes:context100:cache16"].value == 5100
-    weights = engine_bench.weight_bytes(artifact.path)
+    weights = trackers.weight_file_bytes(artifact.path)
     assert found["predicted_bytes:peak_rss:context32:cache16"].value > weights + 1000
     assert found["predicted_token_latency_ms:context32:cache16"].value > weights / 1e6
     assert {r.artifact_sha256 for r in run.records} == {artifact.sha256}

@@ -1,4 +1,4 @@
-"""What a longer context costs: time a token and memory at each length, in an engine, beside what formulas predict.
+"""The cost of a longer context: time a token and memory at each length, in an engine, beside what formulas predict.
 
 1. A fresh process loads the artefact once. For each length, shortest first, it reads a prompt of random tokens and
    makes `new_tokens` greedy ones: at the end `length` tokens are in the context. The first length is done twice, to
@@ -17,8 +17,6 @@ Cache precision: 16 bits everywhere; 8 bits in OpenVINO (u8, a scale and a zero 
 (q8_0, a scale for 32 values). An untied input embedding counts as read though one row of it is.
 
 Not in the formula: what OpenVINO's unpaged graph needs to read a prompt, which grows with the square of its length.
-
-What it does not do: quality at long contexts, batches, GPU memory, or contexts beyond the model's own.
 """
 
 from __future__ import annotations
@@ -33,17 +31,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from avalab import alone, artifacts, cost, engine_bench, engines, probe, storage
+from avalab import artifacts, cell, cost, statistics, storage, trackers
 from avalab.artifacts import Artifact
+from avalab.cell import Workload
 from avalab.engines import kinds, llamacpp
 from avalab.experiment import Run, load_average
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 CACHE_BITS = (16, 8)
 LIMIT_SECONDS = 600
-FAILURES = {"EngineUnavailable": kinds.EngineUnavailable, "NotSupported": kinds.NotSupported, "ValueError": ValueError}
 LIBRARIES = {"openvino": "openvino_genai", "llamacpp": "llama_cpp", "onnx": "onnxruntime_genai"}
 QUANTIZED_CACHE = (
     "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
@@ -66,7 +62,7 @@ class Point:
     details: dict = field(default_factory=dict)  # load average, read rate, parts of the predicted memory
 
 
-def measure(
+def measure_lengths(
     artifact: Artifact | Path,
     engine: str,
     *,
@@ -82,9 +78,13 @@ def measure(
     """
     folder = storage.folder_of(artifact).resolve()
     lengths = _checked_lengths(lengths, new_tokens, kinds.facts(folder).context)
-    request = {"folder": str(folder), "engine": engine, "lengths": lengths, "threads": threads}
-    request |= {"new_tokens": new_tokens, "options": options(engine, cache_bits, lengths[-1])}
-    lines, why = _measured(request)
+    work = Workload(
+        prompts=tuple(length - new_tokens for length in lengths),
+        new_tokens=new_tokens,
+        threads=threads,
+        limit_seconds=LIMIT_SECONDS,
+    )
+    lines, why = _measured(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
     asked = {"engine": engine, "cache_bits": cache_bits, "new_tokens": new_tokens, "longest": lengths[-1]}
     asked["read_bytes_per_s"] = max((line["read_bytes_per_s"] for line in lines), default=0.0)
     note = f"stopped after {len(lines)} of {len(lengths)} lengths: {why}"
@@ -92,7 +92,7 @@ def measure(
     return [_point(folder, line, asked) for line in lines] + rest
 
 
-def options(engine: str, cache_bits: int, context: int) -> dict:
+def cache_options(engine: str, cache_bits: int, context: int) -> dict:
     """What the engine is loaded with for such a cache. Raises ValueError for other bits, NotSupported without one."""
     if cache_bits not in CACHE_BITS:
         raise ValueError(f"no cache of {cache_bits} bits; choose {' or '.join(map(str, CACHE_BITS))}")
@@ -112,56 +112,60 @@ def cached_bits(engine: str, cache_bits: int, head_dim: int) -> float:
     return 8 + 16 / 32 if engine == "llamacpp" else 8 + 2 * 32 / head_dim
 
 
-def predict(folder: Path, *, asked: dict, length: int, runtime_bytes: int, bytes_per_s: float) -> dict:
+def predict_length(folder: Path, *, asked: dict, length: int, runtime_bytes: int, bytes_per_s: float) -> dict:
     """Predicted `memory` (bytes, part by part, with `total`), `seconds` a token and `read_bytes` at a length.
 
     `asked` holds `engine`, `cache_bits`, `new_tokens` and `longest`, the greatest length of the measurement.
     """
     model, engine = storage.shape_of(folder), asked["engine"]
     bits = cached_bits(engine, asked["cache_bits"], model.head_dim)
-    weights = engine_bench.weight_bytes(folder)
+    weights = trackers.weight_file_bytes(folder)
     prompt = length - asked["new_tokens"]
     at_once = min(prompt, llamacpp.BATCH) if engine == "llamacpp" else prompt
-    work = cost.Workload(prompt_tokens=at_once, new_tokens=asked["new_tokens"])
+    work = Workload(prompts=(at_once,), new_tokens=asked["new_tokens"])
     memory = cost.predict_memory(
         model, _stored(folder, engine), weight_bytes=weights, work=work, runtime_bytes=runtime_bytes
     )
     held = asked["longest"] if engine == "llamacpp" else length
-    memory["kv_cache"] = int(cost.kv_cache_bytes(model, context=held) * bits / 16)
+    memory["kv_cache"] = int(storage.kv_cache_bytes(model, context=held) * bits / 16)
     memory["total"] = sum(size for part, size in memory.items() if part != "total")
-    read = weights + int(cost.kv_cache_bytes(model, context=length) * bits / 16)
+    read = weights + int(storage.kv_cache_bytes(model, context=length) * bits / 16)
     return {"memory": memory, "seconds": read / bytes_per_s, "read_bytes": read}
 
 
-def record(
-    run: Run, artifact: Artifact, engine: str, *, lengths: Sequence[int] = LENGTHS, cache_bits: int = 16, **how
+def record_lengths(
+    run: Run,
+    artifact: Artifact,
+    engine: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    cache_bits: int = 16,
+    threads: int = 0,
 ) -> list[Point]:
-    """`measure` and append to `run`, every metric with the ending `:context<length>:cache<bits>`.
+    """`measure_lengths` and append to `run`, every metric with the ending `:context<length>:cache<bits>`.
 
-    `how` is handed on (`threads`, `new_tokens`). A failure as a whole is one record without value whose note gives the
-    reason, and no point is returned.
+    A failure as a whole is one record without value whose note gives the reason, and no point is returned.
     """
-    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": how.get("threads", 0)}
+    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": threads}
     try:
-        points = measure(artifact, engine, lengths=lengths, cache_bits=cache_bits, **how)
+        points = measure_lengths(artifact, engine, lengths=lengths, cache_bits=cache_bits, threads=threads)
     except (RuntimeError, ValueError) as error:
         ending = f"context{max(lengths)}:cache{cache_bits}"
         run.record(artifact.name, f"token_latency_ms:{ending}", None, "ms", note=str(error), **about)
         return []
     for point in points:
-        _add(run, artifact.name, point, ending=f"context{point.length}:cache{cache_bits}", about=about)
+        _record_point(run, artifact.name, point, ending=f"context{point.length}:cache{cache_bits}", about=about)
     return points
 
 
-def _add(run: Run, subject: str, point: Point, *, ending: str, about: dict) -> None:
+def _record_point(run: Run, subject: str, point: Point, *, ending: str, about: dict) -> None:
     if point.seconds_per_token is None:
         run.record(subject, f"token_latency_ms:{ending}", None, "ms", note=point.note, **about)
         return
     samples = [1000 * s for s in point.samples]
-    low, high = cost.quantile_interval(samples)
-    more = {"low": low, "high": high, "n": len(samples), "samples": samples}
     about = about | {"details": point.details}
-    run.record(subject, f"token_latency_ms:{ending}", 1000 * point.seconds_per_token, "ms", **about, **more)
+    latency = vars(statistics.quantile(samples))
+    run.record(subject, f"token_latency_ms:{ending}", unit="ms", samples=samples, **latency, **about)
     run.record(subject, f"time_to_first_token_ms:{ending}", 1000 * point.first_token_seconds, "ms", n=1, **about)
     run.record(subject, f"peak_rss_bytes:{ending}", point.peak_bytes, "byte", **about)
     run.record(subject, f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte", **about)
@@ -179,13 +183,18 @@ def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> l
 
 
 def _point(folder: Path, line: dict, asked: dict) -> Point:
-    about = {"runtime_bytes": line["runtime_bytes"], "bytes_per_s": asked["read_bytes_per_s"]}
-    predicted = predict(folder, asked=asked, length=line["length"], **about)
+    predicted = predict_length(
+        folder,
+        asked=asked,
+        length=line["length"],
+        runtime_bytes=line["runtime_bytes"],
+        bytes_per_s=asked["read_bytes_per_s"],
+    )
     details = {"memory": predicted["memory"], "cache_bits": asked["cache_bits"]}
     details |= {name: line[name] for name in ("length", "read_bytes_per_s", "load_average", "idle_bytes")}
     return Point(
         length=line["length"],
-        seconds_per_token=cost.quantile(line["steps"], 0.5),
+        seconds_per_token=statistics.quantile(line["steps"]).value,
         first_token_seconds=line["first"],
         peak_bytes=line["peak"],
         predicted_bytes=predicted["memory"]["total"],
@@ -205,20 +214,18 @@ def _stored(folder: Path, engine: str) -> storage.Storage:
         return storage.BF16
 
 
-# ---------------------------------------------------------------------------------------------- the measuring process
+# --- the measuring process --------------------------------------------------------------------------------------------
 
 
-def _measured(request: dict) -> tuple[list[dict], str]:
+def _measured(folder: Path, engine: str, work: Workload, options: dict) -> tuple[list[dict], str]:
     """The lengths that were measured before the process ended, and what stopped it ('' when it finished).
 
     Raises what stopped it where that was before the first length.
     """
-    label = f"{Path(request['folder']).name} in {request['engine']}"
-    how = {"limit_seconds": LIMIT_SECONDS, "errors": FAILURES, "label": label}
-    with tempfile.TemporaryDirectory() as folder:
-        file, why = Path(folder) / "lengths.jsonl", ""
+    with tempfile.TemporaryDirectory() as scratch:
+        file, why = Path(scratch) / "lengths.jsonl", ""
         try:
-            alone.call("avalab.long_context:run", request | {"file": str(file)}, **how)
+            cell.call_engine("avalab.context:run_lengths", folder, engine, work=work, options=options, file=str(file))
         except RuntimeError as error:
             if not file.is_file():
                 raise
@@ -226,37 +233,29 @@ def _measured(request: dict) -> tuple[list[dict], str]:
         return [json.loads(line) for line in file.read_text().splitlines()], why
 
 
-def run(request: dict) -> dict:
-    """Measure each of `lengths` in this process, a line each in `file`: seconds, bytes, read rate.
+def run_lengths(request: dict) -> dict:
+    """Measure each of `prompts` and its new tokens in this process, a line each in `file`: seconds, bytes, read rate.
 
-    `request` also holds `folder`, `engine`, `threads`, `new_tokens` and the engine's `options`.
+    `request` is that of `cell.call_engine`, with `file` and the engine's `options`.
     """
     library = LIBRARIES.get(request["engine"])
     if library and importlib.util.find_spec(library):
         importlib.import_module(library)  # its code is no part of what the artefact needs
-    facts = {"runtime_bytes": probe.memory()["rss"], "load_average": load_average()}
+    facts = {"runtime_bytes": trackers.process_memory()["rss"], "load_average": load_average()}
     folder, new, draw = Path(request["folder"]), request["new_tokens"], random.Random(0)
-    engine = engines.load(request["engine"], folder, threads=request["threads"], **request["options"])
-    facts["idle_bytes"] = probe.memory()["rss"]
-    weights, cache = engine_bench.weight_bytes(folder), cost.kv_cache_bytes(storage.shape_of(folder), context=1)
-    for index, length in enumerate([request["lengths"][0], *request["lengths"]]):
-        prompt = [draw.randrange(engine.facts.vocabulary) for _ in range(length - new)]
-        probe.reset_peak("cpu")
-        told = engine_bench.timed(engine, prompt, new)
+    engine, loading = cell.load_engine(request, **request["options"])
+    facts["idle_bytes"] = loading["loaded_bytes"]
+    weights, shape = trackers.weight_file_bytes(folder), storage.shape_of(folder)
+    for index, tokens in enumerate([request["prompts"][0], *request["prompts"]]):
+        prompt = [draw.randrange(engine.facts.vocabulary) for _ in range(tokens)]
+        trackers.reset_peak_memory("cpu")
+        told = trackers.time_tokens(engine, prompt, new)
         if index:  # the first one warms up
+            peak = trackers.process_memory()["peak"]
             steps = [after - before for before, after in itertools.pairwise(told)]
-            line = facts | {"length": length, "first": told[0], "steps": steps, "peak": probe.memory()["peak"]}
-            line["read_bytes_per_s"] = best_read_rate(weights + cache * length, request["threads"])
+            footprint = weights + storage.kv_cache_bytes(shape, context=tokens + new)
+            rate = trackers.best_memory_read_rate(footprint, threads=request["threads"])
+            line = {"length": tokens + new, "first": told[0], "steps": steps, "peak": peak, "read_bytes_per_s": rate}
             with Path(request["file"]).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(facts | line) + "\n")
     return {}
-
-
-def best_read_rate(footprint: int, threads: int) -> float:
-    """Bytes a second that one thread or `threads` of them (0: torch's choice) read, whichever is faster."""
-    every, rates = torch.get_num_threads(), []
-    for count in {1, threads or every}:
-        torch.set_num_threads(count)
-        rates.append(probe.memory_read_rate(footprint, seconds=0.2))
-    torch.set_num_threads(every)
-    return max(rates)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from avalab import energy
+from avalab import trackers
 
 
 @pytest.fixture
@@ -22,39 +22,39 @@ def powercap(tmp_path):
 
 def test_two_packages_are_summed_and_their_parts_are_not_counted_twice(powercap):
     """From 9 J to 9.5 J and from 1 J to 3 J: 2.5 J."""
-    found = energy.counters(root=powercap)
+    found = trackers.energy_counters(root=powercap)
     assert [counter.name for counter in found] == ["package-0", "package-1"]
-    before = energy.readings(found)
+    before = trackers.read_counters(found)
     (powercap / "intel-rapl:0" / "energy_uj").write_text("9500000\n")
     (powercap / "intel-rapl:1" / "energy_uj").write_text("3000000\n")
-    assert energy.joules(found, before, energy.readings(found)) == pytest.approx(2.5)
-    assert energy.missing(root=powercap) == ""
+    assert trackers.joules_between(found, before, trackers.read_counters(found)) == pytest.approx(2.5)
+    assert trackers.why_no_energy(root=powercap) == ""
 
 
 def test_a_counter_that_starts_anew_goes_on_from_its_range():
     """From 9 J of 10 to 1 J: 2 J."""
-    counter = energy.Counter("package-0", lambda: 0, 1e-6, 10_000_000)
-    assert energy.joules([counter], [9_000_000], [1_000_000]) == pytest.approx(2.0)
+    counter = trackers.Counter("package-0", lambda: 0, 1e-6, 10_000_000)
+    assert trackers.joules_between([counter], [9_000_000], [1_000_000]) == pytest.approx(2.0)
 
 
 def test_nothing_used_is_no_energy():
-    counter = energy.Counter("package-0", lambda: 7, 1e-6, 10)
-    assert energy.joules([counter], energy.readings([counter]), energy.readings([counter])) == 0
+    counter = trackers.Counter("package-0", lambda: 7, 1e-6, 10)
+    assert trackers.joules_between([counter], trackers.read_counters([counter]), trackers.read_counters([counter])) == 0
 
 
 def test_a_machine_without_counters_says_so(tmp_path):
-    assert energy.counters(root=tmp_path) == []
-    assert energy.missing(root=tmp_path) == f"not measured: no RAPL counter in {tmp_path}"
+    assert trackers.energy_counters(root=tmp_path) == []
+    assert trackers.why_no_energy(root=tmp_path) == f"not measured: no RAPL counter in {tmp_path}"
 
 
 def test_a_counter_that_may_not_be_read_is_said_to_be_forbidden(powercap, monkeypatch):
-    monkeypatch.setattr(energy, "_readable", lambda file: False)
-    assert energy.missing(root=powercap) == f"not measured: no right to read energy_uj below {powercap}"
+    monkeypatch.setattr(trackers, "_readable", lambda file: False)
+    assert trackers.why_no_energy(root=powercap) == f"not measured: no right to read energy_uj below {powercap}"
 
 
 def test_a_gpu_without_a_driver_is_named(monkeypatch):
-    monkeypatch.setattr(energy.ctypes, "CDLL", _no_library)
-    assert energy.missing("cuda") == "not measured: the GPU's driver shows no energy counter"
+    monkeypatch.setattr(trackers.ctypes, "CDLL", _no_library)
+    assert trackers.why_no_energy("cuda") == "not measured: the GPU's driver shows no energy counter"
 
 
 def _no_library(name: str):

@@ -1,0 +1,147 @@
+"""A process of its own for a function, whose memory is its own and whose end is not ours; and silence for libraries.
+
+1. `call` names a function of the package that takes one dict and returns one, both as JSON. The process is forked from
+   a server that has imported the package's engines and nothing else: a start costs a tenth of a second, not five.
+2. What the process prints goes to a file, whose last line explains a crash. An exception comes back as its name and
+   message; a process that is killed, crashes in native code or takes too long becomes a RuntimeError in one line, which
+   names the signal.
+3. torchao warns about each GPU library it cannot load and registers enums that torch then warns about; bitsandbytes
+   names a CPU kernel that a hub would have to send; a reader can act on none of it. The package imports this module
+   first, and it sets their log levels: a deliberate exception to "importing does nothing", since later is too late. The
+   level of a logger that a user has configured stays. `quietly` is for a call of a library that talks,
+   `drop_native_output` for what compiled code prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+PRELOADED = ("avalab.engines",)
+
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+    if logging.getLogger(_name).level == logging.NOTSET:
+        logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def call(
+    target: str,
+    request: dict,
+    *,
+    limit_seconds: float,
+    errors: Mapping[str, type[Exception]] | None = None,
+    label: str = "",
+) -> dict:
+    """What `target` (`module:function`) answers to `request`, computed elsewhere; `label` names it in messages.
+
+    An exception named in `errors` is raised as that class. Raises RuntimeError in one line for any other failure:
+    killed (out of memory, mostly), crashed, stopped after `limit_seconds`, or an exception.
+    """
+    label = label or target
+    with tempfile.TemporaryDirectory() as folder:
+        result, output = Path(folder) / "answer.json", Path(folder) / "output"
+        code = _run((target, json.dumps(request), str(result), str(output)), limit_seconds)
+        if code is None:
+            raise RuntimeError(f"{label} took longer than {limit_seconds:g} s")
+        if code or not result.is_file():
+            text = output.read_text(errors="replace") if output.is_file() else ""
+            raise RuntimeError(f"{label} failed: {explain_end(code, text)}")
+        answer = json.loads(result.read_text())
+    if "error" in answer:
+        known = (errors or {}).get(answer["error"])
+        raise known(answer["message"]) if known else RuntimeError(f"{label} failed: {answer['message']}")
+    return answer["answer"]
+
+
+def main(target: str, request: str, result: str, output: str = "") -> None:
+    """Answer in this process: the JSON `request` in, the JSON answer or error into the file `result`."""
+    if output:
+        sink = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+    module, _, name = target.partition(":")
+    try:
+        answer = {"answer": getattr(importlib.import_module(module), name)(json.loads(request))}
+    except MemoryError as error:
+        answer = {"error": "MemoryError", "message": f"out of memory {error}".strip()}
+    except Exception as error:  # told to the caller, who raises it
+        lines = str(error).strip().splitlines()
+        answer = {"error": type(error).__name__, "message": " ".join(lines[:3]) or type(error).__name__}
+    Path(result).write_text(json.dumps(answer))
+
+
+def explain_end(code: int, text: str) -> str:
+    """What an exit status and the text that a process left say about its end, in one line."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, most likely out of memory"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if code < 0:
+        return f"crashed with {signal.Signals(-code).name}" + (f": {lines[-1]}" if lines else "")
+    return lines[-1] if lines else f"exit status {code}"
+
+
+def _run(arguments: tuple, limit_seconds: float) -> int | None:
+    """Exit status of the process, None when it took too long."""
+    import multiprocessing  # not at the top: the package imports this module before everything else
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    process = context.Process(target=main, args=arguments)  # no daemon: some engines start processes themselves
+    process.start()
+    try:
+        process.join(limit_seconds)
+        late = process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+    return None if late else process.exitcode
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and per-call chatter of the libraries; errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("bitsandbytes", "torchao", "compressed_tensors", "llmcompressor", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the libraries' progress bars, logs and deprecation warnings to themselves; errors still come through."""
+    quiet_libraries()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def drop_native_output() -> Iterator[None]:
+    """Drop what is written to file descriptor 1 in the block: output of compiled code, of every thread.
+
+    Python's own `print` is not affected where `sys.stdout` is buffered or, as in a notebook, not that descriptor; what
+    is in C's buffers is written out before and dropped after.
+    """
+    import ctypes
+
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    standard, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(standard, 1)
+        os.close(standard)
+        os.close(nowhere)
