@@ -10,18 +10,28 @@ What it does not do: return objects, share memory, or run two at once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from avalab.experiment import write_atomically
 
 PRELOADED = ("avalab.engines",)
+
+
+class Killed(RuntimeError):
+    """A process was ended by a signal, whose name is `signal`."""
+
+    def __init__(self, message: str, signal: str) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def call(
@@ -35,7 +45,7 @@ def call(
     """What `target` (`module:function`) answers to `request`, computed elsewhere; `label` names it in messages.
 
     An exception named in `errors` is raised as that class. Raises RuntimeError in one line for any other failure:
-    killed (out of memory, mostly), crashed, stopped after `limit_seconds`, or an exception.
+    killed (out of memory, mostly) or crashed (`Killed`), stopped after `limit_seconds`, or an exception.
     """
     label = label or target
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +55,8 @@ def call(
             raise RuntimeError(f"{label} took longer than {limit_seconds:g} s")
         if code or not result.is_file():
             text = output.read_text(errors="replace") if output.is_file() else ""
-            raise RuntimeError(f"{label} failed: {why(code, text)}")
+            message = f"{label} failed: {why(code, text)}"
+            raise Killed(message, signal.Signals(-code).name) if code < 0 else RuntimeError(message)
         answer = json.loads(result.read_text())
     if "error" in answer:
         known = (errors or {}).get(answer["error"])
@@ -85,7 +96,8 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     process = context.Process(target=main, args=arguments)  # no daemon: some engines start processes themselves
-    process.start()
+    with _without_main():
+        process.start()
     try:
         process.join(limit_seconds)
         late = process.is_alive()
@@ -93,6 +105,19 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
         process.kill()
         process.join()
     return None if late else process.exitcode
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep the program that calls from being run again in the process, where it is a script without a guard."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(kept)
 
 
 def why(code: int, text: str) -> str:

@@ -37,19 +37,18 @@ from avalab import (
     equivalence,
     expected_rise,
     gguf_blocks,
-    gguf_export,
     gguf_mixed,
     models,
-    onnx_mixed,
     packing,
     rounded_walk,
     rounding,
 )
 from avalab.allocation import Allocation, Option
 from avalab.compressors import Job
+from avalab.engines import gguf, onnx_graph
+from avalab.engines.onnx_graph import OnnxModel
 from avalab.expected_rise import BF16, Candidate
 from avalab.gguf_mixed import GgufModel
-from avalab.onnx_mixed import OnnxModel
 from avalab.packing import Packed
 from avalab.rounding import Grid, Problem, Rounded
 
@@ -71,11 +70,11 @@ PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and
 EMBEDDINGS = ("any", BF16, PACKED)
 FORMATS = {
     "transformers": ("compressed-tensors", ("torch",)),
-    "gguf": ("gguf-mixed", gguf_export.ENGINES),
-    "onnx": (onnx_mixed.FORMAT, onnx_mixed.ENGINES),
+    "gguf": ("gguf-mixed", gguf.ENGINES),
+    "onnx": (onnx_graph.FORMAT, onnx_graph.ENGINES),
 }
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # of `transformers` where only avalab reads the file
-_PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf_export, gguf_mixed)
+_PARTS = (allocation, ava_gguf, block_rounding, calibration, expected_rise, gguf_blocks, gguf, gguf_mixed)
 _OWN = (ava_onnx, *ava_onnx.PARTS, equivalence, packing, rounded_walk, rounding)
 SOURCES = (*(Path(part.__file__) for part in (*_PARTS, *_OWN)), Path(__file__))
 

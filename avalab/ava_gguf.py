@@ -8,7 +8,7 @@
 4. The last calibration windows are kept out of all this: on them the divergence of the finished model is measured.
 
 An engine that does not read a type as written can have it left out: see `TYPES_OF`.
-What it does not do: I types but IQ4_NL, model families that `gguf_export` does not name.
+What it does not do: I types but IQ4_NL, model families that `engines.gguf` does not name.
 """
 
 from __future__ import annotations

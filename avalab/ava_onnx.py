@@ -30,23 +30,22 @@ from avalab import (
     expected_rise,
     models,
     onnx_blocks,
-    onnx_graph,
-    onnx_mixed,
     quality,
     rounded_walk,
     rounding,
 )
 from avalab.allocation import Allocation, Option
 from avalab.compressors import Job
+from avalab.engines import onnx_graph
+from avalab.engines.onnx_graph import OnnxModel
 from avalab.expected_rise import BF16, Candidate
-from avalab.onnx_mixed import OnnxModel
 from avalab.rounding import Grid, Problem, Rounded
 
 GROUP_SIZES = (32, 64, 128)
 FORMS = ((2, False), (4, False), (4, True), (8, True))  # bits, and whether there are no zero points
 TABLE_WINDOWS = 2
 INPUTS = "int8"  # what products read: the only fast kernels for 2 and 8 bits
-PARTS = (ava_gguf, embedding_rounding, onnx_blocks, onnx_graph, onnx_mixed)
+PARTS = (ava_gguf, embedding_rounding, onnx_blocks, onnx_graph)
 
 
 def compress(job: Job, model: PreTrainedModel, budget: int) -> OnnxModel:
@@ -60,7 +59,7 @@ def compress(job: Job, model: PreTrainedModel, budget: int) -> OnnxModel:
         )
     windows, held_out = ava_gguf.split_windows(job.calibration)
     reference = _predictions(model, held_out)
-    embedding, _ = onnx_mixed.tables(model)
+    embedding, _ = onnx_graph.tables(model)
     with TemporaryDirectory() as scratch:
         graph = onnx_graph.build(_transformed(job, model, windows, Path(scratch) / "model"), Path(scratch))
         options, moment = sensitivities(job, model, windows)
@@ -75,12 +74,12 @@ def compress(job: Job, model: PreTrainedModel, budget: int) -> OnnxModel:
             "measured_on": f"{held_out.numel()} held-out calibration tokens, in ONNX Runtime",
             "damped_moments": damped,
             "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
-            "containers": onnx_mixed.containers(blocks),
+            "containers": onnx_graph.containers(blocks),
             "embedding": chosen.chosen[embedding].format,
             "note": "; ".join(_notes(chosen, damped)),
         }
         check = (held_out, reference)
-        return onnx_mixed.finished(graph, blocks, embedding, inputs=INPUTS, check=check, measured=measured)
+        return onnx_graph.finished(graph, blocks, embedding, inputs=INPUTS, check=check, measured=measured)
 
 
 def _transformed(job: Job, model: PreTrainedModel, windows: Tensor, folder: Path) -> Path:
@@ -109,7 +108,7 @@ def sensitivities(
         return [_candidate(grid, rows, columns) for grid in grids(columns, size)]
 
     found = expected_rise.measure(model, windows, candidates, skipped=job.skipped, damped_by_tokens=True)
-    embedding, _ = onnx_mixed.tables(model)
+    embedding, _ = onnx_graph.tables(model)
     rows, columns = model.get_input_embeddings().weight.shape
     row = [Option(BF16, 2 * rows * columns, 0.0)]
     if job.parameters["embedding"] != BF16:
@@ -136,7 +135,7 @@ def round_model(
 ) -> tuple[dict[str, Rounded], int]:
     """Replace, in place, what has a grid by rounded values; also how many moments needed more damping."""
     formats = {name: option.format for name, option in chosen.chosen.items() if option.format != BF16}
-    embedding, _ = onnx_mixed.tables(model)
+    embedding, _ = onnx_graph.tables(model)
     table = {}
     if embedding in formats:
         table = {embedding: embedding_rounding.apply(model, moment, rounding.grid_named(formats.pop(embedding)))}

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from avalab import artifacts, corpora, engine_bench, engines, gguf_export, gguf_quantizer, models, quantize
+from avalab import artifacts, corpora, engine_bench, engines, models, quantize
 from avalab.artifacts import Artifact
-from avalab.engines import kinds, onnx_export, openvino_export
+from avalab.engines import gguf, llamacpp, onnx, openvino
 from avalab.experiment import Run
 
 # The torch engine decodes a GGUF file to the dense model: its speed would be that of bf16 once more.
@@ -36,7 +36,7 @@ def _ava(base: Artifact, run: Run) -> Artifact:
 
 def _gguf_ava(base: Artifact, run: Run) -> Artifact:
     """The allocation over GGUF's own block types, at the bytes of Q4_0."""
-    return quantize.write(base, "ava", run=run, bytes=gguf_export.write(base, "q4_0").bytes, format="gguf")
+    return quantize.write(base, "ava", run=run, bytes=gguf.write(base, "q4_0").bytes, format="gguf")
 
 
 def _calibration(base: Artifact, run: Run) -> Tensor:
@@ -53,13 +53,13 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "nf4": lambda base, run: quantize.write(base, "nf4", run=run, double_quantization=True),
     "torchao-int8": lambda base, run: quantize.write(base, "torchao-int8", run=run),
     "ava": _ava,
-    "gguf-q8_0": lambda base, run: gguf_export.write(base, "q8_0"),
-    "gguf-q4_0": lambda base, run: gguf_export.write(base, "q4_0"),
-    "gguf-q4_k_m": lambda base, run: gguf_quantizer.write(base, "q4_k_m", windows=_calibration(base, run)),
+    "gguf-q8_0": lambda base, run: gguf.write(base, "q8_0"),
+    "gguf-q4_0": lambda base, run: gguf.write(base, "q4_0"),
+    "gguf-q4_k_m": lambda base, run: llamacpp.write(base, "q4_k_m", windows=_calibration(base, run)),
     "gguf-ava": lambda base, run: _gguf_ava(base, run),
-    "openvino-int8": lambda base, run: openvino_export.write(base, "int8"),
-    "openvino-int4": lambda base, run: openvino_export.write(base, "int4"),
-    "onnx-int4": lambda base, run: onnx_export.write(base, "int4"),
+    "openvino-int8": lambda base, run: openvino.write(base, "int8"),
+    "openvino-int4": lambda base, run: openvino.write(base, "int4"),
+    "onnx-int4": lambda base, run: onnx.write(base, "int4"),
 }
 
 SOME = {"smoke": ("bf16", "nf4", "openvino-int4", "onnx-int4")}  # profiles that race a few forms only
@@ -111,8 +111,8 @@ def entries(
     left_out = set(skip)
     found = []
     for (name, artifact), count in itertools.product(contestants.items(), threads or thread_counts()):
-        kind = kinds.kind(artifact.path)
-        readers = kinds.READERS[kind]
+        kind = engines.kind(artifact.path)
+        readers = engines.READERS[kind]
         if kind == "gguf":  # not every engine reads every block type
             readers = tuple(engine for engine in readers if engine in artifact.card["engines"])
         for engine in readers:

@@ -24,7 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,8 @@ class Cell:
     energy_note: str = ""
     read_bytes_per_s: float = 0.0  # memory, at the size of the weight files
     peak_vram_bytes: int | None = None
+    threads: int | None = None  # that were used, where they are not those asked for
+    note: str = ""  # and why
 
 
 def measure(artifact: Artifact | Path, engine: str, *, race: Race = Race()) -> Cell:
@@ -79,9 +81,11 @@ def measure(artifact: Artifact | Path, engine: str, *, race: Race = Race()) -> C
     killed (out of memory, mostly), stopped after `limit_seconds`, or an error of the engine.
     """
     folder = Path(artifact.path if isinstance(artifact, Artifact) else artifact).resolve()
-    request = {"folder": str(folder), "engine": engine, **asdict(race)}
+    options, note = engines.usable_options(engine, folder, threads=race.threads)
+    request = {"folder": str(folder), "engine": engine, **asdict(race)} | options
     how = {"limit_seconds": race.limit_seconds, "errors": FAILURES, "label": f"{folder.name} in {engine}"}
-    return Cell(**alone.call(f"{__name__}:run", request, **how))
+    cell = Cell(**alone.call(f"{__name__}:run", request, **how))
+    return replace(cell, threads=options["threads"], note=note) if note else cell
 
 
 def run(request: dict) -> dict:
@@ -157,6 +161,8 @@ def merged(cells: Sequence[Cell]) -> Cell:
         **{name: joined(name) for name in ("first", "further", "joules")},
         load_seconds=[s for cell in cells for s in cell.load_seconds],
         energy_note=cells[0].energy_note,
+        threads=cells[0].threads,
+        note=cells[0].note,
         peak_vram_bytes=max(video, default=None),
     )
 
@@ -187,11 +193,12 @@ def add_failure(
 
 def add_records(run: Run, artifact: Artifact, *, engine: str, race: Race, cell: Cell, subject: str = "") -> None:
     """Append what was measured of a cell to `run`, under the artefact's name or `subject`."""
-    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": race.threads}
+    threads = race.threads if cell.threads is None else cell.threads
+    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": threads}
     about["details"] = {"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes}
 
-    def add(metric: str, value: float | None, unit: str, **more) -> None:
-        run.record(subject or artifact.name, metric, value, unit, **about, **more)
+    def add(metric: str, value: float | None, unit: str, note: str = cell.note, **more) -> None:
+        run.record(subject or artifact.name, metric, value, unit, note=note, **about, **more)
 
     add("artifact_bytes", weight_bytes(artifact.path), "byte")
     load = cell.load_seconds

@@ -37,13 +37,17 @@ import torch
 
 from avalab import alone, artifacts, cost, engine_bench, engines, probe, storage
 from avalab.artifacts import Artifact
-from avalab.engines import kinds, llamacpp
+from avalab.engines import llamacpp
 from avalab.experiment import Run, load_average
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 CACHE_BITS = (16, 8)
 LIMIT_SECONDS = 600
-FAILURES = {"EngineUnavailable": kinds.EngineUnavailable, "NotSupported": kinds.NotSupported, "ValueError": ValueError}
+FAILURES = {
+    "EngineUnavailable": engines.EngineUnavailable,
+    "NotSupported": engines.NotSupported,
+    "ValueError": ValueError,
+}
 LIBRARIES = {"openvino": "openvino_genai", "llamacpp": "llama_cpp", "onnx": "onnxruntime_genai"}
 QUANTIZED_CACHE = (
     "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
@@ -81,7 +85,7 @@ def measure(
     NotSupported as the engine does (also for a cache it does not have), RuntimeError when not one length was measured.
     """
     folder = storage.folder_of(artifact).resolve()
-    lengths = _checked_lengths(lengths, new_tokens, kinds.facts(folder).context)
+    lengths = _checked_lengths(lengths, new_tokens, engines.facts(folder).context)
     request = {"folder": str(folder), "engine": engine, "lengths": lengths, "threads": threads}
     request |= {"new_tokens": new_tokens, "options": options(engine, cache_bits, lengths[-1])}
     lines, why = _measured(request)
@@ -101,7 +105,7 @@ def options(engine: str, cache_bits: int, context: int) -> dict:
     if engine == "llamacpp":
         return {"context": context, "cache_bits": cache_bits}
     if cache_bits != 16:
-        raise kinds.NotSupported(QUANTIZED_CACHE.format(engine))
+        raise engines.NotSupported(QUANTIZED_CACHE.format(engine))
     return {"context": context} if engine in ("vllm", "tensorrt") else {}
 
 

@@ -21,10 +21,9 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 
-from avalab import corpora, models, peers_calls, quality, quantize
+from avalab import corpora, engines, models, peers_calls, quality, quantize
 from avalab import peers_scores as scoring
 from avalab.artifacts import Artifact
-from avalab.engines import kinds
 from avalab.experiment import PROFILES, ROOT, Run, load_average, load_records
 from avalab.peers_known import NAMES, PEERS, SHORT, known
 from avalab.quality import Reference, TokenScores
@@ -41,7 +40,7 @@ def write(base: Artifact, peer: str, *, run: Run) -> Artifact:
     if base.format != "bf16":
         raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     if importlib.util.find_spec(row.module) is None:
-        raise kinds.EngineUnavailable(f"peer {peer} needs the package {row.module}; install it: {row.install}")
+        raise engines.EngineUnavailable(f"peer {peer} needs the package {row.module}; install it: {row.install}")
     return row.make(base, run)
 
 
@@ -132,7 +131,7 @@ def _compare_one(run: Run, base: Artifact, name: str, against: dict[str, Referen
         found = {form: _rival(run, base, artifact.bytes, against, form, made[form]) for form in made}
         rivals = {form: rival for form, rival in found.items() if rival}
         record(run, name, artifact, against, peer=name, rivals=rivals)
-    except (kinds.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
+    except (engines.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
         run.record(name, "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
 
 

@@ -78,10 +78,12 @@ PEERS: dict[str, Peer] = {
     **{f"hqq-w{bits}g64-int8emb": Peer(peers_making.hqq(bits, 64, int8_embedding=True), **_HQQ) for bits in (4, 3, 2)},
     "nf4": Peer(quantized("nf4"), "bitsandbytes"),
     "nf4-dq": Peer(quantized("nf4", double_quantization=True), "bitsandbytes"),
-    "openvino-int4": Peer(peers_making.openvino, "nncf", openvino.INSTALL, "openvino", "int8, a scale a row"),
+    "openvino-int4": Peer(peers_making.openvino_int4, "nncf", openvino.INSTALL, "openvino", "int8, a scale a row"),
     "nncf-int4": Peer(peers_making.nncf, "nncf", openvino.INSTALL, "openvino", "int8, a scale a row"),
     "onnx-k-quant": Peer(peers_making.onnx, "onnxruntime_genai", onnx.INSTALL, "onnx", "int4 in groups of 32"),
-    **{f"gguf-{mixture}": Peer(peers_making.gguf(mixture), **_GGUF) for mixture in ("q4_k_m", "q3_k_m", "q2_k")},
+    **{
+        f"gguf-{mixture}": Peer(peers_making.gguf_mixture(mixture), **_GGUF) for mixture in ("q4_k_m", "q3_k_m", "q2_k")
+    },
 }
 NAMES: tuple[str, ...] = tuple(PEERS)
 # The libraries that calibrate, at three sizes, and NNCF: two hours on one thread, most of them AutoRound's.

@@ -17,8 +17,6 @@ from types import ModuleType
 from avalab import (
     artifacts,
     corpora,
-    gguf_export,
-    gguf_quantizer,
     hqq_checkpoint,
     models,
     packing,
@@ -29,7 +27,7 @@ from avalab import (
 )
 from avalab.artifacts import Artifact
 from avalab.compressors import Job
-from avalab.engines import openvino_export
+from avalab.engines import gguf, llamacpp, openvino
 from avalab.experiment import Run
 
 Maker = Callable[[Artifact, Run], Artifact]
@@ -120,13 +118,13 @@ def nncf(base: Artifact, run: Run) -> Artifact:
     return _made(base, run, "nncf-int4", step, fill, format="openvino-int4", engines=["openvino"])
 
 
-def openvino(base: Artifact, run: Run) -> Artifact:
+def openvino_int4(base: Artifact, run: Run) -> Artifact:
     """NNCF's int4 without data, as `avalab export` writes it."""
 
     def fill(folder: Path) -> None:
-        openvino_export.export(base.path, folder, "int4")
+        openvino.export(base.path, folder, "int4")
 
-    step = {"step": "openvino-int4", "code": _code(openvino_export)}
+    step = {"step": "openvino-int4", "code": _code(openvino)}
     return _made(base, run, "openvino-int4", step, fill, format="openvino-int4", engines=["openvino"])
 
 
@@ -140,16 +138,16 @@ def onnx(base: Artifact, run: Run) -> Artifact:
     return _made(base, run, "onnx-k-quant", step, fill, format="onnx-int4", engines=["onnx"])
 
 
-def gguf(block: str) -> Maker:
+def gguf_mixture(block: str) -> Maker:
     """llama.cpp's own quantisation into a mixture of block types, with an importance matrix from the run's windows."""
 
     def make(base: Artifact, run: Run) -> Artifact:
         def fill(folder: Path) -> dict:
             windows = corpora.calibration_windows(run, models.load_tokenizer(base))
-            return gguf_quantizer.quantise(base, folder, block, windows)
+            return llamacpp.quantise(base, folder, block, windows)
 
-        step = {"step": "llama.cpp", "mixture": block, **_calibration(run), "code": _code(gguf_quantizer, gguf_export)}
-        return _made(base, run, f"gguf-{block}", step, fill, format="gguf", engines=gguf_export.ENGINES)
+        step = {"step": "llama.cpp", "mixture": block, **_calibration(run), "code": _code(llamacpp, gguf)}
+        return _made(base, run, f"gguf-{block}", step, fill, format="gguf", engines=gguf.ENGINES)
 
     return make
 

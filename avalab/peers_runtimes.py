@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab.engines import kinds, onnx, openvino, openvino_export
+from avalab import engines
+from avalab.engines import onnx, openvino
 
 LIMIT_SECONDS = 3600
 K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
@@ -32,14 +33,14 @@ K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
 def nncf_int4(folder: Path, out: Path, windows: Int[Tensor, "window time"], *, group_size: int = 64) -> None:
     """Fill `out` with an OpenVINO model in int4, NNCF's AWQ and scale estimation on the windows."""
     for module in ("openvino_genai", "nncf"):
-        kinds.require("openvino", module, openvino.INSTALL)
+        engines.require("openvino", module, openvino.INSTALL)
     import nncf
     import openvino as runtime
 
-    graph = kinds.OWN_FILES["openvino"]
+    graph = engines.OWN_FILES["openvino"]
     nncf.set_log_level(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
-        openvino_export.export(folder, Path(temporary), "f16")
+        openvino.export(folder, Path(temporary), "f16")
         model = nncf.compress_weights(
             runtime.Core().read_model(str(Path(temporary) / graph)),
             mode=nncf.CompressWeightsMode.INT4_ASYM,
@@ -62,7 +63,7 @@ def onnx_k_quant(folder: Path, out: Path) -> None:
     Raises RuntimeError with the builder's last line when it fails.
     """
     for module in ("onnxruntime_genai", "onnx_ir"):
-        kinds.require("onnx", module, onnx.INSTALL)
+        engines.require("onnx", module, onnx.INSTALL)
     with tempfile.TemporaryDirectory() as cache:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", "int4", "-c", cache]
         command = [*builder, "-i", str(folder.resolve()), "-o", str(out.resolve()), "--extra_options", *K_QUANT]

@@ -3,15 +3,15 @@
 import json
 import shutil
 
-import gguf
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from avalab import additivity, artifacts, ava, ava_gguf, corpora, engines, gguf_export, models, quality, quantize
+from avalab import additivity, artifacts, ava, ava_gguf, corpora, engines, models, quality, quantize
 from avalab.artifacts import Artifact
 from avalab.compressors import Job
-from avalab.engines import kinds
+from avalab.engines import gguf
 from avalab.experiment import Run
 from avalab.quality import Reference
 
@@ -47,7 +47,7 @@ def against(run, base) -> Reference:
 
 @pytest.fixture(scope="module")
 def plain(base) -> Artifact:
-    return gguf_export.write(base, "q4_0")
+    return gguf.write(base, "q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_at_the_bytes_of_plain_rounding_the_divergence_is_less(made, plain, agai
 
 
 def test_the_types_in_the_file_are_those_of_the_card(made):
-    stored = {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(kinds.gguf_file(made.path)).tensors}
+    stored = {t.name: t.tensor_type.name.lower() for t in GGUFReader(engines.gguf_file(made.path)).tensors}
     types = made.card["measured"]["types"]
     assert stored["blk.2.ffn_down.weight"] == types["model.layers.2.mlp.down_proj"]
     assert stored["token_embd.weight"] == types["model.embed_tokens"]
@@ -93,7 +93,7 @@ def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, cal
         folder.mkdir()
         job = Job(base.path, "cpu", {**ava.DEFAULTS, "bytes": 700_000, "format": "gguf"}, [], calibration)
         ava.compress(job).save_pretrained(folder)
-        files.append(kinds.gguf_file(folder).read_bytes())
+        files.append(engines.gguf_file(folder).read_bytes())
     assert files[0] == files[1]
     assert ava_gguf._sensitivities.cache_info().misses == 1
 

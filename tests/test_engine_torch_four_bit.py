@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import transformers  # noqa: F401  (before what reaches torchao)
+from avalab.engines.four_bit import FourBitLinear
 
 from avalab import adapters, engines, kernels, models, quantize
 from avalab.engines import four_bit
-from avalab.engines.four_bit import FourBitLinear
 from avalab.experiment import ROOT, Run
 from avalab.kernels import dispatch, product
 from avalab.kernels.product_checks import sample

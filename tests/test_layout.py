@@ -26,28 +26,26 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 # Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
 LAYERS = {
-    0: "experiment assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
-    "sparse_storage sparsity_patterns variety cascade llamacpp_build",
+    0: "experiment assets numerics kernels gguf_blocks quiet allocation layer_sparsity "
+    "sparse_storage sparsity_patterns variety cascade",
     1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
     "storage probe marks plots tables labels executed roofline accuracy_plot gate_plot pruning_plot "
     "packaged_text argument_kinds surfaces grounding "
     "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
     "train_memory distill_losses distill_plot qat_plot structured ensemble_plot long_context_plot before_after "
     "packed_embedding hqq_checkpoint",
-    2: "block_rounding rounded_walk expected_rise additivity ava_gguf ava_onnx onnx_blocks onnx_builder onnx_graph "
-    "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
-    "gguf_export quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
+    2: "block_rounding rounded_walk expected_rise additivity ava_gguf ava_onnx onnx_blocks engines "
+    "gguf_mixed quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
     "surgeon adapters calls call_cases grammars gates overlap drafts teachers example_files whole_training "
     "recovery answers_vote fake_quant four_bit packed_file torchao_qat agreement embedding_rounding equivalence",
     3: "train rehearsal first_token dialogues finetune answer_loss synthesize evaluate self_improvement ensemble "
-    "mixture engines gguf_quantizer harness onnx_file sparse_speed targets distill_rows distill_objective "
+    "mixture harness sparse_speed targets distill_rows distill_objective "
     "distill block_training qat chain rating",
     4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "
     "peers_runtimes peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
     "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
     5: "plan review rating_form",
-    6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options report headless dependencies "
-    "cli_compare cli_compress",
+    6: "cli cli_options cli_compress cli_train cli_measure cli_talk report headless dependencies",
 }
 LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
 PLOTTERS = {"avalab.cli", "avalab.report"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import alone, artifacts, cost, engine_bench, gguf_export, long_context, long_context_plot, marks, storage
-from avalab.engines import kinds
+from avalab import alone, artifacts, cost, engine_bench, engines, long_context, long_context_plot, marks, storage
+from avalab.engines import gguf
 from avalab.experiment import Run
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-llama"
@@ -69,7 +69,7 @@ def test_half_the_bits_take_half_the_cache_and_llamacpp_holds_the_longest_one_fr
 
 @pytest.mark.parametrize("engine", ["torch", "onnx", "aot"])
 def test_an_engine_without_an_8_bit_cache_says_which_ones_have_it(engine):
-    with pytest.raises(kinds.NotSupported, match="openvino and llamacpp have one of 8 bits"):
+    with pytest.raises(engines.NotSupported, match="openvino and llamacpp have one of 8 bits"):
         long_context.options(engine, 8, 100)
 
 
@@ -92,7 +92,7 @@ def test_a_cache_of_other_bits_is_refused():
 def test_an_engine_with_a_choice_reads_a_gguf_file_with_either_cache(artifact, engine, library, cache_bits):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    exported = gguf_export.write(artifact, "f16")
+    exported = gguf.write(artifact, "f16")
     points = long_context.measure(exported, engine, lengths=(16, 48), cache_bits=cache_bits, threads=1, new_tokens=3)
     assert [(point.length, point.note) for point in points] == [(16, ""), (48, "")]
     assert all(point.seconds_per_token > 0 for point in points)

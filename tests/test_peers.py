@@ -28,8 +28,7 @@ from avalab import (
     quality,
     quantize,
 )
-from avalab.engines import kinds
-from avalab.engines.kinds import EngineUnavailable
+from avalab.engines.engine import EngineUnavailable
 from avalab.experiment import Record, load_records
 from avalab.rounding import Grid
 
@@ -267,7 +266,7 @@ def test_engine_scores_are_kept_and_damaged_ones_made_again(rounded, against, tm
 def test_onnx_runtimes_builder_is_asked_for_k_quant_and_its_failure_has_a_reason(base, run, monkeypatch):
     asked = []
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="first\nno such layer")
-    monkeypatch.setattr(kinds, "require", lambda *arguments: None)
+    monkeypatch.setattr(engine, "require", lambda *arguments: None)
     monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command) or failed)
     with pytest.raises(RuntimeError, match="the ONNX model builder failed on tiny-llama: no such layer"):
         peers_runtimes.onnx_k_quant(base.path, run.artifacts_dir)

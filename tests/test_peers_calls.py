@@ -9,7 +9,7 @@ import transformers  # noqa: F401 - before avalab, whose modules import torchao
 from scipy import stats
 
 from avalab import artifacts, call_cases, engines, evaluate, peers, peers_calls
-from avalab.engines.kinds import EngineUnavailable
+from avalab.engines.engine import EngineUnavailable
 from avalab.experiment import load_records
 
 CATEGORY = "toolbox_simple"

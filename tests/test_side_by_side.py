@@ -7,8 +7,7 @@ import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
 from avalab import artifacts, engines, side_by_side, toolbox
-from avalab.engines.engine import Engine
-from avalab.engines.kinds import Facts
+from avalab.engines.engine import Engine, Facts
 from avalab.side_by_side import Prompt
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-llama"
