@@ -74,7 +74,7 @@ def known_model(model: str) -> None:
 
 
 def print_records(run, as_json: bool) -> None:
-    """One line a record, with its note, or a JSON list of them."""
+    """One line a record, or a JSON list of them."""
     if as_json:
         print(json.dumps([asdict(r) for r in run.records], indent=1, sort_keys=True))
         return
