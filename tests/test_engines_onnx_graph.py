@@ -335,5 +335,5 @@ def test_a_family_that_the_builder_does_not_know_says_which_exports_remain(last,
 
 def test_without_the_library_the_builder_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "PACKAGES", ("no_such_builder",))
-    with pytest.raises(RuntimeError, match="the ONNX model builder needs no_such_builder; install it: pip install -e"):
+    with pytest.raises(RuntimeError, match="engine onnx needs the package no_such_builder; install it: pip install -e"):
         ORIGINAL(TINY, tmp_path, "fp32")

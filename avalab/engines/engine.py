@@ -262,11 +262,15 @@ def usable(
     folder, options = checked(name, artifact), dict(options)
     if name not in NATIVE or multiprocessing.parent_process() or not (versions := _versions(name)):
         return options, ""
+    try:
+        form = _format(folder)
+    except ValueError:  # a damaged file: `load` says so, once it has looked for its library
+        return options, ""
     death = _death(name, load, folder, options, versions)
     if not death:
         return options, ""
     shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "its own options"
-    said = f"{versions} dies with {death} on this processor when it opens {_format(folder)} with {shown}"
+    said = f"{versions} dies with {death} on this processor when it opens {form} with {shown}"
     if options.get("threads"):
         others = options | {"threads": 0}
         if not _death(name, load, folder, others, versions):
