@@ -75,7 +75,7 @@ help: ## this list
 setup: $(ready) ## build .venv, or complete the active environment (every other target does it when needed)
 
 setup-llamacpp: $(ready) ## build llama.cpp for the engine `llamacpp` (a C++ compiler, 4 to 8 minutes)
-	@flags="$$($(python) -m avalab.llamacpp_build)" || exit 1; echo "building with $$flags"; \
+	@flags="$$($(python) -c "from avalab.engines import llamacpp; llamacpp.print_build_flags()")" || exit 1; echo "building with $$flags"; \
 	env -u PYTHONPATH CMAKE_ARGS="$$flags" $(python) -m pip install --no-cache-dir --editable '.[llamacpp]'
 
 lab: $(ready) ## JupyterLab, opened on notebooks/

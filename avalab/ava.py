@@ -30,10 +30,10 @@ from transformers import PreTrainedModel
 from avalab import allocation, artifacts, ava_targets, equivalence, models, packed, predict, rounding, sensitivity
 from avalab.allocation import Allocation, Option
 from avalab.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
+from avalab.engines.onnx_graph import OnnxModel
 from avalab.gguf_blocks import BlockRounded
 from avalab.libraries import Job
 from avalab.numerics import Rounded
-from avalab.onnx_mixed import OnnxModel
 from avalab.packed import Packed
 from avalab.rounding import Problem
 from avalab.sensitivity import BF16

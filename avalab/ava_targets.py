@@ -30,22 +30,20 @@ from avalab import (
     block_rounding,
     equivalence,
     gguf_blocks,
-    gguf_export,
     models,
     numerics,
     onnx_blocks,
-    onnx_graph,
-    onnx_mixed,
     packed,
     predict,
     rounding,
     sensitivity,
 )
 from avalab.allocation import Allocation, Option
+from avalab.engines import gguf, onnx_graph
+from avalab.engines.onnx_graph import OnnxModel
 from avalab.gguf_blocks import BlockRounded
 from avalab.libraries import Job
 from avalab.numerics import Grid, Rounded
-from avalab.onnx_mixed import OnnxModel
 from avalab.packed import Packed
 from avalab.rounding import Problem
 from avalab.sensitivity import BF16, Sizes
@@ -224,10 +222,10 @@ def _write_onnx(work: Work, chosen: Allocation, rounded: dict[str, Rounded], abo
     blocks = {name: onnx_blocks.blocks(onnx_blocks.steps_of(part)) for name, part in rounded.items()}
     about |= {
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens, in ONNX Runtime",
-        "containers": onnx_mixed.containers(blocks),
+        "containers": onnx_graph.containers(blocks),
     }
     check, embedding = (work.held_out, work.reference), embedding_name(work.model)
-    return onnx_mixed.finished(work.prepared, blocks, embedding, inputs=ONNX_INPUTS, check=check, measured=about)
+    return onnx_graph.finished(work.prepared, blocks, embedding, inputs=ONNX_INPUTS, check=check, measured=about)
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------------
@@ -245,13 +243,13 @@ class GgufModel:
     def save_pretrained(self, folder: Path) -> None:
         """Write the .gguf file, configuration, tokenizer and Ollama's Modelfile."""
         file = Path(folder) / f"{self.source.name}.ava.gguf"
-        gguf_export.write_tensors(self.source, file, self.rows, config=self.config, block=gguf_export.KEPT)
-        gguf_export.copy_beside(self.source, Path(folder))
+        gguf.write_tensors(self.source, file, self.rows, config=self.config, block=gguf.KEPT)
+        gguf.copy_beside(self.source, Path(folder))
 
 
 def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedConfig:
     try:
-        return gguf_export.checked_config(job.folder)
+        return gguf.checked_config(job.folder)
     except ValueError as error:
         raise ValueError(
             f"{error}; `ava` without format=gguf writes an artefact for transformers and vLLM, and `avalab export` "
@@ -281,10 +279,10 @@ def _gguf_fixed_bytes(work: Work, options: Options) -> int:
     config = work.prepared
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "header.gguf"
-        gguf_export.write_tensors(work.job.folder, file, [], config=config, block=gguf_export.KEPT)
+        gguf.write_tensors(work.job.folder, file, [], config=config, block=gguf.KEPT)
         header = file.stat().st_size
     named = dict(work.model.named_parameters())  # a head tied to the embedding is not repeated
-    entries = sum(ENTRY_BYTES + len(gguf_export.file_names(config)(name)) for name in named)
+    entries = sum(ENTRY_BYTES + len(gguf.file_names(config)(name)) for name in named)
     rest = [p for name, p in named.items() if name.removesuffix(".weight") not in options]
     return header + entries + sum((4 if p.ndim == 1 else 2) * p.numel() for p in rest)
 
@@ -311,13 +309,13 @@ def _gguf_rows(
     model: PreTrainedModel, config: PreTrainedConfig, rounded: Mapping[str, BlockRounded]
 ) -> list[tuple[str, str, np.ndarray]]:
     """A rounded tensor brings its bytes along, any other one stays bf16, or float32 if it is a vector."""
-    names, found = gguf_export.file_names(config), []
+    names, found = gguf.file_names(config), []
     for name, parameter in model.named_parameters():
         part = rounded.get(name.removesuffix(".weight"))
         kind = part.format.name if part else ("f32" if parameter.ndim == 1 else BF16)
         content = part.packed() if part else parameter.detach().cpu()
-        content = gguf_export.in_file_order(name, content, config)
-        found.append((names(name), kind, content.numpy() if part else gguf_export.encoded(content, kind)))
+        content = gguf.in_file_order(name, content, config)
+        found.append((names(name), kind, content.numpy() if part else gguf.encoded(content, kind)))
     return found
 
 
@@ -341,7 +339,7 @@ TARGETS: dict[str, Target] = {
     ),
     "gguf": Target(
         "gguf-mixed",
-        gguf_export.ENGINES,
+        gguf.ENGINES,
         "GGUF file",
         sizes=_gguf_sizes,
         table_sizes=_gguf_sizes,
@@ -354,8 +352,8 @@ TARGETS: dict[str, Target] = {
         rounds_head=True,
     ),
     "onnx": Target(
-        onnx_mixed.FORMAT,
-        onnx_mixed.ENGINES,
+        onnx_graph.FORMAT,
+        onnx_graph.ENGINES,
         "ONNX graph and weights",
         sizes=_onnx_sizes,
         table_sizes=_onnx_table_sizes,

@@ -42,7 +42,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from avalab import engines, models, process, statistics, storage, trackers
 from avalab.artifacts import Artifact
-from avalab.engines import Engine, kinds
+from avalab.engines import Engine
 from avalab.experiment import Run, load_average
 
 FAILURES = {"EngineUnavailable": engines.EngineUnavailable, "NotSupported": engines.NotSupported}
@@ -94,6 +94,8 @@ class Cell:
     timed_peak_bytes: int = 0  # while samples were taken: what malloc keeps for itself is in it
     anonymous_bytes: int = 0  # resident after the warm-up: the process's own memory
     file_bytes: int = 0  # resident after the warm-up: mapped files (weights, library code)
+    threads: int | None = None  # that were used, where they are not those asked for
+    note: str = ""  # and why
 
     def decode_rates(self, prompt: int | str) -> list[float]:
         """Decoded tokens a second after a prompt of this length, one value a generation."""
@@ -124,7 +126,9 @@ def measure_cell(artifact: Artifact | Path, engine: str, *, work: Workload = Wor
         raise ValueError(f"need at least 2 new tokens and 1 sample, got {work.new_tokens} and {work.samples}")
     if work.predictable and engine != "torch":
         raise ValueError(f"memory is predicted for the engine torch only, got {engine}")
-    return Cell(**call_engine("avalab.cell:run_cell", artifact, engine, work=work))
+    options, note = engines.usable_options(engine, artifact, threads=work.threads)
+    found = Cell(**call_engine("avalab.cell:run_cell", artifact, engine, work=replace(work, **options)))
+    return replace(found, threads=options["threads"], note=note) if note else found
 
 
 def measure_batches(artifact: Artifact | Path, engine: str, *, work: Workload) -> dict[str, dict[str, list[float]]]:
@@ -141,7 +145,8 @@ def call_engine(target: str, artifact: Artifact | Path, engine: str, *, work: Wo
     Its request holds `folder`, `engine`, the fields of `work`, and `more`.
     """
     folder = storage.folder_of(artifact).resolve()
-    request = {"folder": str(folder), "engine": engine, **asdict(work), **more}
+    options, _ = engines.usable_options(engine, folder, threads=work.threads)
+    request = {"folder": str(folder), "engine": engine, **asdict(work), **options, **more}
     label = f"{folder.name} in {engine}"
     return process.call(target, request, limit_seconds=work.limit_seconds, errors=FAILURES, label=label)
 
@@ -180,10 +185,10 @@ def start_runtime(request: dict) -> int:
     folder, device = Path(request["folder"]), request["device"]
     process.quiet_libraries()
     torch.set_num_threads(request["threads"] or torch.get_num_threads())
-    method = kinds.kind(folder)
+    method = engines.kind(folder)
     if method in LIBRARIES:
         importlib.import_module(LIBRARIES[method])
-    kinds.facts(folder)
+    engines.facts(folder)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
     )
@@ -350,8 +355,13 @@ def merge_cells(cells: Sequence[Cell]) -> Cell:
 def record_cell(run: Run, artifact: Artifact, *, engine: str, work: Workload, cell: Cell, subject: str = "") -> None:
     """Append what was measured of a cell to `run`, under the artefact's name or `subject`."""
     subject, fractions = subject or artifact.name, cell.roofline_fractions
-    details = {"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes}
-    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": work.threads, "details": details}
+    about = {
+        "artifact_sha256": artifact.sha256,
+        "engine": engine,
+        "threads": work.threads if cell.threads is None else cell.threads,
+        "note": cell.note,
+        "details": {"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes},
+    }
     sizes = {
         "artifact_bytes": trackers.weight_file_bytes(artifact.path),
         "peak_rss_bytes:load": cell.load_peak_bytes,
@@ -403,7 +413,8 @@ def record_latency(run: Run, subject: str, metric: str, seconds: list[float], *,
 
 def _record_energy(run: Run, subject: str, cell: Cell, new_tokens: int, **about) -> None:
     if cell.energy_note:
-        run.record(subject, "energy_joules_per_token", None, "J/token", note=cell.energy_note, **about)
+        about["note"] = "; ".join(note for note in (about.get("note", ""), cell.energy_note) if note)
+        run.record(subject, "energy_joules_per_token", None, "J/token", **about)
         return
     for length, joules in cell.joules.items():
         found = vars(statistics.quantile([j / new_tokens for j in joules]))

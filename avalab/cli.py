@@ -16,7 +16,7 @@
     avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
 
-Wrong input ends with one line on stderr and exit code 2. What it does not do: anything that Python code cannot.
+Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from typing import Annotated
 
 import typer
 
-from avalab import cli_compare, cli_compress, cli_distill, cli_ensemble, cli_export, cli_learn, cli_recover
-from avalab.cli_options import ArtifactFolder, AsJson, Limit, Mode, Profile, Seed, print_records
+from avalab import artifacts, cli_compress, cli_measure, cli_talk, cli_train
+from avalab import assets as assets_
+from avalab.assets import AssetUnavailable
+from avalab.cli_options import ArtifactFolder
 
 app = typer.Typer(
     help="How small and fast can a language model get before it stops being good?",
@@ -38,21 +40,28 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (
-    *(cli_compress.quantize, cli_compress.prune),
-    *(cli_export.export, cli_learn.synthesize, cli_learn.finetune, cli_distill.distill),
-    *(cli_ensemble.ensemble, cli_learn.chat, cli_recover.recover),
-):
-    app.command()(command)
-app.command("compile")(cli_export.compile_)
-app.command()(cli_export.tensorrt)
-app.command()(cli_compare.compare)
+COMMANDS = {
+    "quantize": cli_compress.quantize,
+    "prune": cli_compress.prune,
+    "export": cli_compress.export,
+    "compile": cli_compress.compile_,
+    "tensorrt": cli_compress.tensorrt,
+    "recover": cli_compress.recover,
+    "synthesize": cli_train.synthesize,
+    "finetune": cli_train.finetune,
+    "distill": cli_train.distill,
+    "bench": cli_measure.bench,
+    "eval": cli_measure.evaluate,
+    "compare": cli_measure.compare,
+    "chat": cli_talk.chat,
+    "ensemble": cli_talk.ensemble,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:
     """Run the command; what a user did wrong becomes one line and exit code 2."""
-    from avalab.assets import AssetUnavailable
-
     try:
         app()
     except (ValueError, AssetUnavailable, OSError) as error:
@@ -66,8 +75,6 @@ def main() -> None:
 @app.command()
 def assets(name: Annotated[str, typer.Argument(help="Asset to fetch; without it, list them all.")] = "") -> None:
     """List the assets of data/assets.toml, or fetch one and print where it is."""
-    from avalab import assets as assets_
-
     if name:
         print(assets_.fetch(name))
         return
@@ -79,8 +86,6 @@ def assets(name: Annotated[str, typer.Argument(help="Asset to fetch; without it,
 @app.command()
 def show(artifact: ArtifactFolder) -> None:
     """Verify an artefact and print its card in short: base, recipe, format, bytes by component."""
-    from avalab import artifacts, storage
-
     found = artifacts.load(artifact)
     card = found.card
     print(f"name      {found.name}\nformat    {found.format} (engines: {', '.join(card['engines'])})")
@@ -89,71 +94,13 @@ def show(artifact: ArtifactFolder) -> None:
     for step in card["recipe"]:
         print(f"recipe    {json.dumps(step, sort_keys=True)}")
     files = {file["name"]: file["bytes"] for file in card["files"]}
-    parts = storage.bytes_by_component(found) if list(found.path.glob("*.safetensors")) else files
+    if list(found.path.glob("*.safetensors")):
+        from avalab import storage
+
+        parts = storage.bytes_by_component(found)
+    else:
+        parts = files
     total = sum(parts.values())
     for part, count in parts.items():
         print(f"bytes     {part:10} {count:>14,}  {count / total:6.1%}")
     print(f"bytes     {'total':10} {total:>14,}")
-
-
-@app.command()
-def bench(
-    artifact: ArtifactFolder,
-    engine: Annotated[str, typer.Option(help="An engine of avalab.engines; without, torch and the roofline.")] = "",
-    threads: Annotated[int, typer.Option(help="Threads of that engine; 0 leaves its own choice.")] = 0,
-    profile: Profile = "laptop",
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Load and run an artefact in a process of its own: bytes, memory, load time, prefill, decode, latency."""
-    from avalab import artifacts, cost
-    from avalab.experiment import Run
-
-    run = Run("avalab_bench", profile, seed)
-    found = artifacts.load(artifact)
-    if engine:
-        _bench_in(run, found, engine, threads)
-    else:
-        cost.record_cost(run, found.name, found)
-    print_records(run, as_json)
-
-
-def _bench_in(run, artifact, engine: str, threads: int) -> None:
-    """One cell of the benchmark; what the engine refuses is the caller's error."""
-    from avalab import cell
-
-    work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
-    found = cell.measure_cell(artifact, engine, work=work)
-    cell.record_cell(run, artifact, engine=engine, work=work, cell=found)
-
-
-@app.command("eval")
-def evaluate_(
-    artifact: ArtifactFolder,
-    tasks: Annotated[str, typer.Option(help="bfcl, humaneval, tasks of lm-evaluation-harness; with commas.")] = "bfcl",
-    mode: Mode = "grammar",
-    limit: Limit = None,
-    skip: Annotated[int, typer.Option(min=0, help="Cases of each BFCL category to leave out at its beginning.")] = 0,
-    profile: Profile = "laptop",
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
-    from avalab import answers, artifacts, harness
-    from avalab.experiment import Run
-
-    wanted = tasks.split(",")
-    others = [task for task in wanted if task not in ("bfcl", "humaneval")]
-    if others:
-        harness.require()
-    run = Run("avalab_eval", profile, seed)
-    respondent = answers.Respondent(artifacts.load(artifact), run.device)
-    for category in answers.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
-        name = respondent.artifact.name
-        answers.record_calls(run, name, respondent, category=category, mode=mode, limit=limit, skip=skip)
-    if "humaneval" in wanted:
-        problems = answers.code_problems(run, limit)
-        answers.record_pass_at_1(run, respondent.artifact.name, respondent, problems)
-    if others:
-        harness.record(respondent.artifact, others, run=run, limit=limit)
-    print_records(run, as_json)

@@ -1,18 +1,44 @@
-"""The sub-commands `quantize` and `prune`: a smaller artefact of a model, with what it costs."""
+"""The sub-commands that make a smaller artefact or another form of one: quantize, prune, recover, export, compile.
+
+A row of `EXPORTERS` is a format and the function that writes it: artefact, new folder, how weights are stored ("" is
+the format's own way) and windows of calibration text (None: none asked for) in, the lines to print out. It imports what
+it needs itself, raises ValueError for what it cannot export and EngineUnavailable for a missing package.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
 from typing import Annotated
 
 import typer
 
-from avalab.cli_options import Model, Profile, Seed, print_records
+from avalab import artifacts
+from avalab.artifacts import Artifact
+from avalab.cli_options import (
+    METHODS,
+    PATTERNS,
+    SCORES,
+    TRAINED,
+    ArtifactFolder,
+    AsJson,
+    Model,
+    NewFolder,
+    Profile,
+    Seed,
+    known_model,
+    new_folder,
+    one_of,
+    print_records,
+    within,
+)
+from avalab.experiment import Run
 
 
 def quantize(
-    method: Annotated[str, typer.Option(help="One of the methods of avalab.quantize; a wrong name lists them.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
     out: Annotated[Path, typer.Option(help="Folder of the new artefact.")],
     model: Model = "",
     profile: Profile = "laptop",
@@ -47,11 +73,15 @@ def quantize(
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:
     """Compress a model by one method into an artefact folder."""
-    from avalab import models
-    from avalab.experiment import Run
-    from avalab.quantize import checked_method, compress_artifact
-
-    offered = {
+    run = Run("avalab_quantize", profile, seed, model)
+    one_of("method", method, METHODS)
+    within("bits", bits, 2, 8)
+    within("group_size", group_size, 0)
+    within("block_size", block_size, 1)
+    within("bits_per_weight", bits_per_weight, 1)
+    within("iterations", iterations, 1)
+    new_folder(out)
+    options = {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
@@ -67,12 +97,16 @@ def quantize(
         "engine": engine,
         "transform": transform,
     }
-    parameters = {name: value for name, value in offered.items() if value is not None}
-    run = Run("avalab_quantize", profile, seed, model)
+    parameters = {name: value for name, value in options.items() if value is not None}
+    known_model(model)
+    from avalab import models
+    from avalab.quantize import checked_method, compress_artifact
+
     checked_method(method, parameters)
     base = models.base(run)
     artifact = compress_artifact(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
-    _say_size(artifact, base)
+    times = base.bytes / artifact.bytes
+    print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)
     if benchmark and _engine(artifact) != "torch":
@@ -81,15 +115,10 @@ def quantize(
         _score(run, {"bf16": base, artifact.name: artifact})
 
 
-def _say_size(artifact, base) -> None:
-    times = base.bytes / artifact.bytes
-    print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
-
-
 def prune(
-    method: Annotated[str, typer.Option(help="Score: random, magnitude, wanda, sparsegpt, gradient or influence.")],
+    method: Annotated[str, typer.Option(help=f"Score: {', '.join(SCORES)}.")],
     sparsity: Annotated[float, typer.Option(help="Share of the weights to remove, in [0, 1).")] = 0.5,
-    pattern: Annotated[str, typer.Option(help="A pattern of avalab.prune, such as 2:4; a wrong one lists them.")] = "",
+    pattern: Annotated[str, typer.Option(help=f"One of {', '.join(PATTERNS)}.")] = "unstructured",
     target_modules: Annotated[list[str] | None, typer.Option(help="Kind, glob or name; may be repeated.")] = None,
     allocation: Annotated[str, typer.Option(help="uniform or sensitivity.")] = "uniform",
     out: Annotated[Path | None, typer.Option(help="Folder of the new artefact; named by its recipe without.")] = None,
@@ -99,22 +128,246 @@ def prune(
     benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
 ) -> None:
     """Remove weights, heads, channels or layers; stopped, it goes on at the last finished block."""
+    run = Run("avalab_prune", profile, seed, model)
+    one_of("score", method, SCORES)
+    one_of("pattern", pattern, PATTERNS)
+    one_of("allocation", allocation, ("uniform", "sensitivity"))
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
+    new_folder(out)
+    known_model(model)
     from avalab import models
     from avalab import prune as prune_
-    from avalab.experiment import Run
 
-    run = Run("avalab_prune", profile, seed, model)
-    base = models.base(run)
-    how = {"sparsity": sparsity, "target_modules": tuple(target_modules or ()), "allocation": allocation}
-    artifact = prune_.write(base, method, pattern or "unstructured", run=run, out=out, **how)
+    artifact = prune_.write(
+        models.base(run),
+        method,
+        pattern,
+        run=run,
+        out=out,
+        sparsity=sparsity,
+        target_modules=tuple(target_modules or ()),
+        allocation=allocation,
+    )
     measured = artifact.card["measured"]
     print(f"{artifact.path}: {measured['sparsity']:.1%} of the linear weights gone, {artifact.bytes / 1e6:.1f} MB")
     if "sparse_bytes" in measured:
         print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
     if benchmark:
-        _score(run, {"bf16": base, artifact.name: artifact})
+        _score(run, {"bf16": models.base(run), artifact.name: artifact})
         if "sparse_bytes" in measured and measured["sparsity"]:
             _time_zeros(run, artifact)
+
+
+def recover(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an rtn, gptq, awq or ava artefact.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new artefact, of the same bytes.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of the bf16 original; without, the base that lies beside it.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text to learn from.")] = 8192,
+    kind: Annotated[str, typer.Option(help="scales, weights, blocks, torchao, or both: blocks, then scales.")] = "both",
+    steps: Annotated[int, typer.Option(min=1, help="Of each block.")] = 40,
+    learning_rate: Annotated[float, typer.Option(help="End to end, at the end of the warm-up.")] = 3e-3,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
+    run = Run("avalab_recover", profile, seed)
+    one_of("kind", kind, (*TRAINED, "both"))
+    new_folder(out)
+    start = artifacts.load(artifact)
+    whole = artifacts.load(teacher or artifact.parent / start.card["base"]["name"])
+    from avalab import models, qat
+    from avalab.block_training import Blocks
+    from avalab.train import Schedule
+
+    read = qat.windows(run, models.load_tokenizer(start), tokens=tokens)
+    schedule, blocks = Schedule(learning_rate=learning_rate), Blocks(steps=steps)
+    if kind == "both":
+        recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
+        start = qat.train_quantized(
+            start, whole, read, run=run, out=run.artifacts_dir / f"{start.name}+blocks", recipe=recipe
+        )
+    recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
+    found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
+    qat.record_recovery(run, out.name, found)
+    print_records(run, as_json)
+    if not as_json:
+        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")
+
+
+def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
+    """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; GenAI's if packed."""
+    from avalab import engines
+    from avalab.engines import onnxruntime
+
+    if weights == "kept" or (not weights and engines.kind(artifact.path) == "compressed-tensors"):
+        return _onnx_genai(artifact, out, "kept", windows)
+    if weights == "int8" or windows is not None:
+        mode = "dynamic" if windows is None else "static"
+        return _written(onnxruntime.write_int8(artifact, mode, windows=windows, out=out), "onnxruntime")
+    made = onnxruntime.write(artifact, out, weights=weights or "dense")
+    found = made.card["measured"]
+    return (
+        f"{made.path}: {found['onnx_bytes'] / 1e6:.1f} MB, weights {weights or 'dense'}\n"
+        f"ONNX Runtime: logits differ by {found['logit_difference']:.1g} of the largest, "
+        f"best token the same at {found['top1_agreement']:.1%} of positions"
+    )
+
+
+def _onnx_genai(artifact: Artifact, out: Path, weights: str, windows) -> str:
+    """A folder for ONNX Runtime GenAI, by its own model builder; a packed artefact's layers as they are."""
+    from avalab.engines import onnx
+
+    if windows is not None:
+        raise ValueError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
+    made = onnx.write(artifact, weights or "int4", out=out)
+    told = made.card["measured"].get("note", "")
+    return _written(made, "onnx") + (f"\n{told}" if told else "")
+
+
+def _gguf(artifact: Artifact, out: Path, weights: str, windows) -> str:
+    """A GGUF file with tokenizer and chat template, and Ollama's Modelfile; K types by llama.cpp's quantiser."""
+    from avalab.engines import gguf, llamacpp
+
+    if weights in llamacpp.MIXTURES:
+        return _written(llamacpp.write(artifact, weights, windows=windows, out=out), "llamacpp or torch")
+    if windows is not None:
+        raise ValueError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
+    return _written(gguf.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
+
+
+def _openvino(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+    """A folder for OpenVINO GenAI, weights compressed by NNCF."""
+    from avalab.engines import openvino
+
+    return _written(openvino.write(artifact, weights or "int8", out=out), "openvino")
+
+
+def _executorch(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+    """A program for phones with XNNPACK kernels; every size fixed."""
+    from avalab.engines import executorch
+
+    return _written(executorch.write(artifact, weights or "fp32", out=out), "executorch")
+
+
+def _aot(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+    """A package of machine code and a program that runs it with torch alone."""
+    from avalab.engines import aot
+
+    return _written(aot.write(artifact, weights or "bf16", out=out), "aot")
+
+
+def _written(made, engines: str) -> str:
+    return f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.format}\nload it with the engine {engines}"
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format: the function that writes it, the weights that it knows, and whether some need calibration text."""
+
+    write: Callable[..., str]
+    weights: tuple[str, ...]
+    calibrated: bool = False
+
+
+BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "kept")
+MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+EXPORTERS: dict[str, Exporter] = {
+    "onnx": Exporter(_onnx, ("dense", "sparse", "bitmask", "int8", "kept"), calibrated=True),
+    "onnx-genai": Exporter(_onnx_genai, ("fp32", "int8", "int4", "kept")),
+    "gguf": Exporter(_gguf, (*BLOCKS, *MIXTURES), calibrated=True),
+    "openvino": Exporter(_openvino, ("f16", "int8", "int4")),
+    "executorch": Exporter(_executorch, ("fp32",)),
+    "aot": Exporter(_aot, ("bf16", "fp32")),
+}
+PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
+WEIGHTS_HELP = "How weights are stored. " + "; ".join(f"{n}: {', '.join(row.weights)}" for n, row in EXPORTERS.items())
+CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matrix (gguf's K types)."
+
+
+def export(
+    artifact: ArtifactFolder,
+    to: Annotated[str, typer.Option(help="Format: " + ", ".join(EXPORTERS) + ".")],
+    out: NewFolder,
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
+    calibrate: Annotated[bool, typer.Option("--calibrate", help=CALIBRATE_HELP)] = False,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+) -> None:
+    """Write an artefact in the format of another engine and check it there."""
+    one_of("format", to, EXPORTERS)
+    row, run = EXPORTERS[to], Run("avalab_export", profile, seed)
+    if weights and weights not in row.weights:
+        raise ValueError(f"no weights {weights!r} for {to}; choose one of {', '.join(row.weights)}")
+    if calibrate and not row.calibrated:
+        able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
+        raise ValueError(f"{to} takes no calibration text; {able} do")
+    found = artifacts.load(artifact)
+    print(row.write(found, out, weights, _windows(found, run) if calibrate else None))
+
+
+def _windows(artifact: Artifact, run: Run):
+    from avalab import corpora, models
+
+    return corpora.calibration_windows(run, models.load_tokenizer(artifact))
+
+
+def compile_(
+    out: NewFolder,
+    model: Model = "",
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Any batch; without it, one sequence.")] = False,
+    weights: Annotated[str, typer.Option(help="bf16 or fp32: how weights are stored and computed with.")] = "bf16",
+    profile: Profile = "laptop",
+) -> None:
+    """Compile a model ahead of time into machine code that runs without its Python; any prompt length."""
+    one_of("weights", weights, EXPORTERS["aot"].weights)
+    run = Run("avalab_compile", profile, 0, model)
+    _checked_source(model)
+    from avalab.engines import aot
+
+    made = aot.write(_dense(model, run), weights, dynamic=dynamic, out=out)
+    print(_written(made, "aot"))
+    print(f"without the lab: python {made.path / aot.PROGRAM} {made.path / 'model.pt2'} 16 TOKEN_IDS")
+
+
+def tensorrt(
+    model: Model = "",
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The capital of France is",
+    profile: Profile = "laptop",
+) -> None:
+    """Build a model for TensorRT-LLM, continue a prompt with it, and say how fast; needs an NVIDIA GPU."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    run = Run("avalab_compile", profile, 0, model)
+    _checked_source(model)
+    from avalab import models, trackers
+    from avalab.engines import tensorrt as engine
+
+    engine.require(precision)
+    artifact = _dense(model, run)
+    loaded, tokenizer = engine.load(artifact, precision=precision), models.load_tokenizer(artifact)
+    ids = tokenizer(prompt).input_ids
+    print(tokenizer.decode(loaded.generate(ids, 32)))
+    told = trackers.time_tokens(loaded, ids, 32)
+    print(f"{precision}: {31 / (told[-1] - told[0]):.1f} token/s after {told[0] * 1000:.0f} ms")
+    loaded.close()
+
+
+def _checked_source(model: str) -> None:
+    """Raise ValueError for what is neither an artefact folder nor a model."""
+    if not (Path(model) / artifacts.CARD).is_file():
+        known_model(model)
+
+
+def _dense(model: str, run: Run) -> Artifact:
+    """An artefact folder as it is; any other name is the base artefact of that model."""
+    from avalab import models
+
+    return artifacts.load(model) if model and (Path(model) / artifacts.CARD).is_file() else models.base(run)
 
 
 def _predicted_and_measured(run, base, artifact) -> None:

@@ -31,10 +31,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from avalab import artifacts, cell, cost, statistics, storage, trackers
+from avalab import artifacts, cell, cost, engines, statistics, storage, trackers
 from avalab.artifacts import Artifact
 from avalab.cell import Workload
-from avalab.engines import kinds, llamacpp
+from avalab.engines import llamacpp
 from avalab.experiment import Run, load_average
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -77,7 +77,7 @@ def measure_lengths(
     NotSupported as the engine does (also for a cache it does not have), RuntimeError when not one length was measured.
     """
     folder = storage.folder_of(artifact).resolve()
-    lengths = _checked_lengths(lengths, new_tokens, kinds.facts(folder).context)
+    lengths = _checked_lengths(lengths, new_tokens, engines.facts(folder).context)
     work = Workload(
         prompts=tuple(length - new_tokens for length in lengths),
         new_tokens=new_tokens,
@@ -101,7 +101,7 @@ def cache_options(engine: str, cache_bits: int, context: int) -> dict:
     if engine == "llamacpp":
         return {"context": context, "cache_bits": cache_bits}
     if cache_bits != 16:
-        raise kinds.NotSupported(QUANTIZED_CACHE.format(engine))
+        raise engines.NotSupported(QUANTIZED_CACHE.format(engine))
     return {"context": context} if engine in ("vllm", "tensorrt") else {}
 
 

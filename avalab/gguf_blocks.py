@@ -6,8 +6,8 @@ the fields of a block in the order of their bytes; low and high bits of the code
 
 Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `numerics.encode` with the rules below, then packed: byte for byte what
 gguf-py writes, but for the sign of a minimum that is zero. In the K types a group's scale is a small integer times the
-super-block's float16. They and IQ4_NL, whose steps are unequal, are decoded here, exactly; `block_rounding` chooses
-their codes and scales, and `join` makes the bytes of those.
+super-block's float16. For them and IQ4_NL, whose steps are unequal, `block_rounding` chooses codes and scales, `join`
+makes the bytes of those. The gguf package decodes them all (`gguf.quants.dequantize`).
 
 Source: ggml's block structures (ggml-common.h) and the format's description in the GGUF documentation.
 What it does not do: searches for scales, the other I types, GGUF files (headers, names, alignment).
@@ -132,81 +132,22 @@ def block_bytes(format: NumberFormat) -> int:
     return sum(field.size for field in _layout(format))
 
 
-def unpack(blocks: UInt8[Tensor, "rows bytes"], format: NumberFormat) -> Encoded:
-    """The codes, scales and minimums in the bytes of a weight; scales of K types are multiplied out, in float32.
-
-    Raises ValueError for a format that has no block type, or rows that are not whole blocks.
-    """
-    layout = _layout(format)
-    size = sum(field.size for field in layout)
-    if blocks.numel() == 0 or blocks.shape[1] % size:
-        raise ValueError(f"{format.name} blocks have {size} bytes; got the shape {tuple(blocks.shape)}")
-    parts = blocks.reshape(-1, size).split([field.size for field in layout], dim=1)
-    fields = {field.name: part.contiguous() for field, part in zip(layout, parts, strict=True)}
-    scales, minimums = _scales(fields, format)
-    return Encoded(format, _codes(fields, format).view(len(blocks), -1), scales, minimums)
-
-
 def _layout(format: NumberFormat) -> tuple[Field, ...]:
     if format.name not in LAYOUTS:
         raise ValueError(f"no GGUF block type is called {format.name!r}; there are {', '.join(LAYOUTS)}")
     return LAYOUTS[format.name]
 
 
-def _codes(fields: dict[str, Tensor], format: NumberFormat) -> Tensor:
-    low, *high = sorted((f for f in LAYOUTS[format.name] if f.bits), key=lambda field: field.name, reverse=True)
-    codes = _spread(fields["low"], low.bits, low.width)
-    if format.bits == 8:
-        return codes.view(torch.int8)
-    for field in high:
-        codes = codes | _spread(fields["high"], field.bits, field.width) << low.bits
-    return codes.to(torch.int8) + format.low if format.low < 0 else codes
-
-
-def _scales(fields: dict[str, Tensor], format: NumberFormat) -> tuple[Tensor, Tensor | None]:
-    scale, minimum = (fields[n].view(torch.float16) if n in fields else None for n in ("scale", "minimum"))
-    if "multipliers" not in fields:
-        return scale.flatten(), None if minimum is None else minimum.flatten()
-    of_scale, of_minimum = _MULTIPLIERS[format.name](fields["multipliers"])
-    minimums = None if minimum is None else -(minimum.float() * of_minimum).flatten()
-    return (scale.float() * of_scale).flatten(), minimums
-
-
-def _spread(field: Tensor, bits: int, width: int) -> UInt8[Tensor, "block code"]:
-    """One code a byte, in the order of the weights."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=field.device)[:, None]
-    return (field.view(len(field), -1, 1, width) >> shifts & (2**bits - 1)).view(len(field), -1)
-
-
 def _narrow(codes: Tensor, field: Field) -> UInt8[Tensor, "block size"]:
-    """The inverse of `_spread`."""
+    """Codes of one byte each in a field's order: runs of `width` bytes, first codes in the lowest bits."""
     shifts = torch.arange(0, 8, field.bits, dtype=torch.uint8, device=codes.device)[:, None]
     return (codes.view(len(codes), -1, len(shifts), field.width) << shifts).sum(2, dtype=torch.uint8).flatten(1)
-
-
-def _nibble_pairs(field: Tensor) -> tuple[Tensor, Tensor]:
-    """Q2_K: 16 scales in the low halves, 16 minimums in the high ones."""
-    return field & 15, field >> 4
-
-
-def _six_bit_pairs(field: Tensor) -> tuple[Tensor, Tensor]:
-    """Q4_K and Q5_K: 8 scales, 8 minimums; the last four of each keep their upper two bits above the first four."""
-    first, second, third = field.split(4, dim=1)
-    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), 1)
-    return scales, torch.cat((second & 63, third >> 4 | second >> 6 << 4), 1)
-
-
-def _six_bit(field: Tensor) -> tuple[Tensor, None]:
-    """Q3_K: 16 scales less 32; four low bits in 8 bytes, two high bits in 4."""
-    low, high = field.split((8, 4), dim=1)
-    codes = _spread(low.contiguous(), 4, 8) | _spread(high.contiguous(), 2, 4) << 4
-    return codes.to(torch.int8) - 32, None
 
 
 def joined_multipliers(
     format: NumberFormat, scales: Int[Tensor, "block groups"], minimums: Int[Tensor, "block groups"] | None
 ) -> UInt8[Tensor, "block bytes"]:
-    """The bytes of a K type's multipliers, the inverse of reading them; one row a super-block."""
+    """The bytes of a K type's multipliers; one row a super-block."""
     if format.name == "q6_k":
         return scales.to(torch.int8).view(torch.uint8)
     if format.name == "q3_k":
@@ -217,15 +158,6 @@ def joined_multipliers(
         return scales | minimums << 4
     first, second = (part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minimums))
     return torch.cat((first, second, scales[:, 4:] & 15 | (minimums[:, 4:] & 15) << 4), 1)
-
-
-_MULTIPLIERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
-    "q2_k": _nibble_pairs,
-    "q3_k": _six_bit,
-    "q4_k": _six_bit_pairs,
-    "q5_k": _six_bit_pairs,
-    "q6_k": lambda field: (field.view(torch.int8), None),
-}
 
 
 def signed_extreme(groups: Groups, format: NumberFormat) -> tuple[Tensor, None]:

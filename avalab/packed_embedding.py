@@ -3,7 +3,7 @@
 The checkpoint keeps such an embedding as it keeps a packed linear layer: codes in int32 words, a bf16 scale and packed
 zero point a row and group, and a group of its own in the configuration. That is a proper compressed-tensors file, but
 transformers 5.17 looks for a tensor called `weight` in every embedding and refuses the folder, and so does vLLM: only
-this package loads it. (`gguf_export` with the block type `kept` turns it into a file that others read.)
+this package loads it. (`engines.gguf` with the block type `kept` turns it into a file that others read.)
 
 1. The group is taken out of the configuration that transformers sees; it loads everything else.
 2. What it then misses has to be the embedding (and a head tied to it), and nothing more.

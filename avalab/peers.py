@@ -20,9 +20,8 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 
-from avalab import corpora, models, peers_calls, predict, quality, quantize, statistics
+from avalab import corpora, engines, models, peers_calls, predict, quality, quantize, statistics
 from avalab.artifacts import Artifact
-from avalab.engines import kinds
 from avalab.experiment import PROFILES, ROOT, Record, Run, load_average, load_records
 from avalab.predict import Reference, TokenScores
 
@@ -156,7 +155,7 @@ def _compare_one(run: Run, base: Artifact, name: str, against: dict[str, Referen
         found = {form: _rival(run, base, artifact.bytes, against, form, made[form]) for form in made}
         rivals = {form: rival for form, rival in found.items() if rival}
         record_peer(run, name, artifact, against, peer=name, rivals=rivals)
-    except (kinds.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
+    except (engines.EngineUnavailable, ValueError, RuntimeError) as error:  # NotSupported is a ValueError
         run.record(name, "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
 
 

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,14 @@ PRELOADED = ("avalab.engines",)
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+class Killed(RuntimeError):
+    """A process was ended by a signal, whose name is `signal`."""
+
+    def __init__(self, message: str, signal: str) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def call(
@@ -44,7 +53,7 @@ def call(
     """What `target` (`module:function`) answers to `request`, computed elsewhere; `label` names it in messages.
 
     An exception named in `errors` is raised as that class. Raises RuntimeError in one line for any other failure:
-    killed (out of memory, mostly), crashed, stopped after `limit_seconds`, or an exception.
+    killed (out of memory, mostly) or crashed (`Killed`), stopped after `limit_seconds`, or an exception.
     """
     label = label or target
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +63,8 @@ def call(
             raise RuntimeError(f"{label} took longer than {limit_seconds:g} s")
         if code or not result.is_file():
             text = output.read_text(errors="replace") if output.is_file() else ""
-            raise RuntimeError(f"{label} failed: {explain_end(code, text)}")
+            message = f"{label} failed: {explain_end(code, text)}"
+            raise Killed(message, signal.Signals(-code).name) if code < 0 else RuntimeError(message)
         answer = json.loads(result.read_text())
     if "error" in answer:
         known = (errors or {}).get(answer["error"])
@@ -96,7 +106,8 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     process = context.Process(target=main, args=arguments)  # no daemon: some engines start processes themselves
-    process.start()
+    with _without_main():
+        process.start()
     try:
         process.join(limit_seconds)
         late = process.is_alive()
@@ -104,6 +115,19 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
         process.kill()
         process.join()
     return None if late else process.exitcode
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep the program that calls from being run again in the process, where it is a script without a guard."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(kept)
 
 
 def quiet_libraries() -> None:

@@ -37,10 +37,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from avalab import artifacts, ava, corpora, gguf_quantizer, libraries, models, packed, runtimes
+from avalab import artifacts, ava, corpora, engines, libraries, models, packed, runtimes
 from avalab.artifacts import Artifact
 from avalab.code import code_of
-from avalab.engines import kinds, llamacpp, onnx, openvino
+from avalab.engines import llamacpp, onnx_graph, openvino
 from avalab.experiment import Run
 from avalab.libraries import Job
 from avalab.process import quietly
@@ -98,7 +98,7 @@ def compress_artifact(
     if found:
         return found
     if row.library and importlib.util.find_spec(row.library) is None:
-        raise kinds.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
+        raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
     format, engines = row.format, row.engines
     if row.compress is ava.compress:
         size = models.parameter_count(models.skeleton(base.path))
@@ -306,7 +306,7 @@ METHODS: dict[str, Method] = {
         runtimes.onnx_k_quant,
         "onnx-int4",
         library="onnxruntime_genai",
-        install=onnx.INSTALL,
+        install=onnx_graph.INSTALL,
         engines=("onnx",),
         embedding="int4 in groups of 32",
         skips=False,
@@ -318,10 +318,10 @@ METHODS: dict[str, Method] = {
             calibrated=True,
             library="llama_cpp",
             install=llamacpp.INSTALL,
-            engines=gguf_quantizer.ENGINES,
+            engines=llamacpp.READ_BY,
             embedding="the mixture's choice",
             skips=False,
         )
-        for mixture in gguf_quantizer.MIXTURES
+        for mixture in llamacpp.MIXTURES
     },
 }

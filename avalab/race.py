@@ -31,11 +31,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from avalab import artifacts, cache, cell, corpora, engines, gguf_export, gguf_quantizer, models, quantize, statistics
+from avalab import artifacts, cache, cell, corpora, engines, models, quantize, statistics
 from avalab.artifacts import Artifact
 from avalab.cell import Cell, Workload
 from avalab.code import code_of
-from avalab.engines import kinds, onnx_export, openvino_export
+from avalab.engines import gguf, llamacpp, onnx, openvino
 from avalab.experiment import PROFILES, ROOT, Run, device_name, load_average
 
 WANTED = 0.05  # width of the interval over the median
@@ -67,7 +67,7 @@ def _ava(base: Artifact, run: Run) -> Artifact:
 
 def _gguf_ava(base: Artifact, run: Run) -> Artifact:
     """The allocation over GGUF's own block types, at the bytes of Q4_0."""
-    return quantize.compress_artifact(base, "ava", run=run, bytes=gguf_export.write(base, "q4_0").bytes, format="gguf")
+    return quantize.compress_artifact(base, "ava", run=run, bytes=gguf.write(base, "q4_0").bytes, format="gguf")
 
 
 def _calibration(base: Artifact, run: Run) -> Tensor:
@@ -84,13 +84,13 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "nf4": lambda base, run: quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
     "torchao-int8": lambda base, run: quantize.compress_artifact(base, "torchao-int8", run=run),
     "ava": _ava,
-    "gguf-q8_0": lambda base, run: gguf_export.write(base, "q8_0"),
-    "gguf-q4_0": lambda base, run: gguf_export.write(base, "q4_0"),
-    "gguf-q4_k_m": lambda base, run: gguf_quantizer.write(base, "q4_k_m", windows=_calibration(base, run)),
+    "gguf-q8_0": lambda base, run: gguf.write(base, "q8_0"),
+    "gguf-q4_0": lambda base, run: gguf.write(base, "q4_0"),
+    "gguf-q4_k_m": lambda base, run: llamacpp.write(base, "q4_k_m", windows=_calibration(base, run)),
     "gguf-ava": _gguf_ava,
-    "openvino-int8": lambda base, run: openvino_export.write(base, "int8"),
-    "openvino-int4": lambda base, run: openvino_export.write(base, "int4"),
-    "onnx-int4": lambda base, run: onnx_export.write(base, "int4"),
+    "openvino-int8": lambda base, run: openvino.write(base, "int8"),
+    "openvino-int4": lambda base, run: openvino.write(base, "int4"),
+    "onnx-int4": lambda base, run: onnx.write(base, "int4"),
 }
 
 SOME = {"smoke": ("bf16", "nf4", "openvino-int4", "onnx-int4")}  # profiles that race a few forms only
@@ -142,8 +142,8 @@ def list_entries(
     left_out = set(skip)
     found = []
     for (name, artifact), count in itertools.product(forms.items(), threads or thread_counts()):
-        kind = kinds.kind(artifact.path)
-        readers = kinds.READERS[kind]
+        kind = engines.kind(artifact.path)
+        readers = engines.READERS[kind]
         if kind == "gguf":  # not every engine reads every block type
             readers = tuple(engine for engine in readers if engine in artifact.card["engines"])
         for engine in readers:

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from avalab import artifacts, gguf_quantizer
-from avalab.engines import kinds, onnx, openvino, openvino_export
+from avalab import artifacts, engines
+from avalab.engines import llamacpp, onnx_graph, openvino
 from avalab.libraries import Job
 
 GROUP_SIZE = 64
@@ -36,21 +36,21 @@ GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
 
 def openvino_int4(job: Job) -> dict:
     """NNCF's int4 without data."""
-    openvino_export.export(job.folder, job.out, "int4")
+    openvino.export(job.folder, job.out, "int4")
     return {}
 
 
 def nncf_int4(job: Job) -> dict:
     """NNCF's int4 with AWQ and scale estimation on the job's windows."""
     for module in ("openvino_genai", "nncf"):
-        kinds.require("openvino", module, openvino.INSTALL)
+        engines.require("openvino", module, openvino.INSTALL)
     import nncf
     import openvino as runtime
 
-    graph = kinds.OWN_FILES["openvino"]
+    graph = engines.OWN_FILES["openvino"]
     nncf.set_log_level(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
-        openvino_export.export(job.folder, Path(temporary), "f16")
+        openvino.export(job.folder, Path(temporary), "f16")
         model = nncf.compress_weights(
             runtime.Core().read_model(str(Path(temporary) / graph)),
             mode=nncf.CompressWeightsMode.INT4_ASYM,
@@ -74,7 +74,7 @@ def onnx_k_quant(job: Job) -> dict:
     Raises RuntimeError with the builder's last line when it fails.
     """
     for module in ("onnxruntime_genai", "onnx_ir"):
-        kinds.require("onnx", module, onnx.INSTALL)
+        engines.require("onnx", module, onnx_graph.INSTALL)
     with tempfile.TemporaryDirectory() as cache:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", "int4", "-c", cache]
         folders = ["-i", str(job.folder.resolve()), "-o", str(job.out.resolve())]
@@ -92,7 +92,7 @@ def onnx_k_quant(job: Job) -> dict:
 def llama_cpp(job: Job) -> dict:
     """llama.cpp's own quantisation into the mixture that the method names."""
     base = artifacts.load(job.folder, verify=False)
-    return gguf_quantizer.quantise(base, job.out, job.method.removeprefix(GGUF), job.calibration)
+    return llamacpp.quantise(base, job.out, job.method.removeprefix(GGUF), job.calibration)
 
 
 def _inputs(window: Tensor) -> dict[str, np.ndarray]:

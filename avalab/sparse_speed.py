@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from avalab import onnx_file, statistics
+from avalab import statistics
 from avalab.artifacts import Artifact
+from avalab.engines import onnxruntime
 from avalab.experiment import Run, load_average
 
 BASELINE = "dense bf16"
@@ -72,7 +73,7 @@ def onnx_runtime(*, sparse: bool) -> Callable[[Tensor, Tensor], Callable[[], Ten
     def prepare(weight: Tensor, inputs: Tensor) -> Callable[[], Tensor]:
         if weight.is_cuda:
             raise RuntimeError("ONNX Runtime is measured on the CPU only")
-        product, rows = onnx_file.product(weight, sparse=sparse), inputs.float()
+        product, rows = onnxruntime.product(weight, sparse=sparse), inputs.float()
         return lambda: product(rows)
 
     return prepare

@@ -15,7 +15,6 @@ from avalab import (
     ava_targets,
     corpora,
     engines,
-    gguf_export,
     models,
     packed,
     predict,
@@ -25,7 +24,6 @@ from avalab import (
 )
 from avalab.allocation import Allocation
 from avalab.artifacts import Artifact
-from avalab.engines import kinds
 from avalab.experiment import Run
 from avalab.libraries import Job
 from avalab.numerics import Grid
@@ -63,7 +61,7 @@ def against(run, base) -> Reference:
 
 @pytest.fixture(scope="module")
 def plain(base) -> Artifact:
-    return gguf_export.write(base, "q4_0")
+    return gguf.write(base, "q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_at_the_bytes_of_plain_rounding_the_divergence_is_less(made, plain, agai
 
 
 def test_the_types_in_the_file_are_those_of_the_card(made):
-    stored = {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(kinds.gguf_file(made.path)).tensors}
+    stored = {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(engines.gguf_file(made.path)).tensors}
     types = made.card["measured"]["types"]
     assert stored["blk.2.ffn_down.weight"] == types["model.layers.2.mlp.down_proj"]
     assert stored["token_embd.weight"] == types["model.embed_tokens"]
@@ -114,7 +112,7 @@ def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, cal
         folder = tmp_path / name
         folder.mkdir()
         ava.compress(job_of(base.path, calibration, bytes=size, format="gguf")).save_pretrained(folder)
-        files.append(kinds.gguf_file(folder).read_bytes())
+        files.append(engines.gguf_file(folder).read_bytes())
     assert files[0] == files[1] != files[2]
     assert len(passes) == 1
     for other in (

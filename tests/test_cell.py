@@ -9,8 +9,7 @@ from transformers import PreTrainedModel  # noqa: F401  (before what reaches tor
 
 from avalab import artifacts, cell, cli, engines, process, trackers
 from avalab.cell import Cell, Workload
-from avalab.engines.engine import Engine, Request
-from avalab.engines.kinds import Facts
+from avalab.engines.engine import Engine, Facts, Request
 from avalab.experiment import Run
 
 ROOT = Path(__file__).resolve().parent.parent

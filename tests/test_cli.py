@@ -3,15 +3,29 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
 
-from avalab import cli, cli_compress, cli_export, experiment
+from avalab import answers, cli, cli_compress, cli_options, distill, drafts, experiment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
-    from avalab import models
+    from avalab import (
+        conversation,
+        engines,
+        ensemble,
+        models,
+        qat,
+        quantize,
+        saliency,
+        sparsity_patterns,
+    )
+    from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
+
+ROOT = experiment.ROOT
 
 
 @pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("64MiB", 67_108_864), ("1.5kB", 1500), ("7", 7)])
@@ -54,7 +68,7 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, capsys):
         (["quantize", "--method", "rtn", "--out", "x", "--profile", "smoke", "--model", "nosuch"], "unknown model"),
         (["show", "nothing/here"], "no artefact at"),
         (["assets", "nosuch"], "nosuch"),
-        (["synthesize", "--out", "x", "--kinds", "poem"], "choose of single_call"),
+        (["synthesize", "--out", "x", "--kinds", "poem"], "choose one of single_call"),
         (["synthesize", "--out", "x", "--overlap", "some"], "choose here, all or none"),
         (["synthesize", "--out", "x", "--teacher", "nothing/here"], "no artefact at"),
         (["synthesize", "--out", "x", "--teacher", "http://127.0.0.1:9/v1"], "needs --teacher-model"),
@@ -77,6 +91,82 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, monkeypatch, c
     assert code == 2
     assert says in error
     assert error.count("\n") == 1
+
+
+QUICK = [
+    ["--help"],
+    ["quantize", "--help"],
+    ["quantize", "--method", "foo", "--out", "x"],
+    ["quantize", "--method", "rtn", "--bits", "9", "--out", "x"],
+    ["quantize", "--method", "rtn", "--out", "x", "--profile", "desk"],
+    ["quantize", "--method", "rtn", "--out", "x", "--model", "nosuch"],
+    ["prune", "--method", "guess", "--out", "x"],
+    ["prune", "--method", "wanda", "--sparsity", "1", "--out", "x"],
+    ["recover", "nothing/here", "--out", "x"],
+    ["recover", "nothing/here", "--out", "x", "--kind", "luck"],
+    ["export", "nothing/here", "--to", "rtf", "--out", "x"],
+    ["export", "nothing/here", "--to", "gguf", "--weights", "int3", "--out", "x"],
+    ["compile", "--out", "x", "--weights", "int3"],
+    ["tensorrt", "--precision", "fp12"],
+    ["show", "nothing/here"],
+    ["bench", "nothing/here"],
+    ["bench", "nothing/here", "--engine", "steam"],
+    ["eval", "nothing/here", "--mode", "mumble"],
+    ["compare", "nothing/here", "nothing/there", "--task", "looks"],
+    ["synthesize", "--out", "x", "--kinds", "poem"],
+    ["finetune", "--out", "x", "--rank", "0"],
+    ["finetune", "--out", "x", "--data", "nothing/here"],
+    ["distill", "--teacher", "http://127.0.0.1:9/v1", "--student", "x", "--out", "y"],
+    ["ensemble", "--models", "nothing/here", "--prompt", "hello", "--method", "shout"],
+    ["chat", "nothing/here"],
+]
+IMPORTED = """import contextlib, io, json, sys
+from avalab import cli
+found = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, said = ["avalab", *arguments], io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    heavy = [name for name in ("torch", "transformers", "matplotlib", "scipy", "pandas") if name in sys.modules]
+    found.append([code, said.getvalue(), heavy])
+print(json.dumps(found))"""
+
+
+def test_help_and_refusals_that_need_no_model_import_neither_torch_nor_transformers():
+    """In one process, one after the other: what an earlier command imported would show in the later ones."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED, json.dumps(QUICK)], capture_output=True, text=True, cwd=ROOT)
+    for arguments, (code, said, heavy) in zip(QUICK, json.loads(done.stdout), strict=True):
+        assert not heavy, f"avalab {' '.join(arguments)} imports {', '.join(heavy)}"
+        assert code == (0 if "--help" in arguments else 2), said
+        assert "Traceback" not in said
+
+
+def test_names_that_are_refused_without_torch_are_those_of_the_tables():
+    assert set(cli_options.METHODS) == quantize.METHODS.keys()
+    assert set(cli_options.SCORES) == saliency.SCORES.keys()
+    assert set(cli_options.PATTERNS) == sparsity_patterns.PATTERNS.keys()
+    assert set(cli_options.ENGINES) == engines.ENGINES.keys()
+    assert set(cli_options.CALL_MODES) == answers.MODES.keys()
+    assert cli_options.CHAT_MODES == conversation.MODES
+    assert (cli_options.POOLS, cli_options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
+    assert cli_options.TRAINED == qat.KINDS
+    assert set(cli_options.TARGETS) == set(distill.TEACHERS)
+    assert set(cli_options.KINDS) == drafts.KINDS.keys()
+    assert cli_options.EMBEDDED == models.EMBEDDED
+
+
+def test_weights_that_an_export_takes_are_those_of_its_engine():
+    rows = {name: set(row.weights) for name, row in cli_compress.EXPORTERS.items()}
+    assert rows["onnx"] == {*onnxruntime.WEIGHTS, "int8", onnx.KEPT}
+    assert rows["onnx-genai"] == {*onnx.WEIGHTS, onnx.KEPT}
+    assert rows["gguf"] == {*gguf.BLOCKS, gguf.KEPT, *llamacpp.MIXTURES}
+    assert rows["openvino"] == set(openvino.WEIGHTS)
+    assert rows["executorch"] == set(executorch.WEIGHTS)
+    assert rows["aot"] == aot.DTYPES.keys()
+    assert set(cli_compress.PRECISIONS) == tensorrt.PRECISIONS.keys()
 
 
 def test_examples_are_made_and_counted(tmp_path, monkeypatch, capsys):
@@ -173,7 +263,8 @@ def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkey
 def test_an_artefact_is_exported_by_its_formats_row_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment.Run, "artifacts_dir", tmp_path)
     base = models.base(experiment.Run("t", "smoke"))
-    monkeypatch.setitem(cli_export.EXPORTERS, "other", "{0.name} to {1.name} as {2}".format)
+    row = cli_compress.Exporter("{0.name} to {1.name} as {2}".format, ("packed",))
+    monkeypatch.setitem(cli_compress.EXPORTERS, "other", row)
     arguments = ["export", base.path, "--to", "other", "--out", tmp_path / "there", "--weights", "packed"]
     assert avalab(arguments, monkeypatch, capsys)[:2] == (0, "tiny-llama to there as packed\n")
     code, _, error = avalab(["export", base.path, "--to", "rtf", "--out", "x"], monkeypatch, capsys)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import artifacts, context, cost, gguf_export, process, storage, trackers
+from avalab import artifacts, context, cost, engines, process, storage, trackers
 from avalab.cell import Workload
-from avalab.engines import kinds
+from avalab.engines import gguf
 from avalab.experiment import Run
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-llama"
@@ -70,7 +70,7 @@ def test_half_the_bits_take_half_the_cache_and_llamacpp_holds_the_longest_one_fr
 
 @pytest.mark.parametrize("engine", ["torch", "onnx", "aot"])
 def test_an_engine_without_an_8_bit_cache_says_which_ones_have_it(engine):
-    with pytest.raises(kinds.NotSupported, match="openvino and llamacpp have one of 8 bits"):
+    with pytest.raises(engines.NotSupported, match="openvino and llamacpp have one of 8 bits"):
         context.cache_options(engine, 8, 100)
 
 
@@ -93,7 +93,7 @@ def test_a_cache_of_other_bits_is_refused():
 def test_an_engine_with_a_choice_reads_a_gguf_file_with_either_cache(artifact, engine, library, cache_bits):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    exported = gguf_export.write(artifact, "f16")
+    exported = gguf.write(artifact, "f16")
     points = context.measure_lengths(exported, engine, lengths=(16, 48), cache_bits=cache_bits, threads=1, new_tokens=3)
     assert [(point.length, point.note) for point in points] == [(16, ""), (48, "")]
     assert all(point.seconds_per_token > 0 for point in points)

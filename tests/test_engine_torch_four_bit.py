@@ -9,8 +9,8 @@ import torch
 import transformers  # noqa: F401  (before what reaches torchao)
 
 from avalab import adapters, engines, kernels, models, quantize
-from avalab.engines import four_bit
-from avalab.engines.four_bit import FourBitLinear
+from avalab.engines import torch as torch_engine
+from avalab.engines.torch import FourBitLinear
 from avalab.experiment import ROOT, Run
 from avalab.kernels import dispatch, product
 from avalab.kernels.product_checks import sample
@@ -101,7 +101,7 @@ def test_layers_below_an_adapter_are_replaced_too(artifacts):
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.01)
         model.eval()
-    assert four_bit.apply_kernels(ours) == len(adapters.layers(ours))
+    assert torch_engine.apply_kernels(ours) == len(adapters.layers(ours))
     with torch.inference_mode():
         found, expected = (model(torch.tensor([[5, 6, 7]])).logits.float() for model in (ours, plain))
     assert (found - expected).norm() < 0.02 * expected.norm()
@@ -112,7 +112,7 @@ def test_a_layer_with_a_group_of_zeros_stays_with_bitsandbytes_and_the_log_names
     name, layer = list(models.linear_layers(model).items())[3]
     layer.weight.quant_state.absmax[2] = 0
     with caplog.at_level(logging.WARNING):
-        replaced = four_bit.apply_kernels(model)
+        replaced = torch_engine.apply_kernels(model)
     assert replaced == len(models.linear_layers(models.load(artifacts["nf4"]))) - 1
     assert f"{name} stays with bitsandbytes: 1 of" in caplog.text
     assert "row 1, group 0" in caplog.text  # two groups of 64 a row
@@ -144,10 +144,10 @@ def test_a_compiled_engine_gives_the_same_tokens_in_one_graph(artifacts):
 
 
 def test_a_layer_that_bitsandbytes_keeps_is_not_compiled(artifacts, monkeypatch):
-    monkeypatch.setattr(four_bit, "apply_kernels", lambda model: 0)
+    monkeypatch.setattr(torch_engine, "apply_kernels", lambda model: 0)
     with pytest.raises(engines.NotSupported, match=r"nf4: \d+ layers of bitsandbytes, model.*compiled=False"):
         engines.load("torch", artifacts["nf4"], compiled=True)
 
 
 def test_a_dense_model_has_nothing_to_replace():
-    assert four_bit.apply_kernels(models.load(ROOT / "data" / "tiny-llama")) == 0
+    assert torch_engine.apply_kernels(models.load(ROOT / "data" / "tiny-llama")) == 0

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from avalab import engines, grammars, models, quantize
-from avalab.engines import engine, kinds
+from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
 from avalab.experiment import Run
 
@@ -38,13 +38,13 @@ def tiny():
 )
 def test_a_folder_is_of_the_kind_that_its_files_say(file, kind, tmp_path):
     (tmp_path / file).write_text("{}")
-    assert kinds.kind(tmp_path) == kind
+    assert engines.kind(tmp_path) == kind
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "compressed-tensors"])
 def test_a_quantised_folder_is_of_its_methods_kind(method, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
-    assert kinds.kind(tmp_path) == method
+    assert engines.kind(tmp_path) == method
 
 
 def test_an_engine_that_cannot_load_an_artefact_names_those_that_can(tmp_path):
@@ -61,21 +61,21 @@ def test_an_unknown_engine_is_refused_with_the_known_ones():
 def test_an_unknown_method_of_quantisation_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "magic"}}')
     with pytest.raises(ValueError, match="quantised by 'magic'"):
-        kinds.kind(tmp_path)
+        engines.kind(tmp_path)
 
 
 def test_a_folder_without_a_model_or_with_two_gguf_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no artefact"):
-        kinds.kind(tmp_path)
+        engines.kind(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"one \.gguf file, found a\.gguf, b\.gguf"):
-        kinds.gguf_file(tmp_path)
+        engines.gguf_file(tmp_path)
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it():
     with pytest.raises(engines.EngineUnavailable, match=r"engine steam needs the package nosuch; install it: pip x"):
-        kinds.require("steam", "nosuch", "pip x")
+        engines.require("steam", "nosuch", "pip x")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from avalab import artifacts, cli, engines, models
-from avalab.engines import aot_export, aot_program, executorch_export, kinds
+from avalab.engines import aot, executorch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -25,7 +25,7 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print([name for name in ("transformers", "avalab") if name in sys.modules])"""
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler: apt-get install g++")
-executorch = pytest.mark.skipif(
+needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason="executorch is not installed: pip install -e '.[executorch]'"
 )
 
@@ -46,7 +46,7 @@ def package(small, tmp_path_factory) -> Path:
     """It, compiled ahead of time in float32 for any batch."""
     folder = tmp_path_factory.mktemp("aot") / "aot"
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # half the compiler's time
-        aot_export.export(small, folder, "fp32")
+        aot.export(small, folder, "fp32")
     return folder
 
 
@@ -54,7 +54,7 @@ def package(small, tmp_path_factory) -> Path:
 def program(small, tmp_path_factory) -> Path:
     """It, as an ExecuTorch program of 64 tokens."""
     folder = tmp_path_factory.mktemp("executorch") / "executorch"
-    executorch_export.export(small, folder, context=64)
+    executorch.export(small, folder, context=64)
     return folder
 
 
@@ -90,12 +90,12 @@ def test_a_compiled_package_gives_the_greedy_tokens_of_transformers(package, sma
 
 @compiler
 def test_a_package_with_a_free_batch_reads_several_sequences_as_it_reads_each(package):
-    run, sizes = aot_program.opened(str(package / "model.pt2"))
+    run, sizes = aot.opened(str(package / "model.pt2"))
     ids = torch.arange(5, 35).view(3, 10)
-    together = aot_program.reader(run, sizes, 12, batch=3)
+    together = aot.reader(run, sizes, 12, batch=3)
     first, second = together(ids, every=True), together(ids[:, :2])
     for row in range(3):
-        alone = aot_program.reader(run, sizes, 12)
+        alone = aot.reader(run, sizes, 12)
         torch.testing.assert_close(alone(ids[row : row + 1], every=True)[0], first[row], atol=1e-4, rtol=0)
         torch.testing.assert_close(alone(ids[row : row + 1, :2])[0], second[row], atol=1e-4, rtol=0)
 
@@ -133,7 +133,7 @@ def test_other_engines_name_the_one_that_loads_a_package(tmp_path):
 
 def test_a_missing_compiler_is_named_with_the_way_out(tmp_path):
     with without_a_compiler(), pytest.raises(engines.EngineUnavailable) as caught:
-        aot_export.export(TINY, tmp_path / "out")
+        aot.export(TINY, tmp_path / "out")
     assert "needs the C++ compiler no-such-compiler, not found: install one (apt-get install g++" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -141,7 +141,7 @@ def test_a_missing_compiler_is_named_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("export", "says"),
-    [(aot_export, "package; choose one of fp32, bf16"), (executorch_export, "ExecuTorch; choose one of fp32")],
+    [(aot, "package; choose one of fp32, bf16"), (executorch, "ExecuTorch; choose one of fp32")],
 )
 def test_unknown_weights_and_quantised_models_are_refused_before_anything_is_compiled(export, says, tmp_path):
     with pytest.raises(ValueError, match=f"no weights 'int3' for .*{says}"):
@@ -154,7 +154,7 @@ def test_unknown_weights_and_quantised_models_are_refused_before_anything_is_com
 # --- ExecuTorch --------------------------------------------------------------------------------------------------
 
 
-@executorch
+@needs_executorch
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_a_program_of_fixed_sizes_has_the_logits_of_transformers_at_any_length(count, program, small):
     """One token, a chunk filled up, and a chunk and a part of one."""
@@ -162,7 +162,7 @@ def test_a_program_of_fixed_sizes_has_the_logits_of_transformers_at_any_length(c
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-@executorch
+@needs_executorch
 def test_a_program_gives_the_greedy_tokens_of_transformers_to_the_end_of_its_context(program, small):
     ours, theirs = engines.load("executorch", program), reference(small)
     assert ours.generate(PROMPT, 24, past_end=True) == theirs.generate(PROMPT, 24, past_end=True)
@@ -170,7 +170,7 @@ def test_a_program_gives_the_greedy_tokens_of_transformers_to_the_end_of_its_con
         ours.generate(PROMPT, 25)
 
 
-@executorch
+@needs_executorch
 def test_a_damaged_program_is_refused_by_its_name(program, tmp_path):
     shutil.copytree(program, tmp_path / "cut")
     file = tmp_path / "cut" / "model.pte"
@@ -209,7 +209,7 @@ def test_the_compile_command_says_where_the_package_is_and_how_to_run_it_without
         (out / "model.pt2").write_bytes(bytes(2_000_000))
         (out / "asked.json").write_text(json.dumps([folder.name, weights, dynamic]))
 
-    monkeypatch.setattr(aot_export, "export", compiled)
+    monkeypatch.setattr(aot, "export", compiled)
     out = tmp_path / "there"
     code, said = command(monkeypatch, capsys, "compile", "--model", tiny, "--dynamic", "--out", out)
     assert not code
@@ -256,5 +256,5 @@ def test_the_export_command_refuses_unknown_formats_and_calibration_where_nothin
 
 
 def test_every_kind_with_a_file_of_its_own_has_a_reader():
-    assert set(kinds.OWN_FILES) <= set(kinds.READERS)
-    assert {name for able in kinds.READERS.values() for name in able} == set(engines.ENGINES)
+    assert set(engines.OWN_FILES) <= set(engines.READERS)
+    assert {name for able in engines.READERS.values() for name in able} == set(engines.ENGINES)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab import artifacts, engines, gguf_export, gguf_quantizer, llamacpp_build, models, onnx_file, predict
-from avalab.engines import onnx_int8
+from avalab import artifacts, engines, models, predict
+from avalab.engines import gguf, llamacpp, onnxruntime
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny-llama"
@@ -29,7 +29,7 @@ def needs(*modules: str, extra: str):
 
 
 onnx = needs("onnx", "onnxscript", "onnxruntime", extra="onnx")
-llamacpp = needs("llama_cpp", extra="llamacpp")
+needs_llamacpp = needs("llama_cpp", extra="llamacpp")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def small(tmp_path_factory) -> artifacts.Artifact:
 @pytest.fixture(scope="module")
 def graph(small):
     """Its ONNX graph in float32, traced once for all tests."""
-    return onnx_file.graph(models.load(small, dtype=torch.float32))
+    return onnxruntime.graph(models.load(small, dtype=torch.float32))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def traced(graph, monkeypatch):
         found.CopyFrom(graph)
         return found
 
-    monkeypatch.setattr(onnx_file, "graph", copy)
+    monkeypatch.setattr(onnxruntime, "graph", copy)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def reference(folder) -> engines.Engine:
 @pytest.mark.usefixtures("traced")
 def test_a_plain_graph_has_the_logits_and_greedy_tokens_of_transformers(small, text, tmp_path):
     """In float32, weights stored in bf16 as they were: 1e-4. Each token reads all tokens again."""
-    made = onnx_file.write(small, tmp_path / "plain")
+    made = onnxruntime.write(small, tmp_path / "plain")
     ours, theirs = engines.load("onnxruntime", made, threads=1), reference(small)
     torch.testing.assert_close(ours.logits(text), theirs.logits(text), atol=1e-4, rtol=0)
     assert ours.generate(text, 12, past_end=True) == theirs.generate(text, 12, past_end=True)
@@ -102,7 +102,7 @@ def test_a_plain_graph_has_the_logits_and_greedy_tokens_of_transformers(small, t
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("mode", "allowed"), [("dynamic", 0.01), ("static", 0.1)])
 def test_an_8_bit_graph_is_close_to_its_dense_model(mode, allowed, small, text, windows):
-    made = onnx_int8.write(small, mode, windows=windows if mode == "static" else None)
+    made = onnxruntime.write_int8(small, mode, windows=windows if mode == "static" else None)
     assert (made.name, made.card["engines"]) == (f"small+onnx-int8-{mode}", ["onnxruntime"])
     if mode == "dynamic":  # static keeps embedding and head in 32 bits, which are most of one block's model
         assert made.bytes < small.bytes
@@ -116,7 +116,7 @@ def test_an_8_bit_graph_is_close_to_its_dense_model(mode, allowed, small, text, 
 def test_8_bit_products_are_stored_as_whole_numbers_and_the_head_is_one_of_them(small, tmp_path):
     import onnx
 
-    onnx_int8.export(small.path, tmp_path, "dynamic")
+    onnxruntime.export_int8(small.path, tmp_path, "dynamic")
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert sum(node.op_type == "MatMulInteger" for node in nodes) == 7 + 1
 
@@ -129,7 +129,7 @@ def test_untying_stores_a_transposed_weight_and_leaves_no_node_behind():
     weight = numpy_helper.from_array(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), "embedding")
     node = helper.make_node("Transpose", ["embedding"], ["turned"], perm=[1, 0])
     proto = helper.make_model(helper.make_graph([node], "g", [], [], [weight]))
-    onnx_int8.untie(proto)
+    onnxruntime.untie(proto)
     assert [n.op_type for n in proto.graph.node] == []
     assert numpy_helper.to_array(proto.graph.initializer[1]).tolist() == [[1, 3], [2, 4]]
 
@@ -144,7 +144,7 @@ def test_a_graph_that_is_damaged_or_takes_other_inputs_is_refused(tmp_path):
         engines.load("onnxruntime", tmp_path)
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("speed", "logits")]
     graph = helper.make_graph([helper.make_node("Identity", ["speed"], ["logits"])], "g", ends[:1], ends[1:])
-    how = {"ir_version": onnx_file.IR_VERSION, "opset_imports": [helper.make_opsetid("", onnx_file.OPSET)]}
+    how = {"ir_version": onnxruntime.IR_VERSION, "opset_imports": [helper.make_opsetid("", onnxruntime.OPSET)]}
     onnx.save_model(helper.make_model(graph, **how), tmp_path / "model.onnx")
     with pytest.raises(engines.NotSupported, match="takes speed; onnxruntime runs graphs of input_ids alone"):
         engines.load("onnxruntime", tmp_path)
@@ -152,9 +152,9 @@ def test_a_graph_that_is_damaged_or_takes_other_inputs_is_refused(tmp_path):
 
 def test_an_8_bit_graph_of_an_unknown_mode_or_without_its_text_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="no weights 'int3' for 8-bit ONNX; choose one of dynamic, static"):
-        onnx_int8.export(small.path, tmp_path, "int3")
+        onnxruntime.export_int8(small.path, tmp_path, "int3")
     with pytest.raises(ValueError, match="static 8-bit ONNX needs windows of calibration tokens"):
-        onnx_int8.export(small.path, tmp_path, "static")
+        onnxruntime.export_int8(small.path, tmp_path, "static")
 
 
 # --- llama.cpp's quantiser ---------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_an_8_bit_graph_of_an_unknown_mode_or_without_its_text_is_refused(small,
 
 def test_the_importance_of_a_column_is_its_mean_square_under_the_files_name(small, windows):
     """The gate's inputs are the up projection's; the oracle is a hook on the layer."""
-    found = gguf_quantizer.importance(small, windows)
+    found = llamacpp.importance(small, windows)
     model, seen = models.load(small), []
     layer = model.model.layers[0].mlp.gate_proj
     layer.register_forward_hook(lambda module, given, output: seen.append(given[0].float().square()))
@@ -175,11 +175,11 @@ def test_the_importance_of_a_column_is_its_mean_square_under_the_files_name(smal
     assert all(column.flags.c_contiguous for column in found.values())
 
 
-@llamacpp
-@pytest.mark.parametrize("mixture", gguf_quantizer.MIXTURES)
+@needs_llamacpp
+@pytest.mark.parametrize("mixture", llamacpp.MIXTURES)
 def test_a_k_mixture_computes_the_same_in_llamacpp_and_transformers(mixture, small, text):
     """Rows of 128 are no multiple of 256: llama.cpp takes blocks of 32 for them, and says which."""
-    made = gguf_quantizer.write(small, mixture)
+    made = llamacpp.write(small, mixture)
     ours, theirs = (engines.load(name, made, threads=1).logits(text) for name in ("llamacpp", "torch"))
     assert divergence(ours, theirs) < 0.005
     assert divergence(ours, reference(small).logits(text)) < 0.05
@@ -187,7 +187,7 @@ def test_a_k_mixture_computes_the_same_in_llamacpp_and_transformers(mixture, sma
     assert (made.path / "Modelfile").read_text().startswith(f"FROM ./small.{mixture}.gguf\n")
 
 
-@llamacpp
+@needs_llamacpp
 def test_rows_that_256_divides_become_k_blocks(tmp_path):
     config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
                          vocab_size=1024, max_position_embeddings=64)  # fmt: skip
@@ -196,16 +196,16 @@ def test_rows_that_256_divides_become_k_blocks(tmp_path):
         models.save_model(LlamaForCausalLM(config).bfloat16(), models.load_tokenizer(TINY), folder)
 
     about = {"base": {"name": "x", "sha256": "y"}, "recipe": [], "format": "bf16"}
-    made = gguf_quantizer.write(artifacts.write("wide", tmp_path, save, **about), "q4_k_m")
+    made = llamacpp.write(artifacts.write("wide", tmp_path, save, **about), "q4_k_m")
     assert set(made.card["measured"]["formats"]) == {"f32", "q4_k", "q6_k"}
     assert engines.load("llamacpp", made, threads=1).logits([5, 6]).isfinite().all()
 
 
-@llamacpp
+@needs_llamacpp
 def test_an_importance_matrix_changes_the_weights_for_the_better(small, text, windows):
     """Same bytes, weighted rounding: closer to the dense model on other text of the same kind."""
-    plain = gguf_quantizer.write(small, "q5_k_m")
-    weighted = gguf_quantizer.write(small, "q5_k_m", windows=windows, out=small.path.parent / "weighted")
+    plain = llamacpp.write(small, "q5_k_m")
+    weighted = llamacpp.write(small, "q5_k_m", windows=windows, out=small.path.parent / "weighted")
     assert plain.bytes == weighted.bytes
     dense = reference(small).logits(text)
     assert divergence(reference(weighted).logits(text), dense) < divergence(reference(plain).logits(text), dense)
@@ -217,18 +217,18 @@ def test_a_missing_quantiser_is_named_with_the_way_to_get_it(small, monkeypatch)
     with pytest.raises(
         engines.EngineUnavailable, match=r"needs the package llama_cpp; install it: make setup-llamacpp"
     ):
-        gguf_quantizer.write(small, "q4_k_m")
+        llamacpp.write(small, "q4_k_m")
     with pytest.raises(ValueError, match=r"no weights 'q7_k' for llama\.cpp's quantiser; choose one of q6_k, q5_k_m"):
-        gguf_quantizer.write(small, "q7_k")
-    with pytest.raises(ValueError, match=r"no block type 'q4_k_m' is written.*\(K types: gguf_quantizer\)"):
-        gguf_export.export(small.path, small.path / "x.gguf", "q4_k_m")
+        llamacpp.write(small, "q7_k")
+    with pytest.raises(ValueError, match=r"no block type 'q4_k_m' is written.*\(K types: llamacpp\)"):
+        gguf.export(small.path, small.path / "x.gguf", "q4_k_m")
 
 
 # --- llama.cpp's build -------------------------------------------------------------------------------------------
 
 
 def test_a_processor_gets_the_instruction_sets_that_it_lists_and_no_others():
-    found = llamacpp_build.flags(CPUINFO.format("sse4_2 avx avx2 fma f16c bmi2"))
+    found = llamacpp.build_flags(CPUINFO.format("sse4_2 avx avx2 fma f16c bmi2"))
     assert found[:3] == ["-DGGML_NATIVE=OFF", "-DGGML_SSE42=ON", "-DGGML_AVX=ON"]
     assert "-DGGML_BMI2=ON" in found
     assert {"-DGGML_AVX512=OFF", "-DGGML_AVX_VNNI=OFF"} <= set(found)
@@ -237,15 +237,15 @@ def test_a_processor_gets_the_instruction_sets_that_it_lists_and_no_others():
 
 def test_avx512_needs_all_its_parts_and_vbmi_goes_by_two_names():
     parts = "avx512f avx512cd avx512vl avx512dq"
-    assert "-DGGML_AVX512=OFF" in llamacpp_build.flags(CPUINFO.format(parts))
-    found = llamacpp_build.flags(CPUINFO.format(f"{parts} avx512bw avx512vbmi"))
+    assert "-DGGML_AVX512=OFF" in llamacpp.build_flags(CPUINFO.format(parts))
+    found = llamacpp.build_flags(CPUINFO.format(f"{parts} avx512bw avx512vbmi"))
     assert {"-DGGML_AVX512=ON", "-DGGML_AVX512_VBMI=ON", "-DGGML_AVX512_VNNI=OFF"} <= set(found)
 
 
 def test_a_processor_that_lists_no_flags_builds_natively():
-    assert llamacpp_build.flags("Features\t: fp asimd\n") == ["-DGGML_NATIVE=ON"]
+    assert llamacpp.build_flags("Features\t: fp asimd\n") == ["-DGGML_NATIVE=ON"]
 
 
 def test_a_missing_compiler_for_llamacpp_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert llamacpp_build.missing_compiler().startswith("no C++ compiler (c++, g++ or clang++); install one")
+    assert llamacpp.missing_compiler().startswith("no C++ compiler (c++, g++ or clang++); install one")

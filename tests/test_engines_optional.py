@@ -3,6 +3,9 @@
 Tolerances. With its own kernels in float32 an engine differs by the order of additions. By default the engines round
 activations to 8 bits where weights have 4 or 8, and keep keys and values in 16 or 8: a KL divergence of 0.005 nats a
 token bounds that on the tiny model (its own 4-bit rounding costs 0.03 to 0.06).
+
+A library may crash natively: `engines.load` has a child process open each format with the same options first, so that
+such a crash fails a test and never ends pytest's process.
 """
 
 import functools
@@ -14,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from avalab import artifacts, engines, gguf_export, grammars, models, predict
-from avalab.engines import kinds, onnx_export, openvino_export, openvino_graph
+from avalab import artifacts, engines, grammars, models, predict, process
+from avalab.engines import gguf, onnx, openvino
 from avalab.engines.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,10 +34,10 @@ def needs(module: str, extra: str):
     return pytest.mark.skipif(missing, reason=f"{module} is not installed: pip install -e '.[{extra}]'")
 
 
-openvino, onnx = needs("openvino_genai", "openvino"), needs("onnxruntime_genai", "onnx")
-llamacpp = needs("llama_cpp", "llamacpp")
+needs_openvino, needs_onnx = needs("openvino_genai", "openvino"), needs("onnxruntime_genai", "onnx")
+needs_llamacpp = needs("llama_cpp", "llamacpp")
 every_reader_of_gguf = pytest.mark.parametrize(
-    "name", [pytest.param("openvino", marks=openvino), pytest.param("llamacpp", marks=llamacpp)]
+    "name", [pytest.param("openvino", marks=needs_openvino), pytest.param("llamacpp", marks=needs_llamacpp)]
 )
 
 
@@ -53,9 +56,9 @@ def made(tmp_path_factory):
         if not target.is_dir():
             target.mkdir()
             if form == "gguf":
-                gguf_export.export(TINY, target / "m.gguf", weights)
+                gguf.export(TINY, target / "m.gguf", weights)
             else:
-                {"openvino": openvino_export, "onnx": onnx_export}[form].export(TINY, target, weights)
+                {"openvino": openvino, "onnx": onnx}[form].export(TINY, target, weights)
         return target
 
     return folder_of
@@ -126,30 +129,37 @@ def test_a_closed_engine_of_another_library_says_so(name, made, prompt):
         engine.generate(prompt, 1)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_readers_of_gguf_cut_text_as_the_tokenizer_beside_the_weights(text, made):
-    file, expected = kinds.gguf_file(made("gguf-q8_0")), models.load_tokenizer(TINY)(text).input_ids
-    read = 0
-    if not llamacpp.args[0]:
-        from llama_cpp import Llama
+def token_ids_of_llamacpp(request: dict) -> dict:
+    """In a process of its own: what llama.cpp's tokenizer makes of a text."""
+    from llama_cpp import Llama
 
-        model = Llama(str(file), vocab_only=True, verbose=False)
-        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
-        model.close()
-        read += 1
-    if not openvino.args[0]:
-        pipeline = openvino_graph.pipeline(file, "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=1)
-        found = pipeline.get_tokenizer().encode(text, add_special_tokens=False)
-        assert found.input_ids.data[0].tolist() == expected
-        read += 1
-    if not read:
-        pytest.skip("neither llama_cpp nor openvino_genai is installed")
+    model = Llama(request["file"], vocab_only=True, verbose=False)
+    return {"ids": model.tokenize(request["text"].encode(), add_bos=False, special=True)}
+
+
+def token_ids_of_openvino(request: dict) -> dict:
+    """In a process of its own: what GenAI's tokenizer makes of a text."""
+    threads = {"INFERENCE_NUM_THREADS": request["threads"]} if request["threads"] else {}
+    pipeline = openvino.pipeline(Path(request["file"]), "CPU", ATTENTION_BACKEND="SDPA", **threads)
+    encoded = pipeline.get_tokenizer().encode(request["text"], add_special_tokens=False)
+    return {"ids": encoded.input_ids.data[0].tolist()}
+
+
+@every_reader_of_gguf
+@pytest.mark.parametrize("text", TEXTS)
+def test_readers_of_gguf_cut_text_as_the_tokenizer_beside_the_weights(name, text, made):
+    file, expected = engines.gguf_file(made("gguf-q8_0")), models.load_tokenizer(TINY)(text).input_ids
+    request = {"file": str(file), "text": text}
+    if name == "openvino":
+        request["threads"] = engines.usable_options("openvino", file.parent, threads=1)[0]["threads"]
+    found = process.call(f"{__name__}:token_ids_of_{name}", request, limit_seconds=120)
+    assert found["ids"] == expected
 
 
 # --- llama.cpp ---------------------------------------------------------------------------------------------------
 
 
-@llamacpp
+@needs_llamacpp
 @pytest.mark.parametrize("block", ["f32", "bf16", "q5_1", "q5_0", "q4_1"])
 def test_llamacpp_reads_every_block_type_that_is_written(block, made, prompt):
     folder = made(f"gguf-{block}")
@@ -157,7 +167,7 @@ def test_llamacpp_reads_every_block_type_that_is_written(block, made, prompt):
     assert divergence(ours, theirs) < 0.005
 
 
-@llamacpp
+@needs_llamacpp
 def test_a_prompt_longer_than_a_batch_is_read_in_parts(made, prompt):
     """600 tokens in batches of 512: the last logits are those of the whole prompt."""
     folder, long = made("gguf-f32"), (prompt * 100)[:600]
@@ -167,7 +177,7 @@ def test_a_prompt_longer_than_a_batch_is_read_in_parts(made, prompt):
     assert engine.generate(long, 4, past_end=True)[0] == int(ours[-1].argmax())
 
 
-@llamacpp
+@needs_llamacpp
 def test_the_cache_of_llamacpp_bounds_the_context(made, prompt):
     engine = engines.load("llamacpp", made("gguf-q8_0"), context=32)
     with pytest.raises(ValueError, match="exceed the model's context of 32"):
@@ -177,7 +187,7 @@ def test_the_cache_of_llamacpp_bounds_the_context(made, prompt):
 # --- OpenVINO ----------------------------------------------------------------------------------------------------
 
 
-@openvino
+@needs_openvino
 @pytest.mark.parametrize("block", ["q8_0", "q4_0"])
 def test_openvino_in_float32_has_the_logits_of_transformers(block, made, prompt):
     """Activations, keys and values in float32: logits within 1e-3, the order of additions."""
@@ -187,7 +197,7 @@ def test_openvino_in_float32_has_the_logits_of_transformers(block, made, prompt)
     assert ours.generate(prompt, 16, past_end=True) == reference(folder).generate(prompt, 16, past_end=True)
 
 
-@openvino
+@needs_openvino
 def test_openvino_reads_q4_1_as_it_is_where_minimums_are_whole_steps(tmp_path, prompt):
     """Its reader rounds a block's minimum to a whole number of steps; weights of that kind lose nothing."""
     model = models.load(TINY, dtype=torch.float32)
@@ -199,12 +209,12 @@ def test_openvino_reads_q4_1_as_it_is_where_minimums_are_whole_steps(tmp_path, p
     model.config.dtype = torch.float32
     models.save_model(model, models.load_tokenizer(TINY), tmp_path / "grid")
     (tmp_path / "file").mkdir()
-    gguf_export.export(tmp_path / "grid", tmp_path / "file" / "m.gguf", "q4_1")
+    gguf.export(tmp_path / "grid", tmp_path / "file" / "m.gguf", "q4_1")
     ours = engines.load("openvino", tmp_path / "file", threads=1, properties=EXACT).logits(prompt)
     torch.testing.assert_close(ours, reference(tmp_path / "file").logits(prompt), atol=1e-3, rtol=0)
 
 
-@openvino
+@needs_openvino
 @pytest.mark.parametrize(("weights", "allowed"), [("f16", 0.005), ("int8", 0.005), ("int4", 0.15)])
 def test_an_openvino_folder_is_close_to_its_dense_model(weights, allowed, made, prompt):
     """Against the dense model: 0.005 is the engine's own rounding, 0.15 bounds int4 with groups of 64."""
@@ -213,7 +223,7 @@ def test_an_openvino_folder_is_close_to_its_dense_model(weights, allowed, made, 
     assert engine.generate(prompt, 4, past_end=True)[0] == int(engine.logits(prompt)[-1].argmax())
 
 
-@openvino
+@needs_openvino
 def test_an_openvino_artefact_names_what_it_was_made_from_and_is_made_once(tmp_path, monkeypatch, prompt):
     # Plain bytes in a file called .bin; whether artefacts may hold one is not this test's matter.
 
@@ -221,20 +231,20 @@ def test_an_openvino_artefact_names_what_it_was_made_from_and_is_made_once(tmp_p
         shutil.copytree(TINY, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
     base = artifacts.write("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
-    made = openvino_export.write(base, "f16")
+    made = openvino.write(base, "f16")
     assert (made.name, made.format, made.card["base"]["sha256"]) == ("tiny+openvino-f16", "openvino-f16", base.sha256)
     assert engines.load("openvino", made, threads=1).generate(prompt, 3, past_end=True)
-    monkeypatch.setattr(openvino_export, "export", lambda *arguments: pytest.fail("it was made a second time"))
-    assert openvino_export.write(base, "f16").sha256 == made.sha256
+    monkeypatch.setattr(openvino, "export", lambda *arguments: pytest.fail("it was made a second time"))
+    assert openvino.write(base, "f16").sha256 == made.sha256
 
 
-@openvino
+@needs_openvino
 def test_openvino_refuses_block_types_that_it_does_not_read_and_says_what_does(made):
     with pytest.raises(engines.NotSupported, match=r"export it as f16, q8_0 or q4_0, or use llamacpp or torch"):
         engines.load("openvino", made("gguf-q5_1"))
 
 
-@openvino
+@needs_openvino
 def test_openvino_leaves_an_artefact_as_it_was(made, prompt):
     """For logits GenAI writes what it read from a GGUF file: not beside the file."""
     folder = made("gguf-q8_0")
@@ -245,15 +255,15 @@ def test_openvino_leaves_an_artefact_as_it_was(made, prompt):
 
 def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no weights 'int3' for OpenVINO; choose one of f16, int8, int4"):
-        openvino_export.export(TINY, tmp_path, "int3")
+        openvino.export(TINY, tmp_path, "int3")
     with pytest.raises(ValueError, match=r"no weights 'int3' for ONNX; choose one of fp32, int8, int4"):
-        onnx_export.export(TINY, tmp_path, "int3")
+        onnx.export(TINY, tmp_path, "int3")
 
 
 # --- ONNX Runtime ------------------------------------------------------------------------------------------------
 
 
-@onnx
+@needs_onnx
 def test_onnx_in_float32_has_the_tokens_and_logits_of_transformers(made, prompt):
     """Same weights, 32 bits throughout: logits within 1e-3, tokens equal."""
     ours, theirs = engines.load("onnx", made("onnx-fp32"), threads=1), reference(TINY)
@@ -261,13 +271,13 @@ def test_onnx_in_float32_has_the_tokens_and_logits_of_transformers(made, prompt)
     assert ours.generate(prompt, 32, past_end=True) == theirs.generate(prompt, 32, past_end=True)
 
 
-@onnx
+@needs_onnx
 def test_onnx_int8_is_close_to_its_dense_model(made, prompt):
     engine = engines.load("onnx", made("onnx-int8"), threads=1)
     assert divergence(engine.logits(prompt), reference(TINY).logits(prompt)) < 0.005
 
 
-@onnx
+@needs_onnx
 def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
     for path in made("onnx-fp32").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:5000] if path.suffix == ".onnx" else path.read_bytes())
@@ -293,7 +303,7 @@ def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
 def test_a_missing_library_is_named_with_its_install_command(name, module, extra, monkeypatch, tmp_path):
     here = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == module else here(n, *rest))
-    kind = next(kind for kind, able in kinds.READERS.items() if name in able)
-    (tmp_path / kinds.OWN_FILES.get(kind, "model.gguf" if kind == "gguf" else "config.json")).write_text("{}")
+    kind = next(kind for kind, able in engines.READERS.items() if name in able)
+    (tmp_path / engines.OWN_FILES.get(kind, "model.gguf" if kind == "gguf" else "config.json")).write_text("{}")
     with pytest.raises(engines.EngineUnavailable, match=rf"engine {name} needs .*{module}.*\[{extra}\]"):
         engines.load(name, tmp_path)

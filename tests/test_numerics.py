@@ -137,15 +137,6 @@ def test_unpacking_nibbles_undoes_packing(rows, pairs, seed):
     assert torch.equal(unpack_nibbles(pack_nibbles(codes), rows, 2 * pairs), codes)
 
 
-@pytest.mark.parametrize("name", SIMPLE)
-def test_unpacking_gguf_bytes_undoes_packing(name):
-    encoded = encode(normal(5, 96), ALL[name])
-    read = gguf_blocks.unpack(gguf_blocks.pack(encoded), ALL[name])
-    assert torch.equal(read.codes, encoded.codes)
-    assert torch.equal(read.scales, encoded.scales)
-    assert torch.equal(decode(read), decode(encoded))
-
-
 @pytest.mark.parametrize("name", ENCODED)
 def test_groups_of_zeros_stay_zero_beside_others(name):
     weight = normal(2, 256)
@@ -253,21 +244,6 @@ def test_gguf_bytes_are_those_of_the_gguf_package(name, spread):
     assert np.array_equal(decode(encoded).numpy(), quants.dequantize(theirs, GGMLQuantizationType[name.upper()]))
 
 
-@pytest.mark.parametrize("name", K_TYPES)
-def test_gguf_super_blocks_decode_as_in_the_gguf_package(name):
-    kind, random = GGMLQuantizationType[name.upper()], np.random.default_rng(0)
-    blocks = random.integers(0, 256, (12, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-    at = 0
-    for field in gguf_blocks.LAYOUTS[name]:  # any bytes are codes, but not every two are a finite float16
-        if field.name in ("scale", "minimum"):
-            blocks[:, at : at + 2] = random.normal(size=(12, 1)).astype(np.float16).view(np.uint8)
-        at += field.size
-    blocks = blocks.reshape(4, -1)  # three blocks a row
-    ours = decode(gguf_blocks.unpack(torch.from_numpy(blocks), ALL[name]))
-    assert ours.shape == (4, 768)
-    assert np.array_equal(ours.numpy(), quants.dequantize(blocks, kind))
-
-
 @pytest.mark.parametrize("name", SIMPLE + K_TYPES)
 def test_gguf_bits_per_weight_are_those_of_its_block_sizes(name):
     weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
@@ -326,8 +302,3 @@ def test_nibbles_above_15_or_unpaired_are_refused():
         pack_nibbles(torch.tensor([[3, 16]], dtype=torch.uint8))
     with pytest.raises(ValueError, match="got 3 up to 2"):
         pack_nibbles(torch.tensor([[0, 1, 2]], dtype=torch.uint8))
-
-
-def test_bytes_that_are_not_whole_blocks_are_refused():
-    with pytest.raises(ValueError, match=r"q4_0 blocks have 18 bytes; got the shape \(1, 20\)"):
-        gguf_blocks.unpack(torch.zeros(1, 20, dtype=torch.uint8), ALL["q4_0"])

@@ -14,7 +14,6 @@ from avalab import (
     ava_targets,
     corpora,
     engines,
-    gguf_export,
     models,
     packed,
     packed_embedding,
@@ -24,6 +23,7 @@ from avalab import (
     storage,
 )
 from avalab.allocation import Allocation, Option
+from avalab.engines import gguf
 from avalab.numerics import Grid
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
@@ -108,7 +108,7 @@ def test_the_torch_engine_runs_it(small):
 
 
 def test_exported_to_gguf_it_is_the_same_model(small):
-    exported = gguf_export.write(small, "kept")
+    exported = gguf.write(small, "kept")
     tables = [models.load(a).get_input_embeddings().weight.float() for a in (small, exported)]
     assert (tables[0] - tables[1]).abs().max() <= tables[0].abs().max() / 128  # a bf16 step
 

@@ -11,7 +11,7 @@ import transformers  # noqa: F401 - before avalab, whose modules import torchao
 from safetensors.torch import load_file
 
 from avalab import artifacts, corpora, engines, models, packed, peers, predict, quantize, storage, tables
-from avalab.engines.kinds import EngineUnavailable
+from avalab.engines import EngineUnavailable
 from avalab.experiment import Record, load_records
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")

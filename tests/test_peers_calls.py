@@ -6,7 +6,7 @@ import pytest
 import transformers  # noqa: F401 - before avalab, whose modules import torchao
 
 from avalab import answers, artifacts, models, peers, peers_calls
-from avalab.engines.kinds import EngineUnavailable
+from avalab.engines import EngineUnavailable
 from avalab.experiment import load_records
 
 CATEGORY = "toolbox_simple"

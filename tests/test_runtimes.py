@@ -6,8 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from avalab import models, quantize, runtimes
-from avalab.engines import kinds
+from avalab import engines, models, quantize, runtimes
 from avalab.libraries import Job
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
@@ -16,7 +15,7 @@ has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None
 def test_onnx_runtimes_builder_is_asked_for_k_quant_and_its_failure_has_a_reason(base, run, monkeypatch):
     asked = []
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="first\nno such layer")
-    monkeypatch.setattr(kinds, "require", lambda *arguments: None)
+    monkeypatch.setattr(engines, "require", lambda *arguments: None)
     monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command) or failed)
     with pytest.raises(RuntimeError, match="the ONNX model builder failed on tiny-llama: no such layer"):
         runtimes.onnx_k_quant(Job(base.path, "cpu", {}, [], None, out=run.artifacts_dir))

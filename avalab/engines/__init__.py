@@ -1,20 +1,33 @@
 """Engines: run an artefact elsewhere, one file an engine, the same verbs in each.
 
 `load(name, artifact, **options)` is the way in; the options are those of the engine's own `load`. An engine whose
-library is missing raises `EngineUnavailable`, one that cannot read an artefact `NotSupported`.
-
-What it does not do: import any engine's library before that engine is loaded.
+library is missing, or crashes here, raises `EngineUnavailable`, one that cannot read an artefact `NotSupported`. No
+engine's library is imported before that engine is loaded.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from avalab.artifacts import Artifact
 from avalab.engines import aot, executorch, llamacpp, onnx, onnxruntime, openvino, tensorrt, torch, vllm
-from avalab.engines.engine import Engine
-from avalab.engines.kinds import EngineUnavailable, NotSupported
+from avalab.engines.engine import (
+    OWN_FILES,
+    READERS,
+    Engine,
+    EngineUnavailable,
+    Facts,
+    NotSupported,
+    facts,
+    gguf_file,
+    kind,
+    require,
+    require_gpu,
+    usable,
+)
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "torch": torch.load,
@@ -30,14 +43,40 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 
 
 def load(name: str, artifact: Artifact | Path, **options) -> Engine:
-    """Open an artefact in the engine of that name.
+    """Open an artefact in the engine of that name; a child process has opened one of its kind before (`usable`).
 
-    Raises ValueError for an unknown engine, EngineUnavailable without its library, NotSupported for an artefact that
-    it cannot read.
+    Options that the library does not survive are changed where others are, and `note` and the log say so.
+    Raises ValueError for an unknown engine, EngineUnavailable without its library or where it crashes, NotSupported for
+    an artefact that it cannot read.
     """
+    options, note = usable_options(name, artifact, **options)
+    opened = ENGINES[name](artifact, **options)
+    return replace(opened, note=note) if note else opened
+
+
+def usable_options(name: str, artifact: Artifact | Path, **options) -> tuple[dict[str, object], str]:
+    """The options with which `load` would open the artefact, and a note, also logged, where they are others."""
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
-    return ENGINES[name](artifact, **options)
+    found, note = usable(name, ENGINES[name], artifact, options)
+    if note:
+        logging.getLogger(__name__).warning(note)
+    return found, note
 
 
-__all__ = ["ENGINES", "Engine", "EngineUnavailable", "NotSupported", "load"]
+__all__ = [
+    "ENGINES",
+    "OWN_FILES",
+    "READERS",
+    "Engine",
+    "EngineUnavailable",
+    "Facts",
+    "NotSupported",
+    "facts",
+    "gguf_file",
+    "kind",
+    "load",
+    "require",
+    "require_gpu",
+    "usable_options",
+]

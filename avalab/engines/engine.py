@@ -1,28 +1,149 @@
-"""What every engine is: a loaded artefact with three verbs, and the greedy loop that most of them share.
+"""What every engine is, which artefact it reads, and how it says that it cannot.
 
 1. An engine's file has one public function, `load(artifact, ...)`. It imports its library, opens the artefact and
    returns an `Engine`: two functions over a `state`, which `close` empties.
-2. The verbs refuse alike: a closed engine, unknown tokens, more of them than the model's context.
+2. The verbs refuse alike: a closed engine, unknown tokens, more of them than the model's context. They take and give
+   token ids, so that what is compared between engines is never a tokenizer. Decoding is greedy.
 3. Engines that give the logits of one step share `greedy`: the mask of a grammar, the end tokens, the loop.
-
-Verbs take and give token ids, so that what is compared between engines is never a tokenizer. Decoding is greedy.
-
-What it does not do: sample, batch, convert artefacts, or import any engine's library.
+4. `kind` looks at a folder's files: the engine's own ones first, else `quantization_config` of its config.json.
+   `READERS` is the one table of which engines read which kind; `checked` holds an engine to it.
+5. `facts` reads context, vocabulary and end tokens beside the weights, never from the engine's library, so that all
+   engines stop alike.
+6. A library's native crash ends the process that calls it. `usable` therefore lets a child process open an artefact of
+   a format with some options first, and run a few tokens; a signal becomes EngineUnavailable, or other options that the
+   child survives. What was found is kept by processor, library version, format and options, so that it is paid for
+   once. A large GGUF file is stood in for by the tiny model in the same block type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
-from avalab import grammars
-from avalab.engines.kinds import Facts, NotSupported
+from avalab import artifacts, assets, grammars, models, process
+from avalab.artifacts import Artifact
+from avalab.engines import gguf
+from avalab.experiment import write_atomically
 from avalab.grammars import CallGrammar
+
+READERS: dict[str, tuple[str, ...]] = {
+    "dense": ("torch", "vllm", "tensorrt"),
+    "bitsandbytes": ("torch", "vllm"),
+    "compressed-tensors": ("torch", "vllm"),
+    "torchao": ("torch",),
+    "adapter": ("torch",),
+    "gguf": ("torch", "openvino", "llamacpp"),
+    "openvino": ("openvino",),
+    "onnx": ("onnx",),
+    "onnx-graph": ("onnxruntime",),
+    "aot": ("aot",),
+    "executorch": ("executorch",),
+}
+OWN_FILES = {
+    "adapter": models.ADAPTER_CONFIG,
+    "openvino": "openvino_model.xml",
+    "onnx": "genai_config.json",
+    "aot": "model.pt2",
+    "executorch": "model.pte",
+    "onnx-graph": "model.onnx",  # ONNX Runtime GenAI has one too
+}
+
+
+class EngineUnavailable(RuntimeError):
+    """The engine's library or device is missing, or the library crashes here; the message names the way round."""
+
+
+class NotSupported(ValueError):
+    """The engine cannot do this; the message names what can."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What stands beside the weights: longest sequence, number of logits, tokens that end an answer."""
+
+    context: int
+    vocabulary: int
+    stops: tuple[int, ...]
+
+
+def kind(folder: Path) -> str:
+    """A key of `READERS`. Raises ValueError for a folder without a model, or one quantised by an unknown method."""
+    for name, file in OWN_FILES.items():
+        if (folder / file).is_file():
+            return name
+    if list(folder.glob("*.gguf")):
+        return "gguf"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no artefact: it holds neither config.json nor a .gguf file")
+    quantised = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    found = quantised.get("quant_method", "dense")
+    if found not in READERS:
+        raise ValueError(f"{folder} is quantised by {found!r}; read are {', '.join(READERS)}")
+    return found
+
+
+def checked(engine: str, artifact: Artifact | Path) -> Path:
+    """The artefact's folder. Raises NotSupported naming the engines that can load it when `engine` cannot."""
+    folder = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
+    found = kind(folder)
+    if engine not in READERS[found]:
+        able = ", ".join(READERS[found]) or "no engine"
+        reads = ", ".join(name for name, engines in READERS.items() if engine in engines)
+        raise NotSupported(f"{engine} cannot load {folder.name} ({found}); {able} can. {engine} loads: {reads}")
+    return folder
+
+
+def require(engine: str, module: str, install: str) -> None:
+    """Raise EngineUnavailable with the install command when a library cannot be imported."""
+    if importlib.util.find_spec(module) is None:
+        raise EngineUnavailable(f"engine {engine} needs the package {module}; install it: {install}")
+
+
+def require_gpu(engine: str) -> None:
+    """Raise EngineUnavailable on a machine without an NVIDIA GPU."""
+    if not torch.cuda.is_available():
+        raise EngineUnavailable(f"engine {engine} needs an NVIDIA GPU; on a processor use openvino, llamacpp or torch")
+
+
+def facts(folder: Path) -> Facts:
+    """Context, vocabulary and end tokens of an artefact; an adapter has its base's."""
+    if kind(folder) == "adapter":
+        return facts(models.base_of(artifacts.load(folder, verify=False)).path)
+    file = {} if (folder / "config.json").is_file() else {"gguf_file": gguf_file(folder).name}
+    config = AutoConfig.from_pretrained(folder, **file).get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+    return Facts(config.max_position_embeddings, config.vocab_size, tuple(grammars.stop_tokens(tokenizer)))
+
+
+def gguf_file(folder: Path) -> Path:
+    """The one GGUF file of a folder. Raises ValueError for none, several, or one that is damaged (file and offset)."""
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} has to hold one .gguf file, found {', '.join(f.name for f in files) or 'none'}")
+    gguf.check(files[0])
+    return files[0]
+
+
+def check_dense(folder: Path, weights: str, *, known: Sequence[str], form: str) -> None:
+    """Raise ValueError for weights that a form of export does not have, or a model that is quantised already."""
+    if weights not in known:
+        raise ValueError(f"no weights {weights!r} for {form}; choose one of {', '.join(known)}")
+    if kind(folder) != "dense":
+        raise ValueError(f"{folder.name} is {kind(folder)}; export the dense model that it was made from")
 
 
 @dataclass(frozen=True)
@@ -38,7 +159,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded artefact. `new_tokens(state, request)`, `all_logits(state, tokens)` or None where there are none."""
+    """A loaded artefact. `new_tokens(state, request)`, `all_logits(state, tokens)` or None where there are none.
+
+    `note` says which options were changed to open it, where the library crashes with those that were asked for.
+    """
 
     name: str
     folder: Path
@@ -46,6 +170,7 @@ class Engine:
     state: dict
     new_tokens: Callable[[dict, Request], list[int]]
     all_logits: Callable[[dict, list[int]], Tensor] | None
+    note: str = ""
 
     def logits(self, tokens: Sequence[int]) -> Float[Tensor, "time vocab"]:
         """Next-token logits after each token, in float32. Raises ValueError for a sequence it cannot read."""
@@ -105,3 +230,131 @@ def greedy(step: Callable[[list[int]], Float[Tensor, "vocab"]], request: Request
         request.on_token(token)
         read = [token]
     return tokens
+
+
+# --- opened by a child process first ---------------------------------------------------------------------------------
+
+NATIVE = {  # engines whose libraries are checked, and the distributions whose versions matter; torch itself needs none
+    "openvino": ("openvino", "openvino-genai"),
+    "onnx": ("onnxruntime-genai",),
+    "onnxruntime": ("onnxruntime",),
+    "llamacpp": ("llama-cpp-python",),
+    "aot": ("torch",),
+    "executorch": ("executorch",),
+}
+CHECKS = assets.CACHE / "engine-checks"
+CHECK_SECONDS = 900  # for the largest artefact that is opened
+SMALL_BYTES = 64 * 2**20  # an artefact up to this size is opened itself
+TINY = assets.ROOT / "data" / "tiny-llama"
+OUT_OF_MEMORY = "SIGKILL"  # a matter of the moment: not kept
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def usable(
+    name: str, load: Callable[..., Engine], artifact: Artifact | Path, options: Mapping[str, object]
+) -> tuple[dict[str, object], str]:
+    """Options with which the engine opens an artefact of this format without a crash, and a note if they are others.
+
+    Threads are left to the engine where the number asked for crashes it. In a child process, whose end is its caller's
+    to explain, nothing is checked. Raises EngineUnavailable with the signal's name where no options are left,
+    NotSupported for an artefact that the engine does not read.
+    """
+    folder, options = checked(name, artifact), dict(options)
+    if name not in NATIVE or multiprocessing.parent_process() or not (versions := _versions(name)):
+        return options, ""
+    try:
+        form = _format(folder)
+    except ValueError:  # a damaged file: `load` says so, once it has looked for its library
+        return options, ""
+    death = _death(name, load, folder, options, versions)
+    if not death:
+        return options, ""
+    shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "its own options"
+    said = f"{versions} dies with {death} on this processor when it opens {form} with {shown}"
+    if options.get("threads"):
+        others = options | {"threads": 0}
+        if not _death(name, load, folder, others, versions):
+            return others, f"threads were left to {name}: {said}"
+    able = [other for other in READERS[kind(folder)] if other != name]
+    way = f"use {' or '.join(able)}, or " if able else ""
+    raise EngineUnavailable(f"{said}; {way}export the model in another format (what was found is kept in {CHECKS})")
+
+
+def open_and_run(request: dict) -> dict:
+    """Open a folder by `load` (`module:function`) with `options` and run it: what a child does to see if it dies."""
+    module, _, function = request["load"].partition(":")
+    opened = getattr(importlib.import_module(module), function)(Path(request["folder"]), **request["options"])
+    prompt = [token % opened.facts.vocabulary for token in (1, 2, 3)]
+    opened.generate(prompt, 2, past_end=True)
+    if request["logits"] and opened.all_logits:
+        opened.logits(prompt)
+    return {}
+
+
+def _death(name: str, load: Callable, folder: Path, options: dict, versions: str) -> str:
+    """The signal that ends a child which opens the artefact with these options, or nothing; what was found is kept."""
+    about = [_processor(), versions, name, _format(folder), sorted(options.items())]
+    file = CHECKS / f"{name}-{artifacts.sha256_of_text(json.dumps(about, default=str))[:24]}.json"
+    if (found := _kept(file)) is not None:
+        return found
+    label = f"opening {folder.name} in {name}"
+    try:
+        with _stand_in(folder) as opened:
+            request = {"load": f"{load.__module__}:{load.__qualname__}", "folder": str(opened.resolve())}
+            request |= {"options": options, "logits": _bytes(opened) <= SMALL_BYTES}
+            process.call(f"{__name__}:open_and_run", request, limit_seconds=CHECK_SECONDS, label=label)
+    except process.Killed as error:
+        found = error.signal
+    except (RuntimeError, ValueError):
+        return ""  # an error that the engine itself raises again, in this process
+    if found != OUT_OF_MEMORY:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"about": about, "signal": found or ""}, indent=1, default=str))
+    return found or ""
+
+
+def _kept(file: Path) -> str | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["signal"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextlib.contextmanager
+def _stand_in(folder: Path) -> Iterator[Path]:
+    """The folder itself, or for a large GGUF file of one block type the tiny model's: it is not opened twice."""
+    block = "" if kind(folder) != "gguf" or _bytes(folder) <= SMALL_BYTES else gguf.block_of_file(gguf_file(folder))
+    if not block or not TINY.is_dir():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        gguf.export(TINY, Path(temporary) / "tiny.gguf", block)
+        gguf.copy_beside(TINY, Path(temporary))
+        yield Path(temporary)
+
+
+def _format(folder: Path) -> str:
+    """How an artefact's weights are stored, as far as the kernels that open it differ."""
+    if (found := kind(folder)) == "gguf":
+        return f"gguf of {', '.join(sorted(gguf.check(gguf_file(folder))))}"
+    card = folder / artifacts.CARD
+    return json.loads(card.read_text())["format"] if card.is_file() else f"{found} of {_bytes(folder)} bytes"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _versions(name: str) -> str:
+    """The engine's distributions with their versions; nothing where one is missing."""
+    try:
+        return " ".join(f"{package} {metadata.version(package)}" for package in NATIVE[name])
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """The processor's model and flags, which decide which kernels a library chooses."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    told = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+    return f"{platform.machine()} {told.get('model name', '')} {told.get('flags', '')}"

@@ -1,15 +1,21 @@
-"""The ExecuTorch engine: a program for phones, run here by the same runtime's Python binding (see `executorch_export`).
+"""ExecuTorch: a dense artefact as a program for phones (.pte, XNNPACK kernels), and the engine that runs it here.
 
-Sizes are fixed: a prompt is read in chunks of `CHUNK` tokens, the last one filled up with tokens whose results are
-dropped, and each answer token alone. The cache is a buffer of the program's context; what of it is filled, the mask
-says. The shared greedy loop chooses.
+1. `torch.export` traces `aot.CachedStep` twice over the same weights: `one` reads a single token, `many` reads `CHUNK`
+   of them, both after a cache of `context` tokens. Every size is fixed, weights have 32 bits.
+2. Matrix products and what else XNNPACK knows are handed to it; the rest stays in ExecuTorch's portable kernels. Sizes
+   are stored in the file as methods without arguments, so that a runner needs nothing beside it but a tokenizer.
+3. `load` opens a program by the same runtime's Python binding. A prompt is read in chunks of `CHUNK` tokens, the last
+   one filled up with tokens whose results are dropped, and each answer token alone. The cache is a buffer of the
+   program's context; what of it is filled, the mask says. The runtime takes the processor's cores.
 
-What it does not do: choose its threads (the runtime takes the processor's cores), or run longer than the program's
-context.
+What it does not do: quantise, lower to a phone's GPU or neural processor, take a batch, or run longer than its context.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from avalab import exported, models
 from avalab.artifacts import Artifact
-from avalab.engines import engine, kinds
+from avalab.engines import aot, engine, gguf
 from avalab.engines.engine import Engine, Request
 
 INSTALL = 'pip install -e ".[executorch]"'
@@ -32,19 +39,19 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
 
     Raises ValueError for a program that the runtime cannot load.
     """
-    folder = kinds.checked("executorch", artifact)
-    kinds.require("executorch", "executorch", INSTALL)
+    folder = engine.checked("executorch", artifact)
+    engine.require("executorch", "executorch", INSTALL)
     with warnings.catch_warnings():  # "this API is experimental", and deprecations of its own
         warnings.simplefilter("ignore")
         from executorch.runtime import Runtime
-    file = folder / kinds.OWN_FILES["executorch"]
+    file = folder / engine.OWN_FILES["executorch"]
     try:
         program = Runtime.get().load_program(file)
         sizes = {name: program.load_method(name).execute([])[0] for name in SIZES}
         methods = {name: program.load_method(name) for name in METHODS}
     except (RuntimeError, AttributeError) as error:  # a method that is not there is None
         raise ValueError(f"ExecuTorch cannot load {file}: {error}") from error
-    facts = kinds.facts(folder)
+    facts = engine.facts(folder)
     facts = replace(facts, context=min(sizes["context"], facts.context))
     state = {"program": program, "methods": methods, "sizes": sizes}
     return Engine("executorch", folder, facts, state, _new_tokens, _logits)
@@ -83,3 +90,51 @@ def _mask(read: int, size: int, context: int) -> Tensor:
     """What is added to the scores of `size` tokens: -inf for the part of the cache not filled, and for later tokens."""
     past = torch.where(torch.arange(context) < read, 0.0, -torch.inf).expand(size, context)
     return torch.cat([past, torch.full((size, size), -torch.inf).triu(1)], dim=1)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+WEIGHTS = ("fp32",)
+CONTEXT = 512  # tokens of the fixed cache, which attention reads whole at each step
+
+
+def write(artifact: Artifact, weights: str = "fp32", *, context: int = CONTEXT, out: Path | None = None) -> Artifact:
+    """Export a dense artefact into `<name>+executorch-<weights>` beside it or `out`; one made before is reused."""
+    step = {"step": "executorch", "weights": weights, "context": context}
+    about = exported.Export(step, f"executorch-{weights}", ("executorch",))
+    return exported.write(
+        artifact, about, lambda folder: export(artifact.path, folder, weights, context=context), out=out
+    )
+
+
+def export(folder: Path, out: Path, weights: str = "fp32", *, context: int = CONTEXT) -> None:
+    """Fill `out` with the program, tokenizer and configuration of the dense model in `folder`.
+
+    Raises ValueError for unknown weights or a model that is not dense, EngineUnavailable without executorch.
+    """
+    engine.check_dense(folder, weights, known=WEIGHTS, form="ExecuTorch")
+    engine.require("executorch", "executorch", INSTALL)
+    model = models.load(folder, dtype=torch.float32).eval()
+    out.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # deprecations of its own, progress
+        warnings.simplefilter("ignore")
+        logging.getLogger("executorch").setLevel(logging.ERROR)
+        program = _lowered(model, min(context, aot.sizes(model)["context"]))
+    with (out / engine.OWN_FILES["executorch"]).open("wb") as file:
+        program.write_to_file(file)
+    gguf.copy_beside(folder, out)
+
+
+@torch.no_grad()
+def _lowered(model, context: int):
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    shape = aot.sizes(model) | {"context": context}
+    step = aot.CachedStep(model)
+    traced = {}
+    for method, time in zip(METHODS, (1, CHUNK), strict=True):
+        arguments = aot.example(shape, batch=1, time=time, past=context, dtype=torch.float32)
+        traced[method] = torch.export.export(step, arguments, strict=False)
+    kernels = {method: [XnnpackPartitioner()] for method in traced}
+    return to_edge_transform_and_lower(traced, partitioner=kernels, constant_methods=shape).to_executorch()

@@ -1,27 +1,37 @@
 """The OpenVINO engine: GGUF files and exported folders through OpenVINO GenAI; the default on a CPU.
 
-GenAI's pipeline generates. It shows no logits and takes grammars as text only, so `logits` and grammars use the
-same graph in plain OpenVINO, compiled at the first such call (the weights are then in memory twice). That graph is cut
-before its head: only positions from the input `first_logit` on get logits.
-
-`paged` uses GenAI's paged attention (what continuous batching needs). It keeps the cache of prompts that it has read,
-so that timing one prompt twice times nothing; hence not the default. `properties` are OpenVINO's own, such as
-`KV_CACHE_PRECISION`, `INFERENCE_PRECISION_HINT` or `DYNAMIC_QUANTIZATION_GROUP_SIZE`.
+1. GenAI's pipeline generates. It shows no logits and takes grammars as text only, so `logits` and grammars use the same
+   graph in plain OpenVINO, compiled at the first such call (the weights are then in memory twice). GenAI alone reads
+   GGUF: it writes what it made of the file into a temporary folder. `cut_head` puts a slice before the last matrix
+   product, so that only positions from the input `first_logit` on get logits.
+2. `paged` uses GenAI's paged attention (what continuous batching needs). It keeps the cache of prompts that it has
+   read, so that timing one prompt twice times nothing; hence not the default. `properties` are OpenVINO's own, such as
+   `KV_CACHE_PRECISION`, `INFERENCE_PRECISION_HINT` or `DYNAMIC_QUANTIZATION_GROUP_SIZE`.
+3. `export` makes the dense artefact a float16 GGUF file, which GenAI reads and writes as its own representation, with
+   tokenizers: neither optimum-intel nor tracing is needed. NNCF compresses weights without data: `int8` with a scale
+   and zero point a row, `int4` with one a group (embedding and head in int8).
 
 GenAI 2026.4 reads GGUF tensors in F16, Q8_0, Q4_0 and Q4_1, and rounds the minimums of Q4_1 to whole steps: another
-model than the file's (LOG.md), unless they were whole. What this engine does not do: sample or batch.
+model than the file's (LOG.md), unless they were whole. With one thread it dies with SIGFPE on F16 files where the
+processor has AMX (see `engine.usable`). What this engine does not do: sample or batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from avalab import exported
 from avalab.artifacts import Artifact
-from avalab.engines import engine, kinds, openvino_graph
+from avalab.engines import engine, gguf
 from avalab.engines.engine import Engine, Request
 
 INSTALL = 'pip install -e ".[openvino]"'
@@ -39,14 +49,14 @@ def load(
 
     Raises NotSupported for a GGUF file with tensors of a type that OpenVINO does not read.
     """
-    folder = kinds.checked("openvino", artifact)
-    kinds.require("openvino", "openvino_genai", INSTALL)
-    source = kinds.gguf_file(folder) if kinds.kind(folder) == "gguf" else folder
+    folder = engine.checked("openvino", artifact)
+    engine.require("openvino", "openvino_genai", INSTALL)
+    source = engine.gguf_file(folder) if engine.kind(folder) == "gguf" else folder
     options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     state = {"source": source, "device": device, "options": options | (properties or {})}
     backend = {} if paged else {"ATTENTION_BACKEND": "SDPA"}
-    state["pipeline"] = openvino_graph.pipeline(source, device, **backend, **state["options"])
-    return Engine("openvino", folder, kinds.facts(folder), state, _new_tokens, _logits)
+    state["pipeline"] = pipeline(source, device, **backend, **state["options"])
+    return Engine("openvino", folder, engine.facts(folder), state, _new_tokens, _logits)
 
 
 def _new_tokens(state: dict, request: Request) -> list[int]:
@@ -79,9 +89,7 @@ def _logits(state: dict, tokens: list[int]) -> Tensor:
 
 def _stepper(state: dict, *, every: bool = False):
     """A function that reads tokens after those read before; logits of the last one, or of all of them."""
-    run = state["graph"] = state.get("graph") or openvino_graph.compiled(
-        state["source"], state["device"], state["options"]
-    )
+    run = state["graph"] = state.get("graph") or compiled(state["source"], state["device"], state["options"])
     run.reset_state()
     read = 0
 
@@ -95,3 +103,101 @@ def _stepper(state: dict, *, every: bool = False):
         return logits if every else logits[-1]
 
     return step
+
+
+UNREAD = ("Unsupported quantization type", "gguf_tensor_to_f16 failed")
+
+
+def pipeline(source: Path, device: str, **options):
+    """GenAI's pipeline for a GGUF file or a folder. Raises NotSupported for unread types, ValueError for damage."""
+    import openvino_genai
+
+    try:
+        return openvino_genai.LLMPipeline(str(source), device, **options)
+    except RuntimeError as error:
+        if any(reason in str(error) for reason in UNREAD):
+            raise engine.NotSupported(
+                f"openvino does not read all tensors of {source.name}; export it as f16, q8_0 or q4_0, or use llamacpp "
+                "or torch"
+            ) from error
+        raise ValueError(f"openvino cannot read {source}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def compiled(source: Path, device: str, options: dict[str, str | int]):
+    """A request to the stateful graph of a GGUF file or a folder, with the input `first_logit` of `cut_head`."""
+    import openvino
+
+    core = openvino.Core()
+    with tempfile.TemporaryDirectory() as folder:
+        if source.is_file():  # GenAI alone reads GGUF: it writes what it made of the file beside it
+            (Path(folder) / source.name).symlink_to(source.resolve())
+            pipeline(Path(folder) / source.name, device, enable_save_ov_model=True)
+            source = Path(folder)
+        model = cut_head(core.read_model(str(source / engine.OWN_FILES["openvino"])))
+        return core.compile_model(model, device, options).create_infer_request()
+
+
+def cut_head(model):
+    """Add the input `first_logit` (a position, -1 the last) to a graph with an output `logits`, and return it."""
+    import openvino
+    from openvino import opset13 as ops
+
+    head = model.output("logits").node
+    while head.get_type_name() != "MatMul":
+        head = head.input_value(0).get_node()
+    first = ops.parameter([1], openvino.Type.i64, name="first_logit")
+    first.output(0).tensor.set_names({"first_logit"})
+    stop, one, axis = (ops.constant([n], openvino.Type.i64) for n in (2**31 - 1, 1, 1))
+    head.input(0).replace_source_output(ops.slice(head.input_value(0), first, stop, one, axis).output(0))
+    model.add_parameters([first])
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+WEIGHTS = ("f16", "int8", "int4")
+GROUP_SIZE = 64
+
+
+def write(artifact: Artifact, weights: str = "int8", *, out: Path | None = None) -> Artifact:
+    """Export a dense artefact into an OpenVINO artefact, `<name>+openvino-<weights>` beside it or the folder `out`."""
+    about = exported.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",))
+    return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
+
+
+def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = GROUP_SIZE) -> None:
+    """Fill `out` with graph, weights, tokenizers and configuration of the model in `folder`.
+
+    Raises ValueError for unknown weights or a quantised model, EngineUnavailable without openvino-genai or nncf.
+    """
+    engine.check_dense(folder, weights, known=WEIGHTS, form="OpenVINO")
+    for module in ("openvino_genai", "nncf"):
+        engine.require("openvino", module, INSTALL)
+    import openvino
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "model.gguf"
+        gguf.export(folder, file, "f16")
+        gguf.copy_beside(folder, file.parent)
+        engine.usable("openvino", load, Path(temporary), {})  # raises where reading the file would end this process
+        pipeline(file, "CPU", enable_save_ov_model=True)
+        model = openvino.Core().read_model(str(Path(temporary) / engine.OWN_FILES["openvino"]))
+        model = _compressed(model, weights, group_size)
+        openvino.save_model(model, str(out / engine.OWN_FILES["openvino"]), compress_to_fp16=False)
+        for path in Path(temporary).glob("openvino_*tokenizer.*"):
+            shutil.copyfile(path, out / path.name)
+    gguf.copy_beside(folder, out)
+
+
+def _compressed(model, weights: str, group_size: int):
+    if weights == "f16":
+        return model
+    import nncf
+
+    mode = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_ASYM}[weights]
+    groups = {"group_size": group_size, "ratio": 1.0} if weights == "int4" else {}
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # tables and progress bars
+        return nncf.compress_weights(model, mode=mode, **groups)

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from avalab.artifacts import Artifact
-from avalab.engines import kinds
+from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
 
 INSTALL = 'pip install -e ".[tensorrt]" (from NVIDIA\'s package index, in an environment of its own)'
@@ -30,12 +30,12 @@ def load(
 
     Raises ValueError for another precision, EngineUnavailable without TensorRT-LLM or without a GPU.
     """
-    folder = kinds.checked("tensorrt", artifact)
+    folder = engine.checked("tensorrt", artifact)
     require(precision)
     from tensorrt_llm import LLM
     from tensorrt_llm.llmapi import KvCacheConfig
 
-    facts = kinds.facts(folder)
+    facts = engine.facts(folder)
     facts = replace(facts, context=min(context, facts.context))
     cache = KvCacheConfig(enable_block_reuse=False)  # timing one prompt twice would time nothing
     model = LLM(model=str(folder), dtype=PRECISIONS[precision], max_seq_len=facts.context, kv_cache_config=cache)
@@ -46,8 +46,8 @@ def require(precision: str) -> None:
     """Raise what `load` raises for another precision, without the library, or without a GPU."""
     if precision not in PRECISIONS:
         raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    kinds.require("tensorrt", "tensorrt_llm", INSTALL)
-    kinds.require_gpu("tensorrt")
+    engine.require("tensorrt", "tensorrt_llm", INSTALL)
+    engine.require_gpu("tensorrt")
 
 
 def _logits(state: dict, tokens: list[int]) -> Tensor:
@@ -61,7 +61,7 @@ def _new_tokens(state: dict, request: Request) -> list[int]:
     from tensorrt_llm import SamplingParams
 
     if request.grammar:
-        raise kinds.NotSupported("tensorrt takes no grammar here; torch, openvino, onnx, llamacpp and vllm do")
+        raise engine.NotSupported("tensorrt takes no grammar here; torch, openvino, onnx, llamacpp and vllm do")
     end = request.stops[0] if request.stops else -1
     parameters = SamplingParams(max_tokens=request.max_new_tokens, top_k=1, end_id=end, detokenize=False)
     tokens = []

@@ -6,28 +6,35 @@ prompt stays eager, as its shape changes with every call. On a GPU the compiled 
 that launching kernels does not decide the time of a small model's token. In eager mode a static cache only costs time:
 attention reads all of it at each step.
 
-A GGUF file is decoded to dense weights of `dtype`. The 4-bit layers of a bitsandbytes artefact compute through
-`avalab.kernels` (see `four_bit`): the same codes and scales, AVALAB_KERNELS=reference for the definition.
+A GGUF file is decoded to dense weights of `dtype`.
 
-What it does not do: compile a layer that bitsandbytes has to keep, or its 8-bit ones: their kernels hold state that the
-compiler cannot follow.
+`apply_kernels` puts a `FourBitLinear` in the place of every 4-bit layer of bitsandbytes: the stored codes and scales as
+they are, and beside them, where a library here has a kernel for few rows of activations, a second copy of the codes in
+that kernel's order (`kernels.prepare`). Which form computes a call is `kernels.dispatch`'s choice, made anew for every
+call: device, rows, the form's own check, AVALAB_KERNELS (reference: the definition).
+
+What it does not do: gradients of these layers (`adapters.apply_fused`), or compile a layer that bitsandbytes has to
+keep (a group that does not divide the columns, 8 bits): their kernels hold state that the compiler cannot follow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from avalab import artifacts, models
+from avalab import adapters, artifacts, kernels, models
 from avalab.artifacts import Artifact
-from avalab.engines import engine, four_bit, kinds
+from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
+from avalab.kernels import Weight4
 
 SMALLEST_CACHE = 128  # tokens; shorter ones would only mean more graphs
 
@@ -45,19 +52,19 @@ def load(
 
     Without `own_kernels`, 4-bit layers stay those of their library.
     """
-    folder = kinds.checked("torch", artifact)
-    found = kinds.kind(folder)
+    folder = engine.checked("torch", artifact)
+    found = engine.kind(folder)
     if threads:
         torch.set_num_threads(threads)
-    facts = kinds.facts(folder)
+    facts = engine.facts(folder)
     if found == "gguf":
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-            decoded, _ = models.from_gguf(kinds.gguf_file(folder))
+            decoded, _ = models.from_gguf(engine.gguf_file(folder))
         model = torch.nn.Module.to(decoded, device, dtype)
     else:
         model = models.load(artifacts.load(folder, verify=False) if found == "adapter" else folder, device, dtype)
     if own_kernels:
-        four_bit.apply_kernels(model)
+        apply_kernels(model)
     state = {"model": model, "step": _compiled(model, folder) if compiled else None}
     return Engine("torch", folder, facts, state, _new_tokens, _logits)
 
@@ -67,12 +74,12 @@ def _compiled(model: PreTrainedModel, folder: Path) -> Callable:
     """The compiled step. Raises NotSupported where a layer is bitsandbytes' own."""
     kept = [name for name, layer in models.linear_layers(model).items() if type(layer).__module__.startswith("bitsa")]
     if kept:
-        raise kinds.NotSupported(
+        raise engine.NotSupported(
             f"{folder.name}: {len(kept)} layers of bitsandbytes, {kept[0]} the first, are not compiled; "
             "load it with compiled=False"
         )
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the kernels' checks run outside the compiler
-    four_bit.mark_static(model)
+    mark_static(model)
     on_gpu = model.device.type == "cuda"
     return torch.compile(model.forward, dynamic=False, mode="reduce-overhead" if on_gpu else None)
 
@@ -106,3 +113,57 @@ def _cache(model: PreTrainedModel, tokens: int, *, fixed: bool) -> DynamicCache 
         return DynamicCache(config=model.config)
     length = max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length())
     return StaticCache(config=model.config, max_cache_len=length)
+
+
+# --- bitsandbytes' 4-bit layers through the lab's kernels ------------------------------------------------------------
+
+
+class FourBitLinear(nn.Module):
+    """x W^T + bias of a packed weight, in x's dtype."""
+
+    def __init__(self, weight: Weight4, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight4, self.bias = weight, bias  # no Parameter: nothing here is trained or saved
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
+        """The product by the best form whose check has passed."""
+        y = kernels.multiply(x, self.weight4)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and group size, as printed with the model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, group={self.weight4.group_size}"
+
+
+def apply_kernels(model: PreTrainedModel) -> int:
+    """Replace bitsandbytes' 4-bit layers by `FourBitLinear`, in place; how many were replaced.
+
+    Call it before the model's first forward pass: bitsandbytes re-packs the codes then. A weight that the kernels
+    refuse (a group of nothing but zeros) stays as it is, and a warning in the log names its layer and group.
+    """
+    replaced = 0
+    for name, layer in models.linear_layers(model).items():
+        weight = _packed(name, layer)
+        if weight is not None:
+            models.replace_linear(model, name, FourBitLinear(weight, layer.bias))
+            replaced += 1
+    return replaced
+
+
+def _packed(name: str, layer: nn.Module) -> Weight4 | None:
+    if getattr(layer.weight, "quant_state", None) is None:
+        return None
+    try:
+        return kernels.prepare(adapters.frozen_weight(layer, decoded=False))
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s stays with bitsandbytes: %s", name, error)
+        return None
+
+
+def mark_static(model: PreTrainedModel) -> None:
+    """Tell the compiler that the packed weights stay where they are: a CUDA graph then reads them in place."""
+    for layer in model.modules():
+        if isinstance(layer, FourBitLinear):
+            for tensor in layer.weight4.tensors():
+                torch._dynamo.mark_static_address(tensor)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from avalab.artifacts import Artifact
-from avalab.engines import kinds
+from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
 
 INSTALL = 'pip install -e ".[vllm]"'
@@ -34,12 +34,12 @@ def load(
 
     Raises EngineUnavailable without vLLM or without a GPU.
     """
-    folder = kinds.checked("vllm", artifact)
-    kinds.require("vllm", "vllm", INSTALL)
-    kinds.require_gpu("vllm")
+    folder = engine.checked("vllm", artifact)
+    engine.require("vllm", "vllm", INSTALL)
+    engine.require_gpu("vllm")
     import vllm
 
-    facts = kinds.facts(folder)
+    facts = engine.facts(folder)
     facts = replace(facts, context=min(context, facts.context))
     model = vllm.LLM(
         model=str(folder),

@@ -1,13 +1,44 @@
-"""The sub-command `ensemble`: several artefacts, or several draws of one, answer a prompt together."""
+"""The sub-commands that let models answer: chat with one that calls tools, an ensemble of several."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from avalab.cli_options import Profile, Seed
+from avalab import answers, artifacts
+from avalab.cli_options import CHAT_MODES, POOLS, VOTES, ArtifactFolder, Profile, Seed, one_of
+from avalab.experiment import Run
+
+
+def chat(
+    artifact: ArtifactFolder,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="JSON list of tools: name, description, parameters, callable (module:function, pure)."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="free (any text) or grammar (a readable call, or a text).")] = "grammar",
+) -> None:
+    """Chat with an artefact that really calls its tools: each call is executed in a sandbox and shown."""
+    one_of("mode", mode, CHAT_MODES)
+    if tools:
+        _is_json(tools)
+    found = artifacts.load(artifact)
+    from avalab import chat_tools, conversation
+
+    offered = chat_tools.read_tools(tools) if tools else chat_tools.built_in()
+    respondent = answers.Respondent(found, Run("avalab_chat").device)
+    conversation.converse(respondent, offered, mode=mode)
+
+
+def _is_json(file: Path) -> None:
+    """Raise ValueError for a file of tools that is not even JSON; what it holds is checked where it is read."""
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
 
 
 def ensemble(
@@ -26,14 +57,12 @@ def ensemble(
     seed: Seed = 0,
 ) -> None:
     """Answer a prompt with several models of one tokenizer, token by token, or by a vote over whole answers."""
-    from avalab import artifacts
-    from avalab import ensemble as ensemble_
-    from avalab.experiment import Run
-
-    members = [artifacts.load(folder) for folder in [*models, *(more or [])]]
     run = Run("avalab_ensemble", profile, seed)
+    if method not in (*POOLS, *VOTES):
+        raise ValueError(f"unknown method {method!r}; distributions: {', '.join(POOLS)}; answers: {', '.join(VOTES)}")
+    members = [artifacts.load(folder) for folder in [*models, *(more or [])]]
     ask = _asker(prompt, max_new_tokens)
-    if method in ensemble_.VOTES:
+    if method in VOTES:
         text, note = _by_answers(run, members, method, ask, (samples, temperature, threshold))
     else:
         text, note = _by_distributions(run, members, method, ask, weights)
@@ -56,13 +85,15 @@ def _asker(prompt: str, tokens: int):
 
 
 def _by_distributions(run, members: list, method: str, ask, weights: str) -> tuple[str, str]:
+    if method == "cascade":
+        raise ValueError("a cascade of distributions reads every token with both models; use --method answer-cascade")
     from avalab import ensemble as ensemble_
     from avalab import ensemble_bench, mixture
 
-    if method == "cascade":
-        raise ValueError("a cascade of distributions reads every token with both models; use --method answer-cascade")
-    given = {"weights": [float(part) for part in weights.split(",")]} if weights else {}
-    about = ensemble_.assemble(members, method, **given)
+    if weights:
+        about = ensemble_.assemble(members, method, weights=[float(part) for part in weights.split(",")])
+    else:
+        about = ensemble_.assemble(members, method)
     if method == "weighted" and not weights:
         about = ensemble_.assemble(members, method, weights=ensemble_bench.fitted_weights(run, about.members))
     shares = ", ".join(f"{weight:.3f}" for weight in about.weights)
@@ -77,8 +108,7 @@ def _by_answers(run, members: list, method: str, ask, settings: tuple[int, float
     if method == "self-consistency":
         if len(members) != 1:
             raise ValueError(f"self-consistency draws from one model, got {len(members)}; use vote")
-        how = {"temperature": temperature, "seed": run.seed, "device": run.device}
-        voters = ensemble_answers.draws(members[0], samples, **how)
+        voters = ensemble_answers.draws(members[0], samples, temperature=temperature, seed=run.seed, device=run.device)
     else:
         voters = [Respondent(member, run.device) for member in members]
     if method == "answer-cascade":

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import cli, cli_compare, models, trackers
-from avalab.engines.engine import Engine
-from avalab.engines.kinds import Facts
+from avalab import cli, cli_measure, models, trackers
+from avalab.engines.engine import Engine, Facts
 from avalab.experiment import Run
 
 
@@ -31,14 +30,14 @@ def test_every_ratio_below_one_is_better_and_above_it_worse():
     theirs = [2.0] * 11
     ours = [1.0 + 0.02 * i for i in range(11)]
     shown = "better: 0.550 [0.510, 0.590] of the other's time, 11 rounds"
-    assert cli_compare.speed_verdict(ours, theirs) == shown
-    assert cli_compare.speed_verdict(theirs, ours).startswith("worse: 1.818 [1.695, 1.961]")
+    assert cli_measure.speed_verdict(ours, theirs) == shown
+    assert cli_measure.speed_verdict(theirs, ours).startswith("worse: 1.818 [1.695, 1.961]")
 
 
 def test_an_interval_that_holds_one_distinguishes_nothing_and_few_rounds_have_none():
     around = [0.9, 1.1] * 5
-    assert cli_compare.speed_verdict(around, [1.0] * 10).startswith("not distinguishable: 1.000 [0.900, 1.100]")
-    few = cli_compare.speed_verdict([1.0, 1.0], [2.0, 2.0])
+    assert cli_measure.speed_verdict(around, [1.0] * 10).startswith("not distinguishable: 1.000 [0.900, 1.100]")
+    few = cli_measure.speed_verdict([1.0, 1.0], [2.0, 2.0])
     assert few == "not distinguishable: 0.500 (too few rounds for an interval) of the other's time, 2 rounds"
 
 
@@ -52,7 +51,7 @@ def test_both_read_the_same_prompts_and_take_turns_in_going_first(monkeypatch):
 
     monkeypatch.setattr(trackers, "time_tokens", timed)
     pair = [Engine(name, Path("x"), Facts(100, 10, ()), {"model": 1}, list, None) for name in ("ours", "theirs")]
-    found = cli_compare.paired_timings(*pair, sizes=(4, 3), rounds=2, seed=0)
+    found = cli_measure.paired_timings(*pair, sizes=(4, 3), rounds=2, seed=0)
     assert found == {"time to first token": ([1, 1], [1, 1]), "time a token": ([1, 1], [1, 1])}
     assert [name for name, _ in seen] == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
     prompts = [prompt for _, prompt in seen]
@@ -65,7 +64,7 @@ def test_both_read_the_same_prompts_and_take_turns_in_going_first(monkeypatch):
 def test_one_new_token_is_too_few_to_time():
     engine = Engine("x", Path("x"), Facts(100, 10, ()), {"model": 1}, list, None)
     with pytest.raises(ValueError, match="at least 2 new tokens to time one, got 1"):
-        cli_compare.paired_timings(engine, engine, sizes=(4, 1), rounds=2, seed=0)
+        cli_measure.paired_timings(engine, engine, sizes=(4, 1), rounds=2, seed=0)
 
 
 def test_a_model_takes_as_long_as_itself(tiny, monkeypatch, capsys):

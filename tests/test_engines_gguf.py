@@ -5,24 +5,13 @@ import shutil
 import struct
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from avalab import (
-    artifacts,
-    cli,
-    engines,
-    gguf_blocks,
-    gguf_export,
-    gguf_packed,
-    gguf_tokenizer,
-    models,
-    numerics,
-    quantize,
-)
-from avalab.engines import kinds
+from avalab import artifacts, cli, engines, gguf_blocks, models, numerics, quantize
+from avalab.engines import gguf
 from avalab.experiment import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +30,7 @@ def exported(tmp_path_factory):
         target = folder / block
         if not target.is_dir():
             target.mkdir()
-            gguf_export.export(TINY, target / f"m.{block}.gguf", block)
+            gguf.export(TINY, target / f"m.{block}.gguf", block)
         return target
 
     return folder_of
@@ -58,7 +47,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def header(folder: Path) -> dict:
-    fields = gguf.GGUFReader(kinds.gguf_file(folder)).fields
+    fields = GGUFReader(engines.gguf_file(folder)).fields
     return {name: field.contents() for name, field in fields.items()}
 
 
@@ -68,7 +57,7 @@ def header(folder: Path) -> dict:
 def test_rows_that_turn_together_become_neighbours():
     """Two heads of four rows: row i turns with row i + 2."""
     rows = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]).float()
-    assert gguf_export.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
+    assert gguf.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
 
 
 def test_a_file_in_float32_computes_what_the_folder_computes(exported):
@@ -90,26 +79,26 @@ def test_a_qwen_model_with_biases_padding_and_its_own_head_is_read_back(make, co
     source, target = tmp_path / "source", tmp_path / "target"
     models.save_model(model, models.load_tokenizer(TINY), source)
     target.mkdir()
-    gguf_export.export(source, target / "q.gguf", "f32")
+    gguf.export(source, target / "q.gguf", "f32")
     torch.testing.assert_close(logits(target), logits(source), atol=1e-4, rtol=0)
     assert header(target)["tokenizer.ggml.tokens"][1024:] == [f"[PAD{row}]" for row in range(1024, 1040)]
 
 
 @pytest.mark.parametrize("block", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_a_linear_weight_is_stored_as_its_block_type_rounds_it(block, exported):
-    reader = gguf.GGUFReader(kinds.gguf_file(exported(block)))
+    reader = GGUFReader(engines.gguf_file(exported(block)))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     original = models.load(TINY).get_parameter("model.layers.1.mlp.down_proj.weight").float()
     found = stored["blk.1.ffn_down.weight"]
     assert found.tensor_type.name == block.upper()
-    decoded = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type))
+    decoded = torch.from_numpy(dequantize(found.data, found.tensor_type))
     torch.testing.assert_close(decoded, numerics.round_to_nearest(original, gguf_blocks.FORMATS[block]))
     assert stored["token_embd.weight"].tensor_type.name == "Q8_0"
     assert stored["output_norm.weight"].tensor_type.name == "F32"
 
 
 def test_a_tied_head_is_stored_once(exported):
-    names = {tensor.name for tensor in gguf.GGUFReader(kinds.gguf_file(exported("bf16"))).tensors}
+    names = {tensor.name for tensor in GGUFReader(engines.gguf_file(exported("bf16"))).tensors}
     assert "token_embd.weight" in names
     assert "output.weight" not in names
     assert len(names) == 4 * 9 + 2
@@ -117,7 +106,7 @@ def test_a_tied_head_is_stored_once(exported):
 
 @pytest.mark.parametrize(("columns", "expected"), [(64, "q4_0"), (48, "f16")])
 def test_rows_that_blocks_do_not_divide_stay_in_16_bits(columns, expected):
-    assert gguf_export.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
+    assert gguf.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
 
 
 # --- grids that are kept -----------------------------------------------------------------------------------------
@@ -130,7 +119,7 @@ def test_rows_that_blocks_do_not_divide_stay_in_16_bits(columns, expected):
 def test_steps_get_the_smallest_block_type_that_holds_them(least, greatest, block):
     steps = torch.randint(least, greatest + 1, (2, 64), dtype=torch.int32)
     steps[0, :2] = torch.tensor([least, greatest])
-    assert gguf_packed.block_of(steps) == block
+    assert gguf.block_of_steps(steps) == block
 
 
 @pytest.mark.parametrize(("least", "block"), [(-8, "q4_0"), (-3, "q4_1"), (-16, "q5_0"), (-1, "q5_1"), (-100, "q8_0")])
@@ -139,8 +128,8 @@ def test_steps_and_scales_are_read_back_by_gguf_as_their_product(least, block):
     width = {"q4": 15, "q5": 31, "q8": 200}[block[:2]]
     steps = torch.randint(least, least + width + 1, (3, 128), dtype=torch.int32)
     scales = torch.tensor([[0.5, 0.25], [1.0, 2.0], [0.125, 0.5]]).bfloat16()
-    stored = gguf_packed.encoded(steps, scales, block).numpy()
-    found = gguf.dequantize(stored, gguf.GGMLQuantizationType[block.upper()])
+    stored = gguf.encoded_steps(steps, scales, block).numpy()
+    found = dequantize(stored, GGMLQuantizationType[block.upper()])
     expected = steps * scales.float().repeat_interleave(64, dim=1)
     assert torch.equal(torch.from_numpy(found), expected)
 
@@ -150,14 +139,14 @@ def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_form
     monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
     run = Run("t", "smoke")
     artifact = quantize.compress_artifact(models.base(run), "ava", run=run)
-    exported = gguf_export.write(artifact, "kept")
+    exported = gguf.write(artifact, "kept")
     torch.testing.assert_close(logits(exported.path), logits(artifact.path), atol=0.02, rtol=0)
     assert "quantization_config" not in json.loads((exported.path / "config.json").read_text())
 
 
 def test_a_dense_model_has_no_grids_to_keep(tmp_path):
     with pytest.raises(ValueError, match="tiny-llama holds no packed integers to keep"):
-        gguf_export.export(TINY, tmp_path / "x.gguf", "kept")
+        gguf.export(TINY, tmp_path / "x.gguf", "kept")
 
 
 # --- header ------------------------------------------------------------------------------------------------------
@@ -165,7 +154,7 @@ def test_a_dense_model_has_no_grids_to_keep(tmp_path):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_tokenizer_in_the_file_cuts_text_like_the_one_beside_the_weights(text, exported):
-    file = kinds.gguf_file(exported("q8_0"))
+    file = engines.gguf_file(exported("q8_0"))
     ours, theirs = models.load_tokenizer(TINY), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     assert theirs(text).input_ids == ours(text).input_ids
     assert theirs.chat_template == ours.chat_template
@@ -180,7 +169,7 @@ def test_the_header_names_the_end_of_a_turn_and_how_text_is_cut(exported):
 
 
 def test_a_file_without_configuration_beside_it_tells_context_vocabulary_and_end(exported):
-    assert kinds.facts(exported("q8_0")) == kinds.facts(TINY)
+    assert engines.facts(exported("q8_0")) == engines.facts(TINY)
 
 
 def split_by(pattern: str) -> dict:
@@ -197,7 +186,7 @@ def split_by(pattern: str) -> dict:
     ],
 )
 def test_a_way_of_cutting_text_has_the_name_that_readers_know(pre_tokenizer, name):
-    assert gguf_tokenizer.split_name(pre_tokenizer) == name
+    assert gguf.split_name(pre_tokenizer) == name
 
 
 # --- artefacts ---------------------------------------------------------------------------------------------------
@@ -208,16 +197,16 @@ def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_o
         shutil.copytree(tiny_copy, folder, dirs_exist_ok=True)
 
     base = artifacts.write("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
-    made = gguf_export.write(base, "q4_0")
+    made = gguf.write(base, "q4_0")
     assert made.path == tmp_path / "tiny+gguf-q4_0"
     assert (made.format, made.card["base"]["sha256"]) == ("gguf-q4_0", base.sha256)
     modelfile = (made.path / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./tiny.q4_0.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
-    assert made.bytes == kinds.gguf_file(made.path).stat().st_size < base.bytes / 2
+    assert made.bytes == engines.gguf_file(made.path).stat().st_size < base.bytes / 2
     assert engines.load("torch", made).generate([5, 6, 7], 3)
-    before = kinds.gguf_file(made.path).stat().st_mtime_ns
-    assert kinds.gguf_file(gguf_export.write(base, "q4_0").path).stat().st_mtime_ns == before
+    before = engines.gguf_file(made.path).stat().st_mtime_ns
+    assert engines.gguf_file(gguf.write(base, "q4_0").path).stat().st_mtime_ns == before
 
 
 def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tmp_path, monkeypatch, capsys, tiny_copy):
@@ -274,7 +263,7 @@ def emptied(file: Path) -> None:
     ],
 )
 def test_a_spoilt_file_is_refused_by_name_and_offset(spoil, says, exported, tmp_path):
-    file = Path(shutil.copy(kinds.gguf_file(exported("q8_0")), tmp_path / "spoilt.gguf"))
+    file = Path(shutil.copy(engines.gguf_file(exported("q8_0")), tmp_path / "spoilt.gguf"))
     spoil(file)
     with pytest.raises(ValueError, match=says) as caught:
         engines.load("torch", tmp_path)
@@ -297,24 +286,24 @@ def changed(folder: Path, **values) -> Path:
 )
 def test_a_model_that_is_not_exported_is_refused_by_what_it_is(values, says, tiny_copy, tmp_path):
     with pytest.raises(ValueError, match=says):
-        gguf_export.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
+        gguf.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
     assert not (tmp_path / "x.gguf").exists()
 
 
 def test_an_unknown_block_type_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no block type 'q3_x'.*q8_0, q5_1, q5_0, q4_1, q4_0, kept"):
-        gguf_export.export(TINY, tmp_path / "x.gguf", "q3_x")
+        gguf.export(TINY, tmp_path / "x.gguf", "q3_x")
 
 
 def test_gpt_2s_cut_is_called_smollms_where_no_token_joins_digits():
-    assert gguf_tokenizer.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
+    assert gguf.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
 
 
 def test_text_cut_in_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match="text is cut by Metaspace"):
-        gguf_tokenizer.split_name({"type": "Metaspace"})
+        gguf.split_name({"type": "Metaspace"})
 
 
 def test_more_tokens_than_rows_are_refused():
     with pytest.raises(ValueError, match="ids up to 1023, the embedding 1000 rows"):
-        gguf_tokenizer.vocabulary(models.load_tokenizer(TINY), 1000)
+        gguf.vocabulary(models.load_tokenizer(TINY), 1000)

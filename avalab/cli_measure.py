@@ -1,13 +1,13 @@
-"""`avalab compare A B`: is the first artefact better than the second, worse, or not distinguishable?
+"""The sub-commands that measure: bench (what it costs to run), eval (what it can do), and compare.
+
+`avalab compare A B`: is the first artefact better than the second, worse, or not distinguishable?
 
     bfcl    the same function-calling cases, McNemar's exact test
     text    the same windows of text, paired bootstrap of the loss
     speed   the same prompts in the same engine, both artefacts loaded, generations in turn: each round is a ratio of
-            seconds, ours over theirs; the interval of their median is one of order statistics, which takes no shape of
-            the noise for granted. Whoever goes first changes from round to round, so that neither profits from what the
-            other left in a cache, and what disturbs the machine meets both.
-
-What it does not do: compare memory (see `avalab bench`), or engines with each other.
+            seconds, ours over theirs; the interval of their median is one of order statistics (see `cost`), which
+            takes no shape of the noise for granted. Whoever goes first changes from round to round, so that neither
+            profits from what the other left in a cache, and what disturbs the machine meets both.
 """
 
 from __future__ import annotations
@@ -19,10 +19,83 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli_options import ArtifactFolder, Limit, Mode, Profile, Seed
+from avalab import artifacts
+from avalab.cli_options import (
+    CALL_MODES,
+    ENGINES,
+    ArtifactFolder,
+    AsJson,
+    Limit,
+    Mode,
+    Profile,
+    Seed,
+    one_of,
+    print_records,
+)
+from avalab.experiment import Run
 
 TASKS = ("bfcl", "text", "speed")
 SPEED_ROUNDS = 11  # an odd number, enough for an interval of the median
+
+
+def bench(
+    artifact: ArtifactFolder,
+    engine: Annotated[str, typer.Option(help="An engine of avalab.engines; without, torch and the roofline.")] = "",
+    threads: Annotated[int, typer.Option(min=0, help="Threads of that engine; 0 leaves its own choice.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Load and run an artefact in a process of its own: bytes, memory, load time, prefill, decode, latency."""
+    run = Run("avalab_bench", profile, seed)
+    if engine:
+        one_of("engine", engine, ENGINES)
+    found = artifacts.load(artifact)
+    from avalab import cost
+
+    if engine:
+        _bench_in(run, found, engine, threads)
+    else:
+        cost.record_cost(run, found.name, found)
+    print_records(run, as_json)
+
+
+def _bench_in(run, artifact, engine: str, threads: int) -> None:
+    """One cell of the benchmark; what the engine refuses is the caller's error."""
+    from avalab import cell
+
+    work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
+    found = cell.measure_cell(artifact, engine, work=work)
+    cell.record_cell(run, artifact, engine=engine, work=work, cell=found)
+
+
+def evaluate(
+    artifact: ArtifactFolder,
+    tasks: Annotated[str, typer.Option(help="bfcl, humaneval, tasks of lm-evaluation-harness; with commas.")] = "bfcl",
+    mode: Mode = "grammar",
+    limit: Limit = None,
+    skip: Annotated[int, typer.Option(min=0, help="Cases of each BFCL category to leave out at its beginning.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
+    run, wanted = Run("avalab_eval", profile, seed), tasks.split(",")
+    one_of("mode", mode, CALL_MODES)
+    found = artifacts.load(artifact)
+    from avalab import answers, harness
+
+    others = [task for task in wanted if task not in ("bfcl", "humaneval")]
+    if others:
+        harness.require()
+    respondent = answers.Respondent(found, run.device)
+    for category in answers.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
+        answers.record_calls(run, found.name, respondent, category=category, mode=mode, limit=limit, skip=skip)
+    if "humaneval" in wanted:
+        answers.record_pass_at_1(run, found.name, respondent, answers.code_problems(run, limit))
+    if others:
+        harness.record(found, others, run=run, limit=limit)
+    print_records(run, as_json)
 
 
 def compare(
@@ -39,12 +112,11 @@ def compare(
     seed: Seed = 0,
 ) -> None:
     """Say whether the first artefact is better than the second, worse, or not distinguishable, on the same items."""
-    from avalab import artifacts
-    from avalab.experiment import Run
-
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
-    run, pair = Run("avalab_compare", profile, seed), [artifacts.load(ours), artifacts.load(theirs)]
+    run = Run("avalab_compare", profile, seed)
+    one_of("task", task, TASKS)
+    one_of("mode", mode, CALL_MODES)
+    one_of("engine", engine, ENGINES)
+    pair = [artifacts.load(ours), artifacts.load(theirs)]
     if task == "bfcl":
         _compare_calls(run, pair, mode, limit)
     elif task == "text":

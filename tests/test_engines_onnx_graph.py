@@ -19,16 +19,14 @@ from avalab import (
     models,
     numerics,
     onnx_blocks,
-    onnx_builder,
-    onnx_graph,
-    onnx_mixed,
     packed,
     predict,
     quantize,
     rounding,
 )
 from avalab.artifacts import Artifact
-from avalab.engines import onnx_export
+from avalab.engines import onnx_graph
+from avalab.engines.onnx import write as write_onnx
 from avalab.experiment import ROOT, Run
 from avalab.numerics import Grid
 from avalab.onnx_blocks import Steps
@@ -40,13 +38,13 @@ TINY = ROOT / "data" / "tiny-llama"
 PROMPT = "def add(a, b):\n    return a + b\n\nThe list of names in the file is written with"
 GRIDS = ("w2g64", "w3g64", "w4g32", "w4g64-sym", "w5g128", "w7g64", "w8g128")
 EMBEDDING = "model.embed_tokens"
-ORIGINAL = onnx_builder.build
+ORIGINAL = onnx_graph.run_builder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def built(tmp_path_factory) -> Path:
     """The library's builder runs once; later calls get the base's graph, which no method used here changes else."""
-    made, original = tmp_path_factory.mktemp("graph"), onnx_builder.build
+    made, original = tmp_path_factory.mktemp("graph"), onnx_graph.run_builder
     original(TINY, made, "fp32", options=onnx_graph.OPTIONS)
 
     def copied(folder: Path, out: Path, precision: str, *, options=()) -> None:
@@ -54,7 +52,7 @@ def built(tmp_path_factory) -> Path:
         shutil.copytree(made, out, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_builder, "build", copied)
+        patch.setattr(onnx_graph, "run_builder", copied)
         yield made
 
 
@@ -112,7 +110,7 @@ def mixed(run, base) -> Artifact:
 
 @pytest.fixture(scope="module")
 def kept(mixed) -> Artifact:
-    return onnx_export.write(mixed, "kept", inputs="float32")
+    return write_onnx(mixed, "kept", inputs="float32")
 
 
 def nodes(folder: Path, kind: str) -> list[dict]:
@@ -212,7 +210,7 @@ def test_each_product_keeps_bits_and_groups_of_its_own_and_the_tied_head_has_no_
 
 
 def test_rounding_what_products_read_to_8_bits_costs_little(run, mixed, prompt):
-    made = onnx_export.write(mixed, "kept", out=run.artifacts_dir / "eight")
+    made = write_onnx(mixed, "kept", out=run.artifacts_dir / "eight")
     ours, theirs = engines.load("onnx", made, threads=1), engines.load("torch", mixed, dtype=torch.float32)
     parts = [engine.logits(prompt).log_softmax(-1) for engine in (theirs, ours)]
     assert 1e-7 < float(predict.kl_divergence(*parts).mean()) < 0.01
@@ -222,7 +220,7 @@ def test_rounding_what_products_read_to_8_bits_costs_little(run, mixed, prompt):
 @pytest.mark.parametrize("table", ["w3g32", ""])
 def test_an_embedding_on_a_grid_or_in_bf16_is_kept_too(run, base, table, prompt):
     source = packed_artifact(run, base, f"table-{table}", ("w4g32",), table)
-    made = onnx_export.write(source, "kept", inputs="float32")
+    made = onnx.write(source, "kept", inputs="float32")
     ours, theirs = engines.load("onnx", made, threads=1), engines.load("torch", source, dtype=torch.float32)
     found, expected = ours.logits(prompt), theirs.logits(prompt)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
@@ -243,7 +241,7 @@ def test_the_export_command_keeps_a_packed_artefact_without_being_told(mixed, tm
 
 
 def test_ava_keeps_its_budget_and_beats_one_grid_for_all_layers_at_its_bytes(run, base):
-    plain = onnx_export.write(packed_artifact(run, base, "plain", ("w4g32",), "w4g32"), "kept")
+    plain = onnx.write(packed_artifact(run, base, "plain", ("w4g32",), "w4g32"), "kept")
     made = quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="onnx")
     about = made.card["measured"]
     assert 0.9 * plain.bytes < made.bytes <= about["predicted_bytes"] <= plain.bytes
@@ -268,7 +266,7 @@ def test_what_a_transform_does_to_norms_is_in_the_graph_too(run, base, monkeypat
     monkeypatch.setattr(
         equivalence, "_best", lambda pair, *_: ((1.0, 0.0), factors.repeat(len(pair.source.weight) // 2))
     )
-    monkeypatch.setattr(onnx_builder, "build", ORIGINAL)
+    monkeypatch.setattr(onnx_graph, "run_builder", ORIGINAL)
     made = quantize.compress_artifact(base, "ava", run=run, bytes=1_000_000, format="onnx", transform="scale+rotate")
     assert made.name.endswith("+ava-1000000b-onnx-scale+rotate")
     assert made.card["measured"]["measured_kl_divergence"] < 0.1
@@ -293,18 +291,18 @@ def test_every_grid_that_is_offered_is_stored_without_waste():
 
 def test_what_holds_no_packed_layers_or_rounds_activations_is_refused(base, mixed, tmp_path):
     with pytest.raises(ValueError, match="tiny-llama holds no packed layers to keep; ava, gptq, awq and rtn make some"):
-        onnx_mixed.packed(base.path)
+        onnx_graph.packed(base.path)
     shutil.copytree(mixed.path, tmp_path / "static")
     config = json.loads((tmp_path / "static" / "config.json").read_text())
     next(iter(config["quantization_config"]["config_groups"].values()))["input_activations"] = {"num_bits": 8}
     (tmp_path / "static" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="static rounds activations or reorders columns"):
-        onnx_mixed.packed(tmp_path / "static")
+        onnx_graph.packed(tmp_path / "static")
 
 
 def test_layers_that_the_graph_does_not_have_and_unknown_inputs_are_refused(built, mixed):
     graph = onnx_graph.Graph(onnx.load(built / onnx_graph.FILE, load_external_data=False), built, {})
-    part = onnx_blocks.blocks(next(iter(onnx_mixed.packed(mixed.path)[0].values())))
+    part = onnx_blocks.blocks(next(iter(onnx_graph.packed(mixed.path)[0].values())))
     with pytest.raises(ValueError, match=r"no product of its own for model\.layers\.0\.experts"):
         onnx_graph.quantise(graph, {"model.layers.0.experts": part}, embedding=EMBEDDING)
     with pytest.raises(ValueError, match="products read int8 or float32, not 'int4'"):
@@ -314,7 +312,7 @@ def test_layers_that_the_graph_does_not_have_and_unknown_inputs_are_refused(buil
 def test_a_graph_that_computes_something_else_is_not_shipped():
     right = torch.eye(8) * 20
     with pytest.raises(RuntimeError, match=r"diverge by \d+\.\d\d nats: the graph is wrong"):
-        onnx_mixed._compared(right, right.flip(0))
+        onnx_graph._compared(right, right.flip(0))
 
 
 @pytest.mark.parametrize(
@@ -337,6 +335,6 @@ def test_a_family_that_the_builder_does_not_know_says_which_exports_remain(last,
 
 
 def test_without_the_library_the_builder_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_builder, "PACKAGES", ("no_such_builder",))
-    with pytest.raises(RuntimeError, match="the ONNX model builder needs no_such_builder; install it: pip install -e"):
+    monkeypatch.setattr(onnx_graph, "PACKAGES", ("no_such_builder",))
+    with pytest.raises(RuntimeError, match="engine onnx needs the package no_such_builder; install it: pip install -e"):
         ORIGINAL(TINY, tmp_path, "fp32")

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from avalab import artifacts, models, onnx_file, prune
+from avalab import artifacts, models, prune
 from avalab.artifacts import Artifact
-from avalab.engines import EngineUnavailable
+from avalab.engines import EngineUnavailable, onnxruntime
 
-missing = [name for name in onnx_file.PACKAGES if importlib.util.find_spec(name) is None]
+missing = [name for name in onnxruntime.PACKAGES if importlib.util.find_spec(name) is None]
 with_onnx = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install 'avalab[onnx]'")
 TOKENS = torch.arange(21).view(3, 7)
 
@@ -32,7 +32,7 @@ def model(pruned) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def traced(model):
     """The traced graph; tracing takes the longest, so it is done once and copied."""
-    return onnx_file.graph(model)
+    return onnxruntime.graph(model)
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,19 @@ def files(traced, tmp_path_factory) -> dict[str, Path]:
     import onnx
 
     folder = tmp_path_factory.mktemp("onnx")
-    for weights in onnx_file.WEIGHTS:
+    for weights in onnxruntime.WEIGHTS:
         proto = copy.deepcopy(traced)
-        onnx_file.store(proto, weights)
+        onnxruntime.store(proto, weights)
         onnx.checker.check_model(proto)
         onnx.save_model(proto, folder / f"{weights}.onnx")
-    return {weights: folder / f"{weights}.onnx" for weights in onnx_file.WEIGHTS}
+    return {weights: folder / f"{weights}.onnx" for weights in onnxruntime.WEIGHTS}
 
 
 @with_onnx
-@pytest.mark.parametrize("weights", onnx_file.WEIGHTS)
+@pytest.mark.parametrize("weights", onnxruntime.WEIGHTS)
 def test_every_layout_gives_the_models_logits_for_any_number_of_rows_and_tokens(weights, files, model):
     for tokens in (TOKENS, TOKENS[:1], torch.arange(40).view(1, 40)):
-        found = onnx_file.difference(model, files[weights], tokens)
+        found = onnxruntime.difference(model, files[weights], tokens)
         assert found["logit_difference"] < 1e-5
         assert found["top1_agreement"] == 1
 
@@ -62,7 +62,7 @@ def test_every_layout_gives_the_models_logits_for_any_number_of_rows_and_tokens(
 def test_a_bitmask_costs_a_bit_a_weight_and_coordinates_eight_bytes_a_non_zero(files, model):
     weights = torch.cat([layer.weight.flatten() for layer in models.linear_layers(model).values()])
     total, kept = weights.numel(), int(weights.count_nonzero())
-    dense, sparse, bitmask = (files[weights].stat().st_size for weights in onnx_file.WEIGHTS)
+    dense, sparse, bitmask = (files[weights].stat().st_size for weights in onnxruntime.WEIGHTS)
     overhead = {"abs": 1500 * len(models.linear_layers(model))}  # names, and the nodes that unpack
     assert sparse - dense == pytest.approx(10 * kept - 2 * total, **overhead)
     assert bitmask - dense == pytest.approx(2 * kept + total / 8 - 2 * total, **overhead)
@@ -78,49 +78,49 @@ def test_a_file_says_nothing_of_the_machine_that_made_it(files):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_single_product_is_the_linear_layers(sparse):
     weight, rows = torch.randn(5, 12).masked_fill(torch.rand(5, 12) < 0.5, 0), torch.randn(3, 12)
-    torch.testing.assert_close(onnx_file.product(weight, sparse=sparse)(rows), F.linear(rows, weight))
+    torch.testing.assert_close(onnxruntime.product(weight, sparse=sparse)(rows), F.linear(rows, weight))
 
 
 @with_onnx
-@pytest.mark.parametrize(("weights", "limit"), [("bitmask", onnx_file.FILE_BYTES), ("dense", 0)])
+@pytest.mark.parametrize(("weights", "limit"), [("bitmask", onnxruntime.FILE_BYTES), ("dense", 0)])
 def test_an_artefact_becomes_one_whose_check_is_in_its_card(weights, limit, pruned, traced, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "graph", lambda model: copy.deepcopy(traced))
-    monkeypatch.setattr(onnx_file, "FILE_BYTES", limit)  # 0: as if it were a large model
-    made = artifacts.load(onnx_file.write(pruned, tmp_path / "out", weights=weights).path)
+    monkeypatch.setattr(onnxruntime, "graph", lambda model: copy.deepcopy(traced))
+    monkeypatch.setattr(onnxruntime, "FILE_BYTES", limit)  # 0: as if it were a large model
+    made = artifacts.load(onnxruntime.write(pruned, tmp_path / "out", weights=weights).path)
     assert (made.format, made.card["base"]["sha256"]) == ("onnx", pruned.sha256)
     assert [step["step"] for step in made.card["recipe"]][-2:] == ["prune", "onnx"]
-    assert made.card["measured"]["logit_difference"] < onnx_file.TOLERANCE
+    assert made.card["measured"]["logit_difference"] < onnxruntime.TOLERANCE
     assert 0.5 * pruned.bytes < made.card["measured"]["onnx_bytes"] < (0.7 if limit else 1.1) * pruned.bytes
     assert (made.path / "model.onnx.data").exists() == (limit == 0)
 
 
 @with_onnx
 def test_coordinates_of_a_large_model_are_refused(pruned, traced, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "graph", lambda model: copy.deepcopy(traced))
-    monkeypatch.setattr(onnx_file, "FILE_BYTES", 0)
+    monkeypatch.setattr(onnxruntime, "graph", lambda model: copy.deepcopy(traced))
+    monkeypatch.setattr(onnxruntime, "FILE_BYTES", 0)
     with pytest.raises(ValueError, match="a file with sparse tensors ends at 0"):
-        onnx_file.write(pruned, tmp_path / "out", weights="sparse")
+        onnxruntime.write(pruned, tmp_path / "out", weights="sparse")
 
 
 @with_onnx
 def test_a_file_whose_logits_differ_is_not_kept(pruned, traced, tmp_path, monkeypatch):
     wrong = copy.deepcopy(traced)
     next(t for t in wrong.graph.initializer if t.name.endswith("norm.weight")).raw_data = bytes(4 * 128)
-    monkeypatch.setattr(onnx_file, "graph", lambda model: wrong)
+    monkeypatch.setattr(onnxruntime, "graph", lambda model: wrong)
     with pytest.raises(RuntimeError, match=r"logits differ by .* of the largest one"):
-        onnx_file.write(pruned, tmp_path / "out")
+        onnxruntime.write(pruned, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_weights_and_quantised_artefacts_are_refused(pruned, tmp_path):
     with pytest.raises(ValueError, match="unknown weights 'csr'; choose one of dense, sparse, bitmask"):
-        onnx_file.write(pruned, tmp_path / "out", weights="csr")
+        onnxruntime.write(pruned, tmp_path / "out", weights="csr")
     packed = Artifact(pruned.path, pruned.card | {"format": "bitsandbytes"})
     with pytest.raises(ValueError, match="format 'bitsandbytes'; only bf16 artefacts become ONNX files"):
-        onnx_file.write(packed, tmp_path / "out")
+        onnxruntime.write(packed, tmp_path / "out")
 
 
 def test_without_the_packages_the_error_says_how_to_install_them(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineUnavailable, match=r"needs onnx, onnxscript, onnxruntime; .*pip install 'avalab\[onnx\]'"):
-        onnx_file.write(pruned, tmp_path / "out")
+        onnxruntime.write(pruned, tmp_path / "out")
