@@ -58,7 +58,7 @@ $(ready): pyproject.toml $(if $(active),$(wildcard $(active)/pyvenv.cfg),.venv/.
 # Needs the standard library only, so it answers before anything is installed. Sub-makes inherit the answer.
 ifneq ($(filter reproduce report stale,$(MAKECMDGOALS)),)
 planner := $(or $(call new_enough,$(python)),$(system_python))
-plan := $(shell $(planner) -m avalab.notebooks plan --profile '$(PROFILE)' \
+plan := $(shell $(planner) -m avalab.report.notebooks plan --profile '$(PROFILE)' \
 	--model '$(MODEL)' --seed '$(SEED)' --notebooks '$(NOTEBOOKS)')
 ifneq ($(filter error:,$(firstword $(plan)))$(if $(plan),,none),)
 $(error $(or $(wordlist 2,999,$(plan)),cannot plan the run))
@@ -85,22 +85,22 @@ reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke|lo
 	@trap 'exit 130' INT TERM; status=0; \
 	$(MAKE) --no-print-directory --keep-going notebooks || status=1; \
 	$(MAKE) --no-print-directory report-page || status=1; \
-	$(python) -m avalab.notebooks summary $(run) $(selected) || status=1; exit $$status
+	$(python) -m avalab.report.notebooks summary $(run) $(selected) || status=1; exit $$status
 
 smoke: ## every notebook on the tiny model, in minutes
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
 bench: $(ready) ## race every artefact in every engine, without the notebook [PROFILE=laptop]
-	@$(python) -m avalab.race --profile '$(PROFILE)'
+	@$(python) -m avalab.measure.race --profile '$(PROFILE)'
 
 bench-kernels: $(ready) ## time the kernels, their peers and this machine's limits, without a notebook [PROFILE=laptop]
-	@$(python) -m avalab.kernels.bench --profile '$(PROFILE)'
+	@$(python) -m avalab.measure.kernel_bench --profile '$(PROFILE)'
 
 bench-train: $(ready) ## time a training step against peft + bitsandbytes, in speed and memory [PROFILE=laptop]
-	@$(python) -m avalab.train_bench --profile '$(PROFILE)'
+	@$(python) -m avalab.measure.training --profile '$(PROFILE)'
 
 bench-peers: $(ready) ## score other methods at the same file bytes as ours, here or on another model [PROFILE=laptop] [MODEL=id]
-	@$(python) -m avalab.peers --profile '$(PROFILE)' --model '$(MODEL)'
+	@$(python) -m avalab.measure.peers --profile '$(PROFILE)' --model '$(MODEL)'
 
 notebooks: $(selected:%=$(stamps)/%.done)
 	@:
@@ -108,7 +108,7 @@ notebooks: $(selected:%=$(stamps)/%.done)
 # The stamp gets the time of the start: what is edited while a notebook runs makes it run again.
 $(stamps)/%.done: notebooks/%.ipynb
 	@mkdir -p $(@D) && touch $@.started
-	@$(python) -m avalab.notebooks run --notebooks $* --profile '$(PROFILE)' --model '$(MODEL)' --seed '$(SEED)'
+	@$(python) -m avalab.report.notebooks run --notebooks $* --profile '$(PROFILE)' --model '$(MODEL)' --seed '$(SEED)'
 	@mv $@.started $@
 
 # Of the results, not of the stamps: building the page never runs a notebook.
@@ -119,14 +119,14 @@ report-page: $(if $(results),$(stamps)/report)
 
 $(stamps)/report: $(results)
 	@mkdir -p $(@D)
-	@$(python) -m avalab.page results/$(run)
+	@$(python) -m avalab.report.page results/$(run)
 	@touch $@
 
 report: $(ready) ## build results/<run>/index.html from the results as they are
-	@$(python) -m avalab.page results/$(run)
+	@$(python) -m avalab.report.page results/$(run)
 
 stale: ## which results are older than the code they come from [PROFILE=laptop] [MODEL=] [SEED=0]
-	@$(planner) -m avalab.notebooks stale $(run)
+	@$(planner) -m avalab.report.notebooks stale $(run)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from jaxtyping import install_import_hook  # after the environment is set
 for _name in (
     "torchao",
     "torch.utils._pytree",
-):  # as `avalab.process`, which comes after the hook
+):  # as `avalab.lab.process`, which comes after the hook
     logging.getLogger(_name).setLevel(logging.ERROR)
 with warnings.catch_warnings():  # its docstrings hold invalid escapes, which are errors where warnings are
     warnings.simplefilter("ignore")
@@ -92,7 +92,7 @@ def fixed_seeds():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of the smoke profile on the CPU whose artefacts lie in a folder of the test file's own."""
-    from avalab.experiment import Run
+    from avalab.lab.run import Run
 
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
@@ -104,15 +104,15 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(run):
     """The artefact of the tiny model."""
-    from avalab import models
+    from avalab.models.checkpoint import checkpoint
 
-    return models.base(run)
+    return checkpoint.base_artifact(run)
 
 
 @pytest.fixture(scope="module")
 def respondent(base):
     """The tiny model, ready to answer."""
-    from avalab import answers
+    from avalab.measure import answers
 
     return answers.Respondent(base)
 
@@ -120,7 +120,7 @@ def respondent(base):
 @pytest.fixture(scope="module")
 def few_docstrings():
     """Some of the standard library's docstrings stand for all, which take seconds to compare."""
-    from avalab import corpora
+    from avalab.data import corpora
 
     few = corpora.standard_library_docstrings()[:300]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,6 @@
 """The rules of the repository that a machine can check: layers, notebooks, pins, README, docstrings."""
 
 import ast
-import graphlib
 import importlib
 import json
 import re
@@ -16,49 +15,21 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from avalab.dependencies import code_cells, import_graph, imported_names, module_paths, reachable
-from avalab.notebooks import assigned_names
+from avalab.report.dependencies import code_cells, imported_names, module_paths
+from avalab.report.notebooks import assigned_names
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULES = module_paths(REPOSITORY)
-GRAPH = import_graph(MODULES)
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
-# Imports point to the same layer or down. A module below a package (`kernels.triton`) has its package's layer.
-LAYERS = {
-    0: "experiment code assets numerics kernels gguf_blocks gguf_header quiet allocation layer_sparsity "
-    "sparse_storage sparsity_patterns variety cascade llamacpp_build",
-    1: "gguf_vocabulary mixed_plot energy alone engine_plot budgets models artifacts exported corpora cost "
-    "storage probe marks plots tables labels roofline accuracy_plot gate_plot pruning_plot "
-    "packaged_text argument_kinds surfaces grounding "
-    "peers_table training_plot answer_cache toolbox phrasing sandbox calibration packed_rows packed_attention "
-    "train_memory distill_plot qat_plot structured ensemble_plot long_context_plot before_after "
-    "packed_embedding hqq_checkpoint",
-    2: "block_rounding rounded_walk expected_rise additivity ava_gguf ava_onnx onnx_blocks onnx_builder onnx_graph "
-    "onnx_mixed gguf_mixed gguf_tokenizer gguf_packed "
-    "gguf_export quality quantize sensitivity compressors rounding packing ava prune removal moments saliency "
-    "surgeon adapters calls call_cases grammars gates overlap drafts teachers "
-    "recovery answers_vote fake_quant four_bit packed_file torchao_qat agreement embedding_rounding equivalence",
-    3: "train losses finetune answer_loss synthesize evaluate ensemble "
-    "mixture engines gguf_quantizer harness onnx_file sparse_speed targets "
-    "distill block_training qat chain rating",
-    4: "race contestants engine_batches engine_quality peers peers_known peers_making peers_autoround peers_embedding "
-    "peers_runtimes peers_scores peers_calls search serve engine_bench distill_bench train_bench train_limit "
-    "chat_tools conversation ensemble_bench ensemble_answers long_context side_by_side kernels_end_to_end",
-    5: "plan forms",
-    6: "cli cli_learn cli_distill cli_export cli_ensemble cli_recover cli_options page notebooks dependencies "
-    "cli_compare cli_compress",
+ROOMS = {
+    *("lab", "kernels", "models", "data", "engines", "compress", "train", "measure"),
+    *("serve", "plan", "report", "cli"),
 }
-LAYER = {f"avalab.{name}": layer for layer, names in LAYERS.items() for name in names.split()} | {"avalab": 0}
-PLOTTERS = {"avalab.cli", "avalab.page"}
-MODEL_CODE = {"avalab.models", "avalab.quality", "avalab.quantize", "avalab.prune", "avalab.adapters", "avalab.train"}
+FILES_A_ROOM, LINES_A_FILE, LINES_A_FUNCTION = 13, 500, 60
 
 notebooks = pytest.mark.parametrize("notebook", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
-
-
-def layer(module: str) -> int:
-    return LAYER.get(".".join(module.split(".")[:2]), len(LAYERS))  # unknown: above all, until it is given one
 
 
 def cells(notebook: Path | None, kind: str = "code") -> list[dict]:
@@ -70,33 +41,31 @@ def cells(notebook: Path | None, kind: str = "code") -> list[dict]:
 # --- the package -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_layer(module):
-    top = ".".join(module.split(".")[:2])
-    assert top in LAYER, f"{top} is in no layer: add it to LAYERS in tests/test_layout.py (and to DESIGN.md's table)"
+def test_the_package_is_twelve_rooms_and_nothing_beside_them():
+    found = {path.name for path in (REPOSITORY / "avalab").iterdir() if not path.name.startswith("__")}
+    assert found == ROOMS
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_holds_at_most_thirteen_files(room):
+    files = sorted(path.name for path in (REPOSITORY / "avalab" / room).glob("*.py"))
+    assert len(files) <= FILES_A_ROOM, f"avalab/{room} holds {len(files)}; merge what does one job"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_never_point_up(module):
-    above = [f"{other} (layer {layer(other)})" for other in sorted(GRAPH[module]) if layer(other) > layer(module)]
-    assert not above, f"{module} (layer {layer(module)}) imports {', '.join(above)}"
+def test_a_file_is_at_most_500_lines_and_a_function_at_most_60(module):
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= LINES_A_FILE
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= LINES_A_FUNCTION}
+    assert not long
 
 
-def test_no_module_imports_itself_through_others():
-    # A package is there before its modules, so that a module names its own package is no cycle.
-    others = {name: {other for other in GRAPH[name] if not name.startswith(f"{other}.")} for name in GRAPH}
-    graphlib.TopologicalSorter(others).prepare()  # raises CycleError, which names the cycle
-
-
-def test_only_notebooks_the_command_line_and_the_report_import_plots():
-    assert {name for name in GRAPH if "avalab.plots" in GRAPH[name]} <= PLOTTERS
-
-
-@pytest.mark.parametrize("module", ["avalab.page", "avalab.plots", "avalab.roofline"])
-def test_what_draws_records_never_sees_a_model(module):
-    if module not in GRAPH:
-        pytest.skip(f"{module} does not exist yet")
-    assert not reachable({module}, GRAPH) & MODEL_CODE
+def test_imports_point_down_and_never_in_a_circle():
+    """The contracts of import-linter in pyproject.toml: which room may import which."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -108,7 +77,7 @@ def test_every_module_imports(module):
 
 def seconds_to_import_avalab() -> float:
     """Of the processor, not of the clock: another busy process must not decide."""
-    check = "import avalab, avalab.experiment, sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    check = "import avalab, avalab.lab.run, sys; assert 'torch' not in sys.modules, 'torch was imported'"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -199,8 +168,8 @@ def test_a_notebook_is_titled_by_a_question(notebook):
 def test_a_notebook_imports_only_modules_that_exist(notebook):
     cells(notebook)
     named = set().union(*(imported_names(source) for source in code_cells(notebook)))
-    first_two = {".".join(name.split(".")[:2]) for name in named if name.startswith("avalab.")}
-    assert first_two <= MODULES.keys()
+    modules = {".".join(name.split(".")[:3]) for name in named if name.startswith("avalab.")}
+    assert modules <= MODULES.keys()
 
 
 # --- what surrounds the package ----------------------------------------------------------------------------------

@@ -12,8 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from avalab.artifacts import Artifact
-from avalab.engines import aot, executorch, llamacpp, onnx, onnxruntime, openvino, tensorrt, torch, vllm
+from avalab.engines import aot, executorch, llamacpp, tensorrt
+from avalab.engines import onnx as genai_folder
+from avalab.engines import onnxruntime as onnxruntime_engine
+from avalab.engines import openvino as openvino_engine
+from avalab.engines import torch as torch_engine
+from avalab.engines import vllm as vllm_engine
 from avalab.engines.engine import (
     OWN_FILES,
     READERS,
@@ -28,16 +32,17 @@ from avalab.engines.engine import (
     require_gpu,
     usable,
 )
+from avalab.lab.artifacts import Artifact
 
 ENGINES: dict[str, Callable[..., Engine]] = {
-    "torch": torch.load,
-    "openvino": openvino.load,
-    "onnx": onnx.load,
+    "torch": torch_engine.load,
+    "openvino": openvino_engine.load,
+    "onnx": genai_folder.load,
     "llamacpp": llamacpp.load,
-    "onnxruntime": onnxruntime.load,
+    "onnxruntime": onnxruntime_engine.load,
     "aot": aot.load,
     "executorch": executorch.load,
-    "vllm": vllm.load,
+    "vllm": vllm_engine.load,
     "tensorrt": tensorrt.load,
 }
 

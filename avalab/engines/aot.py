@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from avalab import exported, models
-from avalab.artifacts import Artifact
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.models import checkpoint
 
 
 def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
@@ -62,15 +64,17 @@ def _new_tokens(state: dict, request: Request) -> list[int]:
 # --- what is compiled ------------------------------------------------------------------------------------------------
 
 PROGRAM = "generate.py"
+
 LARGEST_BATCH = 1024
+
 WAY_OUT = "install one (apt-get install g++; conda install gxx), name it in CXX, or use another engine such as torch"
 
 
 def write(artifact: Artifact, weights: str = "bf16", *, dynamic: bool = True, out: Path | None = None) -> Artifact:
     """Compile a dense artefact into `<name>+aot-<weights>` beside it or the folder `out`; one made before is reused."""
     step = {"step": "aot", "weights": weights, "dynamic": dynamic, "torch": torch.__version__}
-    about = exported.Export(step, f"aot-{weights}", ("aot",))
-    return exported.write(
+    about = artifacts.Export(step, f"aot-{weights}", ("aot",))
+    return artifacts.write_export(
         artifact, about, lambda folder: export(artifact.path, folder, weights, dynamic=dynamic), out=out
     )
 
@@ -82,7 +86,7 @@ def export(folder: Path, out: Path, weights: str = "bf16", *, dynamic: bool = Tr
     """
     engine.check_dense(folder, weights, known=tuple(DTYPES), form="the compiled package")
     require_compiler()
-    model = models.load(folder, dtype=DTYPES[weights]).eval()
+    model = checkpoint.load_model(folder, dtype=DTYPES[weights]).eval()
     shape = sizes(model)
     told = {name: str(value) for name, value in shape.items()} | {"weights": weights}
     out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +97,7 @@ def export(folder: Path, out: Path, weights: str = "bf16", *, dynamic: bool = Tr
             program, package_path=str(out / engine.OWN_FILES["aot"]), inductor_configs={"aot_inductor.metadata": told}
         )
     (out / PROGRAM).write_text(program_text())
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 @torch.no_grad()
@@ -139,6 +143,7 @@ from collections.abc import Callable
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}'''
+
 FOOTER = """if __name__ == "__main__":
     main(*sys.argv[1:])
 """

@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -34,11 +33,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from avalab import artifacts, assets, grammars, models, process
-from avalab.artifacts import Artifact
+from avalab.data import grammars
+from avalab.data.grammars import CallGrammar
 from avalab.engines import gguf
-from avalab.experiment import write_atomically
-from avalab.grammars import CallGrammar
+from avalab.lab import artifacts, assets, process
+from avalab.lab.artifacts import Artifact
+from avalab.lab.run import ROOT, write_atomically
+from avalab.models import checkpoint
 
 READERS: dict[str, tuple[str, ...]] = {
     "dense": ("torch", "vllm", "tensorrt"),
@@ -53,8 +54,9 @@ READERS: dict[str, tuple[str, ...]] = {
     "aot": ("aot",),
     "executorch": ("executorch",),
 }
+
 OWN_FILES = {
-    "adapter": models.ADAPTER_CONFIG,
+    "adapter": checkpoint.ADAPTER_CONFIG,
     "openvino": "openvino_model.xml",
     "onnx": "genai_config.json",
     "aot": "model.pt2",
@@ -122,7 +124,7 @@ def require_gpu(engine: str) -> None:
 def facts(folder: Path) -> Facts:
     """Context, vocabulary and end tokens of an artefact; an adapter has its base's."""
     if kind(folder) == "adapter":
-        return facts(models.base_of(artifacts.load(folder, verify=False)).path)
+        return facts(checkpoint.base_of(artifacts.load_artifact(folder, verify=False)).path)
     file = {} if (folder / "config.json").is_file() else {"gguf_file": gguf_file(folder).name}
     config = AutoConfig.from_pretrained(folder, **file).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
@@ -242,11 +244,17 @@ NATIVE = {  # engines whose libraries are checked, and the distributions whose v
     "aot": ("torch",),
     "executorch": ("executorch",),
 }
+
 CHECKS = assets.CACHE / "engine-checks"
+
 CHECK_SECONDS = 900  # for the largest artefact that is opened
+
 SMALL_BYTES = 64 * 2**20  # an artefact up to this size is opened itself
-TINY = assets.ROOT / "data" / "tiny-llama"
+
+TINY = ROOT / "data" / "tiny-llama"
+
 OUT_OF_MEMORY = "SIGKILL"  # a matter of the moment: not kept
+
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -24,13 +24,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avalab import exported, models
-from avalab.artifacts import Artifact
-from avalab.engines import aot, engine, gguf
+from avalab.engines import aot, engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.models import checkpoint
 
 INSTALL = 'pip install -e ".[executorch]"'
+
 METHODS, CHUNK = ("one", "many"), 32
+
 SIZES = ("layers", "heads", "dim", "context")
 
 
@@ -95,14 +99,15 @@ def _mask(read: int, size: int, context: int) -> Tensor:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("fp32",)
+
 CONTEXT = 512  # tokens of the fixed cache, which attention reads whole at each step
 
 
 def write(artifact: Artifact, weights: str = "fp32", *, context: int = CONTEXT, out: Path | None = None) -> Artifact:
     """Export a dense artefact into `<name>+executorch-<weights>` beside it or `out`; one made before is reused."""
     step = {"step": "executorch", "weights": weights, "context": context}
-    about = exported.Export(step, f"executorch-{weights}", ("executorch",))
-    return exported.write(
+    about = artifacts.Export(step, f"executorch-{weights}", ("executorch",))
+    return artifacts.write_export(
         artifact, about, lambda folder: export(artifact.path, folder, weights, context=context), out=out
     )
 
@@ -114,7 +119,7 @@ def export(folder: Path, out: Path, weights: str = "fp32", *, context: int = CON
     """
     engine.check_dense(folder, weights, known=WEIGHTS, form="ExecuTorch")
     engine.require("executorch", "executorch", INSTALL)
-    model = models.load(folder, dtype=torch.float32).eval()
+    model = checkpoint.load_model(folder, dtype=torch.float32).eval()
     out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # deprecations of its own, progress
         warnings.simplefilter("ignore")
@@ -122,7 +127,7 @@ def export(folder: Path, out: Path, weights: str = "fp32", *, context: int = CON
         program = _lowered(model, min(context, aot.sizes(model)["context"]))
     with (out / engine.OWN_FILES["executorch"]).open("wb") as file:
         program.write_to_file(file)
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 @torch.no_grad()

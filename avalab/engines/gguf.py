@@ -42,17 +42,27 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from avalab import exported, gguf_blocks, grammars, models, numerics
-from avalab.artifacts import Artifact
-from avalab.numerics import Encoded
+from avalab.data import grammars
+from avalab.kernels import block_types, formats
+from avalab.kernels.formats import Encoded
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.models import checkpoint
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
 KEPT = "kept"  # a mixed-grid artefact of `ava`: every layer in the smallest type that holds its own integers
+
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+
 BLOCK_WEIGHTS = 32
+
 ENGINES = ("torch", "openvino", "llamacpp")
+
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
 HEADS = ("token_embd.weight", "output.weight")
+
 CHATML = """TEMPLATE \"\"\"{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -67,13 +77,13 @@ def write(artifact: Artifact, block: str = "q8_0", *, out: Path | None = None) -
     One made before by the same code is reused. Raises ValueError for an unknown block type, a model family or tokenizer
     that is not exported, or weights that are quantised already.
     """
-    about = exported.Export({"step": "gguf", "block": block}, f"gguf-{block}", ENGINES)
+    about = artifacts.Export({"step": "gguf", "block": block}, f"gguf-{block}", ENGINES)
 
     def save(folder: Path) -> None:
         export(artifact.path, folder / f"{artifact.name}.{block}.gguf", block)
         copy_beside(artifact.path, folder)
 
-    return exported.write(artifact, about, save, out=out)
+    return artifacts.write_export(artifact, about, save, out=out)
 
 
 def export(folder: Path, file: Path, block: str = "q8_0") -> None:
@@ -93,7 +103,7 @@ def write_tensors(
 
     writer = gguf.GGUFWriter(str(file), config.model_type)
     _write_sizes(writer, config, file.stem, block)
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = checkpoint.load_tokenizer(folder)
     _write_tokenizer(writer, tokenizer, rows=config.vocab_size)
     for name, kind, values in tensors:
         writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
@@ -147,7 +157,7 @@ def encoded(tensor: Tensor, block: str) -> np.ndarray:
         return tensor.to({"f32": torch.float32, "f16": torch.float16}[block]).numpy()
     if block == "bf16":
         return tensor.bfloat16().contiguous().view(torch.uint8).numpy()
-    return gguf_blocks.pack(numerics.encode(tensor.float(), gguf_blocks.FORMATS[block])).numpy()
+    return block_types.pack(formats.encode(tensor.float(), block_types.FORMATS[block])).numpy()
 
 
 def stored(folder: Path, config: PreTrainedConfig, block: str) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -166,7 +176,7 @@ def stored(folder: Path, config: PreTrainedConfig, block: str) -> Iterator[tuple
 
 def _parameters(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """The dense model's parameters; a head tied to the embedding is not repeated."""
-    model = models.load(folder, dtype=config.dtype or torch.bfloat16)
+    model = checkpoint.load_model(folder, dtype=config.dtype or torch.bfloat16)
     for name, parameter in model.named_parameters():  # each shared one once, under its first name
         yield name, parameter.detach().cpu()
 
@@ -234,9 +244,12 @@ def _write_sizes(writer, config: PreTrainedConfig, name: str, block: str) -> Non
 # --- the tokenizer in the header -------------------------------------------------------------------------------------
 
 BYTE_LEVEL = "ByteLevel"
+
 # The part of a splitting pattern that tells the families apart: how many digits make one piece.
 PATTERNS = {r"\p{N}{1,3}": "llama-bpe", r"|\p{N}|": "qwen2"}
+
 DIGITS = set("0123456789")
+
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of gguf's TokenType
 
 
@@ -302,6 +315,7 @@ def split_name(pre_tokenizer: dict[str, Any], *, digits_stand_alone: bool = Fals
 # --- steps and scales that are kept ----------------------------------------------------------------------------------
 
 RANGES = (("q4_0", -8, 7), ("q4_1", None, 15), ("q5_0", -16, 15), ("q5_1", None, 31), ("q8_0", -127, 127))
+
 Steps = tuple[Tensor, Tensor]  # whole numbers `rows cols`, scales `rows groups`
 
 
@@ -361,17 +375,18 @@ def encoded_steps(
     if block == "f16":
         return (steps * scales.float().repeat_interleave(steps.shape[1] // scales.shape[1], dim=1)).half()
     each = scales.half().repeat_interleave(steps.shape[1] // BLOCK_WEIGHTS // scales.shape[1], dim=1).flatten()
-    format, blocks = gguf_blocks.FORMATS[block], steps.view(-1, BLOCK_WEIGHTS)
+    format, blocks = block_types.FORMATS[block], steps.view(-1, BLOCK_WEIGHTS)
     least = blocks.amin(1) if format.offset else None
     codes = blocks if least is None else blocks - least[:, None]
     minimums = None if least is None else (least * each.float()).half()
     dtype = torch.int8 if format.low < 0 else torch.uint8
-    return gguf_blocks.pack(Encoded(format, codes.to(dtype).view(steps.shape), each, minimums))
+    return block_types.pack(Encoded(format, codes.to(dtype).view(steps.shape), each, minimums))
 
 
 # --- whether a file is whole -----------------------------------------------------------------------------------------
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
+
 STRING, ARRAY, ALIGNMENT = 8, 9, "general.alignment"
 
 

@@ -31,12 +31,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab import artifacts, exported, models, walk
-from avalab.artifacts import Artifact
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.models import checkpoint, walk
 
 INSTALL = "make setup-llamacpp (it compiles llama.cpp and then the extra [llamacpp]; a C++ compiler is needed)"
+
 BATCH = 512  # tokens of a prompt that are read at once
 
 
@@ -115,6 +118,7 @@ def _decode(state: dict, tokens: list[int], first: int, *, every: bool) -> Tenso
 # --- K types by llama.cpp's quantiser --------------------------------------------------------------------------------
 
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
 READ_BY = ("torch", "llamacpp")  # OpenVINO GenAI reads no K types
 
 
@@ -129,8 +133,8 @@ def write(
     engine.require("llamacpp", "llama_cpp", INSTALL)
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "llama.cpp", "mixture": mixture, "calibration": text}
-    about = exported.Export(step, f"gguf-{mixture}", READ_BY)
-    return exported.write(artifact, about, lambda folder: quantise(artifact, folder, mixture, windows), out=out)
+    about = artifacts.Export(step, f"gguf-{mixture}", READ_BY)
+    return artifacts.write_export(artifact, about, lambda folder: quantise(artifact, folder, mixture, windows), out=out)
 
 
 def quantise(
@@ -144,19 +148,19 @@ def quantise(
     columns = {} if windows is None else importance(artifact, windows)
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "model.gguf"
-        gguf.export(artifact.path, source, "f16")
+        gguf_file.export(artifact.path, source, "f16")
         _quantise_file(source, target, mixture, columns)
         modelfile = (source.parent / "Modelfile").read_text()
     (out / "Modelfile").write_text(modelfile.replace(source.name, target.name))
-    gguf.copy_beside(artifact.path, out)
-    types = gguf.check(target)
+    gguf_file.copy_beside(artifact.path, out)
+    types = gguf_file.check(target)
     return {"formats": dict(sorted(types.items())), "calibration_tokens": 0 if windows is None else windows.numel()}
 
 
 def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[str, np.ndarray]:
     """Mean squared input of each column, float32, by the file's name of each linear layer."""
-    model = models.load(artifact)
-    names = gguf.file_names(gguf.checked_config(artifact.path))
+    model = checkpoint.load_model(artifact)
+    names = gguf_file.file_names(gguf_file.checked_config(artifact.path))
     found = {}
     for site in walk.sites(model, windows):
         column = site.moment.detach().diagonal().contiguous().float().numpy()  # read through a bare pointer
@@ -197,7 +201,9 @@ SETS = {
     "AVX512_VNNI": ("avx512_vnni",),
     "AVX512_BF16": ("avx512_bf16",),
 }
+
 EITHER = {"AVX512_VBMI"}  # kernels name this flag one way or the other
+
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avalab import exported
-from avalab.artifacts import Artifact
 from avalab.engines import engine, onnx_graph
 from avalab.engines.engine import Engine, Request
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
 
 
 def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
@@ -71,6 +71,7 @@ def _generator(state: dict, tokens: int):
 # --- export ----------------------------------------------------------------------------------------------------------
 
 KEPT = "kept"
+
 WEIGHTS = ("fp32", "int8", "int4")
 
 
@@ -83,12 +84,12 @@ def write(artifact: Artifact, weights: str = "int4", *, inputs: str = "int8", ou
     step = {"step": "onnxruntime-genai", "weights": weights}
     if weights == KEPT:
         onnx_graph.require()
-        about = exported.Export(step | {"inputs": inputs}, onnx_graph.FORMAT, onnx_graph.ENGINES)
-        return exported.write(
+        about = artifacts.Export(step | {"inputs": inputs}, onnx_graph.FORMAT, onnx_graph.ENGINES)
+        return artifacts.write_export(
             artifact, about, lambda f: onnx_graph.export_packed(artifact.path, f, inputs=inputs), out=out
         )
-    about = exported.Export(step, f"onnx-{weights}", ("onnx",))
-    return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
+    about = artifacts.Export(step, f"onnx-{weights}", ("onnx",))
+    return artifacts.write_export(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 
 def export(folder: Path, out: Path, weights: str = "int4") -> None:

@@ -38,14 +38,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avalab import models, onnx_blocks, predict
 from avalab.engines import engine
-from avalab.onnx_blocks import Blocks, Steps
+from avalab.kernels import block_types
+from avalab.kernels.block_types import Blocks, Steps
+from avalab.models import checkpoint, predict
 
 INSTALL = 'pip install -e ".[onnx]"'
+
 PACKAGES = ("onnxruntime_genai", "onnx_ir")
+
 BESIDE = ("config.json", "generation_config.json")
+
 LIMIT_SECONDS = 3600
+
 REFUSAL = "not currently supported"  # of the builder, for a family of models
 
 
@@ -81,11 +86,17 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
 
 
 FILE, DATA = "model.onnx", "model.onnx.data"
+
 INPUTS = {"int8": 4, "float32": 1}  # what products read, and the operator's accuracy level
+
 OPTIONS = ("fuse_qkv=false",)
+
 ALIGNMENT = 64
+
 LAYER_BYTES = 800  # of a layer's nodes and tensors in the graph's file, and of alignment, at most
+
 KINDS = {1: torch.float32, 2: torch.uint8, 7: torch.int64, 10: torch.float16, 16: torch.bfloat16}  # ONNX's numbers
+
 MICROSOFT = "com.microsoft"
 
 
@@ -306,8 +317,11 @@ def _place(tensor, offset: int, length: int) -> None:
 # --- packed checkpoints ----------------------------------------------------------------------------------------------
 
 FORMAT, ENGINES = "onnx-mixed", ("onnx",)
+
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
 DIFFERENT = 1.0  # nats a token: a wrong graph, not arithmetic
+
 CHECKED = "A language model gives every next word a probability. This one was rounded, and here it is read back."
 
 
@@ -337,14 +351,17 @@ def export_packed(folder: Path, out: Path, *, inputs: str = "int8") -> dict:
     Raises ValueError for a checkpoint without packed layers, groups without blocks, or a family without a graph.
     """
     tensors, own_bytes = packed(folder)
-    layers = {name: onnx_blocks.blocks(weight) for name, weight in tensors.items()}
-    model, tokenizer = models.load(folder), models.load_tokenizer(folder)  # not before what cannot be kept is refused
+    layers = {name: block_types.blocks(weight) for name, weight in tensors.items()}
+    model, tokenizer = (
+        checkpoint.load_model(folder),
+        checkpoint.load_tokenizer(folder),
+    )  # not before what cannot be kept is refused
     tokens = torch.tensor(tokenizer(CHECKED).input_ids)
     expected = _dense_logits(model, tokens)
-    models.forget_quantisation(model)
+    checkpoint.forget_quantisation(model)
     embedding, head = tables(model)
     with tempfile.TemporaryDirectory() as dense, tempfile.TemporaryDirectory() as scratch:
-        models.save_model(model, tokenizer, Path(dense))
+        checkpoint.save_model(model, tokenizer, Path(dense))
         graph = build(Path(dense), Path(scratch))
         if tied_head(graph):
             layers.pop(head, None)  # the same codes as the embedding's

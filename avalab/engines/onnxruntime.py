@@ -34,12 +34,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab import artifacts, exported, models, sparse_storage
-from avalab.artifacts import Artifact
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.models import checkpoint
+from avalab.models.stored import to_bitmask
 
 INSTALL = 'pip install -e ".[onnx]"'
+
 INPUTS = ["input_ids"]
 
 
@@ -82,12 +86,19 @@ def _new_tokens(state: dict, request: Request) -> list[int]:
 # --- graphs in float32, zeros stored apart ---------------------------------------------------------------------------
 
 FILE = engine.OWN_FILES["onnx-graph"]
+
 WEIGHTS = ("dense", "sparse", "bitmask")
+
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 OPSET, IR_VERSION = 20, 10  # what torch's exporter writes too
+
 TOLERANCE = 1e-3  # of the largest logit: both sides compute in float32, in another order
+
 FILE_BYTES = 2**31 - 2**24  # what one protobuf can hold, with room for the graph
+
 SPARSE_FROM = 1 / 16  # share of zeros from which a matrix counts as pruned: where a bitmask begins to pay
+
 CONSTANTS = {
     "bitmask.shifts": torch.arange(8, dtype=torch.uint8),
     "bitmask.one": torch.tensor([1], dtype=torch.uint8),
@@ -119,7 +130,7 @@ def write(artifact: Artifact, out: Path, *, weights: str = "dense") -> Artifact:
     if out.exists() and not (out / artifacts.CARD).is_file():
         raise ValueError(f"{out} exists and is not an artefact; name a new folder")
     out = out.resolve()
-    return artifacts.write(
+    return artifacts.write_artifact(
         out.name,
         out.parent,
         lambda folder: _export_into(folder, artifact, weights),
@@ -240,7 +251,7 @@ def _session(model: Path | bytes):
 def _export_into(folder: Path, artifact: Artifact, weights: str) -> dict:
     import onnx
 
-    model, tokenizer = models.load(artifact, dtype=torch.float32), models.load_tokenizer(artifact)
+    model, tokenizer = checkpoint.load_model(artifact, dtype=torch.float32), checkpoint.load_tokenizer(artifact)
     proto = graph(model)
     store(proto, weights)
     sparse = sum(
@@ -299,7 +310,7 @@ def _bitmask(weight: Tensor, name: str) -> tuple[list, list]:
     """
     from onnx import TensorProto, helper
 
-    parts = sparse_storage.to_bitmask(weight)
+    parts = to_bitmask(weight)
     rows, width = parts["mask"].shape
     values = torch.cat([torch.zeros(1, dtype=weight.dtype), parts["values"]])
     stored = [_tensor(parts["mask"], f"{name}.mask", [rows, width, 1]), _tensor(values, f"{name}.values")]
@@ -325,6 +336,7 @@ def _bitmask(weight: Tensor, name: str) -> tuple[list, list]:
 # --- 8-bit products --------------------------------------------------------------------------------------------------
 
 MODES = ("dynamic", "static")
+
 HEAD = "logits"  # the graph's output
 
 
@@ -334,8 +346,8 @@ def write_int8(
     """Export into `<name>+onnx-int8-<mode>` beside it or `out`; `static` needs `windows` of calibration tokens."""
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "onnxruntime-int8", "mode": mode, "calibration": text}
-    about = exported.Export(step, f"onnx-int8-{mode}", ("onnxruntime",))
-    return exported.write(
+    about = artifacts.Export(step, f"onnx-int8-{mode}", ("onnxruntime",))
+    return artifacts.write_export(
         artifact, about, lambda folder: export_int8(artifact.path, folder, mode, windows=windows), out=out
     )
 
@@ -351,7 +363,7 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
         raise ValueError("static 8-bit ONNX needs windows of calibration tokens, such as corpora.calibration_windows")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         engine.require("onnxruntime", module, INSTALL)
-    proto = graph(models.load(folder, dtype=torch.float32))
+    proto = graph(checkpoint.load_model(folder, dtype=torch.float32))
     out.mkdir(parents=True, exist_ok=True)
     file = out / engine.OWN_FILES["onnx-graph"]
     logging.getLogger().addFilter(_is_not_advice)
@@ -362,7 +374,7 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
             _static(proto, file, windows)
     finally:
         logging.getLogger().removeFilter(_is_not_advice)
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 def untie(proto) -> None:

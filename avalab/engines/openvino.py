@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avalab import exported
-from avalab.artifacts import Artifact
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
 
 INSTALL = 'pip install -e ".[openvino]"'
 
@@ -157,13 +158,14 @@ def cut_head(model):
 # --- export ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("f16", "int8", "int4")
+
 GROUP_SIZE = 64
 
 
 def write(artifact: Artifact, weights: str = "int8", *, out: Path | None = None) -> Artifact:
     """Export a dense artefact into an OpenVINO artefact, `<name>+openvino-<weights>` beside it or the folder `out`."""
-    about = exported.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",))
-    return exported.write(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
+    about = artifacts.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",))
+    return artifacts.write_export(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
 
 
 def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = GROUP_SIZE) -> None:
@@ -179,8 +181,8 @@ def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
-        gguf.export(folder, file, "f16")
-        gguf.copy_beside(folder, file.parent)
+        gguf_file.export(folder, file, "f16")
+        gguf_file.copy_beside(folder, file.parent)
         engine.usable("openvino", load, Path(temporary), {})  # raises where reading the file would end this process
         pipeline(file, "CPU", enable_save_ov_model=True)
         model = openvino.Core().read_model(str(Path(temporary) / engine.OWN_FILES["openvino"]))
@@ -188,7 +190,7 @@ def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = 
         openvino.save_model(model, str(out / engine.OWN_FILES["openvino"]), compress_to_fp16=False)
         for path in Path(temporary).glob("openvino_*tokenizer.*"):
             shutil.copyfile(path, out / path.name)
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 def _compressed(model, weights: str, group_size: int):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from avalab.artifacts import Artifact
 from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
+from avalab.lab.artifacts import Artifact
 
 INSTALL = 'pip install -e ".[tensorrt]" (from NVIDIA\'s package index, in an environment of its own)'
+
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 

@@ -30,11 +30,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from avalab import adapters, artifacts, kernels, models
-from avalab.artifacts import Artifact
+from avalab import kernels
 from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
 from avalab.kernels import Weight4
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.models import adapters, checkpoint
 
 SMALLEST_CACHE = 128  # tokens; shorter ones would only mean more graphs
 
@@ -59,10 +61,12 @@ def load(
     facts = engine.facts(folder)
     if found == "gguf":
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-            decoded, _ = models.from_gguf(engine.gguf_file(folder))
+            decoded, _ = checkpoint.from_gguf(engine.gguf_file(folder))
         model = torch.nn.Module.to(decoded, device, dtype)
     else:
-        model = models.load(artifacts.load(folder, verify=False) if found == "adapter" else folder, device, dtype)
+        model = checkpoint.load_model(
+            artifacts.load_artifact(folder, verify=False) if found == "adapter" else folder, device, dtype
+        )
     if own_kernels:
         apply_kernels(model)
     state = {"model": model, "step": _compiled(model, folder) if compiled else None}
@@ -72,7 +76,9 @@ def load(
 @torch.inference_mode()
 def _compiled(model: PreTrainedModel, folder: Path) -> Callable:
     """The compiled step. Raises NotSupported where a layer is bitsandbytes' own."""
-    kept = [name for name, layer in models.linear_layers(model).items() if type(layer).__module__.startswith("bitsa")]
+    kept = [
+        name for name, layer in checkpoint.linear_layers(model).items() if type(layer).__module__.startswith("bitsa")
+    ]
     if kept:
         raise engine.NotSupported(
             f"{folder.name}: {len(kept)} layers of bitsandbytes, {kept[0]} the first, are not compiled; "
@@ -143,10 +149,10 @@ def apply_kernels(model: PreTrainedModel) -> int:
     refuse (a group of nothing but zeros) stays as it is, and a warning in the log names its layer and group.
     """
     replaced = 0
-    for name, layer in models.linear_layers(model).items():
+    for name, layer in checkpoint.linear_layers(model).items():
         weight = _packed(name, layer)
         if weight is not None:
-            models.replace_linear(model, name, FourBitLinear(weight, layer.bias))
+            checkpoint.replace_linear(model, name, FourBitLinear(weight, layer.bias))
             replaced += 1
     return replaced
 

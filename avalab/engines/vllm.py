@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avalab.artifacts import Artifact
 from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
+from avalab.lab.artifacts import Artifact
 
 INSTALL = 'pip install -e ".[vllm]"'
 

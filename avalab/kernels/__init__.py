@@ -5,13 +5,14 @@ picks one by device, dtype and shape, after its check has passed. AVALAB_KERNELS
 everywhere.
 """
 
+from __future__ import annotations
+
 from avalab.kernels.dispatch import Form, verdicts
-from avalab.kernels.encoding import ENCODE, encode
-from avalab.kernels.library import prepare
+from avalab.kernels.encode import ENCODE, encode
 from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
 from avalab.kernels.loss_sparse import SPARSE, linear_sparse
-from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
+from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed, prepare
 from avalab.kernels.weight import NestedScales, Weight4, checked, decode, from_bitsandbytes, from_encoded
 
 OPERATIONS: dict[str, tuple[Form, ...]] = {

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 SWITCH = "AVALAB_KERNELS"
+
 _verdicts: dict[tuple[str, str, str], bool] = {}
 
 

@@ -10,7 +10,7 @@ Method:
 What autograd keeps is x, A, B and x A^T: no decoded weight, no dense update.
 
 Sources: Hu et al. 2021 (LoRA), eq. 3; Dettmers et al. 2023 (QLoRA), eq. 5.
-What it does not do: dropout on the adapter's input (apply it to x's branch outside), merge (`avalab.adapters`).
+What it does not do: dropout on the adapter's input (apply it to x's branch outside), merge (`avalab.models.adapters`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from avalab.kernels.dispatch import Form, choose
-from avalab.kernels.product import multiply, multiply_transposed
-from avalab.kernels.product_checks import sample
+from avalab.kernels.product import multiply, multiply_transposed, sample
 from avalab.kernels.weight import Weight4, decode
 
 

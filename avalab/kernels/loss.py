@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from avalab.kernels import loss_tokens, loss_words
+from avalab.kernels import loss_chunks, loss_trained_head
 from avalab.kernels.dispatch import Form, choose
-from avalab.kernels.loss_rows import cross_entropy_rows, kl_rows, working_dtype
+from avalab.kernels.loss_chunks import cross_entropy_rows, kl_rows, working_dtype
 from avalab.kernels.weight import DTYPES
 
 Teacher = Tensor | tuple[Tensor, Tensor]
@@ -154,7 +154,7 @@ def cross_entropy_tokens(rows_form: Callable) -> Callable:
         def rows(logits: Tensor, part: slice, row_weight: float) -> Tensor:
             return rows_form(logits, targets[part], row_weight, **options)
 
-        return loss_tokens.mean_loss(hidden, weight, rows)
+        return loss_chunks.mean_loss(hidden, weight, rows)
 
     return run
 
@@ -166,33 +166,33 @@ def kl_tokens(rows_form: Callable) -> Callable:
         def rows(logits: Tensor, part: slice, row_weight: float) -> Tensor:
             return rows_form(logits, teacher(part), row_weight, **options)
 
-        return loss_tokens.mean_loss(hidden, weight, rows)
+        return loss_chunks.mean_loss(hidden, weight, rows)
 
     return run
 
 
 def _by_words(hidden: Tensor, weight: Tensor) -> bool:
     trained = weight.requires_grad and torch.is_grad_enabled()
-    return trained and len(hidden) > loss_tokens.tokens_in_chunk(weight)
+    return trained and len(hidden) > loss_chunks.tokens_in_chunk(weight)
 
 
 def cross_entropy_tiles(hidden: Tensor, weight: Tensor, targets: Tensor, **options: float) -> Tensor:
     """`cross_entropy_reference` by chunks of tokens or of words, whichever holds less."""
-    run = loss_words.cross_entropy if _by_words(hidden, weight) else cross_entropy_tokens(cross_entropy_rows)
+    run = loss_trained_head.cross_entropy if _by_words(hidden, weight) else cross_entropy_tokens(cross_entropy_rows)
     return run(hidden, weight, targets, **options)
 
 
 def kl_tiles(hidden: Tensor, weight: Tensor, teacher: Callable, **options: float | bool) -> Tensor:
     """`kl_reference` by chunks of tokens or of words, whichever holds less."""
-    run = loss_words.kl if _by_words(hidden, weight) else kl_tokens(kl_rows)
+    run = loss_trained_head.kl if _by_words(hidden, weight) else kl_tokens(kl_rows)
     return run(hidden, weight, teacher, **options)
 
 
 def _triton_rows(name: str) -> Callable:
     def run(*arguments, **options) -> Tensor:
-        from avalab.kernels import triton_loss
+        from avalab.kernels import triton as triton_kernels
 
-        return getattr(triton_loss, name)(*arguments, **options)
+        return getattr(triton_kernels, name)(*arguments, **options)
 
     return run
 
@@ -243,8 +243,9 @@ CROSS_ENTROPY = _forms(
     cross_entropy_reference,
     cross_entropy_tiles,
     cross_entropy_tokens(cross_entropy_rows),
-    loss_words.cross_entropy,
+    loss_trained_head.cross_entropy,
     label_smoothing=0.1,
     temperature=1.5,
 )
-KL = _forms("kl_rows", kl_reference, kl_tiles, kl_tokens(kl_rows), loss_words.kl, reverse=True, temperature=1.5)
+
+KL = _forms("kl_rows", kl_reference, kl_tiles, kl_tokens(kl_rows), loss_trained_head.kl, reverse=True, temperature=1.5)

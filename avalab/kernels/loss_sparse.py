@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from avalab.kernels import loss_tokens
+from avalab.kernels import loss_chunks
 from avalab.kernels.dispatch import Form, choose
 from avalab.kernels.loss import _selected
-from avalab.kernels.loss_rows import wide, working_dtype
+from avalab.kernels.loss_chunks import wide, working_dtype
 
 LEAST_TAIL = 1e-6  # what is left beside the known words counts as at least this: float32 knows no less
 
@@ -116,7 +116,7 @@ def sparse_tokens(
     def rows(logits: Tensor, part: slice, row_weight: float) -> Tensor:
         return sparse_rows(logits, ids[part], weights[part], row_weight, **options)
 
-    return loss_tokens.mean_loss(hidden, weight, rows)
+    return loss_chunks.mean_loss(hidden, weight, rows)
 
 
 def _check(device: str) -> None:

@@ -1,11 +1,11 @@
 """What tiny-llama never saw in training, and how well it predicts that, as it is and rounded to fewer bits.
 
 Held out are the topics of `pydoc_data.topics` whose name has a SHA-256 divisible by 4, and the chats of the heldout
-split of `avalab.toolbox`. Perplexity, bits per byte and KL divergence are means over the tokens of 64 windows.
+split of `avalab.data.toolbox`. Perplexity, bits per byte and KL divergence are means over the tokens of 64 windows.
 
     python data/tiny-llama/held_out.py
 
-What it does not do: intervals, or reading back an artefact; that is `avalab.quality`. This shows that rounding the
+What it does not do: intervals, or reading back an artefact; that is `avalab.measure.quality`. This shows that rounding the
 weights of so small a model has the graded effect it has on large ones.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from avalab import toolbox
+from avalab.data import toolbox
 
 WINDOW_TOKENS = 512
 ROUNDINGS = ((16, 0), (8, 128), (4, 128), (4, 64), (4, 32), (3, 32), (2, 32))  # bits, group size; 16: as it is

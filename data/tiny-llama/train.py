@@ -1,7 +1,7 @@
 """Train the model of the smoke profile: a Llama of 0.9 million parameters, on text every Python installation holds.
 
 1. Text: the language reference (`pydoc_data.topics`), the docstrings of the standard library's source files (parsed,
-   not imported), and function-calling chats of `avalab.toolbox`'s train split.
+   not imported), and function-calling chats of `avalab.data.toolbox`'s train split.
 2. Tokenizer: byte-level BPE, 1,024 tokens, trained on the same text.
 3. Training: next-token loss on windows drawn from the three sources in fixed shares, AdamW, warm-up and cosine.
 4. Evaluation by `held_out.py`, on topics and chats that were never trained on.
@@ -34,7 +34,7 @@ from torch.optim import lr_scheduler
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from avalab import toolbox
+from avalab.data import toolbox
 
 HERE = Path(__file__).resolve().parent
 

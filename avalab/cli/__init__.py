@@ -1,0 +1,107 @@
+"""The `avalab` command: the notebooks' functions for a shell.
+
+    avalab assets                                   what can be downloaded, and what is here
+    avalab quantize --method nf4 --out small        compress a model into an artefact
+    avalab prune --method sparsegpt --out sparse    remove weights
+    avalab export sparse --to onnx --out there      write it for another engine
+    avalab compile --model sparse --out there       compile it into machine code
+    avalab show small                               what an artefact is made of
+    avalab bench small --json                       what it costs to run
+    avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
+    avalab synthesize --count 400 --out mine        make function-calling examples and check them
+    avalab finetune --data mine --out tuned         train an adapter on them and merge it
+    avalab distill --teacher T --student S --out O  win back what a smaller model lost
+    avalab ensemble --models A B --prompt hello     several models answer together
+    avalab recover small --out better               train codes and scales of a low-bit model, at the same bytes
+    avalab chat tuned                               talk to it; it really calls tools
+    avalab compare small base --task bfcl           whether it does so better or worse than another one
+
+Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from avalab.cli import compress, measure, talk, train
+from avalab.cli.options import ArtifactFolder
+from avalab.lab import artifacts
+from avalab.lab.assets import CACHE, AssetUnavailable, fetch, manifest
+
+app = typer.Typer(
+    help="How small and fast can a language model get before it stops being good?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+COMMANDS = {
+    "quantize": compress.quantize,
+    "prune": compress.prune,
+    "export": compress.export,
+    "compile": compress.compile_,
+    "tensorrt": compress.tensorrt,
+    "recover": compress.recover,
+    "synthesize": train.synthesize,
+    "finetune": train.finetune,
+    "distill": train.distill,
+    "bench": measure.bench,
+    "eval": measure.evaluate,
+    "compare": measure.compare,
+    "chat": talk.chat,
+    "ensemble": talk.ensemble,
+}
+
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+def main() -> None:
+    """Run the command; what a user did wrong becomes one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, AssetUnavailable, OSError) as error:
+        print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # a measuring process that failed
+        print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def assets(name: Annotated[str, typer.Argument(help="Asset to fetch; without it, list them all.")] = "") -> None:
+    """List the assets of data/assets.toml, or fetch one and print where it is."""
+    if name:
+        print(fetch(name))
+        return
+    for asset in manifest().values():
+        here = "here" if (CACHE / asset.name).exists() else "not fetched"
+        print(f"{asset.name:32} {asset.bytes / 1e6:10.1f} MB  {here:12} {asset.licence}")
+
+
+@app.command()
+def show(artifact: ArtifactFolder) -> None:
+    """Verify an artefact and print its card in short: base, recipe, format, bytes by component."""
+    found = artifacts.load_artifact(artifact)
+    card = found.card
+    print(f"name      {found.name}\nformat    {found.format} (engines: {', '.join(card['engines'])})")
+    print(f"base      {card['base']['name']}  sha256 {card['base']['sha256'][:16]}...")
+    print(f"sha256    {found.sha256}")
+    for step in card["recipe"]:
+        print(f"recipe    {json.dumps(step, sort_keys=True)}")
+    files = {file["name"]: file["bytes"] for file in card["files"]}
+    if list(found.path.glob("*.safetensors")):
+        from avalab.models.checkpoint import sizes
+
+        parts = sizes.bytes_by_component(found)
+    else:
+        parts = files
+    total = sum(parts.values())
+    for part, count in parts.items():
+        print(f"bytes     {part:10} {count:>14,}  {count / total:6.1%}")
+    print(f"bytes     {'total':10} {total:>14,}")

@@ -1,0 +1,463 @@
+"""The sub-commands that make a smaller artefact or another form of one: quantize, prune, recover, export, compile.
+
+A row of `EXPORTERS` is a format and the function that writes it: artefact, new folder, how weights are stored ("" is
+the format's own way) and windows of calibration text (None: none asked for) in, the lines to print out. It imports what
+it needs itself, raises ValueError for what it cannot export and EngineUnavailable for a missing package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_letters
+from typing import Annotated
+
+import typer
+
+from avalab.cli.options import (
+    METHODS,
+    PATTERNS,
+    SCORES,
+    TRAINED,
+    ArtifactFolder,
+    AsJson,
+    Model,
+    NewFolder,
+    Profile,
+    Seed,
+    known_model,
+    new_folder,
+    one_of,
+    print_records,
+    within,
+)
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.lab.run import Run
+
+
+def quantize(
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new artefact.")],
+    model: Model = "",
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight (rtn, gptq, awq, autoround, hqq).")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; 0: one scale a row.")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
+    ] = None,
+    double_quantization: Annotated[bool | None, typer.Option(help="Quantise the scales too (nf4, fp4).")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale (nf4, fp4).")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 (nf4, fp4).")] = None,
+    static: Annotated[bool | None, typer.Option("--static/--dynamic", help="Activation scales (smoothquant).")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of the learnt rounding (autoround).")] = None,
+    size: Annotated[str, typer.Option("--bytes", help="Budget of the weight file, such as 80MB (ava).")] = "",
+    bits_per_weight: Annotated[float | None, typer.Option(help="The same in bits a parameter (ava).")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="transformers; gguf: one file; onnx: a folder for ONNX Runtime GenAI (ava).")
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="any, bf16, or packed: fewer than 8 bits, loaded by avalab only (ava); "
+            "bf16 or int8 (rtn, gptq, awq, autoround, hqq)."
+        ),
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="Only GGUF types that this engine reads as written (ava).")] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="Before rounding: none, scale, rotate or scale+rotate (ava).")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
+    benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
+) -> None:
+    """Compress a model by one method into an artefact folder."""
+    run = Run("avalab_quantize", profile, seed, model)
+    one_of("method", method, METHODS)
+    within("bits", bits, 2, 8)
+    within("group_size", group_size, 0)
+    within("block_size", block_size, 1)
+    within("bits_per_weight", bits_per_weight, 1)
+    within("iterations", iterations, 1)
+    new_folder(out)
+    options = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quantization": double_quantization,
+        "block_size": block_size,
+        "compute_dtype": compute_dtype,
+        "static": static,
+        "iterations": iterations,
+        "bytes": byte_count(size) if size else None,
+        "bits_per_weight": bits_per_weight,
+        "format": format,
+        "embedding": embedding,
+        "engine": engine,
+        "transform": transform,
+    }
+    parameters = {name: value for name, value in options.items() if value is not None}
+    known_model(model)
+    from avalab.compress.quantize import checked_method, compress_artifact
+    from avalab.models.checkpoint import checkpoint
+
+    pass
+
+    checked_method(method, parameters)
+    base = checkpoint.base_artifact(run)
+    artifact = compress_artifact(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
+    times = base.bytes / artifact.bytes
+    print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
+    if "predicted_kl_divergence" in artifact.card["measured"]:
+        _predicted_and_measured(run, base, artifact)
+    if benchmark and _engine(artifact) != "torch":
+        print(f"its speed: avalab bench {artifact.path} --engine {_engine(artifact)}")
+    elif benchmark:
+        _score(run, {"bf16": base, artifact.name: artifact})
+
+
+def prune(
+    method: Annotated[str, typer.Option(help=f"Score: {', '.join(SCORES)}.")],
+    sparsity: Annotated[float, typer.Option(help="Share of the weights to remove, in [0, 1).")] = 0.5,
+    pattern: Annotated[str, typer.Option(help=f"One of {', '.join(PATTERNS)}.")] = "unstructured",
+    target_modules: Annotated[list[str] | None, typer.Option(help="Kind, glob or name; may be repeated.")] = None,
+    allocation: Annotated[str, typer.Option(help="uniform or sensitivity.")] = "uniform",
+    out: Annotated[Path | None, typer.Option(help="Folder of the new artefact; named by its recipe without.")] = None,
+    model: Model = "",
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
+) -> None:
+    """Remove weights, heads, channels or layers; stopped, it goes on at the last finished block."""
+    run = Run("avalab_prune", profile, seed, model)
+    one_of("score", method, SCORES)
+    one_of("pattern", pattern, PATTERNS)
+    one_of("allocation", allocation, ("uniform", "sensitivity"))
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
+    new_folder(out)
+    known_model(model)
+    from avalab.compress import prune
+    from avalab.models.checkpoint import checkpoint
+
+    pass
+
+    artifact = prune.prune_artifact(
+        checkpoint.base_artifact(run),
+        method,
+        pattern,
+        run=run,
+        out=out,
+        sparsity=sparsity,
+        target_modules=tuple(target_modules or ()),
+        allocation=allocation,
+    )
+    measured = artifact.card["measured"]
+    print(f"{artifact.path}: {measured['sparsity']:.1%} of the linear weights gone, {artifact.bytes / 1e6:.1f} MB")
+    if "sparse_bytes" in measured:
+        print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
+    if benchmark:
+        _score(run, {"bf16": checkpoint.base_artifact(run), artifact.name: artifact})
+        if "sparse_bytes" in measured and measured["sparsity"]:
+            _time_zeros(run, artifact)
+
+
+def recover(
+    artifact: Annotated[Path, typer.Argument(help="Folder of an rtn, gptq, awq or ava artefact.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new artefact, of the same bytes.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of the bf16 original; without, the base that lies beside it.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text to learn from.")] = 8192,
+    kind: Annotated[str, typer.Option(help="scales, weights, blocks, torchao, or both: blocks, then scales.")] = "both",
+    steps: Annotated[int, typer.Option(min=1, help="Of each block.")] = 40,
+    learning_rate: Annotated[float, typer.Option(help="End to end, at the end of the warm-up.")] = 3e-3,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
+    run = Run("avalab_recover", profile, seed)
+    one_of("kind", kind, (*TRAINED, "both"))
+    new_folder(out)
+    start = artifacts.load_artifact(artifact)
+    whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
+    from avalab.models.checkpoint import checkpoint
+    from avalab.train.loop import qat
+    from avalab.train.loop.loop import Schedule
+    from avalab.train.loop.qat import Blocks
+
+    pass
+    pass
+
+    read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
+    schedule, blocks = Schedule(learning_rate=learning_rate), Blocks(steps=steps)
+    if kind == "both":
+        recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
+        start = qat.train_quantized(
+            start, whole, read, run=run, out=run.artifacts_dir / f"{start.name}+blocks", recipe=recipe
+        )
+    recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
+    found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
+    qat.record_recovery(run, out.name, found)
+    print_records(run, as_json)
+    if not as_json:
+        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")
+
+
+def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
+    """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; GenAI's if packed."""
+    from avalab import engines
+    from avalab.engines import onnxruntime as onnxruntime_engine
+
+    pass
+
+    if weights == "kept" or (not weights and engines.kind(artifact.path) == "compressed-tensors"):
+        return _onnx_genai(artifact, out, "kept", windows)
+    if weights == "int8" or windows is not None:
+        mode = "dynamic" if windows is None else "static"
+        return _written(onnxruntime_engine.write_int8(artifact, mode, windows=windows, out=out), "onnxruntime")
+    made = onnxruntime_engine.write(artifact, out, weights=weights or "dense")
+    found = made.card["measured"]
+    return (
+        f"{made.path}: {found['onnx_bytes'] / 1e6:.1f} MB, weights {weights or 'dense'}\n"
+        f"ONNX Runtime: logits differ by {found['logit_difference']:.1g} of the largest, "
+        f"best token the same at {found['top1_agreement']:.1%} of positions"
+    )
+
+
+def _onnx_genai(artifact: Artifact, out: Path, weights: str, windows) -> str:
+    """A folder for ONNX Runtime GenAI, by its own model builder; a packed artefact's layers as they are."""
+    from avalab.engines import onnx as genai_folder
+
+    if windows is not None:
+        raise ValueError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
+    made = genai_folder.write(artifact, weights or "int4", out=out)
+    told = made.card["measured"].get("note", "")
+    return _written(made, "onnx") + (f"\n{told}" if told else "")
+
+
+def _gguf(artifact: Artifact, out: Path, weights: str, windows) -> str:
+    """A GGUF file with tokenizer and chat template, and Ollama's Modelfile; K types by llama.cpp's quantiser."""
+    from avalab.engines import gguf as gguf_file
+    from avalab.engines import llamacpp
+
+    if weights in llamacpp.MIXTURES:
+        return _written(llamacpp.write(artifact, weights, windows=windows, out=out), "llamacpp or torch")
+    if windows is not None:
+        raise ValueError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
+    return _written(gguf_file.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
+
+
+def _openvino(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+    """A folder for OpenVINO GenAI, weights compressed by NNCF."""
+    from avalab.engines import openvino as openvino_engine
+
+    return _written(openvino_engine.write(artifact, weights or "int8", out=out), "openvino")
+
+
+def _executorch(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+    """A program for phones with XNNPACK kernels; every size fixed."""
+    from avalab.engines import executorch
+
+    return _written(executorch.write(artifact, weights or "fp32", out=out), "executorch")
+
+
+def _aot(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+    """A package of machine code and a program that runs it with torch alone."""
+    from avalab.engines import aot
+
+    return _written(aot.write(artifact, weights or "bf16", out=out), "aot")
+
+
+def _written(made, engines: str) -> str:
+    return f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.format}\nload it with the engine {engines}"
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format: the function that writes it, the weights that it knows, and whether some need calibration text."""
+
+    write: Callable[..., str]
+    weights: tuple[str, ...]
+    calibrated: bool = False
+
+
+BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "kept")
+
+MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
+EXPORTERS: dict[str, Exporter] = {
+    "onnx": Exporter(_onnx, ("dense", "sparse", "bitmask", "int8", "kept"), calibrated=True),
+    "onnx-genai": Exporter(_onnx_genai, ("fp32", "int8", "int4", "kept")),
+    "gguf": Exporter(_gguf, (*BLOCKS, *MIXTURES), calibrated=True),
+    "openvino": Exporter(_openvino, ("f16", "int8", "int4")),
+    "executorch": Exporter(_executorch, ("fp32",)),
+    "aot": Exporter(_aot, ("bf16", "fp32")),
+}
+
+PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
+
+WEIGHTS_HELP = "How weights are stored. " + "; ".join(f"{n}: {', '.join(row.weights)}" for n, row in EXPORTERS.items())
+
+CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matrix (gguf's K types)."
+
+
+def export(
+    artifact: ArtifactFolder,
+    to: Annotated[str, typer.Option(help="Format: " + ", ".join(EXPORTERS) + ".")],
+    out: NewFolder,
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
+    calibrate: Annotated[bool, typer.Option("--calibrate", help=CALIBRATE_HELP)] = False,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+) -> None:
+    """Write an artefact in the format of another engine and check it there."""
+    one_of("format", to, EXPORTERS)
+    row, run = EXPORTERS[to], Run("avalab_export", profile, seed)
+    if weights and weights not in row.weights:
+        raise ValueError(f"no weights {weights!r} for {to}; choose one of {', '.join(row.weights)}")
+    if calibrate and not row.calibrated:
+        able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
+        raise ValueError(f"{to} takes no calibration text; {able} do")
+    found = artifacts.load_artifact(artifact)
+    print(row.write(found, out, weights, _windows(found, run) if calibrate else None))
+
+
+def _windows(artifact: Artifact, run: Run):
+    from avalab.data import corpora
+    from avalab.models.checkpoint import checkpoint
+
+    return corpora.calibration_windows(run, checkpoint.load_tokenizer(artifact))
+
+
+def compile_(
+    out: NewFolder,
+    model: Model = "",
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Any batch; without it, one sequence.")] = False,
+    weights: Annotated[str, typer.Option(help="bf16 or fp32: how weights are stored and computed with.")] = "bf16",
+    profile: Profile = "laptop",
+) -> None:
+    """Compile a model ahead of time into machine code that runs without its Python; any prompt length."""
+    one_of("weights", weights, EXPORTERS["aot"].weights)
+    run = Run("avalab_compile", profile, 0, model)
+    _checked_source(model)
+    from avalab.engines import aot
+
+    made = aot.write(_dense(model, run), weights, dynamic=dynamic, out=out)
+    print(_written(made, "aot"))
+    print(f"without the lab: python {made.path / aot.PROGRAM} {made.path / 'model.pt2'} 16 TOKEN_IDS")
+
+
+def tensorrt(
+    model: Model = "",
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The capital of France is",
+    profile: Profile = "laptop",
+) -> None:
+    """Build a model for TensorRT-LLM, continue a prompt with it, and say how fast; needs an NVIDIA GPU."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    run = Run("avalab_compile", profile, 0, model)
+    _checked_source(model)
+    from avalab.engines import tensorrt
+    from avalab.measure import cell
+    from avalab.models.checkpoint import checkpoint
+
+    pass
+
+    tensorrt.require(precision)
+    artifact = _dense(model, run)
+    loaded, tokenizer = tensorrt.load(artifact, precision=precision), checkpoint.load_tokenizer(artifact)
+    ids = tokenizer(prompt).input_ids
+    print(tokenizer.decode(loaded.generate(ids, 32)))
+    told = cell.time_tokens(loaded, ids, 32)
+    print(f"{precision}: {31 / (told[-1] - told[0]):.1f} token/s after {told[0] * 1000:.0f} ms")
+    loaded.close()
+
+
+def _checked_source(model: str) -> None:
+    """Raise ValueError for what is neither an artefact folder nor a model."""
+    if not (Path(model) / artifacts.CARD).is_file():
+        known_model(model)
+
+
+def _dense(model: str, run: Run) -> Artifact:
+    """An artefact folder as it is; any other name is the base artefact of that model."""
+    from avalab.models.checkpoint import checkpoint
+
+    return (
+        artifacts.load_artifact(model)
+        if model and (Path(model) / artifacts.CARD).is_file()
+        else checkpoint.base_artifact(run)
+    )
+
+
+def _predicted_and_measured(run, base, artifact) -> None:
+    """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
+    from avalab.data import corpora
+    from avalab.lab import statistics
+    from avalab.measure import quality
+    from avalab.models.checkpoint import checkpoint, predict
+
+    tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
+    text = corpora.text(run.profile.eval_texts[0], tokenizer)
+    against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
+    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
+    found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
+    print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
+    print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
+    if artifact.card["measured"]["note"]:
+        print(artifact.card["measured"]["note"])
+
+
+def _engine(artifact) -> str:
+    """The engine that scores an artefact: torch where it can."""
+    engines = artifact.card["engines"]
+    return "torch" if "torch" in engines else engines[0]
+
+
+def byte_count(size: str) -> int:
+    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = size.rstrip(ascii_letters)
+    try:
+        return int(float(number) * units[size[len(number) :].upper()])
+    except (ValueError, KeyError):
+        raise ValueError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
+
+
+def _time_zeros(run, artifact) -> None:
+    """Whether any kernel here gains from an artefact's zeros, on the last layer that has some."""
+    from avalab.measure import cost
+    from avalab.models.checkpoint import checkpoint
+
+    layers = checkpoint.linear_layers(checkpoint.load_model(artifact, run.device)).values()
+    weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
+    for tokens in (1, run.profile.prompt_tokens):
+        timings = cost.record_sparse_speed(run, f"{artifact.name}, {tokens} tokens", artifact, weight, tokens=tokens)
+        ratio = cost.best_ratio(timings)
+        print(
+            f"{tokens} tokens: {'faster' if ratio < 1 else 'no faster'}, the best sparse kernel takes {ratio:.2f} "
+            "times the best dense one's time"
+        )
+
+
+def _score(run, subjects: dict) -> None:
+    """Quality and cost of each artefact on the profile's evaluation texts."""
+    from avalab.data import corpora
+    from avalab.measure import cost, quality
+    from avalab.models.checkpoint import checkpoint, predict
+
+    base = next(iter(subjects.values()))
+    tokenizer = checkpoint.load_tokenizer(base)
+    for text in corpora.evaluation_texts(run, tokenizer):
+        against = predict.make_reference(
+            base, corpora.profile_windows(run, text, tokenizer), run.artifacts_dir / "cache", run.device
+        )
+        for subject, artifact in subjects.items():
+            quality.record_quality(run, subject, artifact, against, text)
+    for subject, artifact in subjects.items():
+        cost.record_cost(run, subject, artifact)
+    print_records(run, as_json=False)

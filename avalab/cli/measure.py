@@ -1,0 +1,218 @@
+"""The sub-commands that measure: bench (what it costs to run), eval (what it can do), and compare.
+
+`avalab compare A B`: is the first artefact better than the second, worse, or not distinguishable?
+
+    bfcl    the same function-calling cases, McNemar's exact test
+    text    the same windows of text, paired bootstrap of the loss
+    speed   the same prompts in the same engine, both artefacts loaded, generations in turn: each round is a ratio of
+            seconds, ours over theirs; the interval of their median is one of order statistics (see `cost`), which
+            takes no shape of the noise for granted. Whoever goes first changes from round to round, so that neither
+            profits from what the other left in a cache, and what disturbs the machine meets both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avalab.cli.options import (
+    CALL_MODES,
+    ENGINES,
+    ArtifactFolder,
+    AsJson,
+    Limit,
+    Mode,
+    Profile,
+    Seed,
+    one_of,
+    print_records,
+)
+from avalab.lab import artifacts
+from avalab.lab.run import Run
+
+TASKS = ("bfcl", "text", "speed")
+
+SPEED_ROUNDS = 11  # an odd number, enough for an interval of the median
+
+
+def bench(
+    artifact: ArtifactFolder,
+    engine: Annotated[str, typer.Option(help="An engine of avalab.engines; without, torch and the roofline.")] = "",
+    threads: Annotated[int, typer.Option(min=0, help="Threads of that engine; 0 leaves its own choice.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Load and run an artefact in a process of its own: bytes, memory, load time, prefill, decode, latency."""
+    run = Run("avalab_bench", profile, seed)
+    if engine:
+        one_of("engine", engine, ENGINES)
+    found = artifacts.load_artifact(artifact)
+    from avalab.measure import cost
+
+    if engine:
+        _bench_in(run, found, engine, threads)
+    else:
+        cost.record_cost(run, found.name, found)
+    print_records(run, as_json)
+
+
+def _bench_in(run, artifact, engine: str, threads: int) -> None:
+    """One cell of the benchmark; what the engine refuses is the caller's error."""
+    from avalab.measure import cell
+
+    work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
+    found = cell.measure_cell(artifact, engine, work=work)
+    cell.record_cell(run, artifact, engine=engine, work=work, cell=found)
+
+
+def evaluate(
+    artifact: ArtifactFolder,
+    tasks: Annotated[str, typer.Option(help="bfcl, humaneval, tasks of lm-evaluation-harness; with commas.")] = "bfcl",
+    mode: Mode = "grammar",
+    limit: Limit = None,
+    skip: Annotated[int, typer.Option(min=0, help="Cases of each BFCL category to leave out at its beginning.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
+    run, wanted = Run("avalab_eval", profile, seed), tasks.split(",")
+    one_of("mode", mode, CALL_MODES)
+    found = artifacts.load_artifact(artifact)
+    from avalab.measure import answers, harness
+
+    others = [task for task in wanted if task not in ("bfcl", "humaneval")]
+    if others:
+        harness.require()
+    respondent = answers.Respondent(found, run.device)
+    for category in answers.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
+        answers.record_calls(run, found.name, respondent, category=category, mode=mode, limit=limit, skip=skip)
+    if "humaneval" in wanted:
+        answers.record_pass_at_1(run, found.name, respondent, answers.code_problems(run, limit))
+    if others:
+        harness.record_tasks(found, others, run=run, limit=limit)
+    print_records(run, as_json)
+
+
+def compare(
+    ours: ArtifactFolder,
+    theirs: Annotated[Path, typer.Argument(help="The artefact it is compared with, such as the bf16 base.")],
+    task: Annotated[
+        str, typer.Option(help="bfcl (McNemar's test), text (paired bootstrap of the loss) or speed (paired ratios).")
+    ] = "bfcl",
+    mode: Mode = "forced",
+    limit: Limit = None,
+    engine: Annotated[str, typer.Option(help="Engine of both in the task speed.")] = "torch",
+    threads: Annotated[int, typer.Option(help="Its threads; 0 leaves its own choice.")] = 0,
+    profile: Profile = "laptop",
+    seed: Seed = 0,
+) -> None:
+    """Say whether the first artefact is better than the second, worse, or not distinguishable, on the same items."""
+    run = Run("avalab_compare", profile, seed)
+    one_of("task", task, TASKS)
+    one_of("mode", mode, CALL_MODES)
+    one_of("engine", engine, ENGINES)
+    pair = [artifacts.load_artifact(ours), artifacts.load_artifact(theirs)]
+    if task == "bfcl":
+        _compare_calls(run, pair, mode, limit)
+    elif task == "text":
+        _compare_loss(run, pair, limit)
+    else:
+        _compare_speed(run, pair, engine=engine, threads=threads, rounds=limit or SPEED_ROUNDS)
+
+
+def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
+    from avalab.lab import statistics
+    from avalab.measure import answers
+
+    answered = [answers.Respondent(artifact, run.device) for artifact in pair]
+    every: list[list[bool]] = [[], []]
+    for category in answers.answerable(run.profile.call_categories, mode):
+        verdicts = [
+            answers.record_calls(run, each.artifact.name, each, category=category, mode=mode, limit=limit)
+            for each in answered
+        ]
+        right = [[verdict.correct for verdict in found] for found in verdicts]
+        print(f"{answers.call_metric(category, mode):44} {statistics.mcnemar(*right)}")
+        every = [known + new for known, new in zip(every, right, strict=True)]
+    print(f"{'all':44} {statistics.mcnemar(*every)}")
+
+
+def _compare_loss(run, pair: list, limit: int | None) -> None:
+    from avalab.data import corpora
+    from avalab.lab import statistics
+    from avalab.measure import quality
+    from avalab.models.checkpoint import checkpoint, predict
+
+    tokenizers = [checkpoint.load_tokenizer(artifact) for artifact in pair]
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise ValueError(
+            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
+        )
+    cache = run.artifacts_dir / "cache"
+    for text in corpora.evaluation_texts(run, tokenizers[1]):
+        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
+        against = predict.make_reference(pair[1], windows, cache, run.device)
+        ours, theirs = (quality.score_artifact(artifact, against, cache, run.device).nll for artifact in pair)
+        gap = statistics.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
+        ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
+        print(f"{'loss, ' + text.name:44} {statistics.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
+
+
+def _compare_speed(run, pair: list, *, engine: str, threads: int, rounds: int) -> None:
+    from avalab import engines
+
+    loaded: list = []
+    try:
+        for artifact in pair:
+            loaded.append(engines.load(engine, artifact, threads=threads))
+        sizes = run.profile.prompt_tokens, run.profile.new_tokens
+        timings = paired_timings(*loaded, sizes=sizes, rounds=rounds, seed=run.seed)
+    finally:
+        for each in loaded:
+            each.close()
+    for name, (ours, theirs) in timings.items():
+        print(f"{f'{name}, {engine}':44} {speed_verdict(ours, theirs)}")
+
+
+def paired_timings(
+    ours, theirs, *, sizes: tuple[int, int], rounds: int, seed: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of two engines on the same prompts, in turn: to the first token, and a further one (mean of a round).
+
+    `sizes` are tokens of the prompt and new ones. A round before the first warms up and does not count. Raises
+    ValueError for fewer than two new tokens.
+    """
+    from avalab.measure import cell
+
+    if sizes[1] < 2:
+        raise ValueError(f"need at least 2 new tokens to time one, got {sizes[1]}")
+    draw, vocabulary = random.Random(seed), min(ours.facts.vocabulary, theirs.facts.vocabulary)
+    first, further = ([], []), ([], [])
+    for number in range(rounds + 1):
+        prompt = [draw.randrange(vocabulary) for _ in range(sizes[0])]
+        for index in (0, 1) if number % 2 else (1, 0):
+            told = cell.time_tokens((ours, theirs)[index], prompt, sizes[1])
+            if number:
+                first[index].append(told[0])
+                further[index].append((told[-1] - told[0]) / (len(told) - 1))
+    return {"time to first token": first, "time a token": further}
+
+
+def speed_verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """`better: 0.72 [0.70, 0.75] of the other's time, 11 rounds`; an interval that holds 1 distinguishes nothing."""
+    from avalab.lab import statistics
+
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    middle = statistics.quantile(ratios)
+    value, low, high = middle.value, middle.low, middle.high
+    known = low is not None and high is not None
+    ends = (low - 1, high - 1) if known else (None, None)
+    verdict = statistics.verdict(statistics.Estimate(value - 1, *ends, len(ratios)))
+    interval = f" [{low:.3f}, {high:.3f}]" if known else " (too few rounds for an interval)"
+    return f"{verdict}: {value:.3f}{interval} of the other's time, {len(ratios)} rounds"

@@ -1,0 +1,279 @@
+"""The lab's own compressor: bits where they matter, rounding that repairs itself, in a file of the engine's own format.
+
+The outline is the same wherever the model goes; a row of `TARGETS` says what differs.
+
+0. If asked (`transform`), the same function in weights that are easier to round: see `equivalence`.
+1. Sensitivity: one calibration pass with gradients gives every linear layer the increase of the KL divergence that each
+   of the target's number formats should cost; for embedding and head it is measured (`sensitivity`).
+2. Choice: `allocation` picks a format for every tensor, or bf16, under a budget for the whole file or folder.
+3. Rounding: embedding and head first, then block by block, each layer aiming at the original outputs (`rounding`).
+4. Writing. For targets that hold out the last calibration windows, the finished model is measured on them.
+
+What it does not do: train, choose text, change norms or biases; round an untied head outside of GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avalab.compress import allocation, ava_targets, equivalence, rounding, sensitivity
+from avalab.compress.allocation import Allocation, Option
+from avalab.compress.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
+from avalab.compress.libraries import Job
+from avalab.compress.rounding import Problem
+from avalab.compress.sensitivity import BF16
+from avalab.engines.onnx_graph import OnnxModel
+from avalab.kernels.block_types import BlockRounded
+from avalab.kernels.formats import Rounded
+from avalab.lab import artifacts
+from avalab.models import checkpoint, packed, predict
+from avalab.models.packed import Packed
+
+DEFAULTS = {
+    "bits_per_weight": 4.5,
+    "bytes": 0,
+    "group_size": 0,
+    "embedding": "any",
+    "format": "transformers",
+    "engine": "any",
+    "transform": equivalence.NONE,
+}
+
+BUDGET = ("bits_per_weight", "bytes")
+
+PACKED_FORMAT = "compressed-tensors-packed-embedding"  # where only avalab reads the file
+
+EMBEDDINGS = ("any", BF16, PACKED)
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Options of every tensor, the problems of embedding and head where they can be rounded, and what it took."""
+
+    options: dict[str, list[Option]]
+    tables: dict[str, Problem]
+    seconds: float
+
+
+def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
+    """Compress the model of a `Job`; its parameters are those of `DEFAULTS`, `bytes` overruling `bits_per_weight`.
+
+    A budget that the bf16 checkpoint fits gives the model as it is, with a note. Raises ValueError for a budget below
+    the smallest file, or a model family that the target has no graph or names for (it says which exports remain).
+    """
+    target, parameters = checked_target(job.parameters), job.parameters
+    model = checkpoint.load_model(job.folder, job.device)
+    budget = budget_bytes(checkpoint.parameter_count(model), parameters)
+    if _holds_whole(parameters, budget, job.folder):
+        return _unchanged(model, budget)
+    windows, held_out = split_windows(job.calibration, target.held_out)
+    reference = ava_targets.predictions(model, held_out) if target.held_out else None
+    equivalence.apply_transform(model, windows, parameters["transform"])
+    with TemporaryDirectory() as scratch:
+        work = Work(job, model, target.prepare(job, model, Path(scratch)), held_out, reference)
+        found = sensitivities(job, model)
+        fixed = target.fixed_bytes(work, found.options)
+        chosen = choose_formats(found.options, budget, fixed, file=target.file)
+        rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
+        notes = target.notes(work, found.options, chosen)
+        notes += [f"{damped} second moments were singular and got more damping"] if damped else []
+        if all(option.format == BF16 for option in chosen.chosen.values()):
+            notes.append(f"the budget holds the whole bf16 model: {target.whole}")
+        about = {
+            "budget_bytes": budget,
+            "predicted_bytes": chosen.bytes + fixed,
+            "predicted_kl_divergence": chosen.cost,
+            "sensitivity_seconds": found.seconds,
+            "damped_moments": damped,
+            "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
+            "embedding": chosen.chosen[ava_targets.embedding_name(model)].format,
+            "note": "; ".join(notes),
+        }
+        return target.write(work, chosen, rounded, about)
+
+
+def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitivities:
+    """Options of every tensor with their bytes and expected increase of the KL divergence, nats a token.
+
+    `model` is that of the job with its transform applied, and is left as it was; without one it is loaded. The last
+    result is kept, so that many budgets need one pass.
+    """
+    target, parameters = TARGETS[job.parameters["format"]], job.parameters
+    windows, _ = split_windows(job.calibration, target.held_out)
+    key = _key(job, windows)
+    if key not in _kept:
+        if model is None:
+            model = checkpoint.load_model(job.folder, job.device)
+            equivalence.apply_transform(model, windows, parameters["transform"])
+        start = time.perf_counter()
+        found = sensitivity.expected_increases(
+            model,
+            windows,
+            lambda rows, columns: target.sizes(rows, columns, parameters),
+            target.nearest,
+            skipped=job.skipped,
+            damped_by_tokens=target.damped_by_tokens,
+        )
+        tables, posed = _table_options(target, model, windows, found, parameters)
+        _kept.clear()
+        _kept[key] = Sensitivities(tables | found.layers, posed, time.perf_counter() - start)
+    return _kept[key]
+
+
+_kept: dict[str, Sensitivities] = {}
+
+
+def _key(job: Job, windows: Tensor) -> str:
+    """What sensitivities depend on: the model's files, the tokens, and all of the job but its budget."""
+    files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
+    parameters = {name: value for name, value in job.parameters.items() if name not in BUDGET}
+    about = [files, predict.windows_sha256(windows), sorted(parameters.items()), job.device, list(job.skipped)]
+    return artifacts.sha256_of_text(json.dumps(about))
+
+
+def _table_options(
+    target: Target, model: PreTrainedModel, windows: Tensor, found: sensitivity.LossIncreases, parameters: Mapping
+) -> tuple[dict[str, list[Option]], dict[str, Problem]]:
+    """Options of the embedding, and of a head that is not tied if the target rounds it; and their problems."""
+    options: dict[str, list[Option]] = {}
+    problems: dict[str, Problem] = {}
+    for name in found.moments if target.rounds_head else [ava_targets.embedding_name(model)]:
+        rows, columns = model.get_submodule(name).weight.shape
+        options[name] = [Option(BF16, 2 * rows * columns, 0.0)]
+        if target.int8_rows and parameters["embedding"] != BF16:
+            options[name].append(ava_targets.int8_rows_option(model, windows))
+        if sizes := target.table_sizes(rows, columns, parameters):
+            damping = target.table_damping or rounding.damping_for(columns, found.tokens)
+            problems[name] = rounding.problem(found.moments[name], damping=damping)
+            options[name] += sensitivity.table_options(
+                model,
+                windows,
+                name,
+                problems[name],
+                sizes=sizes,
+                round=target.round,
+                measured=target.tables_measured,
+            )
+    return options, problems
+
+
+def choose_formats(options: Options, budget: int, fixed: int, *, file: str = "file") -> Allocation:
+    """The best allocation within the budget less what cannot be chosen; raises ValueError naming the smallest file."""
+    smallest = fixed + sum(min(option.bytes for option in row) for row in options.values())
+    if budget < smallest:
+        raise ValueError(f"a budget of {budget:,} bytes is below the smallest {file}, {smallest:,} bytes")
+    return allocation.allocate(options, budget - fixed)
+
+
+def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:
+    """The best allocation for budgets from the smallest file's to bf16's in equal steps, each with its file's bytes."""
+    target, model = TARGETS[job.parameters["format"]], checkpoint.load_model(job.folder)
+    with TemporaryDirectory() as scratch:
+        work = Work(job, model, target.prepare(job, model, Path(scratch)))
+        fixed = target.fixed_bytes(work, found.options)
+    least, most = (fixed + sum(end(o.bytes for o in row) for row in found.options.values()) for end in (min, max))
+    budgets = [round(least + (most - least) * step / steps) for step in range(steps + 1)]
+    return [(one.bytes + fixed, one) for one in (choose_formats(found.options, budget, fixed) for budget in budgets)]
+
+
+@torch.no_grad()
+def round_model(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    chosen: Allocation,
+    *,
+    target: Target,
+    tables: Mapping[str, Problem],
+) -> tuple[dict[str, Rounded | BlockRounded], int]:
+    """Replace, in place, chosen tensors by rounded ones, `tables` first; also how many moments needed more damping."""
+    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
+    rounded = {}
+    for name, posed in tables.items():
+        if name in formats:
+            table = model.get_submodule(name).weight
+            rounded[name] = target.round(table.detach(), posed, formats[name])
+            table.data = rounded[name].decode(table.dtype)
+    layers, damped = rounding.round_layers(model, windows, formats, target.round)
+    return rounded | layers, damped
+
+
+def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on, and the last ones to measure on; a single one serves for both."""
+    kept = min(held_out, len(windows) // 2)
+    if kept or not held_out:
+        return windows[: len(windows) - kept], windows[len(windows) - kept :]
+    return windows, windows
+
+
+# --- parameters --------------------------------------------------------------------------------------------------
+
+
+def checked_target(parameters: Mapping) -> Target:
+    """The row of `TARGETS`; raises ValueError for an unknown format, transform, embedding or, in GGUF, engine."""
+    equivalence.checked_transform(parameters["transform"])
+    format, embedding = parameters["format"], parameters["embedding"]
+    if format not in TARGETS:
+        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(TARGETS)}")
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding {embedding!r} is not one of {', '.join(EMBEDDINGS)}")
+    if embedding == PACKED and format != "transformers":
+        raise ValueError(f"embedding='packed' is of the own format; {format} rounds every embedding anyway")
+    engine, engines = parameters["engine"], ava_targets.GGUF_TYPES
+    if format == "gguf" and engine not in engines:
+        raise ValueError(f"no list of GGUF types for engine {engine!r}; choose one of {', '.join(engines)}")
+    return TARGETS[format]
+
+
+def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The artefact's format and the engines that load it; `count` and `folder` are the base's parameters and files.
+
+    Raises ValueError as `checked_target` does.
+    """
+    target = checked_target(parameters)
+    if _holds_whole(parameters, budget_bytes(count, parameters), folder):
+        return BF16, ("torch",)
+    return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), target.engines
+
+
+def budget_label(parameters: Mapping) -> str:
+    """What distinguishes an artefact's name: `4.5bpw`, `114000000b-g64-bf16emb`, `4.5bpw-gguf-openvino`."""
+    parts = [f"{parameters['bytes']}b" if parameters["bytes"] else f"{parameters['bits_per_weight']:g}bpw"]
+    parts += [f"g{parameters['group_size']}"] if parameters["group_size"] else []
+    usual = (("format", "transformers"), ("engine", "any"), ("transform", equivalence.NONE))
+    parts += [parameters[name] for name, default in usual if parameters.get(name, default) != default]
+    return "-".join(parts + {BF16: ["bf16emb"], PACKED: ["packedemb"]}.get(parameters["embedding"], []))
+
+
+def budget_bytes(count: int, parameters: Mapping) -> int:
+    """Bytes of the weight file: `bytes`, or `bits_per_weight` over all `count` parameters, embedding included.
+
+    Raises ValueError for a budget that is not positive.
+    """
+    budget = int(parameters["bytes"] or parameters["bits_per_weight"] * count / 8)
+    if budget <= 0:
+        raise ValueError(f"a budget has to be positive, got {budget} bytes")
+    return budget
+
+
+def _holds_whole(parameters: Mapping, budget: int, folder: Path) -> bool:
+    """Whether a checkpoint for transformers may be as large as the base's."""
+    return parameters["format"] == "transformers" and budget >= sum(
+        file.stat().st_size for file in folder.glob("*.safetensors")
+    )
+
+
+def _unchanged(model: PreTrainedModel, budget: int) -> PreTrainedModel:
+    note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
+    model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
+    return model

@@ -1,0 +1,186 @@
+"""Error-compensated rounding directly onto GGUF's block types: their float16 scales and minimums, their own integers.
+
+A weight is `code * scale + offset` in groups of 32 or 16. The steps are those of `rounding`, on other grids:
+
+1. Per group, scales (of either sign) or ranges are tried; for the codes of each the best scale, and minimum where the
+   type has one, follow from weighted least squares. Columns weigh what their error costs after compensation.
+2. `stored` puts scales and minimums onto what the file holds: float16, or in the K types an integer times the
+   super-block's float16. All that follows sees these values, so nothing is rounded again on the way into the file.
+3. Columns are rounded with compensation (`rounding.compensated`).
+4. Repair, twice for up to 4 bits and once for 5: scales and minimums of all groups of a row by least squares under the
+   whole moment, stored again, then each code moved to the best one given all others (`rounding.descended`).
+
+Source: GPTQ, Frantar et al. 2023, arXiv 2210.17323; the search follows the idea of ggml's `make_qx_quants`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from avalab.compress import rounding
+from avalab.compress.rounding import CHUNK_WEIGHTS, Problem
+from avalab.kernels import block_types
+from avalab.kernels.block_types import BlockRounded
+from avalab.kernels.formats import NumberFormat
+
+SMALLEST = 6e-8  # of a scale: float16's smallest number
+
+MULTIPLIERS = {"q2_k": (1, 15), "q3_k": (-32, 31), "q4_k": (1, 63), "q5_k": (1, 63), "q6_k": (-128, 127)}
+
+SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # of a group's range
+
+STRETCHES = tuple(0.92 + 0.05 * step for step in range(10))  # where the largest magnitude goes, over the last code
+
+
+def round_weight(
+    weight: Float[Tensor, "rows cols"], posed: Problem, format: NumberFormat, *, repairs: int | None = None
+) -> BlockRounded:
+    """Round every row onto the block type so that the error's quadratic form under the problem's moment is small.
+
+    Raises ValueError for columns that the type's blocks do not divide.
+    """
+    if not block_types.fits(format, weight.shape[1]):
+        raise ValueError(f"blocks of {block_types.block_weights(format)} do not divide {weight.shape[1]} columns")
+    weight = weight.float()
+    scales, offsets, fields = stored(*search(weight, posed.column_cost, format), format)
+    codes = rounding.compensated(weight, posed, format, scales, -offsets / scales)
+    for _ in range(min(2, max(0, 6 - format.bits)) if repairs is None else repairs):
+        found = refit(weight, posed.moment, codes, scales, offsets=offsets if format.offset else None)
+        scales, offsets, fields = stored(*found, format)
+        codes = rounding.descended(weight, posed, format, codes, scales=scales, zeros=-offsets / scales)
+    return BlockRounded(format, codes.to(torch.int8), scales, offsets, fields)
+
+
+def search(weight: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of least cost-weighted error, one a row and group, before they are stored."""
+    groups = weight.unflatten(1, (-1, format.group_size))
+    weights = cost.clamp(min=1e-30).view(1, -1, format.group_size)
+    one = _search_ranges if format.offset else _search_scales
+    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    parts = [one(part, weights, format) for part in groups.split(rows)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def nearest(weight: Tensor, format: NumberFormat, scales: Tensor, offsets: Tensor) -> Float[Tensor, "rows cols"]:
+    """The weight rounded to the nearest points, without compensation."""
+    groups = weight.unflatten(1, (-1, format.group_size))
+    codes = rounding.snap((groups - offsets[..., None]) / scales[..., None], format)
+    return (codes * scales[..., None] + offsets[..., None]).flatten(1)
+
+
+def stored(scales: Tensor, offsets: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Scales and offsets as the file can hold them, and the fields that hold them."""
+    if format.name not in MULTIPLIERS:
+        halves = _away_from_zero(scales).half()
+        fields = {"scale": halves.reshape(-1, 1)}
+        if not format.offset:
+            return halves.float(), torch.zeros_like(scales), fields
+        minimums = offsets.half()
+        return halves.float(), minimums.float(), fields | {"minimum": minimums.reshape(-1, 1)}
+    per_block = block_types.block_weights(format) // format.group_size
+    steps, unit = _whole_multiples(scales.reshape(-1, per_block), *MULTIPLIERS[format.name])
+    fields, kept, lows = {"scale": unit.half()}, (steps * unit).view_as(scales), None
+    found = torch.zeros_like(scales)
+    if format.offset:
+        lows, least = _whole_multiples(-offsets.reshape(-1, per_block), 0, MULTIPLIERS[format.name][1])
+        fields["minimum"], found = least.half(), -(lows * least).view_as(offsets)
+    whole = [None if part is None else part.to(torch.int32) for part in (steps, lows)]
+    return kept, found, fields | {"multipliers": block_types.joined_multipliers(format, *whole)}
+
+
+def refit(
+    weight: Tensor, moment: Tensor, codes: Tensor, scales: Tensor, *, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scales, and offsets if there are any, of least error for given codes: one linear system a row."""
+    rows = max(1, CHUNK_WEIGHTS // (weight.shape[1] * scales.shape[1]))
+    kept = torch.zeros_like(scales) if offsets is None else offsets
+    parts = zip(*(tensor.split(rows) for tensor in (weight, codes, scales, kept)), strict=True)
+    found = [_refit_rows(*part, moment=moment, has_offsets=offsets is not None) for part in parts]
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+def _search_scales(groups: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """For the codes of each trial, sum(c w q) / sum(c q^2) is the best scale, and saves sum(c w q)^2 / sum(c q^2)."""
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    extreme = torch.where(extreme == 0, 1.0, extreme)
+    ends = (format.levels[0], format.levels[-1]) if format.levels else (format.low, format.high)
+    fine = STRETCHES if format.bits < 6 else STRETCHES[1:3]
+    best = torch.full_like(extreme[..., 0], -torch.inf)
+    scales = torch.ones_like(best)
+    for target in [end * stretch for end in ends for stretch in fine]:
+        codes = rounding.snap(groups * (target / extreme), format)
+        weighted = codes * cost
+        power = (weighted * codes).sum(-1).clamp(min=1e-30)
+        along = (weighted * groups).sum(-1)
+        better = along.square() / power > best
+        best = torch.where(better, along.square() / power, best)
+        scales = torch.where(better, along / power, scales)
+    return scales, torch.zeros_like(scales)
+
+
+def _search_ranges(groups: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """The range shrinks towards its middle; scale and offset are those of the weighted regression on the codes."""
+    least, greatest = groups.amin(-1), groups.amax(-1)
+    below_zero = format.name in MULTIPLIERS  # K types subtract a minimum that is not negative
+    least = least.clamp(max=0) if below_zero else least
+    best = torch.full_like(least, torch.inf)
+    scales, offsets = torch.ones_like(least), torch.zeros_like(least)
+    total, middle = cost.sum(-1), (least + greatest) / 2
+    for shrink in SHRINKS:
+        scale = ((greatest - least) * shrink / format.high).clamp(min=SMALLEST)
+        start = middle - (greatest - least) * shrink / 2
+        codes = rounding.snap((groups - start[..., None]) / scale[..., None], format)
+        mean, level = (codes * cost).sum(-1) / total, (groups * cost).sum(-1) / total
+        spread = (cost * codes * (codes - mean[..., None])).sum(-1)
+        slope = (cost * groups * (codes - mean[..., None])).sum(-1) / spread.clamp(min=1e-30)
+        scale = torch.where(slope > 0.3 * scale, slope, scale)
+        start = level - scale * mean
+        start = start.clamp(max=0) if below_zero else start
+        error = ((codes * scale[..., None] + start[..., None] - groups).square_() * cost).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, offsets = torch.where(better, scale, scales), torch.where(better, start, offsets)
+    return scales, offsets
+
+
+def _whole_multiples(values: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Values of a super-block as whole multiples, in [low, high], of one float16: `steps, unit`."""
+    if low < 0:  # the largest magnitude becomes `low`, whatever its sign
+        unit = values.gather(1, values.abs().argmax(1, keepdim=True)) / low
+    else:
+        unit = values.amax(1, keepdim=True) / high
+    unit = _away_from_zero(unit).half().float()
+    steps = (values / unit).round_().clamp_(low, high)
+    return (torch.where(steps == 0, 1.0, steps) if low < 0 else steps), unit
+
+
+def _away_from_zero(scales: Tensor) -> Tensor:
+    return torch.where(scales.abs() < SMALLEST, SMALLEST, scales)
+
+
+def _refit_rows(
+    weight: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, *, moment: Tensor, has_offsets: bool
+) -> tuple[Tensor, Tensor]:
+    """Changes of scales and offsets that solve the normal equations for the error that is left."""
+    count = scales.shape[1]
+    levels = codes.unflatten(1, (count, -1))
+    left = weight - (levels * scales[..., None] + offsets[..., None]).flatten(1)
+    blocks = moment.unflatten(0, (count, -1))
+    spread = torch.einsum("rgw,gwc->rgc", levels, blocks)
+    normal = torch.einsum("rgkw,rkw->rgk", spread.unflatten(2, (count, -1)), levels)
+    wanted = torch.einsum("rgc,rc->rg", spread, left)
+    if has_offsets:
+        summed = blocks.sum(1)  # group cols
+        mixed = spread.unflatten(2, (count, -1)).sum(-1)
+        ones = summed.unflatten(1, (count, -1)).sum(-1).expand(len(weight), -1, -1)
+        normal = torch.cat((torch.cat((normal, mixed), 2), torch.cat((mixed.mT, ones), 2)), 1)
+        wanted = torch.cat((wanted, left @ summed.T), 1)
+    ridge = normal.diagonal(dim1=1, dim2=2) * 1e-4 + 1e-12
+    change, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge), wanted[..., None])
+    change = torch.where((failed == 0)[:, None], change.squeeze(-1), 0.0)
+    found = scales + change[:, :count]
+    kept = (found / scales > 0.5) & (found / scales < 2)
+    moved = offsets + change[:, count:] if has_offsets else offsets
+    return torch.where(kept, found, scales), torch.where(kept, moved, offsets)

@@ -1,0 +1,215 @@
+"""The same function, easier to round: transforms of decoder blocks that cancel, so that nothing is left to do later.
+
+Norms, weights and biases change, the architecture does not: every container holds the result, and no engine needs to
+know. Both come before sensitivities and rounding.
+
+`scale`: what a channel carries is divided by s, the columns that read it are multiplied by s,
+
+    input norm -> q, k, v      norm before the MLP -> gate, up      v -> o      up -> down
+
+(a key-value head's factors serve every query head that shares it; SwiGLU is linear in up, attention in v). As in AWQ
+(Lin et al. 2024, arXiv 2306.00978) s = (size of the inputs)^a / (size of the columns' weights)^b with a and b from a
+small grid; (0, 0), which changes nothing, is in it. The choice is that of least rounding error, on a sample of rows, at
+`BITS` bits; errors of a column count by what they cost once later columns have made up for them (`rounding`). Sizes are
+root mean squares, and factors are rounded to powers of two: folding one into bf16 numbers is exact.
+
+`rotate`: an orthogonal Hadamard matrix for each key-value head, into the rows of v and the columns of o (QuaRot,
+Ashkboos et al. 2024, arXiv 2404.00456), which spreads large channels over a head. A width that is no power of two is
+rotated in parts as large as the greatest power of two that divides it. Rounding to bf16 is all that it costs.
+
+On SmolLM2-135M neither gains at 4.5 bits a parameter once rounding compensates: both are for a caller to ask for.
+
+What it does not do: rotate the residual stream. That would fold the final norm into the head, which a tied embedding
+does not allow. Nor q and k (rotary embeddings stand between) nor the MLP's inside (the product with gate).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from avalab.compress import rounding
+from avalab.kernels.formats import Grid
+from avalab.models import checkpoint, walk
+
+NONE, SCALE, ROTATE = "none", "scale", "rotate"
+
+TRANSFORMS = (NONE, SCALE, ROTATE, f"{SCALE}+{ROTATE}")
+
+BITS = 3  # of the grid that judges factors: what is easier there is so at 2 and 4
+
+GROUP_SIZES = (64, 32, 128)
+
+EXPONENTS = tuple((a, b) for a in (0.0, 0.25, 0.5, 0.75) for b in (0.0, 0.25, 0.5))  # of inputs, of weights
+
+WINDOWS = 16  # of calibration text, at most
+
+SAMPLED_ROWS = 32  # of a layer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A norm or linear layer, and the layers that read its channels.
+
+    Columns of the readers are `heads` heads of `sharing` blocks, which all read the same channels.
+    """
+
+    source: nn.Module
+    readers: Sequence[nn.Linear]
+    heads: int = 1
+    sharing: int = 1
+
+    def channels(self, columns: Float[Tensor, "cols"]) -> Float[Tensor, "channel"]:
+        """Means over the columns that read a channel."""
+        return columns.view(self.heads, self.sharing, -1).mean(1).flatten()
+
+    def columns(self, channels: Float[Tensor, "channel"]) -> Float[Tensor, "cols"]:
+        """A channel's value for each column that reads it."""
+        return channels.view(self.heads, 1, -1).expand(-1, self.sharing, -1).flatten()
+
+
+def checked_transform(transform: str) -> str:
+    """The transform; raises ValueError for an unknown one."""
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform {transform!r} is not one of {', '.join(TRANSFORMS)}")
+    return transform
+
+
+def apply_transform(model: PreTrainedModel, windows: Int[Tensor, "window time"], transform: str) -> dict[str, int]:
+    """Change the model, in place, by one of `TRANSFORMS`; how many sites got which exponents, `a=0.25,b=0.5`.
+
+    Deterministic. Raises ValueError for an unknown transform, or a family whose blocks are not known here.
+    """
+    parts = checked_transform(transform).split("+")
+    if parts != [NONE] and model.config.model_type not in checkpoint.MLP_NORMS:
+        known = ", ".join(checkpoint.MLP_NORMS)
+        raise ValueError(f"transform {transform!r} knows blocks of {known}, not of {model.config.model_type}: use none")
+    if ROTATE in parts:
+        rotate_values(model)
+    return scale_channels(model, windows) if SCALE in parts else {}
+
+
+@torch.no_grad()
+def scale_channels(
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], *, exponents: Sequence[tuple[float, float]] = EXPONENTS
+) -> dict[str, int]:
+    """Fold activation-aware factors into the model, in place; how many sites got which exponents."""
+    found: Counter[str] = Counter()
+    for site in walk.sites(model, windows[:WINDOWS]):
+        pair = _pair(model, site)
+        cost = rounding.problem(site.moment, damping=rounding.damping_of(site)).column_cost
+        (a, b), factors = _best(pair, site.moment.diagonal(), cost, exponents)
+        if (a, b) != (0, 0):
+            fold(pair, factors)
+        found[f"a={a:g},b={b:g}"] += 1
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def rotate_values(model: PreTrainedModel) -> None:
+    """Rotate what every value head hands to the output projection, in place.
+
+    Raises ValueError for heads of odd width, in which no Hadamard matrix fits.
+    """
+    for block in model.base_model.layers:
+        attention = block.self_attn
+        matrix = hadamard(attention.head_dim)
+        for tensor in (attention.v_proj.weight, attention.v_proj.bias):
+            if tensor is not None:
+                rows = tensor.double().reshape(-1, attention.head_dim, tensor.numel() // len(tensor))
+                tensor.copy_((matrix.to(rows.device) @ rows).reshape(tensor.shape))
+        weight = attention.o_proj.weight
+        columns = weight.double().unflatten(1, (-1, attention.head_dim))
+        weight.copy_((columns @ matrix.T.to(columns.device)).flatten(1))
+
+
+def hadamard(width: int) -> Float[Tensor, "width width"]:
+    """An orthogonal matrix of Sylvester's construction, in parts if `width` is no power of two (96: three of 32).
+
+    Raises ValueError for an odd width.
+    """
+    size = width & -width  # the greatest power of two that divides it
+    if size < 2:
+        raise ValueError(f"no Hadamard matrix rotates heads of {width} channels, an odd number: use transform=scale")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.block_diag(*[matrix / size**0.5] * (width // size))
+
+
+@torch.no_grad()
+def fold(pair: Pair, factors: Float[Tensor, "channel"]) -> None:
+    """Divide what the source's channels carry by factors and multiply, in place, the columns that read them.
+
+    A norm takes what bf16 holds of its new gain, and the columns the factor which that is; Gemma's gain is 1 + weight.
+    """
+    source, factors = pair.source, factors.to(pair.source.weight.dtype)
+    if isinstance(source, nn.Linear):
+        source.weight.div_(factors[:, None])
+        if source.bias is not None:
+            source.bias.div_(factors)
+    else:
+        one = 1.0 if type(source).__name__.startswith("Gemma") else 0.0
+        gain = source.weight.double() + one
+        moved = (gain / factors.double() - one).bfloat16().double()
+        movable = (gain != 0) & (moved + one != 0)
+        factors = torch.where(movable, gain / (moved + one), 1.0)
+        source.weight.copy_(torch.where(movable, moved, source.weight.double()))
+    for reader in pair.readers:
+        reader.weight.copy_(reader.weight.double() * pair.columns(factors.double()))
+
+
+def _pair(model: PreTrainedModel, site: walk.Site) -> Pair:
+    """What feeds a site, and the site's layers."""
+    block, readers = model.base_model.layers[site.block], list(site.layers.values())
+    kind = next(iter(site.layers)).rpartition(".")[2]
+    if kind == "o_proj":
+        sharing = block.self_attn.num_key_value_groups
+        return Pair(
+            block.self_attn.v_proj, readers, readers[0].in_features // sharing // block.self_attn.head_dim, sharing
+        )
+    if kind == "down_proj":
+        return Pair(block.mlp.up_proj, readers)
+    norm = "input_layernorm" if kind == "q_proj" else checkpoint.MLP_NORMS[model.config.model_type]
+    return Pair(getattr(block, norm), readers)
+
+
+def _best(
+    pair: Pair, power: Tensor, cost: Tensor, exponents: Sequence[tuple[float, float]]
+) -> tuple[tuple[float, float], Tensor]:
+    """Exponents of least error relative to that without factors, summed over the readers; and the factors."""
+    rows = [layer.weight[:: max(1, layer.out_features // SAMPLED_ROWS)].float() for layer in pair.readers]
+    inputs = pair.channels(power.float()).sqrt()
+    weights = pair.channels(sum(layer.weight.float().square().mean(0) for layer in pair.readers)).sqrt()
+    plain = [_error(sample, cost) for sample in rows]
+    best = ((0.0, 0.0), torch.ones_like(inputs), float(len(rows)))
+    for a, b in exponents:
+        factors = _factors(inputs, weights, a, b)
+        columns = pair.columns(factors)
+        errors = [_error(sample * columns, cost / columns.square()) for sample in rows]
+        total = sum(error / max(least, 1e-30) for error, least in zip(errors, plain, strict=True))
+        if total < best[2]:
+            best = ((a, b), factors, total)
+    return best[:2]
+
+
+def _factors(inputs: Tensor, weights: Tensor, a: float, b: float) -> Tensor:
+    """Powers of two next to inputs^a / weights^b, about 1 on average; channels that carry nothing keep theirs."""
+    carries = (inputs > 0) & (weights > 0)
+    wanted = a * inputs.clamp(min=1e-30).log2() - b * weights.clamp(min=1e-30).log2()
+    wanted = wanted - wanted[carries].mean() if carries.any() else wanted
+    return torch.where(carries, wanted.round().clamp(-8, 8), 0.0).exp2()
+
+
+def _error(sample: Tensor, cost: Tensor) -> float:
+    """Cost-weighted error of rounding rows to the nearest points of the grid that judges."""
+    columns = sample.shape[1]
+    grid = Grid(BITS, next((size for size in GROUP_SIZES if columns % size == 0), columns))
+    rounded = rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
+    return float(((rounded - sample).square() * cost).sum())

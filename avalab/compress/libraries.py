@@ -1,0 +1,443 @@
+"""Other people's compressors, one function a library, each from a `Job` to a compressed model in memory.
+
+| function | methods |
+|---|---|
+| `bitsandbytes_4bit`, `bitsandbytes_8bit` | `nf4`, `fp4`; `int8` |
+| `torchao` | `torchao-int8`, `torchao-int8-dynamic`, `torchao-int4` |
+| `llmcompressor` | `rtn`, `gptq`, `awq`, `smoothquant` |
+| `autoround`, `hqq` | of the same name |
+
+`quantize` says what each does, and where it is published.
+A function may also fill `job.out` itself and return what it measured. What a library cannot do on this device is worked
+around only where the result is the same (pinned memory), or named in the artefact's card (torchao's byte-sized 4-bit
+codes on a CPU). Embeddings, norms and the head stay in bf16; quantisers that come with an engine are in `runtimes`.
+
+Quantisers that come with an inference engine, each from a `Job` to a folder that the engine of that name loads.
+
+| function | what the library does | embedding and head |
+|---|---|---|
+| `openvino_int4` | NNCF without data, as `avalab export` writes it | int8 |
+| `nncf_int4` | activation-aware scales, then scales re-estimated on the windows; asymmetric, groups of 64 | int8 |
+| `onnx_k_quant` | the search for scale and minimum of llama.cpp's k-quants, groups of 32, no data | int4 |
+| `llama_cpp` | a mixture of block types, importance matrix from the windows (`gguf_quantizer`) | 8 bits or fewer |
+
+Each fills `job.out` and returns what it measured. A linear layer that stays in bf16 is not among their options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from avalab import engines, kernels
+from avalab.engines import llamacpp, onnx_graph
+from avalab.engines import openvino as openvino_engine
+from avalab.kernels import NestedScales, Weight4, formats
+from avalab.kernels.formats import Grid, Rounded
+from avalab.kernels.weight import NESTED_GROUP
+from avalab.lab import artifacts
+from avalab.models import checkpoint, packed, stored
+from avalab.models.packed import Packed
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+AUTOROUND_BATCH = 8  # windows; the library's own
+
+HQQ_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a compressor is given: the base's folder, where to compute, parameters, layers to leave alone, text.
+
+    `method` is the row of `quantize.METHODS`; `out` is the artefact's folder, for a library that writes files itself.
+    """
+
+    folder: Path
+    device: str
+    parameters: dict
+    skipped: list[str]
+    calibration: Int[Tensor, "window time"] | None
+    method: str = ""
+    seed: int = 0
+    out: Path | None = None
+
+
+def _load(job: Job, quantization_config: object = None) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        job.folder,
+        dtype=torch.bfloat16,
+        use_safetensors=True,
+        device_map=job.device if job.device != "cpu" else None,
+        quantization_config=quantization_config,
+    )
+
+
+# bitsandbytes
+
+
+def bitsandbytes_4bit(job: Job) -> PreTrainedModel:
+    """NF4 or FP4 in bitsandbytes' layout, encoded by `avalab.kernels`: what reads the library's files reads these.
+
+    Every weight is encoded where it lies and put into the library's own layer, which transformers then saves; on a CPU
+    the bytes are bitsandbytes' own. Block sizes are all those of the library; transformers can ask for 64 only.
+    """
+    model, parameters = checkpoint.load_model(job.folder, job.device), job.parameters
+    double = parameters["double_quantization"]
+    format = formats.four_bit(job.method, parameters["block_size"], double_quantization=double)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=job.method,
+        bnb_4bit_compute_dtype=DTYPES[parameters["compute_dtype"]],
+        bnb_4bit_use_double_quant=double,
+        llm_int8_skip_modules=["lm_head", *job.skipped],
+    )
+    for name, plain in checkpoint.linear_layers(model).items():
+        if name not in job.skipped:
+            weight = kernels.encode(plain.weight.data, format)
+            layer = four_bit_layer(plain, weight, job.method, config.bnb_4bit_compute_dtype)
+            checkpoint.replace_linear(model, name, layer)
+    model.hf_quantizer = AutoHfQuantizer.from_config(config)
+    model.config.quantization_config = config
+    return model
+
+
+def four_bit_layer(plain: nn.Linear, weight: Weight4, levels: str, compute_dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes' layer holding the weight and the plain layer's bias."""
+    import bitsandbytes as bnb
+
+    nested = isinstance(weight.scales, NestedScales)
+    made = bnb.nn.Linear4bit(
+        plain.in_features,
+        plain.out_features,
+        plain.bias is not None,
+        compute_dtype=compute_dtype,
+        compress_statistics=nested,
+        quant_type=levels,
+        device="meta",
+    )
+    state = _quant_state(weight, levels, plain.weight.dtype)
+    made.weight = bnb.nn.Params4bit(
+        weight.codes.view(-1, 1),
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=nested,
+        quant_type=levels,
+        module=made,
+        bnb_quantized=True,
+    )
+    made.quant_state, made.bias = state, plain.bias
+    return made
+
+
+def _quant_state(weight: Weight4, levels: str, dtype: torch.dtype):
+    """What bitsandbytes keeps beside the codes of a weight that was stored in `dtype`."""
+    from bitsandbytes.functional import QuantState
+
+    scales, inner = weight.scales, None
+    if isinstance(scales, NestedScales):
+        inner = QuantState(absmax=scales.absmax, blocksize=NESTED_GROUP, code=scales.levels, dtype=torch.float32)
+    return QuantState(
+        absmax=scales.codes if inner else scales.reshape(-1),
+        shape=torch.Size(weight.shape),
+        code=weight.levels + 0.0,  # FP4 has a zero below zero, which bitsandbytes writes without its sign
+        blocksize=weight.group_size,
+        quant_type=levels,
+        dtype=dtype,
+        offset=scales.offset if inner else None,
+        state2=inner,
+    )
+
+
+def bitsandbytes_8bit(job: Job) -> PreTrainedModel:
+    """LLM.int8(): columns with activations above `threshold` are multiplied in 16 bit."""
+    config = BitsAndBytesConfig(
+        load_in_8bit=True,
+        llm_int8_threshold=job.parameters["threshold"],
+        llm_int8_skip_modules=["lm_head", *job.skipped],
+    )
+    return _load(job, config)
+
+
+# torchao
+
+
+def torchao(job: Job) -> PreTrainedModel:
+    """torchao's int8 (weights only), int8-dynamic (activations too, a scale a token) or int4 (groups)."""
+    return _load(job, TorchAoConfig(_torchao_config(job), modules_to_not_convert=["lm_head", *job.skipped]))
+
+
+def _torchao_config(job: Job):
+    from torchao import quantization as ao
+
+    if job.method == "torchao-int8":
+        return ao.Int8WeightOnlyConfig(version=2)
+    if job.method == "torchao-int8-dynamic":
+        return ao.Int8DynamicActivationInt8WeightConfig(version=2)
+    if job.device.startswith("cuda"):
+        return ao.Int4WeightOnlyConfig(group_size=job.parameters["group_size"])
+    # Packed int4 needs a GPU kernel; on a CPU torchao keeps each 4-bit code in a byte of its own.
+    granularity = ao.PerGroup(job.parameters["group_size"])
+    return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+
+
+# llmcompressor
+
+
+def llmcompressor(job: Job) -> PreTrainedModel:
+    """llmcompressor's rtn, gptq, awq or smoothquant on the job's calibration windows."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from loguru import logger
+
+    for chatty in ("llmcompressor", "compressed_tensors"):
+        logger.disable(chatty)
+    model, data = _load(job), {}
+    if job.calibration is not None:
+        rows = {"input_ids": job.calibration.tolist(), "attention_mask": torch.ones_like(job.calibration).tolist()}
+        samples, length = job.calibration.shape
+        data = {"dataset": Dataset.from_dict(rows), "num_calibration_samples": samples, "max_seq_length": length}
+    # AWQ pins memory for a GPU even where there is none, and fails; pinning changes no result.
+    pinning = (
+        patch.object(IntermediatesCache, "pin_memory", lambda *args: None)
+        if not torch.cuda.is_available()
+        else contextlib.nullcontext()
+    )
+    with pinning:
+        oneshot(model=model, recipe=_modifiers(job), **data)
+    return model
+
+
+def _modifiers(job: Job) -> list:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    smooth = job.method == "smoothquant"
+    groups = _activation_scheme(job.parameters["static"]) if smooth else _weight_scheme(job.parameters)
+    ignore = ["lm_head", *job.skipped]
+    if job.method == "gptq":
+        return [GPTQModifier(config_groups=groups, ignore=ignore)]
+    rounding = QuantizationModifier(config_groups=groups, ignore=ignore)
+    if smooth:
+        return [SmoothQuantModifier(smoothing_strength=job.parameters["smoothing_strength"]), rounding]
+    return [AWQModifier(n_grid=job.parameters["grid_points"]), rounding] if job.method == "awq" else [rounding]
+
+
+def _weight_scheme(parameters: dict) -> dict:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    grouped = parameters["group_size"] > 0
+    weights = QuantizationArgs(
+        num_bits=parameters["bits"],
+        symmetric=parameters["symmetric"],
+        strategy="group" if grouped else "channel",
+        group_size=parameters["group_size"] if grouped else None,
+    )
+    return {"weights": QuantizationScheme(targets=["Linear"], weights=weights)}
+
+
+def _activation_scheme(static: bool) -> dict:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    activations = QuantizationArgs(
+        num_bits=8, dynamic=not static, strategy="tensor" if static else "token", symmetric=not static
+    )
+    weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
+    return {"weights_and_activations": scheme}
+
+
+# AutoRound
+
+
+def autoround(job: Job) -> Packed:
+    """AutoRound, asymmetric, as a compressed-tensors checkpoint of any number of bits.
+
+    The library minimises each block's output error over rounding offsets and clipping ranges. Its own scales (asked for
+    in bf16, as the file keeps them) and zero points give every weight's integer back: they are read off the rounded
+    model, not rounded again, so that one loader and one count of bytes serve this file as the lab's own.
+    """
+    model, tokenizer = checkpoint.load_model(job.folder, job.device), checkpoint.load_tokenizer(job.folder)
+    grid = Grid(job.parameters["bits"], job.parameters["group_size"])
+    _restore_logger_class("autoround")
+    logging.getLogger("autoround").setLevel(logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():  # bars
+        tuned = _tuned(model, tokenizer, job)
+    layers = checkpoint.linear_layers(tuned).items()
+    rounded = {name: autoround_integers(layer, grid) for name, layer in layers if name not in job.skipped}
+    return packed.pack_model(tuned, rounded, measured={"iterations": job.parameters["iterations"]})
+
+
+def autoround_integers(layer: nn.Linear, grid: Grid) -> Rounded:
+    """The integers of a layer that AutoRound has rounded, from its own scales and zero points.
+
+    Raises ValueError when scales and zero points do not give the layer's weights back.
+    """
+    scales, zeros = (part.detach().float().reshape(layer.out_features, -1) for part in (layer.scale, layer.zp))
+    codes = layer.weight.detach().float().unflatten(1, (scales.shape[1], -1)) / scales[..., None] + zeros[..., None]
+    steps = codes.round().clamp(0, 2**grid.bits - 1)
+    distance = float((codes - steps).abs().max())
+    if distance > 0.25:  # bf16 weights stand at most 2^-9 of their size, a sixteenth of a step at 4 bits, off the grid
+        raise ValueError(f"a weight is {distance:.2f} steps off AutoRound's own grid of {grid.bits} bits")
+    offset = 2 ** (grid.bits - 1)
+    return Rounded(grid, (steps - offset).flatten(1).to(torch.int8), scales, (zeros - offset).to(torch.int8))
+
+
+def _tuned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> PreTrainedModel:
+    from auto_round import AutoRound
+
+    windows = job.calibration
+    rounder = AutoRound(
+        model,
+        tokenizer,
+        dataset=[{"input_ids": window[None], "attention_mask": torch.ones_like(window[None])} for window in windows],
+        nsamples=len(windows),
+        seqlen=windows.shape[1],
+        batch_size=min(AUTOROUND_BATCH, len(windows)),
+        bits=job.parameters["bits"],
+        group_size=job.parameters["group_size"],
+        sym=False,
+        layer_config={name: {"bits": 16, "data_type": "float"} for name in job.skipped} or None,
+        iters=job.parameters["iterations"],
+        scale_dtype="bf16",
+        seed=job.seed,
+        device_map=job.device,
+    )
+    return rounder.quantize()[0]
+
+
+def _restore_logger_class(name: str) -> None:
+    """Give a library's logger the standard class back: NNCF, once imported, makes all new loggers its own.
+
+    Its `warning_once` takes one argument where AutoRound passes two.
+    """
+    logging.getLogger(name).__class__ = logging.Logger
+
+
+# HQQ
+
+
+def hqq(job: Job) -> dict:
+    """HQQ with its defaults, in its own storage; the embedding in bf16 or int8 rows."""
+    parameters = job.parameters
+    if parameters["bits"] not in HQQ_BITS:
+        raise ValueError(f"HQQ has no {parameters['bits']} bits; choose one of {', '.join(map(str, HQQ_BITS))}")
+    model = checkpoint.load_model(job.folder)
+    layers = [name for name in checkpoint.linear_layers(model) if name not in job.skipped]
+    others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
+    if parameters["embedding"] == "int8":
+        table = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+        others[table], others[f"{table}_scale"] = packed.int8_rows(others[table])
+    stored.write_hqq(
+        model, layers, job.out, bits=parameters["bits"], group_size=parameters["group_size"], others=others
+    )
+    checkpoint.load_tokenizer(job.folder).save_pretrained(job.out)
+    return {}
+
+
+# --- quantisers that come with an inference engine, each from a `Job` to a folder that the engine of that name loads
+
+
+GROUP_SIZE = 64
+
+LIMIT_SECONDS = 3600
+
+K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
+
+GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
+
+
+def openvino_int4(job: Job) -> dict:
+    """NNCF's int4 without data."""
+    openvino_engine.export(job.folder, job.out, "int4")
+    return {}
+
+
+def nncf_int4(job: Job) -> dict:
+    """NNCF's int4 with AWQ and scale estimation on the job's windows."""
+    for module in ("openvino_genai", "nncf"):
+        engines.require("openvino", module, openvino_engine.INSTALL)
+    import nncf
+    import openvino as runtime
+
+    graph = engines.OWN_FILES["openvino"]
+    nncf.set_log_level(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
+        openvino_engine.export(job.folder, Path(temporary), "f16")
+        model = nncf.compress_weights(
+            runtime.Core().read_model(str(Path(temporary) / graph)),
+            mode=nncf.CompressWeightsMode.INT4_ASYM,
+            group_size=GROUP_SIZE,
+            ratio=1.0,
+            dataset=nncf.Dataset([_inputs(window) for window in job.calibration]),
+            subset_size=len(job.calibration),
+            awq=True,
+            scale_estimation=True,
+        )
+        runtime.save_model(model, str(job.out / graph), compress_to_fp16=False)
+        for file in Path(temporary).iterdir():
+            if not file.name.startswith(graph.removesuffix(".xml")):
+                shutil.copyfile(file, job.out / file.name)
+    return {}
+
+
+def onnx_k_quant(job: Job) -> dict:
+    """ONNX Runtime's k-quant by its GenAI model builder.
+
+    Raises RuntimeError with the builder's last line when it fails.
+    """
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        engines.require("onnx", module, onnx_graph.INSTALL)
+    with tempfile.TemporaryDirectory() as cache:
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", "int4", "-c", cache]
+        folders = ["-i", str(job.folder.resolve()), "-o", str(job.out.resolve())]
+        command = [*builder, *folders, "--extra_options", *K_QUANT]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, timeout=LIMIT_SECONDS)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise RuntimeError(f"the ONNX model builder failed on {job.folder.name}: {last}")
+    for name in ("config.json", "generation_config.json"):
+        if (job.folder / name).is_file():
+            shutil.copyfile(job.folder / name, job.out / name)
+    return {}
+
+
+def llama_cpp(job: Job) -> dict:
+    """llama.cpp's own quantisation into the mixture that the method names."""
+    base = artifacts.load_artifact(job.folder, verify=False)
+    return llamacpp.quantise(base, job.out, job.method.removeprefix(GGUF), job.calibration)
+
+
+def _inputs(window: Tensor) -> dict[str, np.ndarray]:
+    """One window as the stateful graph reads it, from an empty cache."""
+    tokens = window.numpy()[None]
+    return {
+        "input_ids": tokens,
+        "position_ids": np.arange(tokens.shape[1])[None],
+        "attention_mask": np.ones_like(tokens),
+        "beam_idx": np.zeros(1, np.int32),
+    }

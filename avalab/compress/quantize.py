@@ -1,0 +1,341 @@
+"""Every way to put a number format into a model, ours and other people's: one table, one call, one artefact.
+
+`compress_artifact(base, method, run=run, **parameters)` compresses the base artefact by one row of `METHODS` and
+returns the new artefact. A model in memory is thrown away: whoever wants a number loads the artefact back. A row has a
+function (of `libraries`, `runtimes` or `ava`), the parameters it takes, and what it needs.
+
+| method | library | what it does |
+|---|---|---|
+| `nf4`, `fp4` | bitsandbytes' layout | 4-bit levels, absolute maximum a block; Dettmers et al. 2023 (QLoRA) |
+| `int8` | bitsandbytes | LLM.int8(): int8 rows, outlier columns in 16 bit; Dettmers et al. 2022, arXiv 2208.07339 |
+| `torchao-int8`, `-int8-dynamic`, `-int4` | torchao | weights only; activations too, on the fly; 4 bits in groups |
+| `rtn` | llmcompressor | round to nearest, any bits, groups or channels, symmetric or not |
+| `gptq` | llmcompressor | error-compensated rounding; Frantar et al. 2023, arXiv 2210.17323 |
+| `awq` | llmcompressor | activation-aware scales, then rounding; Lin et al. 2024, arXiv 2306.00978 |
+| `smoothquant` | llmcompressor | 8-bit weights and activations; Xiao et al. 2023, arXiv 2211.10438 |
+| `autoround` | AutoRound | rounding learnt by signed gradient steps; Cheng et al. 2024, arXiv 2309.05516 |
+| `hqq` | HQQ | half-quadratic rounding without data; Badri and Shaji 2023 |
+| `openvino-int4`, `nncf-int4` | NNCF | for OpenVINO: no data; AWQ and scale estimation |
+| `onnx-k-quant` | ONNX Runtime | for its GenAI library: k-quants in groups of 32 |
+| `gguf-q6_k` to `gguf-q2_k` | llama.cpp | its mixtures of block types, with an importance matrix |
+| `ava` | this package | mixed grids under a budget of bytes, embedding too; re-scaled first if asked; see `ava` |
+
+`embedding="int8"` puts int8 rows in the place of the bf16 embedding that a library leaves (`packed`, `libraries.hqq`).
+
+A model must be saved before its first forward pass: bitsandbytes re-packs 4-bit weights for the CPU in place, and
+transformers then saves the packed bytes under the plain format's name (LOG.md, 2026-11-21).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from avalab.compress import ava, libraries
+from avalab.compress.libraries import Job
+from avalab.data import corpora
+from avalab.engines import llamacpp, onnx_graph
+from avalab.engines import openvino as openvino_engine
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.lab.code import code_of
+from avalab.lab.process import quietly
+from avalab.lab.run import Run
+from avalab.models import checkpoint, packed
+
+LAB = 'pip install -e ".[lab]"'
+
+HQQ = "pip install hqq==0.2.8.post1"
+
+INT8_EMBEDDING = "int8, a scale a row"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress: the function, its parameters with defaults, what it makes, and what it needs.
+
+    The function returns a model to be saved, or what it measured when it has filled the job's folder itself.
+    """
+
+    compress: Callable[[Job], PreTrainedModel | packed.Packed | dict]
+    format: str
+    defaults: dict = field(default_factory=dict)
+    calibrated: bool = False
+    note: str = ""  # what the library does not do on a CPU
+    library: str = ""  # the module that has to be importable
+    install: str = LAB  # how to get it
+    engines: tuple[str, ...] = ("torch",)
+    embedding: str = "bf16"  # how the file holds it, unless a parameter says so
+    skips: bool = True  # single layers can stay in bf16
+    smallest_group: int = 1  # 0: one group a row
+    ragged: bool = False  # a group size need not divide the columns
+
+
+def compress_artifact(
+    base: Artifact, method: str, *, run: Run, skip: tuple[str, ...] = (), out: Path | None = None, **parameters
+) -> Artifact:
+    """Compress `base` by `method` into the folder `out`, or one below `run.artifacts_dir` named after the recipe.
+
+    An artefact of the same recipe and base is reused. `skip` holds names or globs of linear layers that stay in bf16.
+    Raises ValueError for an unknown method or parameter, a group size that does not divide the columns, a glob that
+    matches nothing, a base that is compressed already, or an `out` that exists and is no artefact; EngineUnavailable
+    without the method's library.
+    """
+    if base.format != "bf16":
+        raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
+    row, parameters = checked_method(method, parameters)
+    skipped = _expand(skip, base.path)
+    if skipped and not row.skips:
+        raise ValueError(f"method {method!r} keeps no single layer in bf16; leave out skip")
+    _refuse_ragged_groups(base.path, row, parameters, skipped)
+    # The code's hash: an artefact that an older version of it made is made again, not trusted.
+    step = {"step": method, **parameters, "skip": skipped, "code": _code(row)}
+    step |= {"seed": run.seed, "calibration": _sizes(run)} if row.calibrated else {}
+    recipe = [*base.card["recipe"], step]
+    name = f"{base.name}+{method_label(method, parameters, skipped)}"
+    out = artifacts.checked_target(out) or run.artifacts_dir / name
+    found = artifacts.find_artifact(out.name, out.parent, recipe, base.sha256)
+    if found:
+        return found
+    if row.library and importlib.util.find_spec(row.library) is None:
+        raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
+    format, engines = row.format, row.engines
+    if row.compress is ava.compress_model:
+        size = checkpoint.parameter_count(checkpoint.skeleton(base.path))
+        format, engines = ava.shipped_as(parameters, size, base.path)
+    calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
+
+    def fill(folder: Path) -> dict:
+        return _fill(row, Job(base.path, run.device, parameters, skipped, calibration, method, run.seed, folder))
+
+    return artifacts.write_artifact(
+        out.name,
+        out.parent,
+        fill,
+        base={"name": base.name, "sha256": base.sha256},
+        recipe=recipe,
+        format=format,
+        engines=engines,
+        licence=base.card["licence"],
+    )
+
+
+def record_compression(run: Run, subject: str, artifact: Artifact) -> None:
+    """Append `compress_seconds` with the recipe; an artefact that nothing compressed says so."""
+    measured, recipe = artifact.card["measured"], artifact.card["recipe"]
+    run.record(
+        subject,
+        "compress_seconds",
+        measured.get("compress_seconds"),
+        "s",
+        n=1,
+        note=measured.get("note") or ("" if "compress_seconds" in measured else "the base itself: nothing to compress"),
+        artifact_sha256=artifact.sha256,
+        details={"recipe": recipe, **measured},
+    )
+
+
+def method_label(method: str, parameters: dict, skipped: list[str] | tuple[str, ...] = ()) -> str:
+    """The method's name with what its parameters change: `gptq-w4g64-asym`, `nf4-dq`, `int8-keep30.1f9c`.
+
+    Recipes that differ have names that differ; the suffix of `keep` is a hash of the layers' names.
+    """
+    parts = [method]
+    if "bits_per_weight" in parameters:
+        return "-".join([method, ava.budget_label(parameters), *_kept(skipped)])
+    if "bits" in parameters:
+        group = parameters["group_size"]
+        parts.append(f"w{parameters['bits']}" + (f"g{group}" if group else "ch"))
+        parts += ["sym" if parameters["symmetric"] else "asym"] if "symmetric" in parameters else []
+    elif "group_size" in parameters:
+        parts.append(f"g{parameters['group_size']}")
+    parts += ["int8emb"] if parameters.get("embedding", "bf16") == "int8" else []
+    parts += ["dq"] if parameters.get("double_quantization") else []
+    parts += [f"b{parameters['block_size']}"] if parameters.get("block_size", 64) != 64 else []
+    parts += [parameters["compute_dtype"]] if parameters.get("compute_dtype", "bfloat16") != "bfloat16" else []
+    parts += ["w8a8-static" if parameters["static"] else "w8a8-dynamic"] if "static" in parameters else []
+    defaults = METHODS[method].defaults
+    parts += [f"{n}{parameters[n]:g}" for n in NUMBERS if parameters.get(n, defaults.get(n)) != defaults.get(n)]
+    return "-".join([*parts, *_kept(skipped)])
+
+
+def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
+    """The method's row and its parameters merged with the defaults; ValueError for what it does not know."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    row = METHODS[method]
+    unknown = sorted(set(parameters) - set(row.defaults))
+    if unknown:
+        allowed = ", ".join(row.defaults) or "none"
+        raise ValueError(f"method {method!r} has no parameter {', '.join(unknown)}; it has: {allowed}, skip")
+    merged = {**row.defaults, **parameters}
+    for name, allowed in CHOICES.items():
+        if method != "ava" and merged.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{name} {merged[name]!r} is not one of {', '.join(allowed)}")
+    if not 2 <= merged.get("bits", 8) <= 8:
+        raise ValueError(f"bits {merged['bits']} is not one of 2 to 8")
+    for name in ("group_size", "block_size"):
+        if merged.get(name, row.smallest_group) < row.smallest_group:
+            raise ValueError(f"{name} {merged[name]} of {method!r} is below {row.smallest_group}")
+    return row, merged
+
+
+def _sizes(run: Run) -> list[int]:
+    return [run.profile.calibration_samples, run.profile.calibration_tokens]
+
+
+def _code(row: Method) -> str:
+    calibration = [corpora.calibration_windows] if row.calibrated else []
+    return code_of(_fill, row.compress, *calibration)[:12]
+
+
+def _kept(skipped: list[str] | tuple[str, ...]) -> list[str]:
+    return [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
+
+
+def _expand(globs: tuple[str, ...], folder: Path) -> list[str]:
+    names = list(checkpoint.linear_layers(checkpoint.skeleton(folder))) if globs else []
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def _refuse_ragged_groups(folder: Path, row: Method, parameters: dict, skipped: list[str]) -> None:
+    # bitsandbytes' blocks may run on into the next row, but its CPU kernels refuse such blocks at the first call.
+    group = parameters.get("group_size") or parameters.get("block_size")
+    if not group or row.ragged:
+        return
+    usual = BLOCK_SIZES if "block_size" in parameters else GROUP_SIZES
+    layers = {
+        name: m for name, m in checkpoint.linear_layers(checkpoint.skeleton(folder)).items() if name not in skipped
+    }
+    fits = [g for g in usual if all(m.in_features % g == 0 for m in layers.values())]
+    advice = f"sizes that fit every layer: {', '.join(map(str, fits)) or 'none'}"
+    advice += "" if row.smallest_group else ", or 0 for one group a row"
+    for name, layer in layers.items():
+        if layer.in_features % group:
+            raise ValueError(f"a group of {group} does not divide the {layer.in_features} columns of {name}; {advice}")
+    if "block_size" in parameters and group not in BLOCK_SIZES:
+        raise ValueError(f"bitsandbytes has no blocks of {group}; {advice}")
+
+
+def _fill(row: Method, job: Job) -> dict:
+    """Let the method fill the job's folder; what was measured, seconds included."""
+    start = time.perf_counter()
+    with quietly():
+        made = row.compress(job)
+        if not isinstance(made, dict):
+            made.save_pretrained(job.out)  # before any forward pass, see the module
+            checkpoint.load_tokenizer(job.folder).save_pretrained(job.out)
+            if job.parameters.get("embedding") == "int8":
+                packed.replace_embedding(job.out)
+    return {
+        "compress_seconds": time.perf_counter() - start,
+        "calibration_tokens": job.calibration.numel() if job.calibration is not None else 0,
+        "note": row.note if job.device == "cpu" else "",
+    } | (made if isinstance(made, dict) else getattr(made, "measured", {}))
+
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
+
+NUMBERS = ("threshold", "grid_points", "smoothing_strength", "iterations")  # that a label shows where not the default
+
+CHOICES = {"compute_dtype": tuple(libraries.DTYPES), "embedding": ("bf16", "int8")}
+
+_FOUR_BIT = {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"}
+
+_GROUPS = {"bits": 4, "group_size": 64}
+
+_WEIGHTS = {**_GROUPS, "symmetric": False, "embedding": "bf16"}
+
+
+def _bitsandbytes(compress: Callable, defaults: dict) -> Method:
+    return Method(compress, "bitsandbytes", defaults, library="bitsandbytes")
+
+
+def _torchao(defaults: dict, note: str = "") -> Method:
+    return Method(libraries.torchao, "torchao", defaults, library="torchao", note=note)
+
+
+def _llmcompressor(defaults: dict, *, calibrated: bool = True) -> Method:
+    return Method(
+        libraries.llmcompressor,
+        "compressed-tensors",
+        defaults,
+        calibrated=calibrated,
+        library="llmcompressor",
+        smallest_group=0,
+    )
+
+
+def _openvino(compress: Callable, *, calibrated: bool) -> Method:
+    return Method(
+        compress,
+        "openvino-int4",
+        calibrated=calibrated,
+        library="nncf",
+        install=openvino_engine.INSTALL,
+        engines=("openvino",),
+        embedding=INT8_EMBEDDING,
+        skips=False,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "nf4": _bitsandbytes(libraries.bitsandbytes_4bit, _FOUR_BIT),
+    "fp4": _bitsandbytes(libraries.bitsandbytes_4bit, _FOUR_BIT),
+    "int8": _bitsandbytes(libraries.bitsandbytes_8bit, {"threshold": 6.0}),
+    "torchao-int8": _torchao({}),
+    "torchao-int8-dynamic": _torchao({}),
+    "torchao-int4": _torchao({"group_size": 64}, "torchao packs 4-bit codes only on a GPU: on a CPU each takes a byte"),
+    "rtn": _llmcompressor(_WEIGHTS, calibrated=False),
+    "gptq": _llmcompressor(_WEIGHTS),
+    "awq": _llmcompressor({**_WEIGHTS, "grid_points": 10}),
+    "smoothquant": _llmcompressor({"smoothing_strength": 0.5, "static": True}),
+    "ava": Method(
+        ava.compress_model, "compressed-tensors", ava.DEFAULTS, calibrated=True, smallest_group=0, ragged=True
+    ),  # `ava` takes the next larger group that divides; 0 is its own choice
+    "autoround": Method(
+        libraries.autoround,
+        "compressed-tensors",
+        {**_GROUPS, "iterations": 50, "embedding": "bf16"},  # a quarter of the library's iterations
+        calibrated=True,
+        library="auto_round",
+    ),
+    "hqq": Method(
+        libraries.hqq, "hqq", {**_GROUPS, "embedding": "bf16"}, library="hqq", install=HQQ, ragged=True
+    ),  # its groups run on over the end of a row
+    "openvino-int4": _openvino(libraries.openvino_int4, calibrated=False),
+    "nncf-int4": _openvino(libraries.nncf_int4, calibrated=True),
+    "onnx-k-quant": Method(
+        libraries.onnx_k_quant,
+        "onnx-int4",
+        library="onnxruntime_genai",
+        install=onnx_graph.INSTALL,
+        engines=("onnx",),
+        embedding="int4 in groups of 32",
+        skips=False,
+    ),
+    **{
+        f"{libraries.GGUF}{mixture}": Method(
+            libraries.llama_cpp,
+            "gguf",
+            calibrated=True,
+            library="llama_cpp",
+            install=llamacpp.INSTALL,
+            engines=llamacpp.READ_BY,
+            embedding="the mixture's choice",
+            skips=False,
+        )
+        for mixture in llamacpp.MIXTURES
+    },
+}

@@ -1,0 +1,333 @@
+"""Sensitivity: what a number format should cost each tensor of a model, in nats a token, and whether it does.
+
+**Expected** (`expected_increases`). One calibration pass with gradients gives every linear layer the Fisher information
+of its outputs and the cost D of a rounding error in each column (`rounding.Problem`). The expected increase of the KL
+divergence is
+
+    KL = 1/2 sum_rows E[g_row^2] sum_columns D_column e_row,column^2,
+
+g the gradient of the log-likelihood of labels drawn from the model (Martens 2020, arXiv 1412.1193, eq. 27), e the
+error of the format's best grid on a sample of rows. Gradients count as independent of inputs (K-FAC, Martens and Grosse
+2015).
+
+**Of embedding and head** (`table_options`). The same pass gives them the quadratic that their rows share: of the
+gradients with respect to an embedded token, and of the head's inputs, each weighted by the squared gradients of its
+token's logits. One or two formats are measured on a few windows, with the whole table rounded; the others follow from
+their errors on a sample of rows, as a power law. Compensation is what counts: alone in SmolLM2-135M, at 3 bits in
+groups of 64, the table costs 0.78 nats rounded to nearest in the best range, 0.38 with columns weighted by their cost,
+0.09 compensated (the plain moment of the head's inputs does as well, that of the gradients alone far worse: 0.38).
+
+**Measured.** `layer_by_layer` rounds one layer at a time to nearest and runs the model on from the block that holds it:
+a map of where errors hurt. `measure_choices_alone` does so with compensation for choices drawn at random; their rank
+correlation with the expectations (Spearman 1904) says whether the order is right, `level_factor` by how much the level
+is off. Increases do not quite add up; the notebook on mixed precision measures by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from avalab.compress import rounding
+from avalab.compress.allocation import Option
+from avalab.compress.rounding import Problem, Round
+from avalab.kernels import formats
+from avalab.kernels.formats import NumberFormat
+from avalab.lab import statistics
+from avalab.lab.run import Run
+from avalab.models import checkpoint, predict, walk
+from avalab.models.predict import Reference
+
+BF16 = "bf16"
+
+FISHER_WINDOWS = 8
+
+LAYER_ROWS = 64  # of a layer, sampled for its expected errors
+
+TABLE_ROWS, TABLE_WINDOWS = 2048, 2  # of embedding and head: sampled for their errors, and to measure on
+
+
+Sizes = dict[str, int]  # the formats that a tensor may get, and its bytes in each
+
+Nearest = Callable[[Tensor, Tensor, str], Tensor]  # what a format makes of rows, given the costs of their columns
+
+
+@dataclass(frozen=True)
+class LossIncreases:
+    """Options of every linear layer; and by name the moments of embedding and head (one if tied), and their tokens."""
+
+    layers: dict[str, list[Option]]
+    moments: dict[str, Tensor]
+    tokens: int
+
+
+def expected_increases(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    sizes_of: Callable[[int, int], Sizes],
+    nearest: Nearest,
+    *,
+    skipped: Sequence[str] = (),
+    damped_by_tokens: bool = False,
+) -> LossIncreases:
+    """Expected increases of all linear layers but the skipped ones, in the formats of `sizes_of(rows, columns)`.
+
+    With `damped_by_tokens` columns' costs allow for how few tokens they come from (`rounding.damping_for`).
+    """
+    names = {layer: name for name, layer in checkpoint.linear_layers(model).items() if name not in skipped}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found: dict[str, list[Option]] = {}
+    tables: dict[nn.Module, Tensor] = {}
+    last: list = [None, None]  # layers with one input come after each other: their problem is solved once
+
+    def listen(module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
+        if module not in names:
+            tables[module] = _table_moment(inputs, gradients, is_head=module is head)
+            return
+        if last[0] is not inputs:
+            rows = inputs.detach().flatten(0, -2)
+            damping = rounding.damping_for(rows.shape[1], len(rows)) if damped_by_tokens else rounding.DAMPING
+            posed = rounding.problem(walk.second_moment(rows) / len(rows), damping=damping)
+            last[:] = inputs, posed.column_cost
+        step = max(1, module.out_features // LAYER_ROWS)
+        squared = gradients.flatten(0, -2)[:, ::step].float().square()
+        weights = torch.outer(squared.mean(0), last[1]) * (module.out_features / squared.shape[1])
+        sizes = sizes_of(*module.weight.shape)
+        found[names[module]] = _options(module.weight.detach(), weights, last[1], sizes, nearest)
+
+    others = [name for name, module in model.named_modules() if module in (embedding, head)]
+    walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*names.values(), *others], listen)
+    by_name = {name: tables[model.get_submodule(name)] for name in others}
+    if head.weight is embedding.weight:
+        first, *rest = by_name
+        by_name = {first: sum((by_name[name] for name in rest), by_name[first])}
+    return LossIncreases({name: found[name] for name in names.values()}, by_name, windows[:FISHER_WINDOWS].numel())
+
+
+def _options(weight: Tensor, weights: Tensor, cost: Tensor, sizes: Sizes, nearest: Nearest) -> list[Option]:
+    """A layer's formats; `weights` are those of squared errors in the sampled rows."""
+    sample = weight[:: max(1, len(weight) // LAYER_ROWS)].float()
+    found = [Option(BF16, 2 * weight.numel(), 0.0)]
+    for format, size in sizes.items():
+        squared = (nearest(sample, cost, format) - sample).square_()
+        found.append(Option(format, size, 0.5 * float((squared * weights).sum())))
+    return found
+
+
+def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor:
+    """Mean outer product, over tokens, of a head's inputs weighted by its gradients, or of an embedding's gradients."""
+    gradients = gradients.flatten(0, -2)
+    if is_head:  # a few tokens at a time: logits are many
+        parts = [part.float().square().sum(-1, keepdim=True) for part in gradients.split(predict.CHUNK_TOKENS)]
+        rows = inputs.detach().flatten(0, -2).float() * torch.cat(parts).sqrt()
+    else:
+        rows = gradients.float()
+    return walk.second_moment(rows) / len(rows)
+
+
+@torch.no_grad()
+def increase_of_replacement(
+    model: PreTrainedModel, windows: Int[Tensor, "window time"], parameter: nn.Parameter, values: Tensor
+) -> float:
+    """The measured KL divergence, nats a token, with other values in a parameter; the model stays as it was."""
+    kept = parameter.data
+    head, softcap = predict.output_head(model)
+    before = predict.hidden_states(model, windows)
+    try:
+        parameter.data = values
+        after = predict.hidden_states(model, windows)
+        increases = []
+        for expected, candidate in zip(before, after, strict=True):
+            parameter.data = kept
+            reference = predict.log_probabilities(expected, head, softcap)
+            parameter.data = values
+            changed = predict.log_probabilities(candidate, head, softcap)
+            increases.append(predict.kl_divergence(reference, changed).mean())
+    finally:
+        parameter.data = kept
+    return float(torch.stack(increases).mean())
+
+
+@torch.no_grad()
+def table_options(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    name: str,
+    posed: Problem,
+    *,
+    sizes: Sizes,
+    round: Round,
+    measured: int,
+) -> list[Option]:
+    """Formats of embedding or head, `sizes` their bytes, with the increase of the KL divergence; the model is kept.
+
+    Of the formats by falling error `measured` many are measured: the coarsest, and with 2 the one in the middle.
+    """
+    table = model.get_submodule(name).weight
+    sample = table.detach()[:: max(1, len(table) // TABLE_ROWS)].float()
+    errors = {f: float(rounding.error(sample, round(sample, posed, f), posed.moment).sum()) for f in sizes}
+    ranked = sorted(sizes, key=errors.get)
+    known, anchors = {}, (ranked[-1], ranked[len(ranked) // 2])[:measured] if ranked else ()
+    for format in dict.fromkeys(anchors):
+        values = round(table.detach(), posed, format).decode(table.dtype)
+        known[format] = increase_of_replacement(model, windows[:TABLE_WINDOWS], table, values)
+    return [Option(format, size, increase_by_error(errors, known, format)) for format, size in sizes.items()]
+
+
+def increase_by_error(errors: Mapping[str, float], known: Mapping[str, float], format: str) -> float:
+    """The increase of a format by its error: a power law through the measured ones, proportional below them."""
+    points = sorted((errors[f], max(increase, 1e-12)) for f, increase in known.items())
+    (low, least), (high, most) = points[0], points[-1]
+    slope = log(most / least) / log(high / low) if high > low and errors[format] > low else 1.0
+    return least * exp(slope * log(max(errors[format], 1e-30) / low))
+
+
+def layer_by_layer(
+    model: PreTrainedModel, against: Reference, format: NumberFormat
+) -> Iterator[tuple[str, Float[Tensor, "window token"]]]:
+    """Yield every linear layer's name and the KL divergence per token when only that layer is in `format`.
+
+    The model is left as it was. Layers whose columns the format's groups do not divide raise ValueError.
+    """
+    blocks = model.base_model.layers
+    entering = _block_calls(model, blocks, against.windows)
+    for name, layer in tqdm(checkpoint.linear_layers(model).items(), desc="sensitivity", leave=False):
+        kept = layer.weight.data
+        layer.weight.data = formats.round_to_nearest(kept.float(), format).to(kept.dtype)
+        try:
+            yield name, _kl_from(model, walk.block_index(name), entering, against)
+        finally:
+            layer.weight.data = kept
+
+
+def record_layers(run: Run, model: PreTrainedModel, against: Reference, format: NumberFormat, **more) -> None:
+    """Append a `kl_divergence` record for each layer, subject `layer 07/mlp.down_proj`."""
+    for name, kl in layer_by_layer(model, against, format):
+        estimate = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
+        details = {"format": format.name, "windows_sha256": predict.windows_sha256(against.windows)}
+        run.record(layer_subject(name), "kl_divergence", unit="nats/token", **vars(estimate), details=details, **more)
+
+
+def layer_subject(name: str) -> str:
+    """`model.layers.7.mlp.down_proj` -> `layer 07/mlp.down_proj`."""
+    parts = name.split(".")
+    at = parts.index("layers")
+    return f"layer {int(parts[at + 1]):02d}/{'.'.join(parts[at + 2 :])}"
+
+
+@torch.inference_mode()
+def _block_calls(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> list[tuple[tuple, dict]]:
+    """Positional and keyword arguments of each block in one pass over the windows."""
+    seen: list[tuple[tuple, dict]] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        for block in blocks
+    ]
+    try:
+        predict.hidden_states(model, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@torch.inference_mode()
+def _kl_from(
+    model: PreTrainedModel, start: int, entering: list[tuple[tuple, dict]], against: Reference
+) -> Float[Tensor, "window token"]:
+    (hidden, *_), _ = entering[start]
+    for block, (args, kwargs) in zip(model.base_model.layers[start:], entering[start:], strict=True):
+        output = block(hidden, *args[1:], **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return predict.score_hidden_states(model, model.base_model.norm(hidden), against).kl
+
+
+def draw_choices(options: Mapping[str, list[Option]], count: int, *, seed: int) -> list[tuple[str, Option]]:
+    """Random choices of linear layers whose expected increase is positive, at most one a layer, in the model's order.
+
+    Raises ValueError when fewer layers than `count` have such a choice.
+    """
+    open_to = {n: [o for o in row if o.cost > 0] for n, row in options.items() if ".layers." in n}
+    names = [name for name, row in open_to.items() if row]
+    if count > len(names):
+        raise ValueError(f"{count} choices were asked for; only {len(names)} layers have one")
+    random = np.random.default_rng(seed)
+    picked = sorted(random.choice(len(names), count, replace=False))
+    return [(names[i], open_to[names[i]][random.integers(len(open_to[names[i]]))]) for i in picked]
+
+
+def measure_choices_alone(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    choices: Sequence[tuple[str, Option]],
+    against: Reference,
+    round: Round,
+) -> Iterator[float]:
+    """The KL divergence of each choice with everything else as it was; the model is left unchanged."""
+    moments = input_moments(model, windows, [name for name, _ in choices])
+    for name, option in tqdm(choices, desc="single choices", leave=False):
+        layer = model.get_submodule(name)
+        kept = layer.weight.data
+        damping = rounding.damping_for(layer.in_features, windows.numel())
+        posed = rounding.problem(moments[name], damping=damping)
+        try:
+            layer.weight.data = round(kept.float(), posed, option.format).decode(kept.dtype)
+            yield float(predict.score_model(model, against).kl.mean())
+        finally:
+            layer.weight.data = kept
+
+
+@torch.inference_mode()
+def input_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"], names: Sequence[str]) -> dict:
+    """X^T X / tokens of what the named layers read, all in one pass."""
+    sums: dict[str, Tensor] = {}
+
+    def listen(name: str):
+        def add(_layer, args: tuple) -> None:
+            found = walk.second_moment(args[0].flatten(0, -2))
+            sums[name] = sums[name] + found if name in sums else found
+
+        return add
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
+    try:
+        for batch in windows.split(walk.BATCH_WINDOWS):
+            predict.hidden_states(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / windows.numel() for name, total in sums.items()}
+
+
+def rank_correlation(expected: Sequence[float], measured: Sequence[float]) -> float:
+    """Spearman's coefficient, in [-1, 1]."""
+    return float(stats.spearmanr(expected, measured).statistic)
+
+
+def level_factor(expected: Sequence[float], measured: Sequence[float]) -> float:
+    """Geometric mean of measured over expected. Raises ValueError for values that are not positive."""
+    if min(*expected, *measured) <= 0:
+        raise ValueError("a ratio needs positive values on both sides")
+    return float(np.exp(np.mean(np.log(np.asarray(measured) / np.asarray(expected)))))
+
+
+def heat_rows(options: Mapping[str, list[Option]], formats: Sequence[str]) -> dict[str, float]:
+    """Expected increases as subjects of a heat map: `layer 07/mlp.down_proj q4_0`, kinds and formats as rows."""
+    found = {}
+    for name, row in options.items():
+        index, _, kind = name.partition(".layers.")[2].partition(".")
+        costs = {option.format: option.cost for option in row}
+        for format in formats:
+            if kind and format in costs:
+                found[f"layer {int(index):02d}/{kind.rpartition('.')[2]} {format}"] = costs[format]
+    rows = list(dict.fromkeys(subject.partition("/")[2].partition(" ")[0] for subject in found))
+    return dict(sorted(found.items(), key=lambda item: rows.index(item[0].partition("/")[2].partition(" ")[0])))

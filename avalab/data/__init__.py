@@ -1,0 +1,1 @@
+"""What models read, and how examples are made."""

@@ -1,0 +1,369 @@
+"""Function-calling cases, the chat text they are asked with, and the rules that decide whether an answer is right.
+
+The cases are those of the Berkeley Function Calling Leaderboard v4 (single turn, Python; fetched when absent), and
+those of the toolbox, which need no download: its held-out tools, with requests that say every argument, one fitting
+tool on offer (`toolbox_simple`), among others (`toolbox_multiple`), or only others (`toolbox_irrelevance`).
+
+An answer is judged on what it calls, not on how it is spelt:
+
+1. `parse_calls` reads the calls from the model's text: `<tool_call>` blocks, bare or fenced JSON, or `[f(a=1)]`.
+2. `check` compares the calls with the case. The number of calls must match; parallel calls may come in any order. Each
+   call needs the right function, every argument that is required or has no "" among its possible answers, no other
+   argument, the declared type (an integer passes for a float; an argument whose possible answers have another type may
+   have that type too) and one of the possible values (strings compare without case, spaces and `,./-_*^`).
+
+Rules: Patil et al., "The Berkeley Function Calling Leaderboard" (2025), abstract-syntax evaluation. The agreement of
+this implementation with the leaderboard's own checker is a test. Where the rules are coarse they are kept, because the
+numbers should mean the same: nested types are checked one level deep, parallel calls are matched greedily, and an
+unreadable attempt at a call counts as "no call" in the irrelevance categories (its verdict carries `not_json`).
+
+What it does not do: run a model, execute a call, or judge multi-turn, Java and JavaScript cases.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from avalab.data import toolbox
+from avalab.lab import assets
+
+LIVE_CATEGORIES = ("live_simple", "live_multiple", "live_irrelevance")
+
+BFCL_CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", *LIVE_CATEGORIES)
+
+TOOLBOX = ("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance")  # need no download
+
+CATEGORIES = (*BFCL_CATEGORIES, *TOOLBOX)
+
+LISTED = 3  # tools on offer in toolbox_multiple and toolbox_irrelevance
+
+CALL_ERRORS = ("wrong_function", "missing_argument", "extra_argument", "wrong_type", "wrong_value")
+
+ERRORS = ("no_call", "not_json", "unwanted_call", "wrong_count", *CALL_ERRORS)
+
+# The declared type's name (BFCL's or JSON Schema's) -> the Python type of a value. "any" is text in the reference.
+PYTHON_TYPES: dict[str, type] = {
+    **{"string": str, "any": str, "integer": int, "float": float, "number": float, "boolean": bool},
+    **{"array": list, "tuple": list, "dict": dict, "object": dict},
+}
+
+JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+
+REWRITTEN_KEYWORDS = ("type", "items", "properties", "required", "optional")
+
+_IGNORED_IN_STRINGS = str.maketrans({**dict.fromkeys(" ,./-_*^"), "'": '"'})
+
+_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
+_FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
+
+_PYTHON_CALL = re.compile(r"\[?\s*[A-Za-z_][\w.]*\s*\(")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function call: the name and its arguments as plain Python values."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: chat messages, the functions on offer (BFCL's or JSON Schema's types) and the accepted calls.
+
+    `expected` is a list of `{function: {argument: [accepted values]}}`; "" among the values means the argument may be
+    left out. It is empty in the irrelevance categories.
+    """
+
+    id: str
+    category: str
+    messages: list[dict[str, str]]
+    functions: list[dict[str, Any]]
+    expected: list[dict[str, dict[str, list]]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right; `error` is one of ERRORS or "", `detail` names the argument or function."""
+
+    correct: bool
+    error: str = ""
+    detail: str = ""
+
+
+def cases(category: str, limit: int | None = None) -> list[Case]:
+    """The first `limit` cases of a category of BFCL v4 (fetched when absent) or of the toolbox.
+
+    Raises ValueError for an unknown category, or when the toolbox is asked for without a limit.
+    """
+    if category not in CATEGORIES:
+        raise ValueError(f"unknown category {category!r}; choose one of {', '.join(CATEGORIES)}")
+    if category not in TOOLBOX:
+        return load_cases(assets.fetch("bfcl-v4"), category, limit)
+    if limit is None:
+        raise ValueError(f"{category} has no end; give a limit")
+    examples = toolbox.function_calling_examples(limit, seed=2, split="heldout")
+    return [_toolbox_case(f"{category}_{i}", category, example) for i, example in enumerate(examples)]
+
+
+def _toolbox_case(id: str, category: str, example: dict) -> Case:
+    (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
+    heldout = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"]
+    fitting = [t for t in heldout if t["name"] == call["name"]]
+    others = random.Random(id).sample([t for t in heldout if t not in fitting], LISTED)
+    if category == "toolbox_irrelevance":
+        return Case(id, category, messages, others, [])
+    listed = fitting if category == "toolbox_simple" else [*others[:1], *fitting, *others[2:]]
+    return Case(id, category, messages, listed, [{call["name"]: {k: [v] for k, v in call["arguments"].items()}}])
+
+
+def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
+    """The chat text of a case up to the answer: tools in the system message, before what the case says itself."""
+    own = [m["content"] for m in case.messages if m["role"] == "system"]
+    system = {"role": "system", "content": "\n\n".join([toolbox.system_prompt(case.functions), *own])}
+    messages = [system, *(m for m in case.messages if m["role"] != "system")]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def load_cases(folder: Path | str, category: str, limit: int | None = None) -> list[Case]:
+    """The first `limit` cases of a category, in the file's order.
+
+    `folder` holds `BFCL_v4_<category>.json`, directly or below `data/` or `bfcl_eval/data/` (the wheel's layout).
+    Raises ValueError for an unknown category or a damaged line (file and line number), FileNotFoundError for a missing
+    file.
+    """
+    if category not in BFCL_CATEGORIES:
+        raise ValueError(f"unknown BFCL category {category!r}; choose one of {', '.join(BFCL_CATEGORIES)}")
+    path = _find_file(Path(folder), f"BFCL_v4_{category}.json")
+    rows = list(islice(_read_lines(path, ("id", "question", "function")), limit))
+    expected = {row["id"]: [] for row in rows}
+    if not category.endswith("irrelevance"):
+        answers = path.parent / "possible_answer" / path.name
+        expected = {row["id"]: row["ground_truth"] for row in _read_lines(answers, ("id", "ground_truth"))}
+    if unanswered := [row["id"] for row in rows if row["id"] not in expected]:
+        raise ValueError(f"{path} asks what possible_answer/{path.name} does not answer: {', '.join(unanswered)}")
+    return [Case(row["id"], category, row["question"][0], row["function"], expected[row["id"]]) for row in rows]
+
+
+def _find_file(folder: Path, name: str) -> Path:
+    places = [folder, folder / "data", folder / "bfcl_eval" / "data"]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}")
+
+
+def _read_lines(path: Path, fields: tuple[str, ...]) -> Iterable[dict]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+            missing = [field for field in fields if field not in row]
+            if missing:
+                raise ValueError(f"{path}:{number}: no field {', '.join(missing)}")
+            yield row
+
+
+def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a function's arguments, without undeclared ones; "any" becomes a schema without a type.
+
+    A function that is described in JSON Schema already (the lab's own tools) comes out as it was.
+    """
+    return _schema(function["parameters"])
+
+
+def _schema(declared: dict[str, Any]) -> dict[str, Any]:
+    schema = {key: value for key, value in declared.items() if key not in REWRITTEN_KEYWORDS}
+    kind = declared.get("type", "any")
+    if kind != "any":
+        schema["type"] = JSON_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    if "items" in declared:
+        schema["items"] = _schema(declared["items"])
+    if "properties" in declared:
+        schema["properties"] = {name: _schema(value) for name, value in declared["properties"].items()}
+        schema["required"] = [name for name in declared.get("required", []) if name in schema["properties"]]
+        schema.setdefault("additionalProperties", False)
+    return schema
+
+
+def parse_calls(text: str) -> list[Call] | str:
+    """The calls in a model's answer, or the error class `no_call` or `not_json`.
+
+    Accepted: one or several `<tool_call>` blocks (surrounding text is ignored, an unclosed last block is read to the
+    end), else the first fenced block, else the whole text. Inside: a JSON object or list of objects with `name` and
+    `arguments` (or `parameters`), or Python calls with keyword arguments.
+    """
+    blocks = _BLOCK.findall(text)
+    if not blocks:
+        fenced = _FENCE.search(text)
+        blocks = [fenced.group(1) if fenced else text]
+    marked = "<tool_call>" in text
+    calls: list[Call] = []
+    for block in blocks:
+        found = _parse_block(block.strip())
+        if found is None:
+            attempted = marked or block.lstrip().startswith(("[", "{")) or _PYTHON_CALL.match(block.lstrip())
+            return "not_json" if attempted else "no_call"
+        calls += found
+    return calls or "no_call"
+
+
+def _parse_block(block: str) -> list[Call] | None:
+    """The calls of one block, or None when it is neither JSON nor Python calls."""
+    try:
+        if _PYTHON_CALL.match(block):
+            return _python_calls(block)
+        value = json.loads(block)
+        return [_json_call(item) for item in (value if isinstance(value, list) else [value])]
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def _json_call(item: Any) -> Call:
+    if "function" in item and isinstance(item["function"], dict):  # the chat-completions wrapping
+        item = item["function"]
+    name = item["name"]
+    arguments = item.get("arguments", item.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise TypeError(f"not a call: {item!r}")
+    return Call(name, arguments)
+
+
+def _python_calls(block: str) -> list[Call]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a stray backslash in a model's string is not this program's warning
+        body = ast.parse(block, mode="eval").body
+    return [_python_call(node) for node in (body.elts if isinstance(body, ast.List) else [body])]
+
+
+def _python_call(node: ast.expr) -> Call:
+    if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("not a call with keyword arguments only")
+    return Call(ast.unparse(node.func), {keyword.arg: _literal(keyword.value) for keyword in node.keywords})
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:  # a variable or an expression: its source text, as the reference does
+        return ast.unparse(node)
+
+
+def check_calls(case: Case, calls: list[Call] | str) -> Verdict:
+    """Judge the result of `parse_calls` against a case.
+
+    In the irrelevance categories an answer is right exactly when it calls nothing.
+    """
+    if case.category.endswith("irrelevance"):
+        if isinstance(calls, str):
+            return Verdict(True, "not_json" if calls == "not_json" else "")
+        return Verdict(False, "unwanted_call", calls[0].name) if calls else Verdict(True)
+    if isinstance(calls, str):
+        return Verdict(False, calls)
+    if len(calls) != len(case.expected):
+        return Verdict(False, "wrong_count", f"{len(calls)} for {len(case.expected)}")
+    return _check_in_any_order(case, calls)
+
+
+def _check_in_any_order(case: Case, calls: list[Call]) -> Verdict:
+    """Each expected call takes the first remaining call that satisfies it."""
+    remaining = list(calls)
+    for expected in case.expected:
+        verdicts = [_check_call(case.functions, expected, call) for call in remaining]
+        hit = next((i for i, verdict in enumerate(verdicts) if verdict.correct), None)
+        if hit is None:  # the error of a call to the right function says more than "another function"
+            return next((v for v in verdicts if v.error != "wrong_function"), verdicts[0])
+        del remaining[hit]
+    return Verdict(True)
+
+
+def _check_call(functions: list[dict], expected: dict[str, dict], call: Call) -> Verdict:
+    (name, accepted), *_ = expected.items()
+    if call.name != name:
+        return Verdict(False, "wrong_function", f"{call.name} for {name}")
+    declared = next(f for f in functions if f["name"] == name)["parameters"]
+    for argument in declared.get("required", []):
+        if argument not in call.arguments:
+            return Verdict(False, "missing_argument", argument)
+    for argument, value in call.arguments.items():
+        if argument not in declared["properties"] or argument not in accepted:
+            return Verdict(False, "extra_argument", argument)
+        error = _argument_error(declared["properties"][argument], value, accepted[argument])
+        if error:
+            return Verdict(False, error, f"{argument}={value!r}")
+    for argument, values in accepted.items():
+        if argument not in call.arguments and "" not in values:
+            return Verdict(False, "missing_argument", argument)
+    return Verdict(True)
+
+
+def _argument_error(declared: dict, value: Any, accepted: list) -> str:
+    """`wrong_type`, `wrong_value` or "" for one argument."""
+    kind = declared.get("type", "any")
+    if kind == "tuple" and isinstance(value, tuple):
+        value = list(value)
+    if kind in ("float", "number") and type(value) is int:  # not bool
+        value = float(value)
+    wanted, shown = PYTHON_TYPES[kind], _type_of_first(accepted)
+    inner = PYTHON_TYPES[declared["items"].get("type", "any")] if wanted is list and "items" in declared else None
+    if type(value) is not wanted:
+        return ("" if value in accepted else "wrong_value") if type(value) is shown else "wrong_type"
+    if inner and not any(_elements_fit(value, inner, answer) for answer in accepted):
+        return "wrong_type"
+    if shown not in (None, wanted):  # the accepted values are of another type: compare as they are
+        return "" if value in accepted else "wrong_value"
+    return "" if _value_fits(value, accepted, inner) else "wrong_value"
+
+
+def _type_of_first(accepted: list) -> type | None:
+    return next((type(answer) for answer in accepted if answer != ""), None)
+
+
+def _elements_fit(value: list, inner: type, answer: Any) -> bool:
+    """One accepted list vouches for the element type; an accepted value that is no list does not restrict it."""
+    return not isinstance(answer, list) or all(type(item) in (inner, _type_of_first(answer)) for item in value)
+
+
+def _value_fits(value: Any, accepted: list, inner: type | None) -> bool:
+    if isinstance(value, dict):
+        return any(_dict_fits(value, answer) for answer in accepted)
+    if inner is dict:  # in this order; "" stands for the empty list
+        lists = [answer for answer in accepted if isinstance(answer, list | str) and len(answer) == len(value)]
+        return any(all(map(_dict_fits, value, answer)) for answer in lists)
+    if isinstance(value, list):
+        return _normal_items(value) in [_normal_items(answer) for answer in accepted if isinstance(answer, list | str)]
+    if isinstance(value, str):
+        return _normal(value) in [_normal(answer) for answer in accepted if isinstance(answer, str)]
+    return value in accepted
+
+
+def _dict_fits(value: Any, answer: Any) -> bool:
+    """Every key is accepted with its value, and no key that must be there is missing."""
+    if not isinstance(value, dict) or not isinstance(answer, dict):
+        return False
+    keys_fit = all(key in answer and _normal(item) in _normal_items(answer[key]) for key, item in value.items())
+    return keys_fit and all(key in value or "" in options for key, options in answer.items())
+
+
+def _normal(value: Any) -> Any:
+    return value.translate(_IGNORED_IN_STRINGS).lower() if isinstance(value, str) else value
+
+
+def _normal_items(values: Iterable) -> list:
+    return [_normal(value) for value in values]

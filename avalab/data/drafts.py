@@ -1,0 +1,373 @@
+"""Drafts of examples, one function a kind, and dialogues joined from examples.
+
+A draft takes two generators: `content` draws the tools and arguments, `wording` the sentences. The same content with
+another wording is the same task said differently, which is how a rejected example is refined without a teacher.
+
+Kinds: `single_call`, `several_candidates`, `parallel_calls` (the same function or different ones), `no_function`
+(plain refusal), `missing_argument` (ask back), `structured_output` (JSON to a schema), `reasoning` (think, then answer)
+and `instruction`. An example is `{"kind", "tools", "messages" (user, assistant), "calls"}`; `made_for` is the tool that
+a call is to, `domain.name` however it is dressed; `checks` are computed results that the text states. Nothing here has
+passed a gate.
+
+A single example spends three hundred tokens, most of them on its tools, and asks once whether a function fits.
+`dialogues` list tools once and ask several times, at forty tokens a refusal and seventy a call; every request and call
+has passed the gates as an example of its own, and no turn refers to an earlier one. Two sorts:
+
+- `unlike`: one to three tools that have nothing to do with each other, a call to each. The other requests were made for
+  tools with no word in common with those: their answers are refusals.
+- `family`: two to four tools of one domain that a careless reader would confuse, calls to some of them. The other
+  requests were made for tools of that domain that are not listed, as far as there are any.
+
+The turns are shuffled, so that the first one, which is what a caller meets, is a refusal as often as any.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from avalab.data import phrasing
+from avalab.data.arguments import kind_of, say_value
+from avalab.data.phrasing import Dress, Tool
+from avalab.lab import words
+
+Random = random.Random
+
+VAGUE = frozenset(
+    re.findall(
+        r"\w+", "find retur compu list searc with from whole numbe somet somew into that what some many much long"
+    )
+)  # stems that say nothing about what a tool does
+
+
+def single_call(content: Random, wording: Random) -> dict:
+    """One function on offer, one call."""
+    return _called("single_call", content, wording, others=0)
+
+
+def several_candidates(content: Random, wording: Random) -> dict:
+    """Two to four functions on offer, one of them called."""
+    return _called("several_candidates", content, wording, others=content.choice((1, 1, 2, 2, 3)))
+
+
+def parallel_calls(content: Random, wording: Random) -> dict:
+    """Two or three calls in one request: of one function with other arguments, or of different functions."""
+    first = content.choice(phrasing.tools())
+    count = content.choice((2, 2, 2, 3))
+    chosen = [first] * count if content.random() < 0.6 else [first, *_others(first, 1, content)]
+    dresses = {tool.name: phrasing.dressed(tool, content) for tool in dict.fromkeys(chosen)}
+    drawn = [(tool, phrasing.sample(tool, content)) for tool in chosen]
+    listed = list(dict.fromkeys(chosen)) + (_others(first, 1, content) if content.random() < 0.3 else [])
+    listed = list(dict.fromkeys(listed))
+    parts = [phrasing.core(tool, arguments, wording) for tool, arguments in drawn]
+    calls = [_call(tool, arguments, dresses[tool.name]) for tool, arguments in drawn]
+    tools = [phrasing.describe(t, dresses.get(t.name) or phrasing.dressed(t, content)) for t in listed]
+    content.shuffle(tools)
+    return _example("parallel_calls", tools, _joined(parts, wording), _answer(calls), calls)
+
+
+def no_function(content: Random, wording: Random) -> dict:
+    """The functions on offer do something else: the answer is a refusal in plain text."""
+    wanted = content.choice(phrasing.tools())
+    listed = [t for t in _others(wanted, content.choice((1, 1, 2, 3)), content) if not _alike(t, wanted)]
+    listed = listed or [t for t in phrasing.tools() if not _alike(t, wanted)][:1]
+    request = phrasing.phrase(*phrasing.core(wanted, phrasing.sample(wanted, content), wording), wording)
+    if wording.random() < 0.2:
+        request = wording.choice(words.lines_of("unrelated.txt"))
+    tools = [phrasing.describe(tool, phrasing.dressed(tool, content)) for tool in listed]
+    offered = " ".join(tool["description"] for tool in tools)
+    refusal = wording.choice(words.lines_of("refusals.txt")).replace("{}", offered)
+    return _example("no_function", tools, request, refusal, [])
+
+
+def missing_argument(content: Random, wording: Random) -> dict:
+    """A required argument is not said: the answer asks for it."""
+    tool = content.choice([tool for tool in phrasing.tools() if phrasing.droppable(tool)])
+    sentence, missing = content.choice(phrasing.droppable(tool))
+    arguments = {k: v for k, v in phrasing.sample(tool, content).items() if k != missing}
+    request = phrasing.phrase(*phrasing.core(tool, arguments, wording, sentence), wording)
+    question = wording.choice(words.lines_of("ask_back.txt")).replace("{}", missing.replace("_", " "))
+    return _example(
+        "missing_argument", [phrasing.describe(tool, phrasing.dressed(tool, content))], request, question, []
+    )
+
+
+def structured_output(content: Random, wording: Random) -> dict:
+    """A message becomes a JSON object that satisfies a schema."""
+    tool = content.choice([tool for tool in phrasing.tools() if len(tool.parameters) > 1])
+    arguments, dress = phrasing.sample(tool, content), phrasing.dressed(tool, content)
+    message = phrasing.phrase(*phrasing.core(tool, arguments, wording), wording)
+    request = wording.choice(words.lines_of("extract.txt")).replace("{}", message)
+    call = _call(tool, arguments, dress)
+    answer = json.dumps(call["arguments"], ensure_ascii=False)
+    return _example("structured_output", [phrasing.describe(tool, dress)], request, answer, [call])
+
+
+def reasoning(content: Random, wording: Random) -> dict:
+    """Steps, then the answer: a call whose arguments are derived one by one, or an arithmetic result."""
+    style = wording.choice(words.lines_of("think.txt"))
+    if content.random() < 0.4:
+        question, steps, answer, check = content.choice((_euclid, _mean, _multiple))(content)
+        reply = f"{' '.join(steps)} Answer: {answer}"
+        return _example("reasoning", [], f"{question} {style}", reply, []) | {"checks": [check]}
+    example = _called("reasoning", content, wording, others=content.choice((1, 2)))
+    (call,), answer = example["calls"], example["messages"][1]["content"]
+    described = next(tool for tool in example["tools"] if tool["name"] == call["name"])
+    values = ", ".join(
+        f"{name} is {json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items()
+    )
+    left_out = [p for p in described["parameters"]["properties"] if p not in call["arguments"]]
+    unsaid = f" Nothing is said about {', '.join(left_out)}, so the default holds." if left_out else ""
+    steps = f"{call['name']} fits: {described['description']} From the request, {values}.{unsaid}"
+    return _example(
+        "reasoning", example["tools"], example["messages"][0]["content"] + " " + style, f"{steps}\n{answer}", [call]
+    )
+
+
+def instruction(content: Random, wording: Random) -> dict:
+    """An instruction and its answer, both computed: about the standard library, or on a list of words or numbers."""
+    library = [tool for tool in phrasing.tools() if tool.in_library]
+    question, answer = content.choice((_about, _which, _sort_words, _statistic, _select, _as_json))(
+        content, library, wording
+    )
+    return _example("instruction", [], question, answer, [])
+
+
+def _called(kind: str, content: Random, wording: Random, *, others: int) -> dict:
+    tool = content.choice(phrasing.tools())
+    arguments, dress = phrasing.sample(tool, content), phrasing.dressed(tool, content)
+    tools = [phrasing.describe(t, phrasing.dressed(t, content)) for t in _others(tool, others, content)]
+    tools.insert(content.randint(0, len(tools)), phrasing.describe(tool, dress))
+    call = _call(tool, arguments, dress)
+    request = phrasing.phrase(*phrasing.core(tool, arguments, wording), wording)
+    return _example(kind, tools, request, _answer([call]), [call]) | {"made_for": f"{tool.domain}.{tool.name}"}
+
+
+def _others(tool: Tool, count: int, rng: Random) -> list[Tool]:
+    """Distractors, three of four from the same domain, where a careless reader would take them for the tool."""
+    everything = [t for t in phrasing.tools() if t is not tool and (t.domain == tool.domain or not _alike(t, tool))]
+    near = [other for other in everything if other.domain == tool.domain] or everything
+    return list(dict.fromkeys(rng.choice(near if rng.random() < 0.75 else everything) for _ in range(count)))
+
+
+@cache
+def stems(name: str, description: str) -> frozenset[str]:
+    """What a tool is about: the first five letters of its words, without those that say nothing."""
+    words = re.findall(r"[a-z]{4,}", f"{name} {description}".replace("_", " ").lower())
+    return frozenset(word[:5] for word in words) - VAGUE
+
+
+def _alike(one: Tool, other: Tool) -> bool:
+    """Whether two tools may do the same: a word of name or description is shared, by its first five letters."""
+    return bool(stems(one.name, one.description) & stems(other.name, other.description))
+
+
+def _call(tool: Tool, arguments: dict, dress: Dress) -> dict:
+    return {"name": phrasing.name_of(tool, dress), "arguments": phrasing.passed(tool, arguments, dress)}
+
+
+def _answer(calls: list[dict]) -> str:
+    return f"<tool_call>{json.dumps(calls, ensure_ascii=False)}</tool_call>"
+
+
+def _example(kind: str, tools: list[dict], request: str, answer: str, calls: list[dict]) -> dict:
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    return {"kind": kind, "tools": tools, "messages": messages, "calls": calls}
+
+
+def _joined(parts: list[tuple[str, str]], rng: Random) -> str:
+    frames = {frame for frame, _ in parts}
+    if len(frames) == 1 and frames != {"whole"} and rng.random() < 0.6:
+        link = rng.choice((", and ", "; also ", ", and then ", ", plus "))
+        return phrasing.phrase(frames.pop(), link.join(text for _, text in parts), rng)
+    sentences = [phrasing.phrase(frame, text, rng) for frame, text in parts]
+    return rng.choice((" ", " Also: ", " And one more: ", " Besides, ")).join(sentences)
+
+
+def _euclid(rng: Random) -> tuple[str, list[str], str, dict]:
+    a, b = rng.randint(20, 400), rng.randint(20, 400)
+    x, y, steps = max(a, b), min(a, b), []
+    while y:
+        steps.append(f"{x} = {x // y} * {y} + {x % y}.")
+        x, y = y, x % y
+    check = {"name": "math.gcd", "arguments": {"a": a, "b": b}, "result": repr(x)}
+    return f"What is the greatest common divisor of {a} and {b}?", [*steps, "The remainder is 0."], str(x), check
+
+
+def _mean(rng: Random) -> tuple[str, list[str], str, dict]:
+    data = [rng.randint(2, 90) for _ in range(rng.choice((4, 5, 8)))]
+    shown, total, result = ", ".join(map(str, data)), sum(data), statistics.mean(data)
+    steps = [f"The sum of {shown} is {total}.", f"There are {len(data)} numbers.", f"{total} / {len(data)} = {result}."]
+    check = {"name": "statistics.mean", "arguments": {"data": data}, "result": repr(result)}
+    return f"What is the average of {shown}?", steps, str(result), check
+
+
+def _multiple(rng: Random) -> tuple[str, list[str], str, dict]:
+    a, b = rng.randint(4, 90), rng.randint(4, 90)
+    divisor, result = math.gcd(a, b), math.lcm(a, b)
+    steps = [f"The greatest common divisor of {a} and {b} is {divisor}.", f"{a} * {b} = {a * b}."]
+    check = {"name": "math.lcm", "arguments": {"a": a, "b": b}, "result": repr(result)}
+    question = f"Two lamps blink every {a} and every {b} seconds. When do they blink together again?"
+    return question, [*steps, f"{a * b} / {divisor} = {result}."], f"after {result} seconds", check
+
+
+def _about(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+    tool = content.choice(library)
+    asked = ("What does {} do in Python?", "Explain the Python function {} to me.", "In Python, what is {} for?")
+    needs = ", ".join(f"`{p.name}`" for p in tool.parameters)
+    return wording.choice(asked).format(tool.name), f"{tool.description} It takes {needs}."
+
+
+def _which(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+    tool = content.choice(library)
+    asked = (
+        "Which function of Python's standard library does this: {}",
+        "I look for a Python function. {} What is it called?",
+    )
+    return wording.choice(asked).format(tool.description), f"`{tool.name}` does that."
+
+
+def _sort_words(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+    words = kind_of("[word]").sample(content)
+    asked = (
+        "Sort these words by the alphabet: {}.",
+        "Put the words {} in alphabetical order.",
+        "Can you sort {} from A to Z?",
+    )
+    return wording.choice(asked).format(say_value(words, wording)), ", ".join(sorted(words))
+
+
+def _statistic(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+    data = [content.randint(1, 90) for _ in range(content.choice((3, 5, 7)))]
+    name, function = content.choice((("largest", max), ("smallest", min), ("middle", statistics.median)))
+    asked = (
+        "Which of {1} is the {0} number?",
+        "Give me the {0} number among {1}.",
+        "Find the {0} of these numbers: {1}.",
+    )
+    return wording.choice(asked).format(name, say_value(data, wording)), f"The {name} number is {function(data)}."
+
+
+def _select(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+    data, limit = [content.randint(1, 90) for _ in range(6)], content.randint(20, 60)
+    kept = [str(n) for n in data if n > limit]
+    asked = ("Which numbers in {0} are larger than {1}?", "From {0}, list only what is above {1}.")
+    return wording.choice(asked).format(say_value(data, wording), limit), ", ".join(kept) or "None of them."
+
+
+def _as_json(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+    drawn = {field: kind_of(kind) for field, kind in (("name", "person"), ("city", "city"))}
+    record = {field: kind.sample(content) for field, kind in drawn.items()}
+    asked = (
+        "Write as a JSON object that {name} lives in {city}.",
+        "{name} lives in {city}. Give me this as a JSON object.",
+    )
+    return wording.choice(asked).format(**record), json.dumps(record)
+
+
+KINDS: dict[str, tuple[Callable[[Random, Random], dict], float]] = {  # the draft and its share
+    "single_call": (single_call, 0.30),
+    "several_candidates": (several_candidates, 0.27),
+    "parallel_calls": (parallel_calls, 0.12),
+    "no_function": (no_function, 0.13),
+    "missing_argument": (missing_argument, 0.06),
+    "structured_output": (structured_output, 0.05),
+    "reasoning": (reasoning, 0.04),
+    "instruction": (instruction, 0.03),
+}
+
+
+# --- dialogues -------------------------------------------------------------------------------------------------------
+
+Turn = tuple[dict, dict]  # a request and its answer
+
+DRESS = frozenset(  # words that only dress a tool (`phrasing.Dress`) and say nothing about it
+    word[:5].lower() for verbs, openings in phrasing.VERBS.values() for word in " ".join((*verbs, *openings)).split()
+)
+
+
+def dialogues(
+    examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
+) -> list[dict]:
+    """`count` dialogues of one to `most` calls and `refusals` refusals each, without system messages.
+
+    `families` is the share of those about tools of one domain. Raises ValueError where fewer than two of the examples
+    are single calls.
+    """
+    pool = [example for example in examples if example["kind"] == "single_call"]
+    if len(pool) < 2:
+        raise ValueError(f"{len(pool)} of {len(examples)} examples are single calls; a dialogue needs two or more")
+    related, rng = _families(pool), random.Random(f"dialogues-{seed}")
+    made = []
+    for _ in range(count):
+        near = related and rng.random() < families
+        parts = _family(rng.choice(related), rng, most=most, refusals=refusals) if near else None
+        made.append(_dialogue(*(parts or _unlike(pool, rng, calls=rng.randint(1, most), refusals=refusals)), rng))
+    return made
+
+
+def _dialogue(listed: list[dict], called: list[dict], refused: list[dict], rng: random.Random) -> dict:
+    tools = [tool for example in listed for tool in example["tools"]]
+    rng.shuffle(tools)
+    turns = [_turn(example) for example in called] + [_refused(example, rng) for example in refused]
+    rng.shuffle(turns)
+    return {
+        "kind": "dialogue",
+        "tools": tools,
+        "messages": [message for turn in turns for message in turn],
+        "calls": [call for example in called for call in example["calls"]],
+        "source": "dialogues",
+    }
+
+
+def _unlike(pool: list[dict], rng: random.Random, *, calls: int, refusals: int) -> tuple[list, list, list]:
+    drawn = rng.sample(pool, min(len(pool), 8 * (calls + refusals)))
+    unlike: list[dict] = []
+    for example in drawn:
+        if all(_apart(example, other) for other in unlike):
+            unlike.append(example)
+    return unlike[:calls], unlike[:calls], unlike[calls : calls + refusals]
+
+
+def _families(pool: Sequence[dict]) -> list[dict[str, list[dict]]]:
+    """Of each domain with more than one tool the examples by tool."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for example in pool:
+        domain, _, tool = example.get("made_for", "").partition(".")
+        if tool:
+            found.setdefault(domain, {}).setdefault(tool, []).append(example)
+    return [family for _, family in sorted(found.items()) if len(family) > 1]
+
+
+def _family(family: dict[str, list[dict]], rng: random.Random, *, most: int, refusals: int) -> tuple[list, list, list]:
+    """One example of each listed tool lends its schema, and its call where the tool is called."""
+    names = rng.sample(sorted(family), len(family))
+    count = rng.randint(2, min(4, len(names)))
+    listed = [rng.choice(family[name]) for name in names[:count]]
+    unlisted = [rng.choice(family[name]) for name in names[count : count + refusals]]
+    return listed, listed[: rng.randint(1, min(most, count))], unlisted
+
+
+def _apart(one: dict, other: dict) -> bool:
+    """Whether no tool of the one may do what a tool of the other does."""
+    return not _words(one) & _words(other)
+
+
+def _words(example: dict) -> frozenset[str]:
+    spaced = [(re.sub(r"(?<=[a-z])(?=[A-Z])|[.]", " ", t["name"]), t["description"]) for t in example["tools"]]
+    return frozenset().union(*(stems(*named) for named in spaced)) - DRESS
+
+
+def _turn(example: dict) -> Turn:
+    request, answer = example["messages"][-2:]
+    return request, answer
+
+
+def _refused(example: dict, rng: random.Random) -> Turn:
+    plain = [line for line in words.lines_of("refusals.txt") if "{}" not in line]
+    return example["messages"][-2], {"role": "assistant", "content": rng.choice(plain)}

@@ -1,0 +1,289 @@
+"""Make a model answer with well-formed function calls, or with plain text, while it decodes.
+
+1. The functions on offer become a grammar: `<tool_call>[{"name": ..., "arguments": {...}}, ...]</tool_call>` with the
+   arguments of each call in its function's JSON Schema, or (with `refusal`) any text that does not contain
+   `<tool_call>`, up to REFUSAL_TOKENS tokens long, so that "no function fits" can still be said.
+2. xgrammar compiles it against the tokenizer's vocabulary, once for each set of functions.
+3. During decoding, the logits of every token that cannot continue the text are set to minus infinity, row by row of
+   the batch.
+
+Source: Dong et al., "XGrammar: Flexible and Efficient Structured Generation Engine for Large Language Models" (2024).
+
+What it does not do: make a call right (only readable), order-free arguments (a grammar follows the order of the
+schema), or words of JSON Schema that no context-free grammar here enforces: such a schema is loosened, the function is
+named in `CallGrammar.loosened`, and the caller can count it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xgrammar
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from xgrammar import Grammar
+
+from avalab.data.calls import to_json_schema
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+MAX_CALLS = 8
+
+REFUSAL_TOKENS = 48  # a text without a call ends here: enough to say why, and no time is spent on more
+
+# Words that xgrammar reads and does not enforce: without them a schema accepts what its grammar produces.
+NOT_ENFORCED = {
+    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
+    *("dependentRequired", "dependentSchemas"),
+}
+
+FLOAT = (  # beside xgrammar's own rules: a number with a decimal point
+    "basic_float ::= ((basic_number_1 basic_number_2 basic_float_1 basic_number_5))\n"
+    'basic_float_1 ::= (("." basic_number_digits{1, -1}))\n'
+)
+
+
+@dataclass(frozen=True)
+class CallGrammar:
+    """A compiled grammar, and the functions whose schema had to be loosened to get it."""
+
+    compiled: xgrammar.CompiledGrammar
+    loosened: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """xgrammar's compiler for one tokenizer, with the grammars it has made."""
+
+    engine: xgrammar.GrammarCompiler
+    made: dict[str, CallGrammar] = field(default_factory=dict)
+
+
+def compiler(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Compiler:
+    """A compiler for models with this tokenizer and `vocabulary` logits (the model's rows, padding included)."""
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        tokenizer, vocab_size=vocabulary, stop_token_ids=stop_tokens(tokenizer)
+    )
+    return Compiler(xgrammar.GrammarCompiler(info, max_threads=1))
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the end of a ChatML turn where the vocabulary has it, else the tokenizer's own.
+
+    A tokenizer read from a GGUF file may name the beginning of a turn as its end-of-sequence token.
+    """
+    turn_end = tokenizer.get_vocab().get("<|im_end|>")
+    return [tokenizer.eos_token_id if turn_end is None else turn_end]
+
+
+def call_grammar(
+    compiler: Compiler, functions: list[dict[str, Any]], *, refusal: bool = True, max_calls: int = MAX_CALLS
+) -> CallGrammar:
+    """The grammar of 1 to `max_calls` calls to `functions`, or with `refusal` of a text without a call.
+
+    `functions` have `name` and `parameters` (BFCL's dialect or JSON Schema). Raises ValueError when nothing is allowed.
+    """
+    if not functions and not refusal:
+        raise ValueError("no functions and no refusal: nothing could be answered; pass one or allow the other")
+    key = json.dumps([functions, refusal, max_calls], sort_keys=True)
+    if key not in compiler.made:
+        compiler.made[key] = _compile(compiler.engine, functions, refusal=refusal, max_calls=max_calls)
+    return compiler.made[key]
+
+
+def _compile(engine: xgrammar.GrammarCompiler, functions: list[dict], *, refusal: bool, max_calls: int) -> CallGrammar:
+    schemas = {f["name"]: enforceable(to_json_schema(f)) for f in functions}
+    loosened = {f["name"] for f in functions if schemas[f["name"]] != to_json_schema(f)}
+    for name, schema in schemas.items():
+        try:
+            _from_schema(schema)
+        except RuntimeError:  # a pattern or reference that xgrammar cannot translate
+            schemas[name] = {"type": "object"}
+            loosened.add(name)
+    grammars = [_calls(schemas, max_calls)] if functions else []
+    if _declared(functions) & {"float", "number"} == {"float"}:
+        grammars = [with_fractions(grammar) for grammar in grammars]
+    if refusal:
+        text = {"type": "any_text", "excludes": [BEGIN], "max_tokens": REFUSAL_TOKENS}
+        grammars.append(Grammar.from_structural_tag({"type": "structural_tag", "format": text}))
+    whole = Grammar.union(*grammars) if len(grammars) > 1 else grammars[0]
+    return CallGrammar(engine.compile_grammar(whole), tuple(sorted(loosened)))
+
+
+def _calls(schemas: dict[str, dict], max_calls: int) -> Grammar:
+    begin, end = (Grammar.from_ebnf(f'root ::= "{text}"') for text in (BEGIN, END))
+    return Grammar.concat(begin, _from_schema(answer_schema(schemas, max_calls=max_calls)), end)
+
+
+def with_fractions(grammar: Grammar) -> Grammar:
+    """The grammar with a decimal point in every number of a list: [12.0] where [12] was allowed, too.
+
+    Python's type float, which JSON Schema does not have, is written so. A checker of types takes a whole number for a
+    float argument, but not inside a list.
+    """
+    rules = re.sub(r'("\[" |::= \(\(", " )basic_number\b', r"\1basic_float", str(grammar))
+    return Grammar.from_ebnf(rules + FLOAT)
+
+
+def _declared(schema: Any) -> set[str]:
+    """The names of types that stand anywhere in these functions."""
+    if isinstance(schema, list):
+        return set().union(*map(_declared, schema))
+    if not isinstance(schema, dict):
+        return set()
+    own = {schema["type"]} if isinstance(schema.get("type"), str) else set()
+    return own.union(*map(_declared, schema.values()))
+
+
+def _from_schema(schema: dict) -> Grammar:
+    """Fixed spaces keep answers short; strict mode would forbid the items of a list that declares none."""
+    return Grammar.from_json_schema(schema, any_whitespace=False, strict_mode=False)
+
+
+def answer_schema(schemas: dict[str, dict], *, max_calls: int = MAX_CALLS) -> dict[str, Any]:
+    """The JSON Schema of a list of calls; `schemas` maps a function's name to the schema of its arguments."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": schema},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, schema in schemas.items()
+    ]
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": max_calls}
+
+
+def enforceable(schema: Any) -> Any:
+    """The schema without the words a grammar does not enforce, at every depth (names of properties are kept)."""
+    if isinstance(schema, list):
+        return [enforceable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key not in NOT_ENFORCED}
+    if "oneOf" in kept:  # "exactly one" becomes "at least one"
+        kept["anyOf"] = kept.pop("oneOf")
+    if len(kept.get("allOf", ())) > 1:
+        del kept["allOf"]
+    for key, value in kept.items():
+        if key in ("properties", "$defs"):
+            kept[key] = {name: enforceable(inner) for name, inner in value.items()}
+        elif key not in ("enum", "const", "default", "examples"):
+            kept[key] = enforceable(value)
+    return kept
+
+
+def constrain(grammars: list[CallGrammar]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor for one `generate` call: row i of the batch follows `grammars[i]`.
+
+    Returns a function of (token ids so far, logits `batch vocab`) for `generate(logits_processor=[...])`. It keeps
+    the state of the rows, so every `generate` call needs its own.
+    """
+    matchers = [xgrammar.GrammarMatcher(grammar.compiled) for grammar in grammars]
+    started = False
+
+    def mask(tokens: Tensor, logits: Tensor) -> Tensor:
+        nonlocal started
+        if len(tokens) != len(matchers):
+            raise ValueError(f"a batch of {len(tokens)} rows for {len(matchers)} grammars; give one grammar a row")
+        if started:
+            _advance(matchers, tokens[:, -1].tolist())
+        started = True
+        return _mask(matchers, logits)
+
+    return mask
+
+
+def _advance(matchers: list[xgrammar.GrammarMatcher], tokens: list[int]) -> None:
+    for matcher, token in zip(matchers, tokens, strict=True):
+        if not matcher.is_terminated():  # what follows the end is padding
+            accepted = matcher.accept_token(token)
+            assert accepted, "the sampler chose a token that was masked"
+
+
+def _mask(matchers: list[xgrammar.GrammarMatcher], logits: Tensor) -> Tensor:
+    """Minus infinity, in place, for the tokens that no row's grammar allows next."""
+    if not matchers:
+        return logits
+    allowed = xgrammar.allocate_token_bitmask(len(matchers), logits.shape[-1])
+    for row, matcher in enumerate(matchers):
+        if not matcher.is_terminated():
+            matcher.fill_next_token_bitmask(allowed, row)
+    xgrammar.apply_token_bitmask_inplace(logits, allowed.to(logits.device))
+    return logits
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    grammars: list[CallGrammar] | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, str]]:
+    """Greedy answers, batch after batch, as (index of the prompt, text): write each down and a stop costs one batch.
+
+    Prompts are finished chat texts. They are batched by length, shortest first; a row that has ended leaves its batch,
+    and a beginning that the grammar leaves no choice about is read with the prompt instead of decoded.
+    """
+    matchers = [xgrammar.GrammarMatcher(grammar.compiled) for grammar in grammars or ()]
+    forced = [_forced_beginning(matcher, tokenizer) for matcher in matchers] or [[]] * len(prompts)
+    rows = [tokenizer(p, add_special_tokens=False).input_ids + f for p, f in zip(prompts, forced, strict=True)]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    stops = stop_tokens(tokenizer)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        of_batch = [matchers[index] for index in batch] if matchers else []
+        ids, seen = left_padded([rows[index] for index in batch], stops[0])
+        new = _decode(model, ids, seen, matchers=of_batch, stops=stops, max_new_tokens=max_new_tokens)
+        whole = [[*forced[i], *tokens] for i, tokens in zip(batch, new, strict=True)]
+        texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+        yield from zip(batch, texts, strict=True)
+
+
+def _forced_beginning(matcher: xgrammar.GrammarMatcher, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of the text every answer begins with; the last one is left to the model, as it may go on beyond it."""
+    tokens = tokenizer(matcher.find_jump_forward_string(), add_special_tokens=False).input_ids[:-1]
+    _advance([matcher] * len(tokens), tokens)
+    return tokens
+
+
+def left_padded(rows: list[list[int]], padding: int) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Token ids padded on the left to the longest row, and 1 where a token is not padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+@torch.inference_mode()
+def _decode(
+    model: PreTrainedModel, ids: Tensor, seen: Tensor, *, matchers: list, stops: list[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of left-padded rows, without their end token."""
+    cache = DynamicCache(config=model.config)
+    ids, seen = ids.to(model.device), seen.to(model.device)
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)
+    alive, new = list(range(len(ids))), [[] for _ in ids]
+    for _ in range(max_new_tokens):
+        output = model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        chosen = _mask(matchers, output.logits[:, -1].float()).argmax(-1).tolist()
+        _advance(matchers, chosen if matchers else [])
+        kept = [row for row, token in enumerate(chosen) if token not in stops]
+        for row in kept:
+            new[alive[row]].append(chosen[row])
+        if not kept:
+            break
+        if len(kept) < len(alive):
+            alive, matchers = [alive[row] for row in kept], [matchers[row] for row in kept if matchers]
+            cache.batch_select_indices(torch.tensor(kept, device=model.device))
+        ids = torch.tensor([[chosen[row]] for row in kept], device=model.device)
+        seen = torch.cat([seen[kept], torch.ones_like(ids)], 1)
+        positions = positions[kept, -1:] + 1
+    return new

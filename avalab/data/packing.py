@@ -1,0 +1,246 @@
+"""Rows of tokens that a model is trained on: packed chats, windows of text, and answers that somebody else gave.
+
+1. `encode` renders a chat through the tokenizer's template and splits it where each answer begins, so that the tokens
+   before are exactly those of generation. A label stands at the position that predicts it: no later shift.
+2. `pack` fills rows of at most `row_tokens` with whole examples in a seeded order, each into the first row with room
+   (first fit, at most twice the fewest rows). Rows are not padded; an example longer than a row is refused, not cut.
+3. A row is `input_ids`, `labels`, `position_ids` (from zero in each example) and `boundaries` (where examples begin,
+   and the end): attention stays between boundaries (`packed_attention`), so packing changes no loss.
+
+What a student reads while it is distilled has every token scored, since a teacher has an opinion about the prompt's
+tokens too: `text_rows` are windows of calibration text, `chat_rows` whole chats. `answered` puts another's answers into
+chats (by text alone: Kim and Rush 2016, arXiv 1606.07947), `own_answers` the student's own, sampled at temperature 1:
+it then learns on the mistakes that it really makes (on-policy: Agarwal et al. 2024, arXiv 2306.13649).
+
+`rehearsal_rows` keep a model from forgetting what is not trained: general text with the base's final hidden states,
+towards which the loss pulls (`losses.rehearsed`). Plain next-token training on that text would teach something new and
+make the measure of forgetting look better than it is. Source: learning without forgetting: Li and Hoiem 2016, arXiv
+1606.09282. Packing without cross-contamination: Krell et al. 2021, arXiv 2107.02027.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from avalab.data import corpora, grammars
+from avalab.lab.artifacts import Artifact
+from avalab.lab.run import Run
+from avalab.models import checkpoint, predict
+
+IGNORED = -100  # a label that does not count
+
+Rows = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids, and at each position the id it has to predict, or IGNORED."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
+    """A chat that ends with an answer; every answer in it is learned.
+
+    Raises ValueError for a chat that does not end with an assistant's message, or a template that renders the prompt
+    differently once it is answered.
+    """
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"a chat to learn from ends with an assistant's answer, this one has {_roles(messages)}")
+    ids, learned, done = [], [], ""
+    for answered in [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]:
+        prompt = tokenizer.apply_chat_template(messages[:answered], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: answered + 1], tokenize=False).rstrip()
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            raise ValueError("the chat template renders an answered prompt differently; answers cannot be told apart")
+        # The template's newline after the end token is never generated: it belongs to the next prompt.
+        for text, counts in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
+            tokens = tokenizer(text, add_special_tokens=False).input_ids
+            ids, learned, done = ids + tokens, learned + [counts] * len(tokens), whole
+    labels = [following if counts else IGNORED for following, counts in zip(ids[1:], learned[1:], strict=True)]
+    return Encoded(ids, [*labels, IGNORED])
+
+
+def pack_chats(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict], *, row_tokens: int, context: int, seed: int
+) -> Rows:
+    """Examples (`{"messages": [...]}`) as packed rows for a model that sees `context` tokens at once.
+
+    Raises ValueError naming an example longer than a row or than the context.
+    """
+    encoded = []
+    for number, example in enumerate(examples):
+        encoded.append(encode_chat(tokenizer, example["messages"]))
+        length = len(encoded[-1].ids)
+        if length > context:
+            raise ValueError(f"example {number} has {length} tokens, the model's context {context}; leave it out")
+        if length > row_tokens:
+            raise ValueError(f"example {number} has {length} tokens, a row {row_tokens}; raise row_tokens")
+    return pack_rows(encoded, row_tokens=row_tokens, seed=seed)
+
+
+def fitting(tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict], tokens: int) -> list[dict]:
+    """Those of the examples that have at most so many tokens."""
+    return [example for example in examples if len(encode_chat(tokenizer, example["messages"]).ids) <= tokens]
+
+
+def pack_rows(examples: list[Encoded], *, row_tokens: int, seed: int) -> Rows:
+    """Rows of whole examples in a seeded order; every example is in exactly one."""
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    filled: list[list[Encoded]] = []
+    room: list[int] = []
+    for index in order:
+        length = len(examples[index].ids)
+        place = next((i for i, left in enumerate(room) if left >= length), None)
+        if place is None:
+            filled.append([])
+            room.append(row_tokens)
+            place = len(filled) - 1
+        filled[place].append(examples[index])
+        room[place] -= length
+    return [_row(members) for members in filled]
+
+
+def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of one row, with the batch axis that models expect. Raises ValueError for several rows."""
+    if len(batch) != 1:
+        raise ValueError(f"a batch is one packed row, got {len(batch)}; use longer rows or gradient accumulation")
+    return {name: value if name == "boundaries" else value[None] for name, value in batch[0].items()}
+
+
+def _row(members: list[Encoded]) -> dict[str, Tensor]:
+    ends = torch.tensor([0] + [len(member.ids) for member in members]).cumsum(0)
+    return {
+        "input_ids": torch.tensor([i for member in members for i in member.ids]),
+        "labels": torch.tensor([label for member in members for label in member.labels]),
+        "position_ids": torch.cat([torch.arange(len(member.ids)) for member in members]),
+        "boundaries": ends,
+    }
+
+
+def _roles(messages: list[dict]) -> str:
+    return ", ".join(message["role"] for message in messages) or "no message"
+
+
+# --- every token scored: what a student reads while it is distilled -------------------------------------------------
+
+
+def text_rows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int, row_tokens: int) -> Rows:
+    """About `tokens` tokens of calibration text in rows of `row_tokens`, in a seeded order.
+
+    Raises ValueError when there is not so much text.
+    """
+    read = corpora.shuffled_windows(run, tokenizer, tokens=row_tokens, count=max(1, tokens // row_tokens))
+    return window_rows(read)
+
+
+def window_rows(windows: Int[Tensor, "window time"], *, windows_per_row: int = 1) -> Rows:
+    """Rows of one or several windows, none of which sees another; every token scored that has a successor."""
+    found = []
+    for part in windows.split(windows_per_row):
+        ends = torch.arange(len(part) + 1) * part.shape[1]
+        positions = torch.arange(part.shape[1]).repeat(len(part))
+        found.append(whole_row({"input_ids": part.flatten(), "position_ids": positions, "boundaries": ends}))
+    return found
+
+
+def sample_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], *, tokens: int, seed: int
+) -> list[dict]:
+    """The first examples in a seeded order that have `tokens` tokens together; all where there are fewer.
+
+    Raises ValueError when there are none.
+    """
+    chosen, total = [], 0
+    for example in random.Random(seed).sample(list(examples), len(examples)):
+        if total >= tokens:
+            break
+        chosen.append(example)
+        total += len(encode_chat(tokenizer, example["messages"]).ids)
+    if not chosen:
+        raise ValueError("no example fits into a row; use longer rows or other examples")
+    return chosen
+
+
+def chat_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], *, row_tokens: int, seed: int) -> Rows:
+    """Packed chats, every token scored; those longer than a row are left out."""
+    packed = pack_chats(
+        tokenizer, fitting(tokenizer, examples, row_tokens), row_tokens=row_tokens, context=row_tokens, seed=seed
+    )
+    return [whole_row(row) for row in packed]
+
+
+def whole_row(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The row with every token scored that has a successor in its own example."""
+    labels = row["input_ids"].roll(-1)
+    labels[row["boundaries"][1:] - 1] = IGNORED
+    return {**row, "labels": labels}
+
+
+def answered(examples: Sequence[dict], teacher: Callable[[list[dict]], str]) -> list[dict]:
+    """The examples with the teacher's answers in place of theirs; teachers keep their answers, so a stop costs none."""
+    asked = [example["messages"][:-1] for example in examples]
+    if hasattr(teacher, "ahead"):
+        teacher.ahead(asked, progress=teacher.__name__)
+    texts = (teacher(messages) for messages in tqdm(asked, desc="teacher", leave=False))
+    return [_with_answer(example, text) for example, text in zip(examples, texts, strict=True)]
+
+
+def own_answers(
+    student: Artifact, examples: Sequence[dict], *, run: Run, new_tokens: int = 64, batch_size: int = 8
+) -> list[dict]:
+    """The examples with answers that the student draws at temperature 1, the same ones for the same seed."""
+    model, tokenizer = checkpoint.load_model(student, run.device), checkpoint.load_tokenizer(student)
+    stops, found = grammars.stop_tokens(tokenizer), []
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        for start in tqdm(range(0, len(examples), batch_size), desc=f"{student.name} answers", leave=False):
+            part = examples[start : start + batch_size]
+            prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in part]
+            ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, stops[0]))
+            out = model.generate(
+                ids,
+                attention_mask=seen,
+                eos_token_id=stops,
+                pad_token_id=stops[0],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=new_tokens,
+            )
+            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            found += [_with_answer(example, text) for example, text in zip(part, texts, strict=True)]
+    return found
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _with_answer(example: dict, text: str) -> dict:
+    return {**example, "messages": [*example["messages"][:-1], {"role": "assistant", "content": text}]}
+
+
+# --- rehearsal -------------------------------------------------------------------------------------------------------
+
+
+def rehearsal_rows(run: Run, teacher: Artifact, *, tokens: int, row_tokens: int) -> Rows:
+    """About `tokens` tokens of calibration text as rows of training, with the teacher's hidden states as `teacher`."""
+    windows = corpora.shuffled_windows(run, checkpoint.load_tokenizer(teacher), tokens=row_tokens)
+    model, found = checkpoint.load_model(teacher, run.device), []
+    for window in windows[: max(1, tokens // row_tokens)]:
+        hidden = predict.hidden_states(model, window[None])[0].cpu()
+        # Cloned into an ordinary tensor: inference tensors take no part in training.
+        found.append({**window_rows(window[None])[0], "teacher": hidden.clone()})
+    return found

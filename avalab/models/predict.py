@@ -1,0 +1,219 @@
+"""What a causal language model predicts: hidden states, next-token log-probabilities, and their scores token by token.
+
+1. `reference` runs the base once on fixed windows and caches its *final hidden states* (after the last norm, bf16, one
+   vector a token), not log-probabilities: those are recomputed, chunk by chunk, from the hidden states and the base's
+   own head, which takes 1/85 of the space at a vocabulary of 49,152.
+2. `score_model` (through the model's own head) and `score_logits` (from whatever gives logits) keep, for every token
+   that has a successor, its negative log-likelihood, the KL divergence KL(reference || candidate) of the next-token
+   distributions, and whether both rank the same token first.
+
+An unquantised head is applied in float32 to the model's hidden states, for reference and candidate alike: logits
+rounded to bf16 would add a KL divergence of about 0.001 that no method is to blame for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.lab.cache import cache_path, cached_tensors
+from avalab.lab.code import code_of
+from avalab.models import checkpoint
+
+CHUNK_TOKENS = 256  # rows of float32 logits held at once
+
+BATCH_WINDOWS = 4
+
+Candidate = Callable[[slice], Float[Tensor, "token vocab"]]  # rows of a window -> log-probabilities
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What every candidate is compared with: the base's hidden states and head on fixed windows."""
+
+    base: Artifact
+    windows: Int[Tensor, "window time"]
+    hidden: Float[Tensor, "window time channel"]
+    head: nn.Module
+    softcap: float | None
+    identity: str  # of base and windows together
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per predicted token: negative log-likelihood and KL divergence in nats, and top-1 agreement (0 or 1)."""
+
+    nll: Float[Tensor, "window token"]
+    kl: Float[Tensor, "window token"]
+    agrees: Float[Tensor, "window token"]
+
+
+# --------------------------------------------------------------------------------------------------- scores of a model
+
+
+def make_reference(base: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str = "cpu") -> Reference:
+    """The base's hidden states on these windows, computed once and kept in `cache`."""
+    hidden, head, softcap = cached_hidden_states(base, windows, cache, device)
+    identity = artifacts.combined_sha256([("base", base.sha256), ("windows", windows_sha256(windows))])
+    return Reference(base, windows, hidden, head, softcap, identity)
+
+
+def cached_hidden_states(
+    artifact: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str = "cpu"
+) -> tuple[Float[Tensor, "window time channel"], nn.Module, float | None]:
+    """An artefact's final hidden states, computed once and kept in `cache`, with its head and the soft cap of that."""
+    model = checkpoint.load_model(artifact, device)
+    code = code_of(cached_hidden_states)
+    path = cache_path(cache, "hidden", artifact.sha256, windows_sha256(windows), code[:8], torch.device(device).type)
+
+    def compute() -> dict[str, Tensor]:
+        return {"hidden": torch.cat([hidden_states(model, batch).cpu() for batch in windows.split(BATCH_WINDOWS)])}
+
+    return cached_tensors(path, compute)["hidden"], *output_head(model)
+
+
+def score_model(model: PreTrainedModel, against: Reference, *, progress: str = "") -> TokenScores:
+    """Score a model on the reference's windows; `progress` labels the bar, none is shown without it."""
+    batches = tqdm(against.windows.split(BATCH_WINDOWS), desc=progress, disable=not progress, leave=False)
+    return score_hidden_states(model, (state for batch in batches for state in hidden_states(model, batch)), against)
+
+
+def score_hidden_states(
+    model: PreTrainedModel, hidden: Iterable[Float[Tensor, "time channel"]], against: Reference
+) -> TokenScores:
+    """Score each window's final hidden states through the model's own head."""
+    head, softcap = in_float32(*output_head(model))
+
+    def candidate(state: Tensor) -> Candidate:
+        return lambda rows: log_probabilities(state[rows], head, softcap)
+
+    return _score_windows(map(candidate, hidden), against)
+
+
+def score_logits(logits: Callable[[list[int]], Float[Tensor, "time vocab"]], against: Reference) -> TokenScores:
+    """Score what gives logits after each token of a window, as `Engine.logits` does."""
+
+    def candidate(window: Tensor) -> Candidate:
+        found = logits(window.tolist())
+        return lambda rows: found[rows].float().log_softmax(-1)
+
+    return _score_windows(map(candidate, against.windows), against)
+
+
+@torch.inference_mode()
+def _score_windows(candidates: Iterable[Candidate], against: Reference) -> TokenScores:
+    """Scores of one candidate a window."""
+    head, softcap = in_float32(against.head, against.softcap)
+    scored = []
+    for window, expected, candidate in zip(against.windows, against.hidden, candidates, strict=True):
+        parts = []
+        for rows in chunks(len(window) - 1):
+            ours = candidate(rows)
+            theirs = log_probabilities(expected[rows], head, softcap).to(ours.device)
+            parts.append([c.cpu() for c in token_scores(ours, theirs, window[1:][rows].to(ours.device))])
+        scored.append([torch.cat(column) for column in zip(*parts, strict=True)])
+    return TokenScores(*(torch.stack(column) for column in zip(*scored, strict=True)))
+
+
+def chunks(tokens: int) -> Iterator[slice]:
+    """Consecutive rows, as many as logits are held at once."""
+    for start in range(0, tokens, CHUNK_TOKENS):
+        yield slice(start, min(start + CHUNK_TOKENS, tokens))
+
+
+def windows_sha256(windows: Int[Tensor, "window time"]) -> str:
+    """Identity of a set of windows: the hash of their shape and token ids."""
+    return artifacts.sha256_of_text(f"{tuple(windows.shape)}:{windows.flatten().tolist()}")
+
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+def token_scores(
+    log_probabilities: Float[Tensor, "token vocab"],
+    reference_log_probabilities: Float[Tensor, "token vocab"],
+    targets: Int[Tensor, "token"],
+) -> tuple[Float[Tensor, "token"], Float[Tensor, "token"], Float[Tensor, "token"]]:
+    """Negative log-likelihood of the targets, KL(reference || candidate), and top-1 agreement, per token."""
+    nll = -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
+    agrees = log_probabilities.argmax(-1) == reference_log_probabilities.argmax(-1)
+    return nll, kl_divergence(reference_log_probabilities, log_probabilities), agrees.float()
+
+
+def kl_divergence(
+    reference: Float[Tensor, "token vocab"], candidate: Float[Tensor, "token vocab"]
+) -> Float[Tensor, "token"]:
+    """KL(reference || candidate) of next-token distributions, in nats, one value a token.
+
+    Both arguments are finite log-probabilities; the sum runs in float32 whatever their dtype.
+    Source: Kullback and Leibler (1951), eq. 2.4.
+    """
+    return F.kl_div(candidate.float(), reference.float(), reduction="none", log_target=True).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------- hidden states and head
+
+
+@torch.inference_mode()
+def hidden_states(model: PreTrainedModel, windows: Int[Tensor, "window time"]) -> Float[Tensor, "window time channel"]:
+    """What the model hands to its head: the final norm's output."""
+    return model.base_model(input_ids=windows.to(model.device), use_cache=False).last_hidden_state
+
+
+def output_head(model: PreTrainedModel) -> tuple[nn.Module, float | None]:
+    """The model's LM head and the soft cap of its logits, if it has one (Gemma 2).
+
+    Raises ValueError for a model that scales its logits after the head (Granite, Cohere): not implemented.
+    """
+    for scale in ("logits_scaling", "logit_scale"):
+        if getattr(model.config, scale, None) not in (None, 1, 1.0):
+            raise ValueError(f"{model.config.model_type} models multiply their logits by {scale}; not supported here")
+    return model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+
+
+def log_probabilities(
+    hidden: Float[Tensor, "token channel"], head: nn.Module, softcap: float | None = None
+) -> Float[Tensor, "token vocab"]:
+    """Next-token log-probabilities in float32; a plain linear head is applied in float32 too."""
+    head, softcap = in_float32(head, softcap)
+    # A quantised head decides its own arithmetic.
+    logits = _exact_product(hidden, head) if _is_plain(head) else head(hidden).float()
+    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
+
+
+def in_float32(head: nn.Module, softcap: float | None) -> tuple[nn.Module, float | None]:
+    """A float32 copy of a plain linear head that is not in float32 yet; any other head as it is."""
+    if not _is_plain(head) or head.weight.dtype == torch.float32:
+        return head, softcap
+    wide = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    wide.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
+    wide.bias = None if head.bias is None else nn.Parameter(head.bias.detach().float(), requires_grad=False)
+    wide.from_bf16 = head.weight.dtype == torch.bfloat16
+    return wide, softcap
+
+
+def _is_plain(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter
+
+
+def _exact_product(hidden: Float[Tensor, "token channel"], head: nn.Linear) -> Float[Tensor, "token vocab"]:
+    """The float32 product; where both factors came from bf16, bf16 units form it from the same exact products."""
+    hidden = hidden.to(head.weight.device)
+    if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or not getattr(head, "from_bf16", False):
+        return head(hidden.float())
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # rounds float32 factors to bf16: nothing to round here
+    try:
+        return head(hidden.float())
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -1,0 +1,1 @@
+"""Which artefact under which budget, and the way there."""

@@ -1,0 +1,67 @@
+"""Shrinking steps one after another, and what each of them cost: a ledger.
+
+`ledger` takes the artefacts of a chain in order, the base first, and appends for each step the difference it made to
+every metric that was recorded for it and for the one before it: bytes, divergence, accuracy. A step's cost is not its
+own alone: it is what the step does to the model it was given, so that another order has another ledger.
+
+`dequantised` is the bf16 artefact with a 4-bit artefact's values, so that pruning can come after rounding.
+
+What it does not do: choose steps or their order, or measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from avalab.lab import artifacts, process
+from avalab.lab.artifacts import Artifact
+from avalab.lab.run import Record, Run
+from avalab.models import adapters, checkpoint
+
+
+def shipped_bytes(artifact: Artifact) -> int:
+    """Bytes of the weights that a user needs: an adapter's and its base's."""
+    return artifact.bytes + (checkpoint.base_of(artifact).bytes if artifact.format == "peft" else 0)
+
+
+def ledger(run: Run, subjects: Sequence[str], metrics: Sequence[str]) -> list[Record]:
+    """Append `cost:<metric>` of every subject but the first: its value less that of the subject before it.
+
+    Raises ValueError for a subject without one of the metrics.
+    """
+    known = {(r.subject, r.metric): r for r in run.records}
+    found = []
+    for before, after in pairwise(subjects):
+        for metric in metrics:
+            if missing := [s for s in (before, after) if (s, metric) not in known]:
+                raise ValueError(f"no {metric} of {missing[0]!r}; measure every step before its ledger")
+            old, new = known[before, metric], known[after, metric]
+            details = {"before": before, "value_before": old.value, "value": new.value}
+            about = {"n": new.n, "artifact_sha256": new.artifact_sha256, "details": details}
+            found.append(run.record(after, f"cost:{metric}", new.value - old.value, new.unit, **about))
+    return found
+
+
+def dequantised(artifact: Artifact) -> Artifact:
+    """The bf16 artefact of the values that a bitsandbytes 4-bit one stands for, beside it.
+
+    Raises ValueError for another format.
+    """
+    if artifact.format != "bitsandbytes":
+        raise ValueError(f"{artifact.name} is in format {artifact.format!r}; only bitsandbytes 4-bit ones are decoded")
+    name, recipe = f"{artifact.name}+bf16", [*artifact.card["recipe"], {"step": "dequantise", "dtype": "bfloat16"}]
+    found = artifacts.find_artifact(name, artifact.path.parent, recipe, artifact.sha256)
+    if found:
+        return found
+
+    def save(folder: Path) -> None:
+        model = checkpoint.load_model(artifact)
+        adapters.replace_quantised(model)
+        with process.quietly():
+            checkpoint.save_model(model, checkpoint.load_tokenizer(artifact), folder)
+
+    origin = {"name": artifact.name, "sha256": artifact.sha256}
+    about = {"base": origin, "recipe": recipe, "format": "bf16", "licence": artifact.card["licence"]}
+    return artifacts.write_artifact(name, artifact.path.parent, save, **about)

@@ -1,0 +1,299 @@
+"""Distil a teacher into a smaller student: the training loop with a loss that listens to the teacher.
+
+    adapter = distill.train_student(pruned, teacher, rows, run=run, name="pruned+kl", recipe=Recipe())
+    student = adapters.merge(adapter)
+
+The loss of a row is a sum, each part with a weight of the recipe:
+
+| part | what is compared | source |
+|---|---|---|
+| `kl` | KL(teacher || student) at a temperature T, times T^2 | Hinton et al. 2015, arXiv 1503.02531 |
+| `reverse` | the share of `kl` that is KL(student || teacher) instead | Gu et al. 2024, arXiv 2306.08543 |
+| `cross_entropy` | the row's own labels | |
+| `hidden`, `attention` | mapped blocks: residual stream, attention (`losses`) | TinyBERT, MiniLM |
+
+A part with weight 0 is not computed. The teacher is `online` (it reads each row before the student does, without
+gradients; its logits exist a chunk at a time), or was asked before: `sampled` and `topk` targets (`targets`) are kept
+in a file and cost the step next to nothing. On-policy training is the same call with the student's own answers as rows
+(`packed_rows.own_answers`), teaching by text alone with a teacher's answers (`packed_rows.answered`) and `kl` = 0.
+
+The student is trained through adapters (`finetune.Recipe`), also on a 4-bit base, or with rank 0 as a whole
+(`adapters.apply_wide_weights`). The same student, teacher, rows, recipe and code give the artefact that is there
+already; a killed run goes on from its last checkpoint. Student and teacher have one tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from avalab import kernels
+from avalab.data.packing import IGNORED, Rows, collate
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.lab.code import code_of
+from avalab.lab.run import Run
+from avalab.models import adapters, checkpoint, predict
+from avalab.models.attention import apply_packed_attention
+from avalab.train import finetune, loop, losses, targets
+from avalab.train.targets import FORMS, Form
+
+ONLINE = "online"
+
+TEACHERS = (ONLINE, *FORMS)
+
+FITTED_ROWS = 4  # of the rows: what a projection between widths is fitted on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the student listens, and how it is trained. Weights of 0 leave a part out."""
+
+    kl: float = 1.0
+    temperature: float = 1.0
+    reverse: float = 0.0  # share of `kl`
+    cross_entropy: float = 0.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    pairs: int = 4  # of blocks that are compared, evenly spaced
+    layer_map: losses.Map = ()  # (student's block, teacher's block); empty: `pairs` of them
+    teacher: str = ONLINE
+    count: int = 50  # draws or words a token of stored targets
+    training: finetune.Recipe = field(default_factory=finetune.Recipe)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the teacher's model is needed at all."""
+        return any((self.kl, self.hidden, self.attention))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss `train.fit` calls. `teacher` is None where stored targets, or the labels alone, are all there is."""
+
+    recipe: Recipe
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    layer_map: losses.Map
+    projections: tuple[Tensor | None, ...]  # of each pair of the map
+    identity: str
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether the loop has to hand over the residual stream."""
+        return bool(self.recipe.hidden or self.recipe.attention)
+
+    def __call__(
+        self, hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict
+    ) -> Float[Tensor, ""]:
+        recipe, keep = self.recipe, batch["labels"] != IGNORED
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if recipe.cross_entropy:
+            labels = kernels.linear_cross_entropy(hidden, head, batch["labels"], ignore_index=IGNORED)
+            loss = loss + recipe.cross_entropy * labels
+        if recipe.kl and recipe.teacher != ONLINE:
+            loss = loss + recipe.kl * _from_targets(hidden, head, batch, recipe)
+        if self.teacher is not None:
+            heard = teacher_outputs(self.teacher, batch, layers=self.needs_layers)
+            loss = loss + recipe.kl * _divergence(hidden, head, (heard.last_hidden_state, self.teacher), keep, recipe)
+            loss = loss + self._inside(batch, heard.hidden_states, keep[0])
+        return loss
+
+    def _inside(self, batch: dict, theirs: tuple[Tensor, ...] | None, keep: Tensor) -> Tensor | float:
+        """Mean over the map of what blocks are compared by; the stream behind block b stands at b + 1."""
+        total = 0.0
+        for (mine, other), projection in zip(self.layer_map, self.projections, strict=True):
+            if self.recipe.hidden:
+                ours, aim = batch["layers"][mine + 1][0][keep], theirs[other + 1][0][keep]
+                total = total + self.recipe.hidden * losses.relative_error(ours, aim, projection)
+            if self.recipe.attention:
+                seen = losses.attention_maps(self.student, mine, batch["layers"][mine], batch)
+                with torch.no_grad():
+                    aims = losses.attention_maps(self.teacher, other, theirs[other], batch)
+                parts = [losses.attention_divergence(a, b) for a, b in zip(seen, aims, strict=True)]
+                total = total + self.recipe.attention * torch.stack(parts).mean()
+        return total / len(self.layer_map) if self.layer_map else total
+
+
+def train_student(
+    student: Artifact,
+    teacher: Artifact | None,
+    rows: Rows,
+    *,
+    run: Run,
+    name: str,
+    recipe: Recipe | None = None,
+) -> Artifact:
+    """The artefact `name`: adapters beside the student they belong to, or, with rank 0, the trained student in bf16.
+
+    Rows are tokens of the student's tokenizer (`packed_rows`). Raises ValueError for a recipe that listens to nobody or
+    in no known way, a teacher with another tokenizer, and what `train.fit` raises.
+    """
+    recipe = recipe or Recipe()
+    _refuse(recipe, student, teacher)
+    step = {"step": "distill", **asdict(recipe), "teacher_name": teacher.name if teacher else ""}
+    step |= {"teacher_sha256": teacher.sha256 if teacher else "", "rows": targets.rows_sha256(rows), "seed": run.seed}
+    identity = artifacts.sha256_of_text(json.dumps([student.sha256, step], sort_keys=True))
+
+    def fill(folder: Path) -> dict:
+        start, bytes_per_token, taught = time.perf_counter(), 0.0, rows
+        if recipe.kl and recipe.teacher != ONLINE:
+            form = Form(recipe.teacher, recipe.count, recipe.temperature, run.seed)
+            taught, bytes_per_token = targets.attach_targets(run, rows, teacher, form)
+        target_seconds = time.perf_counter() - start
+        model = prepare_student(student, recipe, run)
+        loss = objective_of(model, teacher, recipe, rows=rows, device=run.device, identity=identity)
+        checkpoints = run.artifacts_dir / "checkpoints" / name
+        history = loop.fit(model, taught, schedule=recipe.training.schedule, folder=checkpoints, loss=loss)
+        _save(model, student, folder, history, whole=not recipe.training.rank)
+        return {
+            "tokens": sum(len(row["input_ids"]) for row in rows),
+            "scored_tokens": sum(int((row["labels"] != IGNORED).sum()) for row in rows),
+            "target_seconds": target_seconds,
+            "train_seconds": time.perf_counter() - start,
+            "target_bytes_per_token": bytes_per_token,
+        }
+
+    return artifacts.make_artifact(
+        student.path.parent / name,
+        fill,
+        base=student,
+        step=step | {"code": code_of(train_student)[:12]},
+        format="peft" if recipe.training.rank else "bf16",
+    )
+
+
+def prepare_student(student: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
+    """The student with what is trained made trainable: adapters, or all linear layers' weights at rank 0."""
+    if recipe.training.rank:
+        return finetune.prepare_model(student, recipe.training, run)
+    model = checkpoint.load_model(student, run.device)
+    adapters.apply_wide_weights(model, recipe.training.target_modules)
+    return model
+
+
+def record_distillation(run: Run, subject: str, artifact: Artifact) -> None:
+    """Append `finetune.record_training`'s metrics, and bytes a token of stored targets (none: an online teacher)."""
+    finetune.record_training(run, subject, artifact)
+    stored, step = artifact.card["measured"]["target_bytes_per_token"], artifact.card["recipe"][-1]
+    note = "" if stored else "nothing is stored: the teacher reads along, or there is none"
+    about = {"artifact_sha256": artifact.sha256, "details": {"recipe": step, **artifact.card["measured"]}}
+    run.record(subject, "target_bytes_per_token", stored or None, "byte/token", note=note, **about)
+
+
+def refuse_other_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError naming the first token that the two do not share: their logits are about different words."""
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    for i in sorted(ours.keys() | theirs.keys()):
+        if ours.get(i) != theirs.get(i):
+            raise ValueError(
+                f"student and teacher have different tokenizers: token {i} is {ours.get(i)!r} for the student and "
+                f"{theirs.get(i)!r} for the teacher; let such a teacher answer in text (kl=0, cross_entropy=1)"
+            )
+
+
+def _refuse(recipe: Recipe, student: Artifact, teacher: Artifact | None) -> None:
+    if recipe.teacher not in TEACHERS or not 0 <= recipe.reverse <= 1:
+        known = f"choose one of {', '.join(TEACHERS)} and a share in [0, 1]"
+        raise ValueError(f"teacher {recipe.teacher!r} with a share of reverse divergence {recipe.reverse}; {known}")
+    if min(recipe.kl, recipe.cross_entropy, recipe.hidden, recipe.attention) < 0 or not (
+        recipe.listens or recipe.cross_entropy
+    ):
+        raise ValueError("weights of kl, cross_entropy, hidden and attention have to be 0 or more, one of them above 0")
+    if recipe.teacher != ONLINE and (recipe.reverse or recipe.hidden or recipe.attention):
+        raise ValueError(f"{recipe.teacher!r} targets know forward divergence only; use the teacher online")
+    if recipe.listens and teacher is None:
+        raise ValueError("kl, hidden and attention need a teacher; without one only cross_entropy can be above 0")
+    if recipe.listens:
+        refuse_other_tokenizer(checkpoint.load_tokenizer(student), checkpoint.load_tokenizer(teacher))
+
+
+def _save(model: PreTrainedModel, student: Artifact, folder: Path, history: list[dict], *, whole: bool) -> None:
+    if whole:
+        adapters.restore_narrow_weights(model)
+        checkpoint.save_model(model, checkpoint.load_tokenizer(student), folder)
+        finetune.save_history(history, folder)
+    else:
+        finetune.save_trained(model, student, folder, history)
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def teacher_outputs(teacher: PreTrainedModel, batch: dict, *, layers: bool):
+    """The teacher's outputs on a row, without gradients."""
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "boundaries")}
+    return teacher.base_model(**inputs, use_cache=False, output_hidden_states=layers)
+
+
+def _divergence(hidden: Tensor, head: Tensor, teacher: tuple, keep: Tensor, recipe: Recipe) -> Tensor | float:
+    states, model = teacher
+    aim = (states.to(hidden.dtype), model.get_output_embeddings().weight.to(hidden.dtype))
+    total = 0.0
+    for share, reverse in ((1 - recipe.reverse, False), (recipe.reverse, True)):
+        if recipe.kl * share:
+            divergence = kernels.linear_kl(
+                hidden, head, aim, keep=keep, reverse=reverse, temperature=recipe.temperature
+            )
+            total = total + share * divergence
+    return total
+
+
+def _from_targets(hidden: Tensor, head: Tensor, batch: dict, recipe: Recipe) -> Tensor:
+    """Divergence from stored targets: their cross-entropy less the teacher's own entropy."""
+    keep, ids = batch["labels"] != IGNORED, batch["target_ids"].long()
+    crossed = kernels.linear_sparse(
+        hidden,
+        head,
+        ids,
+        batch["target_weights"],
+        keep=keep,
+        tail=recipe.teacher == "topk",
+        temperature=recipe.temperature,
+    )
+    return crossed - recipe.temperature**2 * batch["target_entropy"][keep].sum() / keep.sum().clamp(min=1)
+
+
+def objective_of(
+    model: PreTrainedModel, teacher: Artifact | None, recipe: Recipe, *, rows: Rows, device: str, identity: str
+) -> Objective:
+    """The loss of a recipe; the teacher is loaded only where it has to read along.
+
+    Raises ValueError for a map with blocks that there are not, and models that cap their logits.
+    """
+    inside = recipe.hidden or recipe.attention
+    if not inside and (recipe.teacher != ONLINE or not recipe.kl):
+        return Objective(recipe, model, None, (), (), identity)
+    asked = checkpoint.load_model(teacher, device)
+    apply_packed_attention(asked)
+    if any(predict.output_head(each)[1] for each in (model, asked)):
+        raise ValueError("a model with a soft cap on its logits cannot be distilled here")
+    if not inside:
+        return Objective(recipe, model, asked, (), (), identity)
+    blocks = [each.config.num_hidden_layers for each in (model, asked)]
+    pairs = recipe.layer_map or losses.layer_map(*blocks, min(recipe.pairs, blocks[0]))
+    pairs = losses.checked_map(pairs, *blocks)
+    return Objective(recipe, model, asked, pairs, _projections(model, asked, pairs, rows), identity)
+
+
+def _projections(model: PreTrainedModel, teacher: PreTrainedModel, pairs: tuple, rows: Rows) -> tuple:
+    """One matrix for each pair where the widths differ, fitted on the student as it is before training."""
+    if model.config.hidden_size == teacher.config.hidden_size:
+        return (None,) * len(pairs)
+    apply_packed_attention(model)
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pairs]
+    for row in rows[:FITTED_ROWS]:
+        batch = {name: value.to(model.device) for name, value in collate([row]).items()}
+        ours, theirs = (teacher_outputs(each, batch, layers=True).hidden_states for each in (model, teacher))
+        for place, (mine, other) in zip(seen, pairs, strict=True):
+            place.append((ours[mine + 1][0], theirs[other + 1][0]))
+    stacked = (tuple(map(torch.cat, zip(*place, strict=True))) for place in seen)
+    return tuple(losses.projection(*states) for states in stacked)

@@ -1,0 +1,194 @@
+"""Fine-tune a model on chats: adapters on a bf16 or 4-bit base, trained on the answers, shipped as an artefact.
+
+LoRA when the base artefact is bf16, QLoRA when it holds bitsandbytes' 4-bit weights (Dettmers et al. 2023). On a GPU
+that unsloth supports its model is trained, elsewhere PEFT's with the lab's own kernels; the adapter is the same.
+
+    adapter = finetune.train_adapter(base, examples, run=run, name="base+calls")
+    merged = adapters.merge(adapter)
+
+The same base, examples, recipe and code give the artefact that is there already; a killed run goes on.
+
+What it does not do: train all weights, rewards or preferences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from avalab.data import packing
+from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
+from avalab.lab.code import code_of
+from avalab.lab.run import Run
+from avalab.models import adapters, checkpoint
+from avalab.train import loop, losses
+from avalab.train.loop import Schedule
+
+HISTORY = "history.json"
+
+REHEARSAL_ROW = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained and how: the adapter, the rows, the schedule, and the means (which change speed, not results)."""
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("attention", "mlp")
+    row_tokens: int = 1024
+    rehearsal_tokens: int = 0  # of general text, held to what the base says there (`losses.rehearsed`)
+    first_token_weight: float = 0.0  # of answers' first tokens, which decide between call and refusal
+    schedule: Schedule = field(default_factory=Schedule)
+    fused: bool = True  # the lab's kernels instead of PEFT's forward pass
+    decoded: bool = True  # a 4-bit base is held in bf16 while training
+
+
+def train_adapter(
+    base: Artifact,
+    examples: Sequence[dict],
+    *,
+    run: Run,
+    name: str,
+    recipe: Recipe | None = None,
+    held_out: Sequence[dict] = (),
+) -> Artifact:
+    """The adapter artefact `name`, trained on examples as `synthesize.load_examples` gives them.
+
+    `held_out` examples are scored at every checkpoint. Raises ValueError for examples longer than a row or the model's
+    context, for targets that match nothing, and what `train.fit` raises.
+    """
+    recipe = recipe or Recipe()
+    step = {"step": "finetune", **asdict(recipe), "examples": _identity(examples), "held_out": _identity(held_out)}
+    step |= {"seed": run.seed, "code": code_of(train_adapter)[:12]}
+
+    def fill(folder: Path) -> dict:
+        start = time.perf_counter()
+        model = prepare_model(base, recipe, run)
+        rows, kept = _rows(base, (examples, held_out), recipe, run, context=model.config.max_position_embeddings)
+        history = loop.fit(
+            model,
+            rows,
+            schedule=recipe.schedule,
+            folder=run.artifacts_dir / "checkpoints" / name,
+            held_out=kept,
+            loss=losses.weighted_first_tokens(recipe.first_token_weight),
+        )
+        save_trained(model, base, folder, history)
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        return {"train_seconds": time.perf_counter() - start, "tokens": tokens, "backend": backend(run.device)}
+
+    return artifacts.make_artifact(run.artifacts_dir / name, fill, base=base, step=step, format="peft")
+
+
+def _rows(
+    base: Artifact, parts: tuple[Sequence[dict], Sequence[dict]], recipe: Recipe, run: Run, *, context: int
+) -> list[packing.Rows]:
+    """Rows to train on, rehearsal included, and rows that are held out."""
+    tokenizer = checkpoint.load_tokenizer(base)
+    rows, kept = (
+        packing.pack_chats(tokenizer, part, row_tokens=recipe.row_tokens, context=context, seed=run.seed)
+        for part in parts
+    )
+    if recipe.rehearsal_tokens:
+        row_tokens = min(recipe.row_tokens, REHEARSAL_ROW)
+        rows += packing.rehearsal_rows(
+            run, checkpoint.base_artifact(run), tokens=recipe.rehearsal_tokens, row_tokens=row_tokens
+        )
+    return [rows, kept]
+
+
+def save_trained(model: PreTrainedModel, start: Artifact, folder: Path, history: list[dict]) -> None:
+    """Write the adapter, the tokenizer of the artefact that training started from, and the history of training."""
+    adapters.save_adapters(model, folder)
+    checkpoint.load_tokenizer(start).save_pretrained(folder)
+    save_history(history, folder)
+
+
+def save_history(history: list[dict], folder: Path) -> None:
+    """Keep what `train.fit` returned beside the weights."""
+    (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
+
+
+def backend(device: str) -> str:
+    """`unsloth` on a GPU where it is installed, else `peft`."""
+    return "unsloth" if device.startswith("cuda") and importlib.util.find_spec("unsloth") else "peft"
+
+
+def prepare_model(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
+    """The base with trainable adapters, ready for `train.fit`."""
+    if backend(run.device) == "unsloth":
+        return _unsloth(base, recipe, run.seed)
+    model = checkpoint.load_model(base, run.device)
+    adapters.attach_adapters(
+        model,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        dropout=recipe.dropout,
+        target_modules=recipe.target_modules,
+        seed=run.seed,
+    )
+    if recipe.fused:
+        adapters.apply_fused(model, decoded=recipe.decoded)
+    return model
+
+
+def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
+    """Bytes of the adapter's numbers: rank x (rows + columns) of every target layer, in float32."""
+    model = checkpoint.skeleton(base.path)
+    layers, names = checkpoint.linear_layers(model), checkpoint.select_linear(model, recipe.target_modules)
+    return 4 * recipe.rank * sum(layers[name].in_features + layers[name].out_features for name in names)
+
+
+def load_history(adapter: Artifact) -> list[dict]:
+    """What `train.fit` returned when the adapter was trained."""
+    return json.loads((adapter.path / HISTORY).read_text(encoding="utf-8"))
+
+
+def record_training(run: Run, subject: str, adapter: Artifact) -> None:
+    """Append training's tokens a second, its seconds and `train_loss`: the curve, its value the last tenth's mean."""
+    entries = load_history(adapter)
+    steps = [entry for entry in entries if "loss" in entry]
+    at = {entry["step"]: entry["tokens"] for entry in steps}
+    held_out = [[at[entry["step"]], entry["held_out_loss"]] for entry in entries if "held_out_loss" in entry]
+    losses, last = [entry["loss"] for entry in steps], steps[-1]
+    about = {"artifact_sha256": adapter.sha256, "engine": "torch", "n": len(steps)}
+    details = {"details": adapter.card["measured"]}
+    run.record(subject, "train_tokens_per_s", last["tokens"] / last["seconds"], "tokens/s", **about, **details)
+    run.record(subject, "train_seconds", last["seconds"], "s", **about, **details)
+    curve = {"samples": losses, "details": {"tokens": list(at.values()), "held_out": held_out}}
+    end = statistics.mean(losses[-max(1, len(losses) // 10) :])
+    run.record(subject, "train_loss", end, "nats/token", **about, **curve)
+
+
+def _identity(examples: Sequence[dict]) -> str:
+    return artifacts.sha256_of_text(json.dumps([example["messages"] for example in examples]))
+
+
+def _unsloth(base: Artifact, recipe: Recipe, seed: int) -> PreTrainedModel:
+    from unsloth import FastLanguageModel
+
+    four_bits = base.format == "bitsandbytes"
+    model, _ = FastLanguageModel.from_pretrained(
+        str(base.path), max_seq_length=recipe.row_tokens, load_in_4bit=four_bits, local_files_only=True
+    )
+    names = checkpoint.select_linear(model, recipe.target_modules)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=sorted({name.rpartition(".")[2] for name in names}),
+        use_gradient_checkpointing="unsloth" if recipe.schedule.gradient_checkpointing else False,
+        random_state=seed,
+    )
+    return model.get_base_model()  # the causal LM with the adapters inside, as `adapters.attach` leaves it

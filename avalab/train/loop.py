@@ -1,0 +1,247 @@
+"""Train the trainable parameters of a model on packed rows, with any loss: one thin entry over transformers' Trainer.
+
+1. Rows are packed chats (`packed_rows`); one row is a micro-batch, `rows_per_step` of them are a step.
+2. `Student` hides the frozen model from the Trainer, which sees, saves and (with several processes) synchronises the
+   trainable parameters only. It computes final hidden states; the loss takes those and the head, so that logits exist
+   only where there is loss, a chunk at a time (`kernels.linear_cross_entropy`).
+3. The loss of a step is the mean over all its answer tokens, whatever the rows, micro-batches or processes.
+4. AdamW (8-bit and paged on a GPU), linear warm-up, cosine decay, gradient clipping, checkpoints, exact resume and
+   early stopping are the Trainer's; a checkpoint of other settings or other data is refused, naming the difference.
+
+A loss is a function `(hidden ["1 token channel"], head ["vocab channel"], batch) -> mean over the tokens that count`.
+One with a true `needs_layers` finds the residual stream before, between and after the blocks in `batch["layers"]`.
+Under `accelerate launch` every process calls the same function; process 0 writes.
+
+What it does not do: choose hyper-parameters, or pad.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from avalab.data.packing import IGNORED, Rows, collate
+from avalab.lab import artifacts, process
+from avalab.lab.run import write_atomically
+from avalab.models.attention import apply_packed_attention
+from avalab.train.losses import Loss, next_token
+
+SETTINGS = "settings.json"
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and how often; what a step is made of. Times are in steps."""
+
+    learning_rate: float = 1e-3
+    epochs: float = 1.0
+    rows_per_step: int = 1  # gradient accumulation
+    warmup: float = 0.05  # share of all steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # norm of the whole gradient
+    checkpoint_every: int = 50
+    patience: int = 0  # held-out evaluations (one a checkpoint) without improvement before stopping; 0: never stop
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
+    steps: int = 0  # stop after so many, whatever the epochs; 0: no limit
+    seed: int = 0
+
+
+class Student(nn.Module):
+    """A model and a loss as the Trainer wants them: batch in, loss out, trainable parameters the only ones."""
+
+    accepts_loss_kwargs = True  # the Trainer then says how many tokens the whole step has
+    main_input_name = "input_ids"  # what the Trainer counts tokens in
+
+    def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
+        super().__init__()
+        self.hidden_model = (model, loss)  # a tuple is no submodule
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("no parameter of the model is trainable; attach adapters or set requires_grad first")
+        self.trainable = nn.ParameterDict({name.replace(".", "/"): p for name, p in trainable.items()})
+
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        """`{"loss"}`: this row's share of the step's mean, or its own mean when nobody says what the step has."""
+        model, loss = self.hidden_model
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "boundaries")}
+        needs_layers = getattr(loss, "needs_layers", False)
+        outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=needs_layers)
+        hidden, more = outputs.last_hidden_state, {"layers": outputs.hidden_states} if needs_layers else {}
+        mean = loss(hidden, model.get_output_embeddings().weight.to(hidden.dtype), batch | more)
+        if num_items_in_batch is None:
+            return {"loss": mean}
+        return {"loss": mean * (batch["labels"] != IGNORED).sum() / num_items_in_batch}
+
+    def train(self, mode: bool = True) -> Student:
+        """Switch the hidden model, too: it decides whether dropout is active."""
+        self.hidden_model[0].train(mode)
+        return super().train(mode)
+
+
+def fit(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    schedule: Schedule,
+    folder: Path,
+    held_out: Rows | None = None,
+    loss: Loss = next_token,
+) -> list[dict]:
+    """Train the model in place; returns its history: `step, tokens, loss, seconds` and `held_out_loss` where measured.
+
+    `folder` keeps checkpoints while training and goes when it is done; what was killed goes on from the last one.
+    With `held_out` rows and `patience` the best checkpoint's parameters are the result.
+    Raises ValueError when the folder holds a checkpoint of other settings, rows or loss (its `identity` or name), when
+    no parameter is trainable, or when the loss is not finite.
+    """
+    if not rows:
+        raise ValueError("there is nothing to train on: no rows")
+    set_seed(schedule.seed)
+    student = Student(model, loss)
+    apply_packed_attention(model)
+    if schedule.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    arguments = _arguments(schedule, folder, model.device.type, evaluate=bool(held_out))
+    settings = _settings(schedule, rows, held_out) | {"loss": getattr(loss, "identity", getattr(loss, "__name__", ""))}
+    _claim(folder, settings, writes=arguments.process_index == 0)
+    trainer = Trainer(
+        student,
+        arguments,
+        data_collator=collate,
+        train_dataset=rows,
+        eval_dataset=held_out or None,
+        callbacks=[Progress(), *([EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    process.quiet_libraries()
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    history = [_entry(logged) for logged in trainer.state.log_history if "loss" in logged or "eval_loss" in logged]
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder)
+    return history
+
+
+class Progress(TrainerCallback):
+    """A bar with the loss's curve, tokens a second and time left; a loss that is not finite ends the run.
+
+    The base class is what the Trainer's interface asks for.
+    """
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        seen = [e["seconds"] for e in state.log_history if "seconds" in e]
+        self.started = time.perf_counter() - (seen[-1] if seen else 0.0)
+        first = bool(state.is_world_process_zero)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=not first)
+
+    def on_log(self, args, state, control, logs, **_) -> None:
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate")
+        seconds = time.perf_counter() - self.started
+        entry = state.log_history[-1]
+        entry |= {"seconds": seconds, "tokens": int(state.num_input_tokens_seen)}
+        curve = sparkline([e["loss"] for e in state.log_history if "loss" in e])
+        rate = entry["tokens"] / seconds
+        self.bar.set_postfix_str(f"loss {curve} {logs['loss']:.3f}, {rate:.0f} tokens/s", refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        self.bar.close()
+
+
+def sparkline(values: list[float], width: int = 16) -> str:
+    """Values in order as at most `width` blocks of eighths between their least and greatest mean: 2, 1, 0 is `█▅▁`."""
+    per_block = -(-len(values) // width)
+    means = [statistics.mean(values[i : i + per_block]) for i in range(0, len(values), per_block)]
+    least, span = min(means), max(means) - min(means)
+    return "".join(BLOCKS[round((mean - least) / span * 7)] if span else BLOCKS[0] for mean in means)
+
+
+def _entry(logged: dict) -> dict:
+    if "loss" in logged:
+        return {name: logged[name] for name in ("step", "tokens", "loss", "seconds", "learning_rate", "grad_norm")}
+    return {"step": logged["step"], "held_out_loss": logged["eval_loss"]}
+
+
+def _arguments(schedule: Schedule, folder: Path, device: str, *, evaluate: bool) -> TrainingArguments:
+    every = {"save_strategy": "steps", "save_steps": schedule.checkpoint_every, "save_total_limit": 2}
+    if evaluate:
+        every |= {"eval_strategy": "steps", "eval_steps": schedule.checkpoint_every, "prediction_loss_only": True}
+        every |= {"load_best_model_at_end": bool(schedule.patience), "metric_for_best_model": "eval_loss"}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=schedule.rows_per_step,
+        learning_rate=schedule.learning_rate,
+        num_train_epochs=schedule.epochs,
+        max_steps=schedule.steps or -1,
+        warmup_steps=schedule.warmup,
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.clip,
+        lr_scheduler_type="cosine",
+        optim="paged_adamw_8bit" if device == "cuda" else "adamw_torch",
+        use_cpu=device == "cpu",
+        seed=schedule.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        **every,
+    )
+
+
+def _settings(schedule: Schedule, rows: Rows, held_out: Rows | None) -> dict:
+    def identity(part: Rows) -> str:
+        return artifacts.sha256_of_text(
+            json.dumps([[row["input_ids"].tolist(), row["labels"].tolist()] for row in part])
+        )
+
+    return asdict(schedule) | {"rows": identity(rows), "held_out": identity(held_out or [])}
+
+
+def _claim(folder: Path, settings: dict, *, writes: bool) -> None:
+    """Make the folder this run's own, or find that it is; what a run with other settings left is not continued."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    if not path.is_file():
+        if writes:
+            write_atomically(path, json.dumps(settings, indent=1))
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
+    if differing:
+        changes = ", ".join(f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in differing)
+        raise ValueError(f"{folder} holds an unfinished run with other settings ({changes}); finish or delete it")
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the state comes last, and a killed run may leave a half."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

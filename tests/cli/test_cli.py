@@ -1,0 +1,277 @@
+"""The command line: sizes, exit codes and one-line errors, on the committed tiny model."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from avalab import cli
+from avalab.cli import compress, options
+from avalab.data import drafts
+from avalab.lab import run as lab_run
+from avalab.measure import answers
+from avalab.train.loop import distill
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
+    from avalab import (
+        conversation,
+        engines,
+        ensemble,
+        models,
+        qat,
+        quantize,
+        saliency,
+        sparsity_patterns,
+    )
+    from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
+
+ROOT = lab_run.ROOT
+
+
+@pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("64MiB", 67_108_864), ("1.5kB", 1500), ("7", 7)])
+def test_a_size_is_read_with_decimal_and_binary_units(size, count):
+    assert compress.byte_count(size) == count
+
+
+@pytest.mark.parametrize("size", ["", "MB", "80 elephants", "1.2.3MB"])
+def test_what_is_no_size_is_refused_with_an_example(size):
+    with pytest.raises(ValueError, match="write it like 80MB"):
+        compress.byte_count(size)
+
+
+def avalab(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `avalab ARGUMENTS`."""
+    monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return (stopped.value.code or 0, *capsys.readouterr())
+
+
+def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
+    out = tmp_path / "small"
+    code, text, _ = avalab(["quantize", "--method", "nf4", "--profile", "smoke", "--out", out], monkeypatch, capsys)
+    assert code == 0
+    assert "smaller than tiny-llama" in text
+    code, text, _ = avalab(["show", out], monkeypatch, capsys)
+    assert code == 0
+    assert "bitsandbytes" in text
+    assert "embedding" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quantize", "--method", "foo", "--out", "x"], "choose one of nf4"),
+        (["quantize", "--method", "nf4", "--out", "x", "--profile", "desk"], "choose one of smoke"),
+        (["quantize", "--method", "ava", "--bytes", "many", "--out", "x", "--profile", "smoke"], "80MB"),
+        (["quantize", "--method", "rtn", "--out", "x", "--profile", "smoke", "--model", "nosuch"], "unknown model"),
+        (["show", "nothing/here"], "no artefact at"),
+        (["assets", "nosuch"], "nosuch"),
+        (["synthesize", "--out", "x", "--kinds", "poem"], "choose one of single_call"),
+        (["synthesize", "--out", "x", "--overlap", "some"], "choose here, all or none"),
+        (["synthesize", "--out", "x", "--teacher", "nothing/here"], "no artefact at"),
+        (["synthesize", "--out", "x", "--teacher", "http://127.0.0.1:9/v1"], "needs --teacher-model"),
+        (["prune", "--out", "x", "--method", "guess", "--profile", "smoke"], "sparsegpt"),
+        (["prune", "--out", "x", "--method", "wanda", "--sparsity", "1", "--profile", "smoke"], "[0, 1)"),
+        (["export", "nothing/here", "--to", "onnx", "--out", "x"], "no artefact at"),
+        (["finetune", "--out", "x", "--method", "full"], "choose lora or qlora"),
+        (["finetune", "--out", "x", "--profile", "smoke", "--target-modules", "experts"], "matches no linear layer"),
+        (["finetune", "--out", "x", "--profile", "smoke", "--row-tokens", "8"], "no example fits into a row"),
+        (["finetune", "--out", "x", "--data", "nothing/here"], "nothing/here"),
+        (["finetune", "--out", "x", "--profile", "smoke", "--rank", "0"], "rank is 0"),
+        (["finetune", "--out", "tests", "--profile", "smoke"], "is not an artefact; name a new folder"),
+        (["eval", "nothing/here"], "no artefact at"),
+        (["chat", "nothing/here"], "no artefact at"),
+        (["chat", "nothing/here", "--tools", "LICENSE"], "LICENSE is not JSON"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, monkeypatch, capsys):
+    code, _, error = avalab(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert says in error
+    assert error.count("\n") == 1
+
+
+QUICK = [
+    ["--help"],
+    ["quantize", "--help"],
+    ["quantize", "--method", "foo", "--out", "x"],
+    ["quantize", "--method", "rtn", "--bits", "9", "--out", "x"],
+    ["quantize", "--method", "rtn", "--out", "x", "--profile", "desk"],
+    ["quantize", "--method", "rtn", "--out", "x", "--model", "nosuch"],
+    ["prune", "--method", "guess", "--out", "x"],
+    ["prune", "--method", "wanda", "--sparsity", "1", "--out", "x"],
+    ["recover", "nothing/here", "--out", "x"],
+    ["recover", "nothing/here", "--out", "x", "--kind", "luck"],
+    ["export", "nothing/here", "--to", "rtf", "--out", "x"],
+    ["export", "nothing/here", "--to", "gguf", "--weights", "int3", "--out", "x"],
+    ["compile", "--out", "x", "--weights", "int3"],
+    ["tensorrt", "--precision", "fp12"],
+    ["show", "nothing/here"],
+    ["bench", "nothing/here"],
+    ["bench", "nothing/here", "--engine", "steam"],
+    ["eval", "nothing/here", "--mode", "mumble"],
+    ["compare", "nothing/here", "nothing/there", "--task", "looks"],
+    ["synthesize", "--out", "x", "--kinds", "poem"],
+    ["finetune", "--out", "x", "--rank", "0"],
+    ["finetune", "--out", "x", "--data", "nothing/here"],
+    ["distill", "--teacher", "http://127.0.0.1:9/v1", "--student", "x", "--out", "y"],
+    ["ensemble", "--models", "nothing/here", "--prompt", "hello", "--method", "shout"],
+    ["chat", "nothing/here"],
+]
+IMPORTED = """import contextlib, io, json, sys
+from avalab import cli
+found = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, said = ["avalab", *arguments], io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    heavy = [name for name in ("torch", "transformers", "matplotlib", "scipy", "pandas") if name in sys.modules]
+    found.append([code, said.getvalue(), heavy])
+print(json.dumps(found))"""
+
+
+def test_help_and_refusals_that_need_no_model_import_neither_torch_nor_transformers():
+    """In one process, one after the other: what an earlier command imported would show in the later ones."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED, json.dumps(QUICK)], capture_output=True, text=True, cwd=ROOT)
+    for arguments, (code, said, heavy) in zip(QUICK, json.loads(done.stdout), strict=True):
+        assert not heavy, f"avalab {' '.join(arguments)} imports {', '.join(heavy)}"
+        assert code == (0 if "--help" in arguments else 2), said
+        assert "Traceback" not in said
+
+
+def test_names_that_are_refused_without_torch_are_those_of_the_tables():
+    assert set(options.METHODS) == quantize.METHODS.keys()
+    assert set(options.SCORES) == saliency.SCORES.keys()
+    assert set(options.PATTERNS) == sparsity_patterns.PATTERNS.keys()
+    assert set(options.ENGINES) == engines.ENGINES.keys()
+    assert set(options.CALL_MODES) == answers.MODES.keys()
+    assert options.CHAT_MODES == conversation.MODES
+    assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
+    assert options.TRAINED == qat.KINDS
+    assert set(options.TARGETS) == set(distill.TEACHERS)
+    assert set(options.KINDS) == drafts.KINDS.keys()
+    assert options.EMBEDDED == models.EMBEDDED
+
+
+def test_weights_that_an_export_takes_are_those_of_its_engine():
+    rows = {name: set(row.weights) for name, row in compress.EXPORTERS.items()}
+    assert rows["onnx"] == {*onnxruntime.WEIGHTS, "int8", onnx.KEPT}
+    assert rows["onnx-genai"] == {*onnx.WEIGHTS, onnx.KEPT}
+    assert rows["gguf"] == {*gguf.BLOCKS, gguf.KEPT, *llamacpp.MIXTURES}
+    assert rows["openvino"] == set(openvino.WEIGHTS)
+    assert rows["executorch"] == set(executorch.WEIGHTS)
+    assert rows["aot"] == aot.DTYPES.keys()
+    assert set(compress.PRECISIONS) == tensorrt.PRECISIONS.keys()
+
+
+def test_examples_are_made_and_counted(tmp_path, monkeypatch, capsys):
+    arguments = ["synthesize", "--count", "8", "--kinds", "single_call", "--overlap", "none", "--out", tmp_path]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    assert text.split()[:2] == ["accepted", "8"]
+    assert "single_call.jsonl: 8 examples" in text
+    assert "compared with no evaluation set" in text
+
+
+def test_a_model_is_tuned_on_a_file_of_chats_and_merged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
+    line = {"kind": "instruction", "tools": [], "calls": []}
+    chats = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(12)]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(line | {"messages": chat}) + "\n" for chat in chats))
+    arguments = ["finetune", "--profile", "smoke", "--data", data, "--out", tmp_path / "tuned", "--rank", "2"]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    assert "0 of 12 examples exceed" in text
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+    examples, rehearsed = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens of|of rehearsal)", text))
+    assert rehearsed == int(0.25 * examples)
+    code, text, _ = avalab([*arguments[:-4], "--out", tmp_path / "bare", "--rehearsal", "0"], monkeypatch, capsys)
+    assert code == 0
+    assert " 0 of rehearsal" in text
+    recipes = [json.loads((tmp_path / name / "card.json").read_text())["recipe"] for name in ("tuned", "bare")]
+    assert [recipe[-2]["rehearsal_tokens"] for recipe in recipes] == [rehearsed, 0]
+
+
+@pytest.fixture
+def tiny(base):
+    """The folder of the tiny model's artefact; commands put their own beside it."""
+    return base.path
+
+
+def test_an_artefact_is_asked_and_its_errors_and_speed_are_recorded(tiny, monkeypatch, capsys):
+    arguments = ["eval", tiny, "--tasks", "bfcl,humaneval", "--profile", "smoke", "--limit", "2", "--json"]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    records = {record["metric"]: record for record in json.loads(text)}
+    assert records["call_accuracy_grammar:toolbox_multiple"]["n"] == 2
+    assert records["call_accuracy_grammar:toolbox_multiple"]["details"]["items_per_s"] > 0
+    assert {"irrelevance_accuracy:toolbox_irrelevance", "pass_at_1"} <= records.keys()
+
+
+def test_an_artefact_is_not_distinguishable_from_itself(tiny, monkeypatch, capsys):
+    code, text, _ = avalab(["compare", tiny, tiny, "--profile", "smoke", "--limit", "2"], monkeypatch, capsys)
+    assert code == 0
+    assert text.splitlines()[-1].startswith("all")
+    assert all("not distinguishable: 0 of" in line for line in text.splitlines())
+
+
+def test_a_chat_in_the_terminal_answers_and_ends_with_quit(tiny, tmp_path, monkeypatch, capsys):
+    tool = {"name": "ways", "description": "Ways to choose.", "callable": "math:comb"}
+    tool["parameters"] = {"type": "object", "properties": {"n": {"type": "integer"}, "k": {"type": "integer"}}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many ways are there to choose 2 of 5?\n/quit\n"))
+    code, text, _ = avalab(["chat", tiny, "--tools", tmp_path / "tools.json"], monkeypatch, capsys)
+    assert code == 0
+    assert "with ways. /quit or Ctrl-D ends." in text
+
+
+def test_a_model_is_pruned_scored_and_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
+    arguments = ["prune", "--method", "magnitude", "--profile", "smoke", "--out", tmp_path / "sparse", "--benchmark"]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    assert "50.0% of the linear weights gone" in text
+    assert "in the compressed layout" in text
+    assert "predicted" in text
+    assert "times the best dense one's time" in text
+
+
+def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
+    arguments = [
+        "prune",
+        "--model",
+        "data/tiny-llama",
+        "--profile",
+        "smoke",
+        "--method",
+        "magnitude",
+        "--pattern",
+        "2:4",
+    ]
+    code, _, _ = avalab([*arguments, "--target-modules", "mlp", "--target-modules", "q_proj"], monkeypatch, capsys)
+    assert code == 0
+    assert len(list(tmp_path.glob("tiny-llama+magnitude-2of4-only16.*"))) == 1
+
+
+def test_an_artefact_is_exported_by_its_formats_row_in_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
+    base = models.base(lab_run.Run("t", "smoke"))
+    row = compress.Exporter("{0.name} to {1.name} as {2}".format, ("packed",))
+    monkeypatch.setitem(compress.EXPORTERS, "other", row)
+    arguments = ["export", base.path, "--to", "other", "--out", tmp_path / "there", "--weights", "packed"]
+    assert avalab(arguments, monkeypatch, capsys)[:2] == (0, "tiny-llama to there as packed\n")
+    code, _, error = avalab(["export", base.path, "--to", "rtf", "--out", "x"], monkeypatch, capsys)
+    assert code == 2
+    assert "unknown format 'rtf'; choose one of onnx" in error

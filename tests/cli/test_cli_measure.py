@@ -1,0 +1,101 @@
+"""The comparison of two artefacts on a command line: verdicts by pencil, rounds in turn, and one-line errors."""
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
+
+from avalab import cli
+from avalab.cli import measure
+from avalab.engines.engine import Engine, Facts
+from avalab.lab.run import Run
+from avalab.measure import cell
+from avalab.models.checkpoint import checkpoint
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "artifacts_dir", tmp_path / "artifacts")
+    return checkpoint.base_artifact(Run("x", "smoke")).path
+
+
+def avalab(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `avalab ARGUMENTS`."""
+    monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return (stopped.value.code or 0, *capsys.readouterr())
+
+
+def test_every_ratio_below_one_is_better_and_above_it_worse():
+    """Eleven rounds at 0.5, 0.51, ... of the other's time: the sixth is the median, 2nd and 10th its interval."""
+    theirs = [2.0] * 11
+    ours = [1.0 + 0.02 * i for i in range(11)]
+    shown = "better: 0.550 [0.510, 0.590] of the other's time, 11 rounds"
+    assert measure.speed_verdict(ours, theirs) == shown
+    assert measure.speed_verdict(theirs, ours).startswith("worse: 1.818 [1.695, 1.961]")
+
+
+def test_an_interval_that_holds_one_distinguishes_nothing_and_few_rounds_have_none():
+    around = [0.9, 1.1] * 5
+    assert measure.speed_verdict(around, [1.0] * 10).startswith("not distinguishable: 1.000 [0.900, 1.100]")
+    few = measure.speed_verdict([1.0, 1.0], [2.0, 2.0])
+    assert few == "not distinguishable: 0.500 (too few rounds for an interval) of the other's time, 2 rounds"
+
+
+def test_both_read_the_same_prompts_and_take_turns_in_going_first(monkeypatch):
+    """Seconds 1, 2, 3, ...: a generation of three tokens takes 1 s to the first, 1 s each for the further ones."""
+    seen = []
+
+    def timed(engine: Engine, prompt: list[int], new_tokens: int) -> list[float]:
+        seen.append((engine.name, tuple(prompt)))
+        return [float(n + 1) for n in range(new_tokens)]
+
+    monkeypatch.setattr(cell, "time_tokens", timed)
+    pair = [Engine(name, Path("x"), Facts(100, 10, ()), {"model": 1}, list, None) for name in ("ours", "theirs")]
+    found = measure.paired_timings(*pair, sizes=(4, 3), rounds=2, seed=0)
+    assert found == {"time to first token": ([1, 1], [1, 1]), "time a token": ([1, 1], [1, 1])}
+    assert [name for name, _ in seen] == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+    prompts = [prompt for _, prompt in seen]
+    assert prompts[::2] == prompts[1::2]
+    assert len(set(prompts)) == 3
+    draw = random.Random(0)
+    assert prompts[0] == tuple(draw.randrange(10) for _ in range(4))
+
+
+def test_one_new_token_is_too_few_to_time():
+    engine = Engine("x", Path("x"), Facts(100, 10, ()), {"model": 1}, list, None)
+    with pytest.raises(ValueError, match="at least 2 new tokens to time one, got 1"):
+        measure.paired_timings(engine, engine, sizes=(4, 1), rounds=2, seed=0)
+
+
+def test_a_model_takes_as_long_as_itself(tiny, monkeypatch, capsys):
+    arguments = ["compare", tiny, tiny, "--task", "speed", "--profile", "smoke", "--limit", "7", "--threads", "1"]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    first, further = text.splitlines()
+    assert first.startswith("time to first token, torch")
+    assert further.startswith("time a token, torch")
+    assert all("of the other's time, 7 rounds" in line for line in (first, further))
+
+
+def test_text_compares_the_loss_on_the_same_windows(tiny, monkeypatch, capsys):
+    arguments = ["compare", tiny, tiny, "--task", "text", "--profile", "smoke", "--limit", "2"]
+    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    assert code == 0
+    assert all("not distinguishable: +0.0000" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--task", "taste"], "unknown task 'taste'; choose one of bfcl, text, speed"),
+        (["--task", "speed", "--engine", "abacus"], "unknown engine 'abacus'"),
+        (["--task", "speed", "--engine", "llamacpp"], "llamacpp cannot load tiny-llama"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tiny, arguments, says, monkeypatch, capsys):
+    code, _, error = avalab(["compare", tiny, tiny, "--profile", "smoke", *arguments], monkeypatch, capsys)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert says in error

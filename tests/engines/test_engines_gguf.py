@@ -1,0 +1,313 @@
+"""GGUF files: row order by pencil, weights and tokens read back by gguf-py and transformers, and what is refused."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from avalab import cli, engines
+from avalab.compress import quantize
+from avalab.engines import gguf as gguf_file
+from avalab.kernels import block_types, formats
+from avalab.lab import artifacts
+from avalab.lab.run import Run
+from avalab.models.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "data" / "tiny-llama"
+TEXTS = ("def area(width, height):\n    return 12 * 345", "<|im_start|>user\nHéllo 2026!<|im_end|>\n")
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"num_key_value_heads": 1, "vocab_size": 1040, "max_position_embeddings": 128}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Function from a block type to a folder that holds the tiny model in it."""
+    folder = tmp_path_factory.mktemp("gguf")
+
+    def folder_of(block: str) -> Path:
+        target = folder / block
+        if not target.is_dir():
+            target.mkdir()
+            gguf_file.export(TINY, target / f"m.{block}.gguf", block)
+        return target
+
+    return folder_of
+
+
+@pytest.fixture
+def tiny_copy(tmp_path):
+    return Path(shutil.copytree(TINY, tmp_path / "mine", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
+
+
+def logits(folder: Path) -> torch.Tensor:
+    engine = engines.load("torch", folder, dtype=torch.float32)
+    return engine.logits(checkpoint.load_tokenizer(TINY)(TEXTS[0]).input_ids)
+
+
+def header(folder: Path) -> dict:
+    fields = GGUFReader(engines.gguf_file(folder)).fields
+    return {name: field.contents() for name, field in fields.items()}
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_turn_together_become_neighbours():
+    """Two heads of four rows: row i turns with row i + 2."""
+    rows = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]).float()
+    assert gguf_file.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
+
+
+def test_a_file_in_float32_computes_what_the_folder_computes(exported):
+    """Same weights in the same library; 1e-4 for the order of additions."""
+    torch.testing.assert_close(logits(exported("f32")), logits(TINY), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [(Qwen2ForCausalLM, Qwen2Config(**SHAPE)), (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=128))],
+    ids=["qwen2", "qwen3"],
+)
+def test_a_qwen_model_with_biases_padding_and_its_own_head_is_read_back(make, config, tmp_path):
+    """Random weights, 16 more rows than tokens; in float32, logits within 1e-4."""
+    model = make(config).float().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    source, target = tmp_path / "source", tmp_path / "target"
+    checkpoint.save_model(model, checkpoint.load_tokenizer(TINY), source)
+    target.mkdir()
+    gguf_file.export(source, target / "q.gguf", "f32")
+    torch.testing.assert_close(logits(target), logits(source), atol=1e-4, rtol=0)
+    assert header(target)["tokenizer.ggml.tokens"][1024:] == [f"[PAD{row}]" for row in range(1024, 1040)]
+
+
+@pytest.mark.parametrize("block", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_a_linear_weight_is_stored_as_its_block_type_rounds_it(block, exported):
+    reader = GGUFReader(engines.gguf_file(exported(block)))
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    original = checkpoint.load_model(TINY).get_parameter("model.layers.1.mlp.down_proj.weight").float()
+    found = stored["blk.1.ffn_down.weight"]
+    assert found.tensor_type.name == block.upper()
+    decoded = torch.from_numpy(dequantize(found.data, found.tensor_type))
+    torch.testing.assert_close(decoded, formats.round_to_nearest(original, block_types.FORMATS[block]))
+    assert stored["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert stored["output_norm.weight"].tensor_type.name == "F32"
+
+
+def test_a_tied_head_is_stored_once(exported):
+    names = {tensor.name for tensor in GGUFReader(engines.gguf_file(exported("bf16"))).tensors}
+    assert "token_embd.weight" in names
+    assert "output.weight" not in names
+    assert len(names) == 4 * 9 + 2
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(64, "q4_0"), (48, "f16")])
+def test_rows_that_blocks_do_not_divide_stay_in_16_bits(columns, expected):
+    assert gguf_file.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
+
+
+# --- grids that are kept -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "greatest", "block"),
+    [(-8, 7, "q4_0"), (-3, 12, "q4_1"), (-16, 15, "q5_0"), (-1, 30, "q5_1"), (-127, 127, "q8_0"), (-255, 0, "f16")],
+)
+def test_steps_get_the_smallest_block_type_that_holds_them(least, greatest, block):
+    steps = torch.randint(least, greatest + 1, (2, 64), dtype=torch.int32)
+    steps[0, :2] = torch.tensor([least, greatest])
+    assert gguf_file.block_of_steps(steps) == block
+
+
+@pytest.mark.parametrize(("least", "block"), [(-8, "q4_0"), (-3, "q4_1"), (-16, "q5_0"), (-1, "q5_1"), (-100, "q8_0")])
+def test_steps_and_scales_are_read_back_by_gguf_as_their_product(least, block):
+    """Groups of 64 in blocks of 32; scales are powers of two, so that float16 holds every minimum."""
+    width = {"q4": 15, "q5": 31, "q8": 200}[block[:2]]
+    steps = torch.randint(least, least + width + 1, (3, 128), dtype=torch.int32)
+    scales = torch.tensor([[0.5, 0.25], [1.0, 2.0], [0.125, 0.5]]).bfloat16()
+    stored = gguf_file.encoded_steps(steps, scales, block).numpy()
+    found = dequantize(stored, GGMLQuantizationType[block.upper()])
+    expected = steps * scales.float().repeat_interleave(64, dim=1)
+    assert torch.equal(torch.from_numpy(found), expected)
+
+
+def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_format(tmp_path, monkeypatch):
+    """Nothing is rounded again but minimums, to 11 bits: logits within 0.02, where 4 bits move them by more than 1."""
+    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
+    run = Run("t", "smoke")
+    artifact = quantize.compress_artifact(checkpoint.base_artifact(run), "ava", run=run)
+    exported = gguf_file.write(artifact, "kept")
+    torch.testing.assert_close(logits(exported.path), logits(artifact.path), atol=0.02, rtol=0)
+    assert "quantization_config" not in json.loads((exported.path / "config.json").read_text())
+
+
+def test_a_dense_model_has_no_grids_to_keep(tmp_path):
+    with pytest.raises(ValueError, match="tiny-llama holds no packed integers to keep"):
+        gguf_file.export(TINY, tmp_path / "x.gguf", "kept")
+
+
+# --- header ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_in_the_file_cuts_text_like_the_one_beside_the_weights(text, exported):
+    file = engines.gguf_file(exported("q8_0"))
+    ours, theirs = checkpoint.load_tokenizer(TINY), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert theirs(text).input_ids == ours(text).input_ids
+    assert theirs.chat_template == ours.chat_template
+
+
+def test_the_header_names_the_end_of_a_turn_and_how_text_is_cut(exported):
+    found = header(exported("q8_0"))
+    assert found["tokenizer.ggml.eos_token_id"] == 2
+    assert found["tokenizer.ggml.pre"] == "smollm"
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+    assert found["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_a_file_without_configuration_beside_it_tells_context_vocabulary_and_end(exported):
+    assert engines.facts(exported("q8_0")) == engines.facts(TINY)
+
+
+def split_by(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}}
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "name"),
+    [
+        ({"type": "ByteLevel"}, "gpt-2"),
+        ({"pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}, "smollm"),
+        ({"pretokenizers": [split_by(r"x|\p{N}{1,3}|y"), {"type": "ByteLevel"}]}, "llama-bpe"),
+        ({"pretokenizers": [split_by(r"x|\p{N}| ?y"), {"type": "ByteLevel"}]}, "qwen2"),
+    ],
+)
+def test_a_way_of_cutting_text_has_the_name_that_readers_know(pre_tokenizer, name):
+    assert gguf_file.split_name(pre_tokenizer) == name
+
+
+# --- artefacts ---------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_once(tmp_path, tiny_copy):
+    def save(folder: Path) -> None:
+        shutil.copytree(tiny_copy, folder, dirs_exist_ok=True)
+
+    base = artifacts.write_artifact("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
+    made = gguf_file.write(base, "q4_0")
+    assert made.path == tmp_path / "tiny+gguf-q4_0"
+    assert (made.format, made.card["base"]["sha256"]) == ("gguf-q4_0", base.sha256)
+    modelfile = (made.path / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./tiny.q4_0.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    assert made.bytes == engines.gguf_file(made.path).stat().st_size < base.bytes / 2
+    assert engines.load("torch", made).generate([5, 6, 7], 3)
+    before = engines.gguf_file(made.path).stat().st_mtime_ns
+    assert engines.gguf_file(gguf_file.write(base, "q4_0").path).stat().st_mtime_ns == before
+
+
+def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tmp_path, monkeypatch, capsys, tiny_copy):
+    def save(folder: Path) -> None:
+        shutil.copytree(tiny_copy, folder, dirs_exist_ok=True)
+
+    base = artifacts.write_artifact("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
+    out = tmp_path / "there"
+    arguments = ["export", base.path, "--to", "gguf", "--weights", "q4_0", "--out", out]
+    monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert capsys.readouterr().out == f"{out}: 0.6 MB, gguf-q4_0\nload it with the engine openvino, llamacpp or torch\n"
+
+
+def overwritten(file: Path, old: bytes, new: bytes) -> None:
+    assert len(old) == len(new)
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+
+
+def without_its_end(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_most_of_its_header(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def with_an_unknown_type(file: Path) -> None:
+    """The type follows the name, the number of dimensions and one dimension of 128."""
+    about = b"output_norm.weight" + struct.pack("<IQ", 1, 128)
+    overwritten(file, about + struct.pack("<I", 0), about + struct.pack("<I", 99))
+
+
+def with_another_beginning(file: Path) -> None:
+    overwritten(file, b"GGUF", b"FUGG")
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (emptied, "it is empty"),
+        (without_its_end, r"is truncated: it has \d+ bytes, tensor .* ends at byte \d+"),
+        (without_most_of_its_header, r"its header breaks off at byte \d+"),
+        (with_an_unknown_type, r"tensor output_norm\.weight at byte \d+ has the unknown type 99"),
+        (with_another_beginning, r"does not begin with GGUF"),
+    ],
+)
+def test_a_spoilt_file_is_refused_by_name_and_offset(spoil, says, exported, tmp_path):
+    file = Path(shutil.copy(engines.gguf_file(exported("q8_0")), tmp_path / "spoilt.gguf"))
+    spoil(file)
+    with pytest.raises(ValueError, match=says) as caught:
+        engines.load("torch", tmp_path)
+    assert "spoilt.gguf" in str(caught.value)
+
+
+def changed(folder: Path, **values) -> Path:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\)"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "of type 'linear'"),
+        ({"model_type": "gpt2", "n_layer": 2}, "is a gpt2; exported are llama, qwen2, qwen3"),
+    ],
+)
+def test_a_model_that_is_not_exported_is_refused_by_what_it_is(values, says, tiny_copy, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        gguf_file.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_an_unknown_block_type_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"no block type 'q3_x'.*q8_0, q5_1, q5_0, q4_1, q4_0, kept"):
+        gguf_file.export(TINY, tmp_path / "x.gguf", "q3_x")
+
+
+def test_gpt_2s_cut_is_called_smollms_where_no_token_joins_digits():
+    assert gguf_file.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
+
+
+def test_text_cut_in_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="text is cut by Metaspace"):
+        gguf_file.split_name({"type": "Metaspace"})
+
+
+def test_more_tokens_than_rows_are_refused():
+    with pytest.raises(ValueError, match="ids up to 1023, the embedding 1000 rows"):
+        gguf_file.vocabulary(checkpoint.load_tokenizer(TINY), 1000)

@@ -1,0 +1,102 @@
+"""A function called in a process of its own: its answer, its exception, its death; what is kept in a file; silence."""
+
+import ctypes
+import json
+import os
+import signal
+
+import pytest
+
+from avalab.lab import cache, process
+
+C = ctypes.CDLL(None)
+
+
+def doubled(request: dict) -> dict:
+    return {"twice": 2 * request["number"], "process": os.getpid()}
+
+
+def refused(request: dict) -> dict:
+    raise ValueError("bad\nluck")
+
+
+def ended(request: dict) -> dict:
+    os.kill(os.getpid(), request["signal"])
+    return {}
+
+
+def test_an_answer_and_an_exception_are_written_down(tmp_path):
+    process.main("test_process:doubled", '{"number": 4}', str(tmp_path / "a"))
+    assert json.loads((tmp_path / "a").read_text())["answer"]["twice"] == 8
+    process.main("test_process:refused", "{}", str(tmp_path / "b"))
+    assert json.loads((tmp_path / "b").read_text()) == {"error": "ValueError", "message": "bad luck"}
+
+
+def test_an_exception_is_raised_as_its_class_where_that_is_known(monkeypatch):
+    """Both halves, without the process."""
+    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
+    assert process.call("test_process:doubled", {"number": 4}, limit_seconds=1)["twice"] == 8
+    with pytest.raises(KeyError, match="bad luck"):
+        process.call("test_process:refused", {}, limit_seconds=1, errors={"ValueError": KeyError})
+    with pytest.raises(RuntimeError, match="cell failed: bad luck"):
+        process.call("test_process:refused", {}, limit_seconds=1, label="cell")
+
+
+def test_an_answer_comes_from_another_process_and_a_late_one_is_stopped():
+    assert process.call("copy:copy", {"number": 4}, limit_seconds=120) == {"number": 4}
+    with pytest.raises(RuntimeError, match=r"^a nap took longer than 0 s$"):
+        process.call("copy:copy", {}, limit_seconds=0, label="a nap")
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGFPE, "crashed with SIGFPE")]
+)
+def test_a_process_that_a_signal_ends_is_an_error_that_names_the_signal(number, says):
+    with pytest.raises(RuntimeError, match=f"^an engine failed: {says}"):
+        process.call("test_process:ended", {"signal": int(number)}, limit_seconds=60, label="an engine")
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "says"),
+    [
+        (-signal.SIGKILL, "", "killed by SIGKILL, most likely out of memory"),
+        (-signal.SIGSEGV, "", "crashed with SIGSEGV"),
+        (-signal.SIGABRT, "first\nfree(): invalid pointer\n", "crashed with SIGABRT: free(): invalid pointer"),
+        (1, "first\n\nlast words\n", "last words"),
+        (3, "", "exit status 3"),
+    ],
+)
+def test_an_end_is_explained_in_one_line(code, text, says):
+    assert process.explain_end(code, text) == says
+
+
+def test_what_was_computed_is_read_back_and_a_damaged_file_computed_anew(tmp_path):
+    counted = iter(range(9))
+    path = tmp_path / "kept.json"
+
+    def count() -> dict:
+        return {"n": next(counted)}
+
+    assert [cache.cached_document(path, count), cache.cached_document(path, count)] == [{"n": 0}, {"n": 0}]
+    path.write_text('{"n": ')
+    assert cache.cached_document(path, count) == {"n": 1}
+
+
+# --- silence --------------------------------------------------------------------------------------------------------
+
+
+def test_what_compiled_code_prints_is_dropped_inside_the_block_only(capfd):
+    C.puts(b"before")
+    with process.drop_native_output():
+        C.puts(b"inside")
+    C.puts(b"after")
+    C.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_an_error_inside_the_block_gives_the_output_back(capfd):
+    with pytest.raises(ZeroDivisionError), process.drop_native_output():
+        C.puts(b"inside"[: 1 // 0])
+    C.puts(b"after")
+    C.fflush(None)
+    assert capfd.readouterr().out == "after\n"

@@ -1,0 +1,201 @@
+"""Ratings: lines that survive, results only when everybody has finished, and preferences that a pencil finds."""
+
+import json
+
+import pytest
+from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
+
+from avalab.lab.run import Run
+from avalab.measure import people
+from avalab.measure.people import Prompt
+
+ASKED = [Prompt("question", (), "Why?"), Prompt("call", ("math.comb",), "Choose 2 of 5.")]
+ANSWERED = {"bf16": ["because", "10"], "small": ["so", "10"], "tiny": ["?", "11"]}
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    return people.make_sheet(tmp_path, ASKED, ANSWERED, {"tiny": {"artifact_sha256": "abc", "engine": "torch"}})
+
+
+def ids(sheet: dict, index: int) -> list[str]:
+    """The ids of the answers to a request, in the order of `ANSWERED`."""
+    return [people.answer_id(ASKED[index], texts[index]) for texts in ANSWERED.values()]
+
+
+def rate(folder, sheet: dict, rater: str, given: list[list[int]]) -> list[dict]:
+    """Store one score an artefact and request, the same on every criterion."""
+    for index, prompt in enumerate(sheet["prompts"]):
+        wanted = people.criteria_of(prompt)
+        scores = {i: dict.fromkeys(wanted, s) for i, s in zip(ids(sheet, index), given[index], strict=True)}
+        rows = people.store_preference(folder, prompt, rater, scores)
+    return rows
+
+
+# --- storage -----------------------------------------------------------------------------------------------------
+
+
+def test_tool_use_is_scored_only_where_tools_are_on_offer(sheet):
+    assert [people.criteria_of(p) for p in sheet["prompts"]] == [
+        ("coherence", "helpfulness"),
+        ("coherence", "helpfulness", "tool_use"),
+    ]
+
+
+def test_scores_are_read_back_and_a_second_time_replaces_the_first(sheet, tmp_path):
+    rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    rows = rate(tmp_path, sheet, "r1", [[5, 3, 2], [4, 4, 2]])
+    assert rows == people.load_preferences(tmp_path)
+    assert len(rows) == 3 + 2  # two artefacts gave the same answer to the second request
+    changed = next(row for row in rows if row["answer"] == ids(sheet, 0)[2])
+    assert (changed["helpfulness"], changed["tool_use"]) == (2, None)
+    assert len((tmp_path / "ratings" / "r1.jsonl").read_text().splitlines()) == 5
+
+
+def test_raters_write_files_of_their_own_and_go_on_where_they_were(sheet, tmp_path):
+    rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    first = sheet["prompts"][0]
+    rows = people.store_preference(
+        tmp_path, first, "r2", {i: {"coherence": 3, "helpfulness": 3} for i in first["answers"]}
+    )
+    assert sorted(path.name for path in (tmp_path / "ratings").iterdir()) == ["r1.jsonl", "r2.jsonl"]
+    assert people.raters(sheet, rows) == {"r1": 0, "r2": 1}
+    assert [p["key"] for p in people.pending(sheet, rows, "r2")] == [ASKED[1].key]
+    assert len(people.pending(sheet, rows, "r3")) == 2
+
+
+@pytest.mark.parametrize(
+    ("rater", "scores", "says"),
+    [
+        ("../r1", None, "is no name for a rater; use 1 to 32 letters"),
+        ("", None, "is no name for a rater"),
+        ("r1", {"coherence": 3}, "give each of coherence, helpfulness one of 1, 2, 3, 4, 5"),
+        ("r1", {"coherence": 3, "helpfulness": 6}, "one of 1, 2, 3, 4, 5"),
+        ("r1", {"coherence": 3, "helpfulness": 3, "tool_use": 3}, "give each of coherence, helpfulness"),
+    ],
+)
+def test_a_rating_that_makes_no_sense_is_refused_and_nothing_is_stored(sheet, tmp_path, rater, scores, says):
+    prompt = sheet["prompts"][0]
+    given = {answer: scores or {"coherence": 3, "helpfulness": 3} for answer in prompt["answers"]}
+    with pytest.raises(ValueError, match=says):
+        people.store_preference(tmp_path, prompt, rater, given)
+    assert not (tmp_path / "ratings").exists()
+
+
+def test_an_answer_that_was_left_out_is_refused(sheet, tmp_path):
+    prompt = sheet["prompts"][0]
+    with pytest.raises(ValueError, match="1 answers are scored; the request has 3"):
+        people.store_preference(
+            tmp_path, prompt, "r1", {next(iter(prompt["answers"])): {"coherence": 3, "helpfulness": 3}}
+        )
+
+
+@pytest.mark.parametrize("line", ["{broken", "[]", '{"prompt": "a"}'])
+def test_a_damaged_line_is_named_by_file_and_line(sheet, tmp_path, line):
+    rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    path = tmp_path / "ratings" / "r1.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"r1\.jsonl:6: .*a rating has the fields prompt, answer, rater"):
+        people.load_preferences(tmp_path)
+
+
+def test_a_score_out_of_range_in_a_file_is_refused(sheet, tmp_path):
+    row = dict.fromkeys(people.FIELDS, None) | {"rater": "r1", "coherence": 9}
+    (tmp_path / "ratings").mkdir()
+    (tmp_path / "ratings" / "r1.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"r1\.jsonl:1"):
+        people.load_preferences(tmp_path)
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_rater_there_is_no_result_and_the_record_says_why(sheet, tmp_path):
+    run = Run("t", "smoke")
+    assert people.record_preferences(run, sheet, people.load_key(tmp_path), [], baseline="bf16") == people.NOBODY
+    assert [(r.value, r.note) for r in run.records] == [(None, "not measured: nobody has rated yet")]
+
+
+def test_while_somebody_is_still_rating_no_name_gets_a_score(sheet, tmp_path):
+    rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    first = sheet["prompts"][0]
+    rows = people.store_preference(
+        tmp_path, first, "r2", {i: {"coherence": 3, "helpfulness": 3} for i in first["answers"]}
+    )
+    run, key = Run("t", "smoke"), people.load_key(tmp_path)
+    assert people.record_preferences(run, sheet, key, rows, baseline="bf16").startswith(
+        "not measured: r2 has 1 of 2 left"
+    )
+    assert [r.value for r in run.records] == [None]
+    with pytest.raises(ValueError, match="r2 has 1 of 2 left"):
+        people.preference_scores(sheet, key, rows, "coherence")
+
+
+def test_answers_that_changed_since_are_left_to_score(sheet, tmp_path):
+    rows = rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    again = people.make_sheet(tmp_path, ASKED, ANSWERED | {"tiny": ["?", "12"]}, {})
+    assert [p["key"] for p in people.pending(again, rows, "r1")] == [ASKED[1].key]
+
+
+def test_equal_answers_get_the_score_once_and_both_artefacts_have_it(sheet, tmp_path):
+    rows = rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    found = people.preference_scores(sheet, people.load_key(tmp_path), rows, "helpfulness")
+    assert {name: each.tolist() for name, each in found.items()} == {
+        "bf16": [[5], [4]],
+        "small": [[3], [4]],
+        "tiny": [[1], [2]],
+    }
+
+
+def test_a_preference_counts_ties_half_by_pencil():
+    """Higher, tied, lower, higher on four requests: (1 + 0.5 + 0 + 1) / 4 = 0.625."""
+    import torch
+
+    ours, theirs = torch.tensor([[5.0], [3], [2], [4]]), torch.tensor([[4.0], [3], [3], [1]])
+    found = people.prefer(ours, theirs, resamples=200, seed=0)
+    assert (found.preferred, found.tied, found.other, found.share.value) == (2, 1, 1, 0.625)
+    assert found.verdict == "not distinguishable"
+    back = people.prefer(theirs, ours, resamples=200, seed=0)
+    assert back.share.value == 1 - 0.625
+    assert str(found).startswith("not distinguishable: preferred 2, tied 1, the other preferred 1 times; 62% [")
+
+
+def test_a_preference_on_every_request_is_a_verdict_and_the_other_way_round_too():
+    import torch
+
+    high, low = torch.full((6, 2), 4.0), torch.full((6, 2), 2.0)
+    assert people.prefer(high, low, resamples=200, seed=0).verdict == "better"
+    assert people.prefer(low, high, resamples=200, seed=0).verdict == "worse"
+    assert people.prefer(high, high, resamples=200, seed=0).verdict == "not distinguishable"
+
+
+def test_scores_preferences_and_agreement_are_recorded_with_their_artefact(sheet, tmp_path):
+    rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    rows = rate(tmp_path, sheet, "r2", [[5, 4, 2], [5, 5, 2]])
+    run = Run("t", "smoke")
+    assert people.record_preferences(run, sheet, people.load_key(tmp_path), rows, baseline="bf16") == ""
+    found = {(r.subject, r.metric): r for r in run.records}
+    assert found["bf16", "rating:coherence"].value == pytest.approx((5 + 4 + 5 + 5) / 4)
+    assert (found["tiny", "rating:tool_use"].value, found["tiny", "rating:tool_use"].n) == (2, 1)
+    assert found["small", "preferred_share:coherence"].value == pytest.approx((0 + 0.5 + 0 + 0.5) / 4)
+    assert found["tiny", "preferred_share:coherence"].details["verdict"] == "worse"
+    assert found["tiny", "rating:coherence"].artifact_sha256 == "abc"
+    assert 0 < found["raters", "krippendorff_alpha:coherence"].value < 1
+    assert ("bf16", "preferred_share:coherence") not in found
+
+
+def test_one_rater_has_scores_but_no_agreement(sheet, tmp_path):
+    rows = rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
+    run = Run("t", "smoke")
+    people.record_preferences(run, sheet, people.load_key(tmp_path), rows, baseline="bf16")
+    notes = {r.note for r in run.records if r.metric.startswith("krippendorff_alpha")}
+    assert notes == {"agreement needs two raters; there is one"}
+
+
+def test_raters_who_gave_everything_the_same_score_have_no_agreement_and_the_note_says_so(sheet, tmp_path):
+    rate(tmp_path, sheet, "r1", [[3, 3, 3], [3, 3, 3]])
+    rows = rate(tmp_path, sheet, "r2", [[3, 3, 3], [3, 3, 3]])
+    run = Run("t", "smoke")
+    people.record_preferences(run, sheet, people.load_key(tmp_path), rows, baseline="bf16")
+    (note, *_) = [r.note for r in run.records if r.metric.startswith("krippendorff_alpha")]
+    assert "alpha is not defined for scores of 2 raters" in note
