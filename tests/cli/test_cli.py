@@ -14,21 +14,15 @@ from avalab.cli import compress, options
 from avalab.data import drafts
 from avalab.lab import run as lab_run
 from avalab.measure import answers
-from avalab.train import distill
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
-    from avalab import (
-        conversation,
-        engines,
-        ensemble,
-        models,
-        qat,
-        quantize,
-        saliency,
-        sparsity_patterns,
-    )
+    from avalab import engines
+    from avalab.compress import patterns, quantize, saliency
     from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
+    from avalab.models import checkpoint
+    from avalab.serve import chat, ensemble
+    from avalab.train import distill, qat
 
 ROOT = lab_run.ROOT
 
@@ -152,15 +146,15 @@ def test_help_and_refusals_that_need_no_model_import_neither_torch_nor_transform
 def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert set(options.METHODS) == quantize.METHODS.keys()
     assert set(options.SCORES) == saliency.SCORES.keys()
-    assert set(options.PATTERNS) == sparsity_patterns.PATTERNS.keys()
+    assert set(options.PATTERNS) == patterns.PATTERNS.keys()
     assert set(options.ENGINES) == engines.ENGINES.keys()
     assert set(options.CALL_MODES) == answers.MODES.keys()
-    assert options.CHAT_MODES == conversation.MODES
+    assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
     assert options.TRAINED == qat.KINDS
     assert set(options.TARGETS) == set(distill.TEACHERS)
     assert set(options.KINDS) == drafts.KINDS.keys()
-    assert options.EMBEDDED == models.EMBEDDED
+    assert options.EMBEDDED == checkpoint.EMBEDDED
 
 
 def test_weights_that_an_export_takes_are_those_of_its_engine():
@@ -267,7 +261,7 @@ def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkey
 
 def test_an_artefact_is_exported_by_its_formats_row_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
-    base = models.base(lab_run.Run("t", "smoke"))
+    base = checkpoint.base_artifact(lab_run.Run("t", "smoke"))
     row = compress.Exporter("{0.name} to {1.name} as {2}".format, ("packed",))
     monkeypatch.setitem(compress.EXPORTERS, "other", row)
     arguments = ["export", base.path, "--to", "other", "--out", tmp_path / "there", "--weights", "packed"]
