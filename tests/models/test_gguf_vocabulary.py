@@ -15,7 +15,7 @@ TYPES = [3, 3, 4, *[6] * 256, *[1] * len(PIECES)]
 
 @pytest.fixture(scope="module")
 def encoder():
-    return stored.encoder(TOKENS, SCORES, TYPES, unknown="<unk>")
+    return stored.sentencepiece_encoder(TOKENS, SCORES, TYPES, unknown="<unk>")
 
 
 @pytest.fixture

@@ -83,8 +83,8 @@ def test_a_missing_tensor_is_named(library, run, base, tmp_path):
 
 
 def test_only_its_own_folders_are_taken_for_such_checkpoints(base, tmp_path):
-    assert not stored.is_one(base.path)
-    assert not stored.is_one(tmp_path)
+    assert stored.quantization_of(base.path) == {}
+    assert stored.quantization_of(tmp_path) == {}
 
 
 @has_hqq

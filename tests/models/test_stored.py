@@ -50,7 +50,7 @@ def test_it_fits_the_budget_and_its_card_says_who_can_read_it(small):
     assert small.name.endswith("-packedemb")
     assert "transformers and vLLM need embedding='any'" in small.card["measured"]["note"]
     assert re.fullmatch(r"w[2-8]g\d+", small.card["measured"]["embedding"])
-    assert stored.name_in(small.path) == NAME
+    assert stored.packed_embedding_name(small.path) == NAME
 
 
 def test_at_equal_bytes_it_is_closer_than_int8_rows(small, run, base, against):
