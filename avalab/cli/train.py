@@ -40,11 +40,11 @@ def synthesize(
     chosen = tuple(kind for kind in kinds.split(",") if kind)
     for kind in chosen:
         options.one_of("kind", kind, options.KINDS)
-    asked = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
+    rewriter = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
     from avalab.data import repeats, synthesize
 
     sets = [] if overlap == "none" else repeats.evaluation_sets(fetch=overlap == "all")
-    report = synthesize.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=asked, sets=sets)
+    report = synthesize.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=rewriter, sets=sets)
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -199,10 +199,10 @@ def distill(
     schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
     training = finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
     if by_text:  # its words are labels
-        told = _teacher(teacher, teacher_model, cost=cost)
+        text_teacher = _teacher(teacher, teacher_model, cost=cost)
         recipe = distill.Recipe(temperature=temperature, training=training, kl=0.0, cross_entropy=1.0)
     else:
-        told = None
+        text_teacher = None
         recipe = distill.Recipe(
             temperature=temperature,
             training=training,
@@ -213,7 +213,9 @@ def distill(
             hidden=hidden,
             attention=attention,
         )
-    rows = _rows(run, learner, data, told=told, own_answers=own_answers, row_tokens=row_tokens, tokens=tokens)
+    rows = _rows(
+        run, learner, data, text_teacher=text_teacher, own_answers=own_answers, row_tokens=row_tokens, tokens=tokens
+    )
     reader = None if by_text else options.source_artifact(teacher, run)
     taught = distill.train_student(learner, reader, rows, run=run, name=name, recipe=recipe)
     distill.record_distillation(run, out.name, taught)
@@ -234,7 +236,7 @@ def _adapter_name(student: Artifact, out: Path, rank: int) -> str:
 
 
 def _rows(
-    run: Run, student: Artifact, data: Path | None, *, told, own_answers: bool, row_tokens: int, tokens: int
+    run: Run, student: Artifact, data: Path | None, *, text_teacher, own_answers: bool, row_tokens: int, tokens: int
 ) -> list:
     """General text, or whole chats; answers of a teacher by text are scored alone, without their prompts."""
     from avalab.data import packing, synthesize
@@ -247,7 +249,7 @@ def _rows(
     chosen = packing.sample_examples(tokenizer, fitting, tokens=tokens, seed=run.seed)
     if own_answers:
         chosen = packing.own_answers(student, chosen, run=run)
-    if told:
-        kept = packing.fitting(tokenizer, packing.answered(chosen, told), row_tokens)
+    if text_teacher:
+        kept = packing.fitting(tokenizer, packing.answered(chosen, text_teacher), row_tokens)
         return packing.pack_chats(tokenizer, kept, row_tokens=row_tokens, context=row_tokens, seed=run.seed)
     return packing.chat_rows(tokenizer, chosen, row_tokens=row_tokens, seed=run.seed)

@@ -301,12 +301,14 @@ def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
     if not others:
         del config.quantization_config
     with torch.random.fork_rng(devices=[]):  # missing weights are drawn before they are replaced
-        model, told = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, **options
+        )
     table = model.get_input_embeddings()
     filled = {n for n, m in model.named_modules() if getattr(m, "weight", None) is table.weight}
-    astray = sorted(set(told["missing_keys"]) - {f"{n}.weight" for n in filled})
-    if astray or name not in filled:
-        raise ValueError(f"{folder} lacks {', '.join(astray[:1]) or name}: nothing else than the embedding is packed")
+    missing = sorted(set(loading["missing_keys"]) - {f"{n}.weight" for n in filled})
+    if missing or name not in filled:
+        raise ValueError(f"{folder} lacks {', '.join(missing[:1]) or name}: nothing else than the embedding is packed")
     table.weight.data = decode_embedding(folder, name, table.weight.dtype).to(table.weight.device)
     return model
 
