@@ -64,10 +64,10 @@ def main() -> None:
     """Run the command; what a user did wrong becomes one line and exit code 2."""
     try:
         app()
-    except (ValueError, assets.AssetUnavailable, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # an asset that cannot be had is a RuntimeError, too
         print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
-        asked_wrong = isinstance(error, ValueError | assets.AssetUnavailable | OSError)
-        sys.exit(2 if asked_wrong else 1)  # 1: a measuring process failed
+        a_process_failed = isinstance(error, RuntimeError) and not isinstance(error, assets.AssetUnavailable)
+        sys.exit(1 if a_process_failed else 2)
 
 
 @app.command("assets")

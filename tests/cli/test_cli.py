@@ -24,6 +24,8 @@ with warnings.catch_warnings():
     from avalab.train import distill, qat
 
 ROOT = lab_run.ROOT
+CHATS = ROOT / "data" / "synthetic_datasets" / "instruction.jsonl"  # the smallest of the lab's own files
+FINETUNE = ["finetune", "--out", "x", "--profile", "smoke"]
 
 
 @pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("64MiB", 67_108_864), ("1.5kB", 1500), ("7", 7)])
@@ -66,10 +68,10 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
         (["prune", "--out", "x", "--method", "wanda", "--sparsity", "1", "--profile", "smoke"], "[0, 1)"),
         (["export", "nothing/here", "--to", "onnx", "--out", "x"], "no artefact at"),
         (["finetune", "--out", "x", "--method", "full"], "choose lora or qlora"),
-        (["finetune", "--out", "x", "--profile", "smoke", "--target-modules", "experts"], "matches no linear layer"),
-        (["finetune", "--out", "x", "--profile", "smoke", "--row-tokens", "8"], "no example fits into a row"),
+        ([*FINETUNE, "--data", CHATS, "--target-modules", "experts"], "matches no linear layer"),
+        ([*FINETUNE, "--data", CHATS, "--row-tokens", "8"], "no example fits into a row"),
         (["finetune", "--out", "x", "--data", "nothing/here"], "nothing/here"),
-        (["finetune", "--out", "x", "--profile", "smoke", "--rank", "0"], "rank is 0"),
+        ([*FINETUNE, "--rank", "0"], "rank is 0"),
         (["finetune", "--out", "tests", "--profile", "smoke"], "is not an artefact; name a new folder"),
         (["eval", "nothing/here"], "no artefact at"),
         (["chat", "nothing/here"], "no artefact at"),
@@ -234,18 +236,8 @@ def test_a_model_is_pruned_scored_and_timed(tmp_path, monkeypatch, avalab):
 
 def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
-    arguments = [
-        "prune",
-        "--model",
-        "data/tiny-llama",
-        "--profile",
-        "smoke",
-        "--method",
-        "magnitude",
-        "--pattern",
-        "2:4",
-    ]
-    code, _, _ = avalab(*arguments, "--target-modules", "mlp", "--target-modules", "q_proj")
+    recipe = ("--method", "magnitude", "--pattern", "2:4", "--target-modules", "mlp", "--target-modules", "q_proj")
+    code, _, _ = avalab("prune", "--model", "data/tiny-llama", "--profile", "smoke", *recipe)
     assert code == 0
     assert len(list(tmp_path.glob("tiny-llama+magnitude-2of4-only16.*"))) == 1
 
