@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from avalab.compress import sensitivity
 from avalab.models import checkpoint, walk
@@ -194,27 +194,30 @@ def test_no_calibration_text_is_refused_before_a_file_is_written(model, tmp_path
 
 
 @torch.no_grad()
-def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(tmp_path):
+def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(gemma, tmp_path):
     """Gemma 3 alternates two rotary embeddings and masks; also after a walk that was killed in between."""
-    model = alternating()
-    names = list(checkpoint.linear_layers(model))
-    expected = sensitivity.input_moments(model, WINDOWS, names)
-    walk.measure_moments(model, WINDOWS, tmp_path)
+    names = list(checkpoint.linear_layers(gemma))
+    expected = sensitivity.input_moments(gemma, WINDOWS, names)
+    walk.measure_moments(gemma, WINDOWS, tmp_path)
     walk.block_file(tmp_path, 1).unlink()
-    walk.measure_moments(model, WINDOWS, tmp_path)
+    walk.measure_moments(gemma, WINDOWS, tmp_path)
     for name in names:
         torch.testing.assert_close(walk.stored_moment(tmp_path, name), expected[name], atol=1e-5, rtol=1e-3)
-
-
-def alternating() -> Gemma3ForCausalLM:
-    kinds, thetas = ["sliding_attention", "full_attention", "sliding_attention"], (10.0, 1e6, 10.0)
-    rotary = {k: {"rope_type": "default", "rope_theta": theta} for k, theta in zip(kinds, thetas, strict=True)}
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}
-    torch.manual_seed(0)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, layer_types=kinds, rope_parameters=rotary)).eval()
 
 
 def test_a_block_is_found_in_its_layers_name():
     assert walk.block_index("model.layers.7.mlp.down_proj") == 7
     assert walk.block_index("model.layers.12.self_attn.q_proj") == 12
+
+
+@torch.no_grad()
+def test_a_walk_sees_in_every_block_what_the_model_gives_it(gemma):
+    """Blocks with and without a sliding window get another rotary embedding and another mask."""
+    windows, seen = torch.arange(40).reshape(2, 20), {}
+    for index, layer in enumerate(gemma.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args, at=index: seen.update({at: args[0]}))
+    gemma(windows)
+    expected = {at: walk.second_moment(rows.flatten(0, -2)) / 40 for at, rows in seen.items()}
+    for site in walk.sites(gemma, windows):
+        if any(name.endswith("down_proj") for name in site.layers):
+            assert torch.allclose(site.moment, expected[site.block], rtol=1e-3, atol=1e-6)
