@@ -12,11 +12,10 @@
 
 The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
 
-A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the gates
-(calls satisfy the schemas, every value is said in the request, pure functions run), without knowing the right answer;
-`precision` says how far that can be trusted where the right calls are known. Source: rejection sampling of a model's
-own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023). Here one greedy answer a request, and gates in place of
-known answers.
+A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the
+gates, without knowing the right answer; `precision` says how far that can be trusted where the right calls are known.
+Source: rejection sampling of a model's own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023). Here one greedy
+answer a request, and gates in place of known answers.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from itertools import islice
 from pathlib import Path
 
 from avalab.data import calls, drafts, gates, repeats, toolbox
-from avalab.data.calls import Case
+from avalab.data.calls import Call, Case
 from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
 from avalab.lab import statistics, words
@@ -39,34 +38,18 @@ from avalab.lab.artifacts import sha256_of
 from avalab.lab.run import write_atomically
 from avalab.lab.statistics import Estimate
 
-PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
+Teacher = Callable[[list[dict]], str]
 
 PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
-
 AHEAD = 64  # first attempts that a teacher who can answers in one go
-
+PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
 REWORDING = {  # the form of a teacher's answer, for teachers that can be held to one
     "type": "object",
     "properties": {"request": {"type": "string", "maxLength": 240}},
     "required": ["request"],
     "additionalProperties": False,
 }
-
-Teacher = Callable[[list[dict]], str]
-
-FIELDS = ("kind", "tools", "messages", "calls")
-
 JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
-
-CARD = """# Synthetic function-calling examples
-
-Made by `avalab.data.synthesize`, without a model unless a teacher is named: tools from the standard library's callables
-and hand-designed everyday domains (`avalab/data/domains`), arguments drawn by type, requests phrased by templates, and
-every example checked by the gates of `avalab.data.gates`. Names, addresses and figures are invented.
-
-A line is `kind`, `tools`, `messages` (user, assistant), `calls`, `source`; the system message is added by
-`avalab.data.synthesize.load_examples`. Licence: that of this project. Limits: English only; template wording is more
-regular than people's; a grounded value is said in the request, but not proven to belong to its parameter."""
 
 
 def generate(
@@ -122,8 +105,9 @@ def _stream(
         pairs = [(kind, f"{seed}-{number + i}") for i, kind in enumerate(drawn)]
         number += ahead
         if hasattr(teacher, "ahead"):
-            drafted = [(_draft(*pair), _prompt(pair[1])) for pair in pairs]
-            teacher.ahead([_question(e, prompt) for e, prompt in drafted if e["calls"]], progress=teacher.__name__)
+            drafted = [(key, _draft(kind, key)) for kind, key in pairs]
+            asked = [_question(example, key)[1] for key, example in drafted if example["calls"]]
+            teacher.ahead(asked, progress=teacher.__name__)
         yield from pairs
 
 
@@ -135,28 +119,22 @@ def _accepted(
     while accepted < count:
         kind, key = next(stream)
         example = refine(kind, key, teacher=teacher, row=row, counts=counts)
-        if isinstance(example, str):
-            failed[kind][example] += 1
-            if failed[kind].total() >= PATIENCE:
-                raise ValueError(
-                    f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
-                    f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
-                )
+        if not isinstance(example, str):
+            failed[kind].clear()
+            accepted += 1
+            counts["accepted"] += 1
+            yield with_system(example)
             continue
-        failed[kind].clear()
-        accepted += 1
-        counts["accepted"] += 1
-        yield with_system(example)
+        failed[kind][example] += 1
+        if failed[kind].total() >= PATIENCE:
+            raise ValueError(
+                f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
+                f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
+            )
 
 
 def refine(
-    kind: str,
-    seed: str,
-    *,
-    row: dict[str, Gate],
-    counts: Counter,
-    teacher: Teacher | None = None,
-    rounds: int = 2,
+    kind: str, seed: str, *, row: dict[str, Gate], counts: Counter, teacher: Teacher | None = None, rounds: int = 2
 ) -> dict | str:
     """One accepted example, or the name of the gate that rejected the last of 1 + `rounds` attempts."""
     content, last, reason = 0, "", ""
@@ -181,7 +159,18 @@ def _attempt(
     example = _draft(kind, seed, *draws)
     if teacher is None or not example["calls"]:
         return example, "", ""
-    return example, *_retell(example, teacher, _prompt(seed, draws[1]), reason)
+    prompt, question = _question(example, seed, draws[1], reason)
+    answer = teacher(question)
+    found = re.search(r"\{.*?\}", answer, re.DOTALL)
+    try:
+        told = json.loads(found.group())["request"]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        return example, "teacher_format", f"it was not a JSON object with a request: {answer[:80]!r}"
+    if not isinstance(told, str):
+        return example, "teacher_format", "the request was not a text"
+    example["messages"][0]["content"] = " ".join(told.split())
+    example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
+    return example, "", ""
 
 
 def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
@@ -189,29 +178,12 @@ def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
     return drafts.KINDS[kind][0](*generators) | {"source": "templates"}
 
 
-def _prompt(seed: str, wording: int = 0) -> str:
-    return PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
-
-
-def _question(example: dict, prompt: str, reason: str = "") -> list[dict]:
+def _question(example: dict, seed: str, wording: int = 0, reason: str = "") -> tuple[str, list[dict]]:
+    """The prompt's name, and the question to the teacher."""
+    prompt = PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
     why = f"Your last answer was refused because {reason}." if reason else ""
     asked = words.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
-    return [{"role": "user", "content": asked}]
-
-
-def _retell(example: dict, teacher: Teacher, prompt: str, reason: str) -> tuple[str, str]:
-    """Put the teacher's wording into the example; ("teacher_format", reason) when its answer cannot be read."""
-    answer = teacher(_question(example, prompt, reason))
-    found = re.search(r"\{.*?\}", answer, re.DOTALL)
-    try:
-        told = json.loads(found.group())["request"]
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
-        return "teacher_format", f"it was not a JSON object with a request: {answer[:80]!r}"
-    if not isinstance(told, str):
-        return "teacher_format", "the request was not a text"
-    example["messages"][0]["content"] = " ".join(told.split())
-    example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
-    return "", ""
+    return prompt, [{"role": "user", "content": asked}]
 
 
 def write_examples(
@@ -255,9 +227,10 @@ def with_system(example: dict) -> dict:
     messages = example["messages"]
     if messages[0]["role"] == "system" or not example["tools"]:
         return example
-    content = toolbox.system_prompt(example["tools"])
     if example["kind"] == "structured_output":
         content = JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
+    else:
+        content = toolbox.system_prompt(example["tools"])
     return {**example, "messages": [{"role": "system", "content": content}, *messages]}
 
 
@@ -323,7 +296,8 @@ def _read(file: Path) -> Iterator[dict]:
 
 def _malformed(example: object) -> str:
     """What a line of a data set lacks, or ""."""
-    if missing := [field for field in FIELDS if not isinstance(example, dict) or field not in example]:
+    fields = ("kind", "tools", "messages", "calls")
+    if missing := [field for field in fields if not isinstance(example, dict) or field not in example]:
         return f"no field {', '.join(missing)}"
     parts = {"tools": ("name", "parameters"), "messages": ("role", "content"), "calls": ("name", "arguments")}
     for field, wanted in parts.items():
@@ -342,34 +316,35 @@ def _malformed(example: object) -> str:
 
 def data_card(report: dict) -> str:
     """The data card in Markdown, of the report of `write_examples`."""
-    rows = [f"| `{name}` | {f['examples']} | {f['bytes']} | `{f['sha256']}` |" for name, f in report["files"].items()]
-    gate_rows = [f"| {name} | {number} |" for name, number in report["counts"].items()]
-    spread = [
-        f"| {name.replace('_', ' ')} | {value} |" for name, value in report["diversity"].items() if name != "kinds"
-    ]
     arguments = f"count={report['count']}, seed={report['seed']}"
     arguments += f", kinds={tuple(report['kinds'])}" if report["kinds"] else ""
+    files = [(f"`{name}`", f["examples"], f["bytes"], f"`{f['sha256']}`") for name, f in report["files"].items()]
+    spread = [(name.replace("_", " "), value) for name, value in report["diversity"].items() if name != "kinds"]
+    compared = "These examples were compared with no evaluation set.\n"
+    if report["evaluation"]:
+        sets = [(name, f"`{digest}`") for name, digest in report["evaluation"].items()]
+        compared = (
+            "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared)."
+        )
+        compared += "\n\n" + _table(("evaluation set", "sha256"), sets)
     return "\n".join(
         [
-            *CARD.splitlines(),
-            "",
+            words.read("prompts", "data_card.txt"),
             f"Made again with `synthesize.write_examples(folder, {arguments})` on Python {report['python']}; teacher: "
             f"{report['teacher']}.",
             "",
-            *["| file | examples | bytes | sha256 |", "|---|---|---|---|", *rows, ""],
-            *["| gate | examples |", "|---|---|", *gate_rows, ""],
-            *["| diversity | |", "|---|---|", *spread, ""],
-            *_compared(report["evaluation"]),
+            _table(("file", "examples", "bytes", "sha256"), files),
+            _table(("gate", "examples"), list(report["counts"].items())),
+            _table(("diversity", ""), spread),
+            compared,
         ]
     )
 
 
-def _compared(evaluation: dict[str, str]) -> list[str]:
-    if not evaluation:
-        return ["These examples were compared with no evaluation set.", ""]
-    rows = [f"| {name} | `{digest}` |" for name, digest in evaluation.items()]
-    claim = "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared)."
-    return [claim, "", "| evaluation set | sha256 |", "|---|---|", *rows, ""]
+def _table(head: tuple[str, ...], rows: Sequence[tuple]) -> str:
+    """A table in Markdown and an empty line."""
+    lines = [f"|{'|'.join(f' {cell} ' if cell != '' else ' ' for cell in row)}|" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:], ""])
 
 
 # --- a model's own answers -------------------------------------------------------------------------------------------
@@ -384,12 +359,7 @@ def answer_cases(requests: Sequence[dict]) -> list[Case]:
 
 
 def select_answers(
-    requests: Sequence[dict],
-    texts: Sequence[str],
-    *,
-    source: str,
-    row: dict[str, Gate],
-    counts: Counter | None = None,
+    requests: Sequence[dict], texts: Sequence[str], *, source: str, row: dict[str, Gate], counts: Counter | None = None
 ) -> list[dict]:
     """The answers to `answer_cases(requests)` that pass the gates of `row`, as examples; `request` is the position.
 
@@ -398,11 +368,28 @@ def select_answers(
     counts = Counter() if counts is None else counts
     accepted = []
     for case, text in zip(answer_cases(requests), texts, strict=True):
-        example, gate = _answer_example(case, text, source)
-        gate = gate or gates.verdict(example, row)[0]
+        found = calls.parse_calls(text)
+        if isinstance(found, str):
+            gate = found
+        else:
+            example = _answer_example(case, found, source)
+            gate = gates.verdict(example, row)[0]
         counts.update(["answered", f"rejected:{gate}" if gate else "accepted"])
         accepted += [] if gate else [example]
     return accepted
+
+
+def _answer_example(case: Case, found: list[Call], source: str) -> dict:
+    made = [{"name": call.name, "arguments": call.arguments} for call in found]
+    example = {
+        "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
+        "tools": case.functions,
+        "messages": [*case.messages, {"role": "assistant", "content": toolbox.call_text(made)}],
+        "calls": made,
+        "source": source,
+        "request": int(case.id),
+    }
+    return with_system(example)
 
 
 def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
@@ -415,23 +402,5 @@ def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
         request = requests[example["request"]]
         expected = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in request["calls"]]
         case = Case("", "own_answer", [], request["tools"], expected)
-        right += calls.check_calls(case, [calls.Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
+        right += calls.check_calls(case, [Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
     return statistics.wilson(right, len(accepted))
-
-
-def _answer_example(case: Case, text: str, source: str) -> tuple[dict, str]:
-    """The example that an answer makes, and "" or why it makes none."""
-    found = calls.parse_calls(text)
-    if isinstance(found, str):
-        return {}, found
-    made = [{"name": call.name, "arguments": call.arguments} for call in found]
-    answer = f"<tool_call>{json.dumps(made, ensure_ascii=False)}</tool_call>"
-    example = {
-        "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
-        "tools": case.functions,
-        "messages": [*case.messages, {"role": "assistant", "content": answer}],
-        "calls": made,
-        "source": source,
-        "request": int(case.id),
-    }
-    return with_system(example), ""

@@ -1,14 +1,14 @@
 """Tools and function-calling chats that exist without any download.
 
-Two sources, in one table: standard-library callables (dotted names), whose description is read from the docstring and
-whose parameter types, which the library does not annotate, stand in the table; and everyday domains, written here.
-A row is a tool: `name | parameter=kind ... | request | description`; a kind is a JSON schema and a sampler, an optional
+A row of the table `prompts/toolbox.txt` is a tool: `name | parameter=kind ... | request | description`. Dotted names are callables of the
+standard library: the description is the docstring's first sentence, and the types, which the library does not annotate,
+stand in the table. The others are everyday domains, written here. A kind is a JSON schema and a sampler, an optional
 parameter ends in `?`, the request names every required argument. No tool bears the name of one of the 1,909 functions
-of BFCL v4. A chat: draw a tool of the split, draw its arguments by kind, phrase the request, put the tool among up to
-two others. A hash of the name decides the split, so train and heldout never share a function.
+of BFCL v4.
 
-What it does not do: quality gates, parallel or missing calls, teachers (that is `synthesize`, with `tools()` as its
-source). Docstrings, and so descriptions, differ between Python versions; names and arguments do not.
+A chat: draw a tool of the split, draw its arguments by kind, phrase the request, put the tool among up to two others. A
+hash of the name decides the split, so train and heldout never share a function. Docstrings, and so descriptions, differ
+between Python versions; names and arguments do not.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from avalab.lab.words import lines_of
+
 SPLITS = ("train", "heldout")
-
 HELDOUT_ONE_IN = 5  # tools whose name's hash is divisible by this are never trained on
-
 TOOL_PROMPT = (
     "You answer with function calls. These functions exist, described by JSON schema:\n<tools>",
     "</tools>\nChoose the function that does what the user asks and reply in this form only:\n"
@@ -43,6 +43,17 @@ class Kind:
     sample: Callable[[random.Random], object]
 
 
+@dataclass(frozen=True)
+class Row:
+    """One tool of the table; `kinds` are those of its parameters by name, `optional` those that may be left out."""
+
+    name: str
+    kinds: dict[str, str]
+    optional: frozenset[str]
+    request: str
+    description: str
+
+
 def _drawn(json_type: str, description: str, draw: Callable[[random.Random], object]) -> Kind:
     return Kind(description, {"type": json_type}, draw)
 
@@ -53,8 +64,8 @@ def _integer(description: str, low: int, high: int) -> Kind:
 
 def _one_of(description: str, values: str, *, closed: bool = False) -> Kind:
     choices = values.split(";")
-    closed_set = {"enum": choices} if closed else {}
-    return Kind(description, {"type": "string", **closed_set}, lambda rng: rng.choice(choices))
+    listed = {"enum": choices} if closed else {}
+    return Kind(description, {"type": "string", **listed}, lambda rng: rng.choice(choices))
 
 
 def _array(description: str, item: Kind) -> Kind:
@@ -63,9 +74,7 @@ def _array(description: str, item: Kind) -> Kind:
 
 
 _WHOLE = _integer("a whole number", 10, 60)  # never below what a small whole number can be
-
 _REAL = _drawn("number", "a number", lambda rng: round(rng.uniform(0.5, 99), 1))
-
 _WORD = _one_of(
     "a word", "apple;river;stone;window;garden;music;paper;silver;winter;bridge;copper;market;candle;forest"
 )
@@ -101,65 +110,21 @@ KINDS: dict[str, Kind] = {
     "level": _one_of("a level", "low;normal;high", closed=True),
 }
 
-TOOLS = """
-math.comb | n=whole k=few | the number of ways to choose {k} of {n} things
-math.isqrt | n=whole | the whole square root of {n}
-math.radians | x=real | {x} degrees in radians
-math.ceil | x=real | {x} rounded up
-math.fsum | seq=reals | the exact sum of {seq}
-statistics.mean | data=reals | the average of {data}
-statistics.stdev | data=reals | the sample standard deviation of {data}
-statistics.geometric_mean | data=reals | the geometric mean of {data}
-statistics.quantiles | data=reals n?=few | the cut points of {data}
-calendar.isleap | year=year | whether {year} is a leap year
-calendar.weekday | year=year month=month day=day | the weekday of day {day} of month {month} in {year}
-calendar.monthrange | year=year month=month | the number of days in month {month} of {year}
-difflib.get_close_matches | word=word possibilities=words n?=few | the words most like {word} among {possibilities}
-heapq.nlargest | n=few iterable=integers | the {n} largest of {iterable}
-heapq.nsmallest | n=few iterable=integers | the {n} smallest of {iterable}
-textwrap.shorten | text=text width=width | the text "{text}" cut to {width} characters
-textwrap.fill | text=text width?=width | the paragraph "{text}" filled
-textwrap.indent | text=text prefix=word | the text "{text}" with {prefix} before each line
-html.escape | s=text quote?=truth | the text "{s}" made safe for HTML
-shlex.split | s=text | the shell words of "{s}"
-re.escape | pattern=text | the text "{pattern}" with special characters escaped
-fnmatch.fnmatch | name=path pat=pattern | whether {name} matches {pat}
-posixpath.dirname | p=path | the folder of the path {p}
-ipaddress.ip_address | address=address | the address object of {address}
-urllib.parse.quote_plus | string=text | the text "{string}" quoted for a URL
-urllib.parse.unquote | string=text | the URL text "{string}" decoded
-reserve_desk | city=city date=date screens?=few | reserve a desk in {city} on {date} | Reserve a desk in an office.
-plan_trip | origin=city target=city date=date | plan a trip from {origin} to {target} on {date} | Find trains.
-forecast_rain | city=city date=date | tell me whether it rains in {city} on {date} | Say how likely rain is.
-remind_person | person=person message=text time=time | remind {person} at {time} that {message} | Send a reminder.
-dim_room_light | room=room level=level | set the light in the {room} to {level} | Set how bright a room is.
-heat_room | room=room degrees=degrees until?=time | heat the {room} to {degrees} degrees | Set a room's temperature.
-play_piece | piece=song room=room loop?=truth | play {piece} in the {room} | Play music in a room.
-change_length | value=real source=unit target=unit | convert {value} {source} to {target} | Convert a length.
-exchange_money | sum=amount source=currency target=currency | exchange {sum} {source} into {target} | Convert money.
-invoice | person=person sum=amount currency=currency | send {person} an invoice over {sum} {currency} | Send an invoice.
-log_expense | amount=amount purpose=word date=date | log {amount} spent on {purpose} on {date} | Note an expense.
-translate_phrase | phrase=text language=language | translate "{phrase}" into {language} | Translate a text.
-book_lesson | language=language person=person time=time | book {language} with {person} at {time} | Book a lesson.
-move_meeting | person=person date=date time=time | move the meeting with {person} to {date} at {time} | Move a meeting.
-add_to_shopping | items=words urgent?=truth | add {items} to the shopping list | Add items to the shopping list.
-rename_photo | source=path title=word | rename the photo {source} to {title} | Rename a picture.
-"""
-
 QUESTIONS = "What is {}?;Please work out {}.;I need {}.;Tell me {}.;Could you find {} for me?;Give me {}."
-
 ORDERS = "Please {}.;Could you {}?;I want you to {}.;Can you {} for me?;{}, please.;Go ahead and {}."
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tool as the tables above hold it; `optional` is the set of parameters that may be left out."""
-
-    name: str
-    kinds: dict[str, str]
-    optional: frozenset[str]
-    request: str
-    description: str
+@cache
+def rows() -> tuple[Row, ...]:
+    """The rows of the table, in its order."""
+    found = []
+    for line in lines_of("toolbox.txt"):
+        name, parameters, request, *description = line.split(" | ")
+        pairs = [parameter.split("=") for parameter in parameters.split()]
+        kinds = {parameter.rstrip("?"): kind for parameter, kind in pairs}
+        optional = frozenset(parameter[:-1] for parameter, _ in pairs if parameter.endswith("?"))
+        found.append(Row(name, kinds, optional, request, description[0] if description else docstring_of(name)))
+    return tuple(found)
 
 
 def resolve(name: str) -> Callable:
@@ -168,9 +133,15 @@ def resolve(name: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
+def docstring_of(name: str) -> str:
+    """The first sentence of the docstring of a dotted tool name's callable."""
+    paragraph = " ".join(inspect.getdoc(resolve(name)).split("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", paragraph)[0]
+
+
 def tools() -> list[dict]:
     """Every tool as a function description: name, description, parameters (JSON schema of an object)."""
-    return [_describe(row) for row in _rows()]
+    return [_describe(row) for row in rows()]
 
 
 def split_of(name: str) -> str:
@@ -183,6 +154,11 @@ def system_prompt(tools: list[dict]) -> str:
     return json.dumps(tools, ensure_ascii=False).join(TOOL_PROMPT)
 
 
+def call_text(calls: list[dict]) -> str:
+    """The answer that makes these calls."""
+    return f"<tool_call>{json.dumps(calls, ensure_ascii=False)}</tool_call>"
+
+
 def function_calling_examples(count: int, seed: int, split: str = "train") -> Iterator[dict]:
     """`count` chats: `{"messages", "tools", "calls"}`; messages are system, user and assistant.
 
@@ -190,66 +166,42 @@ def function_calling_examples(count: int, seed: int, split: str = "train") -> It
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    rows = [row for row in _rows() if split_of(row.name) == split]
+    of_split = [row for row in rows() if split_of(row.name) == split]
     rng = random.Random(f"{split}-{seed}")
-    return (_example(rows, rng) for _ in range(count))
-
-
-@cache
-def _rows() -> tuple[Row, ...]:
-    return tuple(_parse(line) for line in TOOLS.splitlines() if line)
-
-
-def _parse(line: str) -> Row:
-    name, parameters, request, *description = line.split(" | ")
-    pairs = [parameter.split("=") for parameter in parameters.split()]
-    return Row(
-        name=name,
-        kinds={parameter.rstrip("?"): kind for parameter, kind in pairs},
-        optional=frozenset(parameter[:-1] for parameter, _ in pairs if parameter.endswith("?")),
-        request=request,
-        description=description[0] if description else _first_sentence(resolve(name)),
-    )
-
-
-def _first_sentence(function: Callable) -> str:
-    paragraph = " ".join(inspect.getdoc(function).split("\n\n")[0].split())
-    return re.split(r"(?<=\.) ", paragraph)[0]
+    return (_example(of_split, rng) for _ in range(count))
 
 
 def _describe(row: Row) -> dict:
-    properties = {
-        parameter: {**KINDS[kind].schema, "description": KINDS[kind].description}
-        for parameter, kind in row.kinds.items()
-    }
-    required = [parameter for parameter in row.kinds if parameter not in row.optional]
+    kinds = {parameter: KINDS[kind] for parameter, kind in row.kinds.items()}
+    properties = {parameter: {**kind.schema, "description": kind.description} for parameter, kind in kinds.items()}
+    required = [parameter for parameter in kinds if parameter not in row.optional]
     schema = {"type": "object", "properties": properties, "required": required}
     return {"name": row.name, "description": row.description, "parameters": schema}
 
 
-def _example(rows: list[Row], rng: random.Random) -> dict:
-    row = rng.choice(rows)
-    listed = rng.sample([other for other in rows if other is not row], rng.choice((0, 0, 1, 1, 2)))
+def _example(of_split: list[Row], rng: random.Random) -> dict:
+    row = rng.choice(of_split)
+    listed = rng.sample([other for other in of_split if other is not row], rng.choice((0, 0, 1, 1, 2)))
     listed.insert(rng.randint(0, len(listed)), row)
     chosen = [p for p in row.kinds if p not in row.optional or rng.random() < 0.5]
     arguments = {parameter: KINDS[row.kinds[parameter]].sample(rng) for parameter in chosen}
     described = [_describe(other) for other in listed]
     calls = [{"name": row.name, "arguments": arguments}]
-    answer = f"<tool_call>{json.dumps(calls, ensure_ascii=False)}</tool_call>"
-    contents = {"system": system_prompt(described), "user": _phrase(row, arguments, rng), "assistant": answer}
-    messages = [{"role": role, "content": content} for role, content in contents.items()]
+    messages = [
+        {"role": "system", "content": system_prompt(described)},
+        {"role": "user", "content": _phrase(row, arguments, rng)},
+        {"role": "assistant", "content": call_text(calls)},
+    ]
     return {"messages": messages, "tools": described, "calls": calls}
 
 
 def _phrase(row: Row, arguments: dict, rng: random.Random) -> str:
-    shown = {parameter: _shown(value) for parameter, value in arguments.items()}
+    shown = {}
+    for parameter, value in arguments.items():
+        shown[parameter] = json.dumps(value) if isinstance(value, bool) else str(value)
+        if isinstance(value, list):
+            shown[parameter] = ", ".join(map(str, value[:-1])) + f" and {value[-1]}"
     extra = "".join(f", with {parameter} {shown[parameter]}" for parameter in arguments if parameter in row.optional)
     frame = rng.choice((QUESTIONS if "." in row.name else ORDERS).split(";"))
     sentence = frame.format(row.request.format(**shown) + extra)
     return sentence[0].upper() + sentence[1:]
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value[:-1])) + f" and {value[-1]}"
-    return json.dumps(value) if isinstance(value, bool) else str(value)

@@ -4,6 +4,7 @@ import pytest
 
 from avalab.data import repeats
 
+SECRET = {"name": "secret_tool", "parameters": {}}
 TOOL = {"name": "book_table", "description": "Book it.", "parameters": {"type": "object", "properties": {}}}
 
 
@@ -14,7 +15,7 @@ def example(request: str, **changed) -> dict:
 
 @pytest.fixture(scope="module")
 def gate():
-    return repeats.overlap([repeats._set("known", ["One two three four five six seven eight nine"], {"secret_tool"})])
+    return repeats.overlap([repeats.evaluation_set("known", ["One two three four five six seven eight nine"], [SECRET])])
 
 
 def test_a_run_of_eight_words_is_found_and_seven_are_not(gate):
@@ -23,7 +24,7 @@ def test_a_run_of_eight_words_is_found_and_seven_are_not(gate):
 
 
 def test_a_short_text_is_not_a_find_even_if_it_is_a_whole_question_of_the_set():
-    short = repeats.overlap([repeats._set("known", ["What is the time?"], set())])
+    short = repeats.overlap([repeats.evaluation_set("known", ["What is the time?"], [])])
     assert short(example("What is the time?")) == ""
 
 

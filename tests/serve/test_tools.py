@@ -76,7 +76,7 @@ def test_a_damaged_tool_file_is_refused_with_the_tool_and_the_reason(write, cont
 
 def test_every_built_in_tool_runs_with_arguments_of_its_kinds():
     rng, offered = random.Random(0), tools.built_in()
-    rows = {row.name: row for row in toolbox._rows()}
+    rows = {row.name: row for row in toolbox.rows()}
     for tool in offered:
         kinds = rows[tool.name].kinds
         arguments = {name: toolbox.KINDS[kind].sample(rng) for name, kind in kinds.items()}
