@@ -1,10 +1,11 @@
 """Arguments by kind: the JSON schema that a kind's text stands for, how a value is drawn, and how people say it.
 
 A kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$` before it (money), an enumeration
-`a|b`, an open choice `(a|b)` that the schema does not list, `bool`, `%` or `%5..60` (a fraction said in per cent),
-`date`, `time`, `code`, a pool of strings, `#pool` (numbers that are said in words), `[kind]` (a list), `[first,kind]`
-(a list that begins otherwise, such as cash flows), `[[kind]]` (rows of equal length) or `&record` (an object whose
-fields stand in the pool files, with the sentences that say it behind a `~`).
+`a|b`, an open choice `(a|b)` that the schema does not list, a name such as `date` (`NAMED`), `%` or `%5..60` (a
+fraction said in per cent), a pool of strings, `#pool` (numbers that are said in words), `[kind]` (a list),
+`[first,kind]` (a list that begins otherwise, such as cash flows), `[[kind]]` (rows of equal length), `{kind}` (a list
+in which values may repeat) or `&record` (an object whose fields stand in the pool files, with the sentences that say it
+behind a `~`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from avalab.data import toolbox
-from avalab.data.toolbox import Kind
 from avalab.lab.words import pool_lines, pools, said_forms
 
 MILLION = 1_000_000
@@ -28,6 +27,14 @@ PER_CENT += (0.5, 1.5, 2.5, 3.2, 3.75, 4.5, 6.5, 7.25, 9.8, 12.5, 22)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 SCALES = {"billion": 1000 * MILLION, "million": MILLION, "thousand": 1000}
 MONTHS = tuple(calendar.month_name[1:])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of argument: what it looks like in a schema, and how one is drawn."""
+
+    schema: dict
+    sample: Callable[[random.Random], object]
 
 
 @dataclass(frozen=True)
@@ -70,44 +77,54 @@ def records() -> dict[str, tuple[tuple[Parameter, ...], tuple[str, ...]]]:
 @cache
 def kind_of(text: str) -> Kind:
     """The schema and sampler that a kind's text stands for. Raises ValueError for an unknown one."""
-    if text.startswith("toolbox:"):
-        return toolbox.KINDS[text.removeprefix("toolbox:")]
     if text.startswith("["):
         return _list_kind(text[1:-1])
+    if text.startswith("{"):
+        item = kind_of(text[1:-1])
+        return _listed(item, lambda rng: [item.sample(rng) for _ in range(rng.randint(3, 6))])
     if text.startswith("&"):
         fields = records()[text][0]
         properties = {p.name: {**kind_of(p.kind).schema, "description": p.description} for p in fields}
         schema = {"type": "object", "properties": properties, "required": list(properties)}
-        return Kind("", schema, lambda rng: {p.name: kind_of(p.kind).sample(rng) for p in fields})
+        return Kind(schema, lambda rng: {p.name: kind_of(p.kind).sample(rng) for p in fields})
     if text.startswith("%"):
         low, _, high = (text[1:] or "0.5..30").partition("..")
         usual = [value for value in PER_CENT if float(low) <= value <= float(high)]
         return _typed("number", lambda rng: round(rng.choice(usual) / 100, 6))
-    if text in _SIMPLE:
-        return _SIMPLE[text]
+    if text in NAMED:
+        return NAMED[text]
     if ".." in text:
         return _range(*text.removeprefix("$").split(".."))
     if "|" in text:
         choices = text.strip("()").split("|")
         listed = {} if text.startswith("(") else {"enum": choices}
-        return Kind("", {"type": "string", **listed}, lambda rng: rng.choice(choices))
+        return Kind({"type": "string", **listed}, lambda rng: rng.choice(choices))
     if text.startswith("#") and text in pools():
         values = [json.loads(value) for value in pools()[text]]
         whole = all(isinstance(value, int) for value in values)
         return _typed("integer" if whole else "number", lambda rng: rng.choice(values))
     if text in pools():
         return _typed("string", lambda rng: _pooled(text, rng))
-    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*_SIMPLE, *pools()])}")
+    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*NAMED, *pools()])}")
 
 
 def _typed(json_type: str, sample: Callable[[random.Random], object]) -> Kind:
-    return Kind("", {"type": json_type}, sample)
+    return Kind({"type": json_type}, sample)
 
 
-_SIMPLE = {
+def _listed(item: Kind, sample: Callable[[random.Random], object]) -> Kind:
+    return Kind({"type": "array", "items": item.schema}, sample)
+
+
+NAMED = {
     "bool": _typed("boolean", lambda rng: rng.random() < 0.67),
     "date": _typed("string", lambda r: f"20{r.randint(24, 27)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"),
     "time": _typed("string", lambda r: f"{r.randint(6, 22):02}:{r.choice((0, 0, 15, 30, 45)):02}"),
+    "real": _typed("number", lambda r: round(r.uniform(0.5, 99), 1)),
+    "amount": _typed("number", lambda r: r.randint(200, 90000) / 100),
+    "truth": _typed("boolean", lambda r: r.random() < 0.5),
+    "date of 2026": _typed("string", lambda r: f"2026-{r.randint(1, 12):02}-{r.randint(1, 28):02}"),
+    "time by five": _typed("string", lambda r: f"{r.randint(6, 22):02}:{r.randrange(0, 60, 5):02}"),
     "code": _typed("string", lambda r: f"{r.choice('ABKMRX')}{r.choice('CDFLT')}-{r.randint(1000, 9999)}"),
 }
 
@@ -122,7 +139,7 @@ def _list_kind(text: str) -> Kind:
             return [[cell.sample(rng) for _ in range(columns)] for _ in range(rows)]
         return [*([kind_of(first).sample(rng)] if first else []), *_distinct(item, rng)]
 
-    return Kind("", {"type": "array", "items": item.schema}, sample)
+    return _listed(item, sample)
 
 
 def _distinct(item: Kind, rng: random.Random) -> list:
@@ -144,7 +161,7 @@ def _pooled(pool: str, rng: random.Random) -> str:
 def _range(low: str, high: str) -> Kind:
     if high.startswith("-"):  # both ends are below zero
         mirrored = _range(high[1:], low[1:])
-        return Kind("", mirrored.schema, lambda rng: -mirrored.sample(rng))
+        return Kind(mirrored.schema, lambda rng: -mirrored.sample(rng))
     if "." in low + high:
         places = len(high.partition(".")[2])
         return _typed("number", lambda rng: _decimal(float(low), float(high), places, rng))
@@ -179,7 +196,11 @@ def say_value(value: object, rng: random.Random, kind: str = "") -> str:
         said = (f"[{bare}]", f"[{bare}]", " and ".join(f"[{row}]" for row in rows), f"({'), ('.join(rows)})")
         return rng.choice(said)
     if isinstance(value, list):
-        return _listed(value, rng, kind[1:-1])
+        parts = [say_value(item, rng, kind[1:-1]) for item in value]
+        if not isinstance(value[0], str | dict) and rng.random() < 0.4:
+            return f"[{', '.join(map(_digits, value))}]"
+        last = rng.choice((" and ", " and ", ", and ", ", "))
+        return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
     if isinstance(value, dict):
         fields, sentences = records().get(kind, ((), ()))
         kinds = {field.name: field.kind for field in fields}
@@ -188,14 +209,6 @@ def say_value(value: object, rng: random.Random, kind: str = "") -> str:
             return rng.choice(sentences).format(**parts)
         return "(" + ", ".join(f"{key.replace('_', ' ')} {part}" for key, part in parts.items()) + ")"
     return rng.choice(ways_to_say(value, kind))
-
-
-def _listed(values: list, rng: random.Random, kind: str) -> str:
-    parts = [say_value(item, rng, kind) for item in values]
-    if not isinstance(values[0], str | dict) and rng.random() < 0.4:
-        return f"[{', '.join(map(_digits, values))}]"
-    last = rng.choice((" and ", " and ", ", and ", ", "))
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
 
 
 def _digits(number: float) -> str:

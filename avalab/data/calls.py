@@ -4,7 +4,7 @@ The cases are those of the Berkeley Function Calling Leaderboard v4 (single turn
 those of the toolbox, which need no download: its held-out tools, with requests that say every argument, one fitting
 tool on offer (`toolbox_simple`), among others (`toolbox_multiple`), or only others (`toolbox_irrelevance`).
 
-An answer is judged on what it calls, not on how it is spelt:
+An answer is judged on what it calls, not on how it is spelt.
 
 1. `parse_calls` reads the calls from the model's text: `<tool_call>` blocks, bare or fenced JSON, or `[f(a=1)]`.
 2. `check_calls` compares them with the case. The number of calls must match; parallel calls may come in any order. Each
@@ -25,7 +25,7 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,19 +102,24 @@ def cases(category: str, limit: int | None = None) -> list[Case]:
         return load_cases(assets.fetch("bfcl-v4"), category, limit)
     if limit is None:
         raise ValueError(f"{category} has no end; give a limit")
-    examples = toolbox.function_calling_examples(limit, seed=2, split="heldout")
-    return [_toolbox_case(f"{category}_{i}", category, example) for i, example in enumerate(examples)]
+    heldout, found = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"], []
+    for number, example in enumerate(toolbox.function_calling_examples(limit, seed=2, split="heldout")):
+        (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
+        fitting = [t for t in heldout if t["name"] == call["name"]]
+        others = random.Random(f"{category}_{number}").sample([t for t in heldout if t not in fitting], LISTED)
+        listed = {
+            "toolbox_simple": fitting,
+            "toolbox_multiple": [*others[:1], *fitting, *others[2:]],
+            "toolbox_irrelevance": others,
+        }[category]
+        expected = [] if category == "toolbox_irrelevance" else accepted_calls([call])
+        found.append(Case(f"{category}_{number}", category, messages, listed, expected))
+    return found
 
 
-def _toolbox_case(id: str, category: str, example: dict) -> Case:
-    (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
-    heldout = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"]
-    fitting = [t for t in heldout if t["name"] == call["name"]]
-    others = random.Random(id).sample([t for t in heldout if t not in fitting], LISTED)
-    if category == "toolbox_irrelevance":
-        return Case(id, category, messages, others, [])
-    listed = fitting if category == "toolbox_simple" else [*others[:1], *fitting, *others[2:]]
-    return Case(id, category, messages, listed, [{call["name"]: {k: [v] for k, v in call["arguments"].items()}}])
+def accepted_calls(calls: list[dict]) -> list[dict[str, dict[str, list]]]:
+    """What `Case.expected` holds where only these calls are right."""
+    return [{call["name"]: {name: [value] for name, value in call["arguments"].items()}} for call in calls]
 
 
 def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
@@ -139,33 +144,38 @@ def load_cases(folder: Path | str, category: str, limit: int | None = None) -> l
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"no {paths[0].name} in {', '.join(map(str, places))}")
-    rows = list(islice(_read_lines(path, ("id", "question", "function")), limit))
+    rows = list(islice(_rows(path, ("id", "question", "function")), limit))
     expected = {row["id"]: [] for row in rows}
     if not category.endswith("irrelevance"):
         answers = path.parent / "possible_answer" / path.name
-        expected = {row["id"]: row["ground_truth"] for row in _read_lines(answers, ("id", "ground_truth"))}
+        expected = {row["id"]: row["ground_truth"] for row in _rows(answers, ("id", "ground_truth"))}
     if unanswered := [row["id"] for row in rows if row["id"] not in expected]:
         raise ValueError(f"{path} asks what possible_answer/{path.name} does not answer: {', '.join(unanswered)}")
     return [Case(row["id"], category, row["question"][0], row["function"], expected[row["id"]]) for row in rows]
 
 
-def _read_lines(path: Path, fields: tuple[str, ...]) -> Iterable[dict]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-            if missing := [field for field in fields if field not in row]:
-                raise ValueError(f"{path}:{number}: no field {', '.join(missing)}")
-            yield row
+def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    for place, row in json_lines(path):
+        if missing := [field for field in fields if field not in row]:
+            raise ValueError(f"{place}: no field {', '.join(missing)}")
+        yield row
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file, each after its place (`file:line`). Raises ValueError naming what cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The JSON Schema of a function's arguments, without undeclared ones; "any" becomes a schema without a type.
-
-    A function that is described in JSON Schema already (the lab's own tools) comes out as it was.
-    """
+    """The JSON Schema of a function's arguments, without undeclared ones; "any" becomes a schema without a type."""
     return _schema(function["parameters"])
 
 

@@ -6,15 +6,9 @@ example is `{"kind", "tools", "messages" (user, assistant), "calls"}`; `made_for
 `domain.name` however it is dressed; `checks` are computed results that the text states. Nothing here has passed a gate.
 
 A single example spends three hundred tokens, most of them on its tools, and asks once whether a function fits.
-`dialogues` list tools once and ask several times, at forty tokens a refusal and seventy a call; every request and call
-has passed the gates as an example of its own, and no turn refers to an earlier one. Two sorts:
-
-- `unlike`: one to three tools that have nothing to do with each other, a call to each. The other requests were made for
-  tools with no word in common with those: their answers are refusals.
-- `family`: two to four tools of one domain that a careless reader would confuse, calls to some of them. The other
-  requests were made for tools of that domain that are not listed, as far as there are any.
-
-The turns are shuffled, so that the first one, which is what a caller meets, is a refusal as often as any.
+`dialogues` list tools once and ask several times, at forty tokens a refusal and seventy a call, about tools that have
+nothing to do with each other (`_unlike`) or that a careless reader would confuse (`_family`). No turn refers to an
+earlier one, and the first, which is what a caller meets, is a refusal as often as any.
 """
 
 from __future__ import annotations
@@ -30,11 +24,13 @@ from random import Random
 from avalab.data import phrasing
 from avalab.data.arguments import kind_of, say_value
 from avalab.data.phrasing import Dress, Tool
-from avalab.data.toolbox import call_text
+from avalab.data.toolbox import call_text, system_prompt
 from avalab.lab.words import lines_of
 
-VAGUE = "find retur compu list searc with from whole numbe somet somew into that what some many much long"
-EMPTY = frozenset(re.findall(r"\w+", VAGUE))  # stems that say nothing about what a tool does
+VAGUE = {  # stems that say nothing about what a tool does
+    *("find", "retur", "compu", "list", "searc", "with", "from", "whole", "numbe", "somet", "somew", "into", "that"),
+    *("what", "some", "many", "much", "long"),
+}
 DRESS = frozenset(  # stems that only dress a tool (`phrasing.Dress`)
     word[:5].lower() for verbs, openings in phrasing.VERBS.values() for word in " ".join((*verbs, *openings)).split()
 )
@@ -62,7 +58,14 @@ def parallel_calls(content: Random, wording: Random) -> dict:
     calls = [_call(tool, arguments, dresses[tool.name]) for tool, arguments in drawn]
     tools = [phrasing.describe(t, dresses.get(t.name) or phrasing.dressed(t, content)) for t in listed]
     content.shuffle(tools)
-    return _example("parallel_calls", tools, _joined(parts, wording), call_text(calls), calls)
+    frames = {frame for frame, _ in parts}
+    if len(frames) == 1 and frames != {"whole"} and wording.random() < 0.6:
+        link = wording.choice((", and ", "; also ", ", and then ", ", plus "))
+        request = phrasing.phrase(frames.pop(), link.join(text for _, text in parts), wording)
+    else:
+        sentences = [phrasing.phrase(frame, text, wording) for frame, text in parts]
+        request = wording.choice((" ", " Also: ", " And one more: ", " Besides, ")).join(sentences)
+    return _example("parallel_calls", tools, request, call_text(calls), calls)
 
 
 def no_function(content: Random, wording: Random) -> dict:
@@ -150,7 +153,7 @@ def _others(tool: Tool, count: int, rng: Random) -> list[Tool]:
 def stems(name: str, description: str) -> frozenset[str]:
     """What a tool is about: the first five letters of its words, without those that say nothing."""
     words = re.findall(r"[a-z]{4,}", f"{name} {description}".replace("_", " ").lower())
-    return frozenset(word[:5] for word in words) - EMPTY
+    return frozenset(word[:5] for word in words) - VAGUE
 
 
 def _alike(one: Tool, other: Tool) -> bool:
@@ -165,15 +168,6 @@ def _call(tool: Tool, arguments: dict, dress: Dress) -> dict:
 def _example(kind: str, tools: list[dict], request: str, answer: str, calls: list[dict]) -> dict:
     messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     return {"kind": kind, "tools": tools, "messages": messages, "calls": calls}
-
-
-def _joined(parts: list[tuple[str, str]], rng: Random) -> str:
-    frames = {frame for frame, _ in parts}
-    if len(frames) == 1 and frames != {"whole"} and rng.random() < 0.6:
-        link = rng.choice((", and ", "; also ", ", and then ", ", plus "))
-        return phrasing.phrase(frames.pop(), link.join(text for _, text in parts), rng)
-    sentences = [phrasing.phrase(frame, text, rng) for frame, text in parts]
-    return rng.choice((" ", " Also: ", " And one more: ", " Besides, ")).join(sentences)
 
 
 def _euclid(rng: Random) -> tuple[str, list[str], str, dict]:
@@ -262,16 +256,20 @@ KINDS: dict[str, tuple[Callable[[Random, Random], dict], float]] = {  # the draf
 def dialogues(
     examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
 ) -> list[dict]:
-    """`count` dialogues of one to `most` calls and `refusals` refusals each, without system messages.
+    """`count` dialogues of one to `most` calls and `refusals` refusals each; `families` is the share about one domain.
 
-    `families` is the share of those about tools of one domain. Raises ValueError where fewer than two of the examples
-    are single calls.
+    Raises ValueError where fewer than two of the examples are single calls.
     """
     pool = [example for example in examples if example["kind"] == "single_call"]
     if len(pool) < 2:
         raise ValueError(f"{len(pool)} of {len(examples)} examples are single calls; a dialogue needs two or more")
-    related, rng = _families(pool), Random(f"dialogues-{seed}")
-    made = []
+    by_domain: dict[str, dict[str, list[dict]]] = {}
+    for example in pool:
+        domain, _, tool = example.get("made_for", "").partition(".")
+        if tool:
+            by_domain.setdefault(domain, {}).setdefault(tool, []).append(example)
+    related = [tools for _, tools in sorted(by_domain.items()) if len(tools) > 1]
+    rng, made = Random(f"dialogues-{seed}"), []
     for _ in range(count):
         if related and rng.random() < families:
             parts = _family(rng.choice(related), rng, most=most, refusals=refusals)
@@ -282,24 +280,20 @@ def dialogues(
 
 
 def _dialogue(listed: list[dict], called: list[dict], refused: list[dict], rng: Random) -> dict:
-    """The dialogue that offers the tools of the `listed` examples."""
     tools = [tool for example in listed for tool in example["tools"]]
     rng.shuffle(tools)
     turns = [example["messages"][-2:] for example in called]
     plain = [line for line in lines_of("refusals.txt") if "{}" not in line]
     turns += [[e["messages"][-2], {"role": "assistant", "content": rng.choice(plain)}] for e in refused]
     rng.shuffle(turns)
-    return {
-        "kind": "dialogue",
-        "tools": tools,
-        "messages": [message for turn in turns for message in turn],
-        "calls": [call for example in called for call in example["calls"]],
-        "source": "dialogues",
-    }
+    system = {"role": "system", "content": system_prompt(tools)}
+    messages = [system, *(message for turn in turns for message in turn)]
+    calls = [call for example in called for call in example["calls"]]
+    return {"kind": "dialogue", "tools": tools, "messages": messages, "calls": calls, "source": "dialogues"}
 
 
 def _unlike(pool: list[dict], rng: Random, *, calls: int, refusals: int) -> tuple[list, list, list]:
-    """Examples whose tools have no word in common: (listed, called, refused)."""
+    """(listed, called, refused) examples whose tools have no word in common: what was made for one fits no other."""
     unlike: list[dict] = []
     for example in rng.sample(pool, min(len(pool), 8 * (calls + refusals))):
         if not any(_stems_of_tools(example) & _stems_of_tools(other) for other in unlike):
@@ -312,18 +306,8 @@ def _stems_of_tools(example: dict) -> frozenset[str]:
     return frozenset().union(*(stems(*named) for named in spaced)) - DRESS
 
 
-def _families(pool: Sequence[dict]) -> list[dict[str, list[dict]]]:
-    """Of each domain with more than one tool the examples by tool."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for example in pool:
-        domain, _, tool = example.get("made_for", "").partition(".")
-        if tool:
-            found.setdefault(domain, {}).setdefault(tool, []).append(example)
-    return [family for _, family in sorted(found.items()) if len(family) > 1]
-
-
 def _family(family: dict[str, list[dict]], rng: Random, *, most: int, refusals: int) -> tuple[list, list, list]:
-    """One example of each listed tool lends its schema, and its call where the tool is called."""
+    """(listed, called, refused) examples of one domain; the refused ones were made for tools that are not listed."""
     names = rng.sample(sorted(family), len(family))
     count = rng.randint(2, min(4, len(names)))
     listed = [rng.choice(family[name]) for name in names[:count]]

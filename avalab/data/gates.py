@@ -1,6 +1,6 @@
 """Quality gates of synthetic examples: functions that return "" or the reason for a rejection.
 
-An example is a dict with `kind`, `messages`, `tools`, `calls` (see `synthesize`). In the order of `STANDARD`:
+In the order of `STANDARD`:
 
 1. `schema_validity`: every tool's schema is valid JSON Schema (after the leaderboard's type names are translated) and
    every call's arguments satisfy it; no call stands twice; the answer's text holds the calls that the example claims.
@@ -11,11 +11,8 @@ An example is a dict with `kind`, `messages`, `tools`, `calls` (see `synthesize`
    to the computed one.
 4. `language_and_length`: request and answer have a sensible length, mostly ASCII letters and words of English.
 
-`repeats.overlap` (nothing of an evaluation set) and `perplexity_band` (a request must be about as likely under a model
-as trusted ones are) are made by a call; so are `repeats.spread` and `repeats.near_duplicates`, which remember what they
-let through. `survivors` passes a set through a row of gates.
-
-What it does not do: judge whether a request sounds natural, or prove that a grounded value belongs to its parameter.
+`perplexity_band` (a request must be about as likely under a model as trusted ones are) and the gates of `repeats` are
+made by a call. No gate judges whether a request sounds natural, or that a grounded value belongs to its parameter.
 """
 
 from __future__ import annotations
@@ -70,21 +67,7 @@ def schema_validity(example: dict) -> str:
             return f"{call['name']}: {error.message}"
     if any(call in example["calls"][:i] for i, call in enumerate(example["calls"])):
         return "the same call stands twice"
-    return _answer_differs(example)
-
-
-def checked_schema(tool: dict) -> dict:
-    """The JSON Schema of a tool's arguments. Raises ValueError naming the tool where it is not a valid one."""
-    try:
-        schema = calls.to_json_schema(tool)
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except (jsonschema.SchemaError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"tool {tool.get('name')!r} is not valid JSON Schema: {str(error).splitlines()[0]}") from error
-    return schema
-
-
-def _answer_differs(example: dict) -> str:
-    if not example["tools"]:
+    if not schemas:
         return ""
     answer = example["messages"][-1]["content"]
     if example["kind"] == "structured_output":
@@ -95,6 +78,16 @@ def _answer_differs(example: dict) -> str:
         return "the answer's calls cannot be read"
     wanted = [calls.Call(call["name"], call["arguments"]) for call in example["calls"]]
     return "" if found == (wanted or "no_call") else "the answer's text does not hold the example's calls"
+
+
+def checked_schema(tool: dict) -> dict:
+    """The JSON Schema of a tool's arguments. Raises ValueError naming the tool where it is not a valid one."""
+    try:
+        schema = calls.to_json_schema(tool)
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except (jsonschema.SchemaError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"tool {tool.get('name')!r} is not valid JSON Schema: {str(error).splitlines()[0]}") from error
+    return schema
 
 
 def grounded(example: dict) -> str:
@@ -165,14 +158,11 @@ def execution(example: dict) -> str:
     return ""
 
 
+@cache
 def is_pure(name: str) -> bool:
     """Whether a tool is a pure standard-library callable that the lab offers: only those are ever executed."""
-    return name in _offered() and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
-
-
-@cache
-def _offered() -> frozenset[str]:
-    return frozenset([*(tool.name for tool in phrasing.tools()), *(row.name for row in toolbox.rows())])
+    offered = {tool.name for tool in (*phrasing.tools(), *toolbox.rows())}
+    return name in offered and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
 
 
 def execute(name: str, arguments: dict) -> object:

@@ -101,8 +101,18 @@ def _compile(engine: xgrammar.GrammarCompiler, functions: list[dict], *, refusal
             loosened.add(name)
     grammars = []
     if functions:
+        one_of = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": schema},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for name, schema in schemas.items()
+        ]
+        listed = {"type": "array", "items": {"anyOf": one_of}, "minItems": 1, "maxItems": max_calls}
         begin, end = (Grammar.from_ebnf(f'root ::= "{text}"') for text in (BEGIN, END))
-        calls = Grammar.concat(begin, _from_schema(_answer_schema(schemas, max_calls)), end)
+        calls = Grammar.concat(begin, _from_schema(listed), end)
         only_floats = _declared(functions) & {"float", "number"} == {"float"}
         grammars.append(with_fractions(calls) if only_floats else calls)
     if refusal:
@@ -135,20 +145,6 @@ def _declared(schema: Any) -> set[str]:
 def _from_schema(schema: dict) -> Grammar:
     """Fixed spaces keep answers short; strict mode would forbid the items of a list that declares none."""
     return Grammar.from_json_schema(schema, any_whitespace=False, strict_mode=False)
-
-
-def _answer_schema(schemas: dict[str, dict], max_calls: int) -> dict[str, Any]:
-    """The JSON Schema of a list of calls; `schemas` maps a function's name to the schema of its arguments."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, schema in schemas.items()
-    ]
-    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": max_calls}
 
 
 def enforceable(schema: Any) -> Any:

@@ -3,21 +3,18 @@
 1. `encode_chat` renders a chat through the tokenizer's template and splits it where each answer begins, so that the
    tokens before are exactly those of generation. A label stands at the position that predicts it: no later shift.
 2. `pack_rows` fills rows of at most `row_tokens` with whole examples in a seeded order, each into the first row with
-   room (first fit, at most twice the fewest rows). An example longer than a row is refused, not cut.
+   room (first fit, at most twice the fewest rows).
 3. A row is `input_ids`, `labels`, `position_ids` (from zero in each example) and `boundaries` (where examples begin,
-   and the end): attention stays between boundaries (`packed_attention`), so packing changes no loss.
+   and the end): attention stays between boundaries, so packing changes no loss (Krell et al. 2021, arXiv 2107.02027).
 
 What a student reads while it is distilled has every token scored, since a teacher has an opinion about the prompt's
 tokens too: `text_rows` are windows of calibration text, `chat_rows` whole chats. `answered` puts another's answers into
-chats, `own_answers` the student's own, sampled at temperature 1: it then learns on the mistakes that it really makes.
+chats (Kim and Rush 2016, arXiv 1606.07947), `own_answers` the student's own, sampled at temperature 1: it then learns
+on the mistakes that it really makes (Agarwal et al. 2024, arXiv 2306.13649).
 
 `rehearsal_rows` keep a model from forgetting what is not trained: general text with the base's final hidden states,
-towards which the loss pulls (`losses.rehearsed`). Plain next-token training on that text would teach something new and
-make the measure of forgetting look better than it is.
-
-Sources: packing without cross-contamination, Krell et al. (2021), arXiv 2107.02027; learning from text alone, Kim and
-Rush (2016), arXiv 1606.07947; on-policy, Agarwal et al. (2024), arXiv 2306.13649; learning without forgetting, Li and
-Hoiem (2016), arXiv 1606.09282.
+towards which the loss pulls (Li and Hoiem 2016, arXiv 1606.09282). Plain next-token training on that text would teach
+something new and make the measure of forgetting look better than it is.
 """
 
 from __future__ import annotations
@@ -178,7 +175,7 @@ def whole_row(row: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def answered(examples: Sequence[dict], teacher: Callable[[list[dict]], str]) -> list[dict]:
-    """The examples with the teacher's answers in place of theirs; teachers keep their answers, so a stop costs none."""
+    """The examples with the teacher's answers in place of theirs."""
     asked = [example["messages"][:-1] for example in examples]
     if hasattr(teacher, "ahead"):
         teacher.ahead(asked, progress=teacher.__name__)

@@ -14,11 +14,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from avalab.data import toolbox
-from avalab.data.arguments import Parameter, kind_of, parameter, say_value
+from avalab.data.arguments import kind_of, parameter, say_value
+from avalab.data.toolbox import Tool
 from avalab.lab import words
 
 PYTHON_DIALECT = {"number": "float", "object": "dict"}  # as many published tool lists spell the types
@@ -32,22 +33,6 @@ VERBS = {  # first word of a description -> (verbs that may begin the name, word
 }
 _SEGMENT = re.compile(r"\[([^\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True)
-class Tool:
-    """One function: what a schema says of it, and `sentences`, pairs of a frame's name and a template."""
-
-    name: str
-    domain: str
-    description: str
-    parameters: tuple[Parameter, ...]
-    sentences: tuple[tuple[str, str], ...]
-
-    @property
-    def in_library(self) -> bool:
-        """Whether the tool is a callable of the standard library, which keeps its own spelling."""
-        return self.domain.startswith("library")
 
 
 @dataclass(frozen=True)
@@ -72,14 +57,10 @@ def tools() -> tuple[Tool, ...]:
     """Every tool that training may use, in a fixed order; none of the toolbox's held-out ones."""
     texts = [words.read("domains", name) for name in words.data_files("domains")]
     found = [tool for text in texts for tool in parse_domain(text)]
-    for row in toolbox.rows():
-        if toolbox.split_of(row.name) == "train":
-            parsed = tuple(
-                Parameter(p, f"toolbox:{kind}", toolbox.KINDS[kind].description.capitalize() + ".", p in row.optional)
-                for p, kind in row.kinds.items()
-            )
-            domain, frame = ("library", "question") if "." in row.name else ("personal", "order")
-            found.append(Tool(row.name, domain, row.description, parsed, ((frame, row.request),)))
+    for tool in toolbox.rows():
+        if toolbox.split_of(tool.name) == "train":
+            spelt_out = tuple(replace(p, description=p.description.capitalize() + ".") for p in tool.parameters)
+            found.append(replace(tool, parameters=spelt_out))
     return tuple(found)
 
 

@@ -1,21 +1,18 @@
 """Synthetic examples for an assistant that calls functions: drafted, refined, gated, written to files, read back.
 
 1. Draw a kind by its share and let `drafts` make an example from two seeds, one for the content, one for the wording.
-2. With a teacher (`teachers`), have it say the request in other words: its prompts stand in `prompts/`, in turn a
-   template, few-shot and role play. The calls stay ours, so that the gates can check what it says against them.
+2. With a teacher (`teachers`), have it say the request in other words (prompts in turn: a template, few-shot and role
+   play). The calls stay ours, so that the gates can check what it says against them.
 3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
    asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
-   `candidates` are the first attempts without any gate: what the gates have to work on.
 4. `write_examples` stores one JSONL file a kind and a data card. A line is `kind`, `tools`, `messages` (a request and
-   an answer), `calls` and `source`. The system message follows from tools and kind: it is left out of the file and
-   rebuilt by `load_examples`, which halves the bytes.
+   an answer), `calls` and `source`; `load_examples` adds the system message, which follows from tools and kind.
 
 The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
 
 A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the
 gates, without knowing the right answer; `precision` says how far that can be trusted where the right calls are known.
-Source: rejection sampling of a model's own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023). Here one greedy
-answer a request, and gates in place of known answers.
+Source: rejection sampling of a model's own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023).
 """
 
 from __future__ import annotations
@@ -28,6 +25,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+
+import jinja2
 
 from avalab.data import calls, drafts, gates, repeats, toolbox
 from avalab.data.calls import Call, Case
@@ -78,8 +77,9 @@ def generate(
 def candidates(
     count: int, seed: int, *, kinds: tuple[str, ...] = (), teacher: Teacher | None = None, counts: Counter | None = None
 ) -> list[dict]:
-    """The first `count` examples that `generate` would pass to its gates, ungated; fewer where a teacher's answer
-    cannot be read, which `counts` collects as `rejected:teacher_format`. Raises ValueError for an unknown kind.
+    """The first `count` drafts that `generate` passes to its gates; fewer where a teacher's answer cannot be read.
+
+    `counts` collects those as `rejected:teacher_format`. Raises ValueError for an unknown kind.
     """
     counts, found = Counter() if counts is None else counts, []
     for kind, key in islice(_stream(seed, _shares(kinds), teacher, ahead=count), count):
@@ -251,14 +251,6 @@ def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
     return files
 
 
-def dialogues(
-    examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
-) -> list[dict]:
-    """`drafts.dialogues` with their system messages."""
-    made = drafts.dialogues(examples, count, seed, refusals=refusals, most=most, families=families)
-    return [with_system(dialogue) for dialogue in made]
-
-
 def without_system(example: dict) -> dict:
     """The example as a line of a file holds it."""
     return {**example, "messages": [m for m in example["messages"] if m["role"] != "system"]}
@@ -274,24 +266,13 @@ def load_examples(path: Path | str) -> list[dict]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path} holds no .jsonl file")
-    return [example for file in files for example in _read(file)]
-
-
-def _read(file: Path) -> Iterator[dict]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line:
-            return
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error})") from error
-        if complaint := _malformed(example):
-            raise ValueError(f"{file}:{number}: {complaint}")
-        yield with_system(example)
+    found = []
+    for file in files:
+        for place, example in calls.json_lines(file):
+            if complaint := _malformed(example):
+                raise ValueError(f"{place}: {complaint}")
+            found.append(with_system(example))
+    return found
 
 
 def _malformed(example: object) -> str:
@@ -316,35 +297,9 @@ def _malformed(example: object) -> str:
 
 def data_card(report: dict) -> str:
     """The data card in Markdown, of the report of `write_examples`."""
-    arguments = f"count={report['count']}, seed={report['seed']}"
-    arguments += f", kinds={tuple(report['kinds'])}" if report["kinds"] else ""
-    files = [(f"`{name}`", f["examples"], f["bytes"], f"`{f['sha256']}`") for name, f in report["files"].items()]
-    spread = [(name.replace("_", " "), value) for name, value in report["diversity"].items() if name != "kinds"]
-    compared = "These examples were compared with no evaluation set.\n"
-    if report["evaluation"]:
-        sets = [(name, f"`{digest}`") for name, digest in report["evaluation"].items()]
-        compared = (
-            "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared)."
-        )
-        compared += "\n\n" + _table(("evaluation set", "sha256"), sets)
-    return "\n".join(
-        [
-            words.read("prompts", "data_card.txt"),
-            f"Made again with `synthesize.write_examples(folder, {arguments})` on Python {report['python']}; teacher: "
-            f"{report['teacher']}.",
-            "",
-            _table(("file", "examples", "bytes", "sha256"), files),
-            _table(("gate", "examples"), list(report["counts"].items())),
-            _table(("diversity", ""), spread),
-            compared,
-        ]
-    )
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple]) -> str:
-    """A table in Markdown and an empty line."""
-    lines = [f"|{'|'.join(f' {cell} ' if cell != '' else ' ' for cell in row)}|" for row in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:], ""])
+    text = words.read("prompts", "data_card.txt")
+    card = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return card.render({**report, "kinds": tuple(report["kinds"])})
 
 
 # --- a model's own answers -------------------------------------------------------------------------------------------
@@ -370,26 +325,21 @@ def select_answers(
     for case, text in zip(answer_cases(requests), texts, strict=True):
         found = calls.parse_calls(text)
         if isinstance(found, str):
-            gate = found
-        else:
-            example = _answer_example(case, found, source)
-            gate = gates.verdict(example, row)[0]
+            counts.update(["answered", f"rejected:{found}"])
+            continue
+        made = [{"name": call.name, "arguments": call.arguments} for call in found]
+        example = {
+            "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
+            "tools": case.functions,
+            "messages": [*case.messages, {"role": "assistant", "content": toolbox.call_text(made)}],
+            "calls": made,
+            "source": source,
+            "request": int(case.id),
+        }
+        gate, _ = gates.verdict(with_system(example), row)
         counts.update(["answered", f"rejected:{gate}" if gate else "accepted"])
-        accepted += [] if gate else [example]
+        accepted += [] if gate else [with_system(example)]
     return accepted
-
-
-def _answer_example(case: Case, found: list[Call], source: str) -> dict:
-    made = [{"name": call.name, "arguments": call.arguments} for call in found]
-    example = {
-        "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
-        "tools": case.functions,
-        "messages": [*case.messages, {"role": "assistant", "content": toolbox.call_text(made)}],
-        "calls": made,
-        "source": source,
-        "request": int(case.id),
-    }
-    return with_system(example)
 
 
 def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
@@ -400,7 +350,6 @@ def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
     right = 0
     for example in accepted:
         request = requests[example["request"]]
-        expected = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in request["calls"]]
-        case = Case("", "own_answer", [], request["tools"], expected)
+        case = Case("", "own_answer", [], request["tools"], calls.accepted_calls(request["calls"]))
         right += calls.check_calls(case, [Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
     return statistics.wilson(right, len(accepted))

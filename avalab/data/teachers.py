@@ -21,13 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from avalab.lab.artifacts import Artifact
+from avalab.lab.artifacts import Artifact, load_artifact
 
 Teacher = Callable[[list[dict]], str]
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another attempt may cure
@@ -103,10 +101,7 @@ def endpoint(
 
 
 class AnswerCache:
-    """Answers by the hash of their question, in a JSONL file that only grows. Costs are in millionths.
-
-    Raises ValueError naming file and line for a damaged line that is not the last.
-    """
+    """Answers by the hash of their question, in a JSONL file. Raises ValueError naming a damaged line but the last."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.texts, self.spent = path, {}, 0.0
@@ -196,11 +191,9 @@ def local(
 
     With `schema`, a grammar holds every answer to JSON that satisfies it (an answer that is cut off may not be whole).
     """
-    from avalab.lab import artifacts
-
     folder = artifact if isinstance(artifact, Path) else artifact.path
     answers = AnswerCache(Path(cache))
-    return Local(folder, artifacts.load_artifact(folder).sha256, answers, new_tokens, device, schema)
+    return Local(folder, load_artifact(folder).sha256, answers, new_tokens, device, schema)
 
 
 def _key(where: str, question: dict) -> str:

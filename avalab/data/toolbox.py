@@ -1,10 +1,10 @@
 """Tools and function-calling chats that exist without any download.
 
-A row of the table `prompts/toolbox.txt` is a tool: `name | parameter=kind ... | request | description`. Dotted names are callables of the
-standard library: the description is the docstring's first sentence, and the types, which the library does not annotate,
-stand in the table. The others are everyday domains, written here. A kind is a JSON schema and a sampler, an optional
-parameter ends in `?`, the request names every required argument. No tool bears the name of one of the 1,909 functions
-of BFCL v4.
+A row of the table `prompts/toolbox.txt` is a tool: `name | parameter=kind ... | request | description`; the kinds stand
+in `prompts/toolbox_kinds.txt`. Dotted names are callables of the standard library: the description is the docstring's
+first sentence, and the types, which the library does not annotate, stand in the table. The others are everyday domains,
+written here. An optional parameter ends in `?`, the request names every required one. No tool bears the name of one of
+the 1,909 functions of BFCL v4.
 
 A chat: draw a tool of the split, draw its arguments by kind, phrase the request, put the tool among up to two others. A
 hash of the name decides the split, so train and heldout never share a function. Docstrings, and so descriptions, differ
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from avalab.data.arguments import Parameter, kind_of
 from avalab.lab.words import lines_of
 
 SPLITS = ("train", "heldout")
@@ -32,99 +33,42 @@ TOOL_PROMPT = (
     "</tools>\nChoose the function that does what the user asks and reply in this form only:\n"
     '<tool_call>[{"name": "function", "arguments": {"parameter": "value"}}]</tool_call>',
 )
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A sort of argument: what it looks like in a schema, and how one is drawn."""
-
-    description: str
-    schema: dict
-    sample: Callable[[random.Random], object]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tool of the table; `kinds` are those of its parameters by name, `optional` those that may be left out."""
-
-    name: str
-    kinds: dict[str, str]
-    optional: frozenset[str]
-    request: str
-    description: str
-
-
-def _drawn(json_type: str, description: str, draw: Callable[[random.Random], object]) -> Kind:
-    return Kind(description, {"type": json_type}, draw)
-
-
-def _integer(description: str, low: int, high: int) -> Kind:
-    return _drawn("integer", description, lambda rng: rng.randint(low, high))
-
-
-def _one_of(description: str, values: str, *, closed: bool = False) -> Kind:
-    choices = values.split(";")
-    listed = {"enum": choices} if closed else {}
-    return Kind(description, {"type": "string", **listed}, lambda rng: rng.choice(choices))
-
-
-def _array(description: str, item: Kind) -> Kind:
-    schema = {"type": "array", "items": item.schema}
-    return Kind(description, schema, lambda rng: [item.sample(rng) for _ in range(rng.randint(3, 6))])
-
-
-_WHOLE = _integer("a whole number", 10, 60)  # never below what a small whole number can be
-_REAL = _drawn("number", "a number", lambda rng: round(rng.uniform(0.5, 99), 1))
-_WORD = _one_of(
-    "a word", "apple;river;stone;window;garden;music;paper;silver;winter;bridge;copper;market;candle;forest"
-)
-
-KINDS: dict[str, Kind] = {
-    "whole": _WHOLE,
-    "few": _integer("a small whole number", 1, 9),
-    "width": _integer("a number of characters", 20, 90),
-    "year": _integer("a year", 1950, 2050),
-    "month": _integer("a month, 1 to 12", 1, 12),
-    "day": _integer("a day of the month", 1, 28),
-    "degrees": _integer("a temperature in degrees Celsius", 5, 28),
-    "real": _REAL,
-    "amount": _drawn("number", "an amount of money", lambda rng: rng.randint(200, 90000) / 100),
-    "truth": _drawn("boolean", "true or false", lambda rng: rng.random() < 0.5),
-    "integers": _array("a list of whole numbers", _WHOLE),
-    "reals": _array("a list of numbers", _REAL),
-    "words": _array("a list of words", _WORD),
-    "word": _WORD,
-    "text": _one_of("a text", "the ship left at dawn;fish & chips cost <5;measure, then decide;doors close at nine"),
-    "path": _one_of("a path", "/home/ada/notes.txt;/var/log/system.log;data/table.csv;src/main.py;docs/index.html"),
-    "pattern": _one_of("a pattern", "*.txt;*.py;data*;*report*;no?e"),
-    "address": _one_of("an address", "192.168.0.7;10.0.0.1;172.16.4.20;8.8.4.4;127.0.0.1"),
-    "date": _drawn("string", "a date, YYYY-MM-DD", lambda rng: f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"),
-    "time": _drawn("string", "a time, HH:MM", lambda rng: f"{rng.randint(6, 22):02}:{rng.randrange(0, 60, 5):02}"),
-    "city": _one_of("a city", "Lisbon;Oslo;Vienna;Nairobi;Quito;Kyoto;Dublin;Prague;Lima;Hanoi"),
-    "person": _one_of("a person", "Ada;Noor;Emil;Priya;Tomas;Mei;Sofia;Kwame"),
-    "room": _one_of("a room", "kitchen;bedroom;office;hall;bathroom", closed=True),
-    "song": _one_of("a piece of music", "Clair de Lune;Blue Train;The Four Seasons;Take Five"),
-    "unit": _one_of("a unit", "metre;mile;yard;kilometre;foot", closed=True),
-    "currency": _one_of("a currency", "EUR;USD;JPY;NOK;KES", closed=True),
-    "language": _one_of("a language", "French;Swahili;Japanese;Polish;Spanish"),
-    "level": _one_of("a level", "low;normal;high", closed=True),
-}
-
 QUESTIONS = "What is {}?;Please work out {}.;I need {}.;Tell me {}.;Could you find {} for me?;Give me {}."
 ORDERS = "Please {}.;Could you {}?;I want you to {}.;Can you {} for me?;{}, please.;Go ahead and {}."
 
 
+@dataclass(frozen=True)
+class Tool:
+    """One function: what a schema says of it, and `sentences`, pairs of a frame's name and a template."""
+
+    name: str
+    domain: str
+    description: str
+    parameters: tuple[Parameter, ...]
+    sentences: tuple[tuple[str, str], ...]
+
+    @property
+    def in_library(self) -> bool:
+        """Whether the tool is a callable of the standard library, which keeps its own spelling."""
+        return self.domain.startswith("library")
+
+
 @cache
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[Tool, ...]:
     """The rows of the table, in its order."""
+    kinds = {name: (kind, description) for name, description, kind in _table("toolbox_kinds.txt")}
     found = []
-    for line in lines_of("toolbox.txt"):
-        name, parameters, request, *description = line.split(" | ")
+    for name, parameters, request, *description in _table("toolbox.txt"):
         pairs = [parameter.split("=") for parameter in parameters.split()]
-        kinds = {parameter.rstrip("?"): kind for parameter, kind in pairs}
-        optional = frozenset(parameter[:-1] for parameter, _ in pairs if parameter.endswith("?"))
-        found.append(Row(name, kinds, optional, request, description[0] if description else docstring_of(name)))
+        parsed = tuple(Parameter(p.rstrip("?"), *kinds[kind], optional=p.endswith("?")) for p, kind in pairs)
+        domain, frame = ("library", "question") if "." in name else ("personal", "order")
+        described = description[0] if description else docstring_of(name)
+        found.append(Tool(name, domain, described, parsed, ((frame, request),)))
     return tuple(found)
+
+
+def _table(name: str) -> list[list[str]]:
+    return [line.split(" | ") for line in lines_of(name)]
 
 
 def resolve(name: str) -> Callable:
@@ -171,20 +115,19 @@ def function_calling_examples(count: int, seed: int, split: str = "train") -> It
     return (_example(of_split, rng) for _ in range(count))
 
 
-def _describe(row: Row) -> dict:
-    kinds = {parameter: KINDS[kind] for parameter, kind in row.kinds.items()}
-    properties = {parameter: {**kind.schema, "description": kind.description} for parameter, kind in kinds.items()}
-    required = [parameter for parameter in kinds if parameter not in row.optional]
+def _describe(row: Tool) -> dict:
+    properties = {p.name: {**kind_of(p.kind).schema, "description": p.description} for p in row.parameters}
+    required = [p.name for p in row.parameters if not p.optional]
     schema = {"type": "object", "properties": properties, "required": required}
     return {"name": row.name, "description": row.description, "parameters": schema}
 
 
-def _example(of_split: list[Row], rng: random.Random) -> dict:
+def _example(of_split: list[Tool], rng: random.Random) -> dict:
     row = rng.choice(of_split)
     listed = rng.sample([other for other in of_split if other is not row], rng.choice((0, 0, 1, 1, 2)))
     listed.insert(rng.randint(0, len(listed)), row)
-    chosen = [p for p in row.kinds if p not in row.optional or rng.random() < 0.5]
-    arguments = {parameter: KINDS[row.kinds[parameter]].sample(rng) for parameter in chosen}
+    chosen = [p for p in row.parameters if not p.optional or rng.random() < 0.5]
+    arguments = {p.name: kind_of(p.kind).sample(rng) for p in chosen}
     described = [_describe(other) for other in listed]
     calls = [{"name": row.name, "arguments": arguments}]
     messages = [
@@ -195,13 +138,15 @@ def _example(of_split: list[Row], rng: random.Random) -> dict:
     return {"messages": messages, "tools": described, "calls": calls}
 
 
-def _phrase(row: Row, arguments: dict, rng: random.Random) -> str:
+def _phrase(row: Tool, arguments: dict, rng: random.Random) -> str:
     shown = {}
-    for parameter, value in arguments.items():
-        shown[parameter] = json.dumps(value) if isinstance(value, bool) else str(value)
+    for name, value in arguments.items():
+        shown[name] = json.dumps(value) if isinstance(value, bool) else str(value)
         if isinstance(value, list):
-            shown[parameter] = ", ".join(map(str, value[:-1])) + f" and {value[-1]}"
-    extra = "".join(f", with {parameter} {shown[parameter]}" for parameter in arguments if parameter in row.optional)
-    frame = rng.choice((QUESTIONS if "." in row.name else ORDERS).split(";"))
-    sentence = frame.format(row.request.format(**shown) + extra)
+            shown[name] = ", ".join(map(str, value[:-1])) + f" and {value[-1]}"
+    optional = [p.name for p in row.parameters if p.optional and p.name in arguments]
+    extra = "".join(f", with {name} {shown[name]}" for name in optional)
+    frame = rng.choice((QUESTIONS if row.in_library else ORDERS).split(";"))
+    ((_, request),) = row.sentences
+    sentence = frame.format(request.format(**shown) + extra)
     return sentence[0].upper() + sentence[1:]
