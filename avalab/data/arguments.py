@@ -221,8 +221,12 @@ def ways_to_say(value: object, kind: str = "") -> list[str]:
         return ["yes" if value else "no"]
     if kind.startswith("#"):
         return pools()[kind][json.dumps(value)]
-    if kind.startswith("$"):
-        return _amounts(value)
+    if kind.startswith("$") and isinstance(value, float):
+        return [f"${value:.2f}", f"{value:.2f} dollars", f"{value:.2f}"]
+    if kind.startswith("$"):  # $45,000, 45000 dollars, $45k, $3.4 million
+        words = [form for said in _in_words(value) for form in (f"{said} dollars", f"${said}")]
+        short = [f"${value // 1000}k"] if value % 1000 == 0 and value < MILLION else []
+        return [f"${value:,}", f"{value} dollars", str(value), *short, *(words if value >= MILLION else words[:1])]
     if isinstance(value, int):
         words = [WORDS[value]] if 1 <= value <= 12 else _in_words(value) * (2 if abs(value) >= MILLION else 1)
         return [str(value), str(value), *words, *([f"{value:,}"] if abs(value) >= 10_000 else [])]
@@ -248,12 +252,3 @@ def _in_words(value: int) -> list[str]:
         if abs(value) >= scale >= MILLION:
             return [f"{value / scale:.10g} {word}"] if value % (scale // 100) == 0 else []
     return [f"{value // 1000} thousand"] if abs(value) >= 10_000 and value % 1000 == 0 else []
-
-
-def _amounts(value: float) -> list[str]:
-    """The ways in which people write an amount of money: $45,000, 45000 dollars, $45k, $3.4 million."""
-    if isinstance(value, float):
-        return [f"${value:.2f}", f"{value:.2f} dollars", f"{value:.2f}"]
-    words = [form for said in _in_words(value) for form in (f"{said} dollars", f"${said}")]
-    short = [f"${value // 1000}k"] if value % 1000 == 0 and value < MILLION else []
-    return [f"${value:,}", f"{value} dollars", str(value), *short, *(words if value >= MILLION else words[:1])]

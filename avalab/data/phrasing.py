@@ -186,10 +186,16 @@ def core(tool: Tool, arguments: dict, rng: random.Random, sentence: str = "") ->
     text = _SEGMENT.sub(lambda match: _segment(match.group(1), arguments), template)
     text = _SLOT.sub(lambda match: say_value(arguments[match.group(1)], rng, kinds[match.group(1)]), text)
     named = set(_SLOT.findall(template)) | set(re.findall(r"\[(\w+)=", template))
-    rest = [p for p in arguments if p not in named]
     # "a course in {subject}" and "economics"
     text = re.sub(r"\b([Aa]) (?=(?!one\b)[aeio]|\$?(8|1[18]\b))", r"\1n ", text)
-    tail = "".join(_appended(p, arguments[p], rng, kinds[p]) for p in rest)
+    tail = ""
+    for name in (name for name in arguments if name not in named):
+        said = name.replace("_", " ")
+        if isinstance(arguments[name], bool):
+            tail += f", {said} {rng.choice(('on', 'yes', 'true') if arguments[name] else ('off', 'no', 'false'))}"
+        else:
+            form = rng.choice((", with {} {}", ", {} {}", ", {}: {}", ", and {} {}"))
+            tail += form.format(said, say_value(arguments[name], rng, kinds[name]))
     end = re.search(r"[?.!]$", text) if frame == "whole" else None
     return frame, (text[: end.start()] + tail + end.group() if end else text + tail)
 
@@ -199,14 +205,6 @@ def _segment(segment: str, arguments: dict) -> str:
         name, if_true, if_false = choice.groups()
         return (if_true if arguments[name] else if_false) if name in arguments else ""
     return segment if set(_SLOT.findall(segment)) <= set(arguments) else ""
-
-
-def _appended(name: str, value: object, rng: random.Random, kind: str) -> str:
-    words = name.replace("_", " ")
-    if isinstance(value, bool):
-        return f", {words} {rng.choice(('on', 'yes', 'true') if value else ('off', 'no', 'false'))}"
-    frame = rng.choice((", with {} {}", ", {} {}", ", {}: {}", ", and {} {}"))
-    return frame.format(words, say_value(value, rng, kind))
 
 
 def phrase(frame: str, text: str, rng: random.Random) -> str:

@@ -8,18 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from avalab.data import corpora
 from avalab.data.corpora import Text, shingles, windows
 from avalab.lab import assets
 from avalab.lab.assets import CACHE
-from avalab.lab.run import ROOT, Run
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-llama")
+from avalab.lab.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from avalab.data import corpora, packing, toolbox
 from avalab.data.packing import IGNORED, Encoded
@@ -12,11 +11,6 @@ from avalab.lab.run import ROOT, Run
 from avalab.models import attention, checkpoint
 
 TINY = ROOT / "data" / "tiny-llama"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
 
 
 def chat(question="What is 2 + 2?", answer="4"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from avalab.data import toolbox
 
@@ -18,11 +18,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "data" / "tiny-llama"
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(FOLDER)
 
 
 @pytest.fixture(scope="module")
