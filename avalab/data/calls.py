@@ -251,10 +251,7 @@ def _python_call(node: ast.expr) -> Call:
 
 
 def check_calls(case: Case, calls: list[Call] | str) -> Verdict:
-    """Judge the result of `parse_calls` against a case.
-
-    In the irrelevance categories an answer is right exactly when it calls nothing.
-    """
+    """Judge the result of `parse_calls`; in the irrelevance categories an answer is right when it calls nothing."""
     if case.category.endswith("irrelevance"):
         if isinstance(calls, str):
             return Verdict(True, "not_json" if calls == "not_json" else "")

@@ -182,10 +182,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -
 
 
 def wikitext2(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The test split of WikiText-2 (raw) from the hub; Merity et al. (2016), arXiv 1609.07843.
-
-    Raises AssetUnavailable when the hub cannot be reached.
-    """
+    """WikiText-2's test split from the hub (Merity et al. 2016). Raises AssetUnavailable where the hub is not."""
     from datasets import load_dataset
 
     try:

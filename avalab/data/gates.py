@@ -219,10 +219,7 @@ def perplexity_band(score: Callable[[str], float], low: float, high: float) -> G
 
 
 def band(trusted: Sequence[float], share: float = 0.98) -> tuple[float, float]:
-    """The interval that holds the central `share` of the perplexities of trusted requests: (low, high).
-
-    Raises ValueError for no values or a share outside (0, 1].
-    """
+    """The interval that holds the central `share` of trusted perplexities. Raises ValueError for no values."""
     if not trusted or not 0 < share <= 1:
         raise ValueError(f"a share of {share} of {len(trusted)} values; it needs values, and a share in (0, 1]")
     ordered, cut = sorted(trusted), (1 - share) / 2

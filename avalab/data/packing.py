@@ -72,10 +72,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Enc
 def pack_chats(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict], *, row_tokens: int, context: int, seed: int
 ) -> Rows:
-    """Examples (`{"messages": [...]}`) as packed rows for a model that sees `context` tokens at once.
-
-    Raises ValueError naming an example longer than a row or than the context.
-    """
+    """Examples as packed rows. Raises ValueError naming one longer than a row or than the model's `context`."""
     encoded = []
     for number, example in enumerate(examples):
         encoded.append(encode_chat(tokenizer, example["messages"]))
@@ -125,10 +122,7 @@ def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def text_rows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int, row_tokens: int) -> Rows:
-    """About `tokens` tokens of calibration text in rows of `row_tokens`, in a seeded order.
-
-    Raises ValueError when there is not so much text.
-    """
+    """About `tokens` tokens of calibration text, in a seeded order. Raises ValueError when there are not so many."""
     return window_rows(corpora.shuffled_windows(run, tokenizer, tokens=row_tokens, count=max(1, tokens // row_tokens)))
 
 
@@ -145,10 +139,7 @@ def window_rows(windows: Int[Tensor, "window time"], *, windows_per_row: int = 1
 def sample_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], *, tokens: int, seed: int
 ) -> list[dict]:
-    """The first examples in a seeded order that have `tokens` tokens together; all where there are fewer.
-
-    Raises ValueError when there are none.
-    """
+    """Examples in a seeded order until they have `tokens` tokens, else all. Raises ValueError for no examples."""
     chosen, total = [], 0
     for example in random.Random(seed).sample(list(examples), len(examples)):
         if total >= tokens:

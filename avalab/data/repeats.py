@@ -32,10 +32,7 @@ LENGTH_CLASS = 5  # words; requests of 10 to 14 words have the same length
 
 
 def near_duplicates(threshold: float = 0.8, permutations: int = 64) -> Callable[[dict], str]:
-    """A gate that rejects a request whose estimated Jaccard similarity to an accepted one reaches the threshold.
-
-    Numbers count as words.
-    """
+    """A gate against requests whose estimated Jaccard similarity to an accepted one reaches the threshold."""
     index = MinHashLSH(threshold=threshold, num_perm=permutations)
     signature = MinHash(num_perm=permutations, seed=1)
 

@@ -343,10 +343,7 @@ def select_answers(
 
 
 def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
-    """The share of accepted answers that are right, with its interval, where the requests' own `calls` are right.
-
-    Raises ValueError when nothing was accepted.
-    """
+    """The share of accepted answers whose calls are those of their requests. Raises ValueError for no answer."""
     right = 0
     for example in accepted:
         request = requests[example["request"]]

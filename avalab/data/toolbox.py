@@ -104,10 +104,7 @@ def call_text(calls: list[dict]) -> str:
 
 
 def function_calling_examples(count: int, seed: int, split: str = "train") -> Iterator[dict]:
-    """`count` chats: `{"messages", "tools", "calls"}`; messages are system, user and assistant.
-
-    Equal arguments yield equal chats. Raises ValueError for an unknown split.
-    """
+    """`count` chats: `{"messages", "tools", "calls"}`, the same for a seed. Raises ValueError for another split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     of_split = [row for row in rows() if split_of(row.name) == split]
