@@ -1,12 +1,11 @@
 """Arguments by kind: the JSON schema that a kind's text stands for, how a value is drawn, and how people say it.
 
 A kind is an integer range `1..9`, a decimal range `0.5..9.5`, either with a `$` before it (money), an enumeration
-`a|b`, an open choice `(a|b)` that the schema does not list, `bool`, `%` or `%5..60` (a fraction said in per cent),
-`date`, `time`, `code`, a pool of strings, `#pool` (numbers that are said in words), `[kind]` (a list), `[first,kind]`
-(a list that begins otherwise, such as cash flows), `[[kind]]` (rows of equal length) or `&record` (an object whose
-fields stand in the pool files, with the sentences that say it behind a `~`).
-
-Values are said as digits, words, millions or `a week`, money, dates, lists, records.
+`a|b`, an open choice `(a|b)` that the schema does not list, a name such as `date` (`NAMED`), `%` or `%5..60` (a
+fraction said in per cent), a pool of strings, `#pool` (numbers that are said in words), `[kind]` (a list),
+`[first,kind]` (a list that begins otherwise, such as cash flows), `[[kind]]` (rows of equal length), `{kind}` (a list
+in which values may repeat) or `&record` (an object whose fields stand in the pool files, with the sentences that say it
+behind a `~`).
 """
 
 from __future__ import annotations
@@ -16,24 +15,26 @@ import json
 import math
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from avalab.data import toolbox
-from avalab.data.toolbox import Kind
 from avalab.lab.words import pool_lines, pools, said_forms
 
 MILLION = 1_000_000
-
-PER_CENT = (*range(1, 13), 5, 10, 15, 18, 20, 25, 30, 40, 50, 60, 75, 80, 90, 95, 99, 0.5, 1.5, 2.5, 3.2, 3.75, 4.5)
-
-PER_CENT += (6.5, 7.25, 9.8, 12.5, 22)
-
+PER_CENT = (*range(1, 13), 5, 10, 15, 18, 20, 25, 30, 40, 50, 60, 75, 80, 90, 95, 99)  # those that are said as such
+PER_CENT += (0.5, 1.5, 2.5, 3.2, 3.75, 4.5, 6.5, 7.25, 9.8, 12.5, 22)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-
 SCALES = {"billion": 1000 * MILLION, "million": MILLION, "thousand": 1000}
-
 MONTHS = tuple(calendar.month_name[1:])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of argument: what it looks like in a schema, and how one is drawn."""
+
+    schema: dict
+    sample: Callable[[random.Random], object]
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,12 @@ class Parameter:
 def parameter(line: str) -> Parameter:
     """A parameter from `name? kind=default Description.`"""
     name, kind, description = line.split(" ", 2)
-    kind, _, default = kind.partition("=")
-    return Parameter(name.rstrip("?"), kind, description, name.endswith("?"), _value(default) if default else None)
-
-
-def _value(text: str) -> object:
+    kind, _, text = kind.partition("=")
     try:
-        return json.loads(text)
+        default = json.loads(text) if text else None
     except json.JSONDecodeError:
-        return text
+        default = text
+    return Parameter(name.rstrip("?"), kind, description, name.endswith("?"), default)
 
 
 @cache
@@ -73,62 +71,85 @@ def records() -> dict[str, tuple[tuple[Parameter, ...], tuple[str, ...]]]:
     return found
 
 
+# --- what a kind is, and how a value is drawn ------------------------------------------------------------------------
+
+
 @cache
 def kind_of(text: str) -> Kind:
     """The schema and sampler that a kind's text stands for. Raises ValueError for an unknown one."""
-    if text.startswith("toolbox:"):
-        return toolbox.KINDS[text.removeprefix("toolbox:")]
     if text.startswith("["):
         return _list_kind(text[1:-1])
+    if text.startswith("{"):
+        item = kind_of(text[1:-1])
+        return _listed(item, lambda rng: [item.sample(rng) for _ in range(rng.randint(3, 6))])
     if text.startswith("&"):
-        return _record_kind(records()[text][0])
+        fields = records()[text][0]
+        properties = {p.name: {**kind_of(p.kind).schema, "description": p.description} for p in fields}
+        schema = {"type": "object", "properties": properties, "required": list(properties)}
+        return Kind(schema, lambda rng: {p.name: kind_of(p.kind).sample(rng) for p in fields})
     if text.startswith("%"):
         low, _, high = (text[1:] or "0.5..30").partition("..")
-        return _share(float(low), float(high))
-    if text in _SIMPLE:
-        return _SIMPLE[text]
+        usual = [value for value in PER_CENT if float(low) <= value <= float(high)]
+        return _typed("number", lambda rng: round(rng.choice(usual) / 100, 6))
+    if text in NAMED:
+        return NAMED[text]
     if ".." in text:
         return _range(*text.removeprefix("$").split(".."))
     if "|" in text:
-        choices, listed = text.strip("()").split("|"), not text.startswith("(")
-        closed_set = {"enum": choices} if listed else {}
-        return Kind("", {"type": "string", **closed_set}, lambda rng: rng.choice(choices))
+        choices = text.strip("()").split("|")
+        listed = {} if text.startswith("(") else {"enum": choices}
+        return Kind({"type": "string", **listed}, lambda rng: rng.choice(choices))
     if text.startswith("#") and text in pools():
-        return _said_numbers([json.loads(value) for value in pools()[text]])
+        values = [json.loads(value) for value in pools()[text]]
+        whole = all(isinstance(value, int) for value in values)
+        return _typed("integer" if whole else "number", lambda rng: rng.choice(values))
     if text in pools():
-        return Kind("", {"type": "string"}, lambda rng: _pooled(text, rng))
-    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*_SIMPLE, *pools()])}")
+        return _typed("string", lambda rng: _pooled(text, rng))
+    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*NAMED, *pools()])}")
 
 
-_SIMPLE = {
-    "bool": Kind("", {"type": "boolean"}, lambda rng: rng.random() < 0.67),
-    "date": Kind(
-        "", {"type": "string"}, lambda r: f"20{r.randint(24, 27)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"
-    ),
-    "time": Kind("", {"type": "string"}, lambda r: f"{r.randint(6, 22):02}:{r.choice((0, 0, 15, 30, 45)):02}"),
-    "code": Kind("", {"type": "string"}, lambda r: f"{r.choice('ABKMRX')}{r.choice('CDFLT')}-{r.randint(1000, 9999)}"),
+def _typed(json_type: str, sample: Callable[[random.Random], object]) -> Kind:
+    return Kind({"type": json_type}, sample)
+
+
+def _listed(item: Kind, sample: Callable[[random.Random], object]) -> Kind:
+    return Kind({"type": "array", "items": item.schema}, sample)
+
+
+NAMED = {
+    "bool": _typed("boolean", lambda rng: rng.random() < 0.67),
+    "date": _typed("string", lambda r: f"20{r.randint(24, 27)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"),
+    "time": _typed("string", lambda r: f"{r.randint(6, 22):02}:{r.choice((0, 0, 15, 30, 45)):02}"),
+    "real": _typed("number", lambda r: round(r.uniform(0.5, 99), 1)),
+    "amount": _typed("number", lambda r: r.randint(200, 90000) / 100),
+    "truth": _typed("boolean", lambda r: r.random() < 0.5),
+    "date of 2026": _typed("string", lambda r: f"2026-{r.randint(1, 12):02}-{r.randint(1, 28):02}"),
+    "time by five": _typed("string", lambda r: f"{r.randint(6, 22):02}:{r.randrange(0, 60, 5):02}"),
+    "code": _typed("string", lambda r: f"{r.choice('ABKMRX')}{r.choice('CDFLT')}-{r.randint(1000, 9999)}"),
 }
 
 
 def _list_kind(text: str) -> Kind:
     first, _, others = ("", "", text) if text.startswith("[") else text.rpartition(",")
     item = kind_of(others)
-    schema = {"type": "array", "items": item.schema}
-    if text.startswith("["):
-        return Kind("", schema, lambda rng: _rows(kind_of(text[1:-1]), rng))
-    if first:
-        return Kind("", schema, lambda rng: [kind_of(first).sample(rng), *_distinct(item, rng)])
-    return Kind("", schema, lambda rng: _distinct(item, rng))
+
+    def sample(rng: random.Random) -> list:
+        if text.startswith("["):  # rows of equal length
+            rows, columns, cell = rng.choice((2, 2, 3)), rng.choice((2, 2, 3, 4)), kind_of(text[1:-1])
+            return [[cell.sample(rng) for _ in range(columns)] for _ in range(rows)]
+        return [*([kind_of(first).sample(rng)] if first else []), *_distinct(item, rng)]
+
+    return _listed(item, sample)
 
 
-def _rows(cell: Kind, rng: random.Random) -> list[list]:
-    rows, columns = rng.choice((2, 2, 3)), rng.choice((2, 2, 3, 4))
-    return [[cell.sample(rng) for _ in range(columns)] for _ in range(rows)]
-
-
-def _said_numbers(values: list[int | float]) -> Kind:
-    name = "integer" if all(isinstance(value, int) for value in values) else "number"
-    return Kind("", {"type": name}, lambda rng: rng.choice(values))
+def _distinct(item: Kind, rng: random.Random) -> list:
+    if item.schema["type"] in ("integer", "number"):
+        count = rng.randint(2, 9)
+    else:  # most people name one or two of the values on offer, never all
+        count = rng.choice((1, 1, 1, 2, 2, 3)) if "enum" in item.schema else rng.randint(1, 4)
+    drawn = [item.sample(rng) for _ in range(count)]
+    seen = [next(iter(value.values())) if isinstance(value, dict) else value for value in drawn]
+    return [value for i, value in enumerate(drawn) if seen[i] not in seen[:i]]  # a record is known by its first field
 
 
 def _pooled(pool: str, rng: random.Random) -> str:
@@ -137,24 +158,18 @@ def _pooled(pool: str, rng: random.Random) -> str:
     return re.sub(r"<(\w+)>", lambda match: _pooled(match.group(1), rng), value)
 
 
-def _share(low: float, high: float) -> Kind:
-    """A fraction, of those that are said as a plain number of per cent between two ends."""
-    usual = [value for value in PER_CENT if low <= value <= high]
-    return Kind("", {"type": "number"}, lambda rng: round(rng.choice(usual) / 100, 6))
-
-
 def _range(low: str, high: str) -> Kind:
     if high.startswith("-"):  # both ends are below zero
         mirrored = _range(high[1:], low[1:])
-        return Kind("", mirrored.schema, lambda rng: -mirrored.sample(rng))
+        return Kind(mirrored.schema, lambda rng: -mirrored.sample(rng))
     if "." in low + high:
         places = len(high.partition(".")[2])
-        return Kind("", {"type": "number"}, lambda rng: _decimal(float(low), float(high), places, rng))
+        return _typed("number", lambda rng: _decimal(float(low), float(high), places, rng))
     if int(high) >= MILLION:
-        return Kind("", {"type": "integer"}, lambda rng: _round_amount(int(low), int(high), rng))
+        return _typed("integer", lambda rng: _round_amount(int(low), int(high), rng))
     if int(high) > 5000 and int(low) % 100 == 0:  # amounts that people would name
-        return Kind("", {"type": "integer"}, lambda rng: rng.randrange(int(low), int(high), 100))
-    return Kind("", {"type": "integer"}, lambda rng: rng.randint(int(low), int(high)))
+        return _typed("integer", lambda rng: rng.randrange(int(low), int(high), 100))
+    return _typed("integer", lambda rng: rng.randint(int(low), int(high)))
 
 
 def _round_amount(low: int, high: int, rng: random.Random) -> int:
@@ -170,54 +185,30 @@ def _decimal(low: float, high: float, places: int, rng: random.Random) -> float:
     return float(rng.randint(math.ceil(low), math.floor(high))) if whole else round(rng.uniform(low, high), places)
 
 
-def _distinct(item: Kind, rng: random.Random) -> list:
-    if item.schema["type"] in ("integer", "number"):
-        count = rng.randint(2, 9)
-    else:  # most people name one or two of the values on offer, never all
-        count = rng.choice((1, 1, 1, 2, 2, 3)) if "enum" in item.schema else rng.randint(1, 4)
-    drawn = [item.sample(rng) for _ in range(count)]
-    seen = [next(iter(value.values())) if isinstance(value, dict) else value for value in drawn]
-    return [value for i, value in enumerate(drawn) if seen[i] not in seen[:i]]  # a record is known by its first field
-
-
-def _record_kind(fields: tuple[Parameter, ...]) -> Kind:
-    properties = {p.name: {**kind_of(p.kind).schema, "description": p.description} for p in fields}
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    return Kind("", schema, lambda rng: {p.name: kind_of(p.kind).sample(rng) for p in fields})
-
-
 # --- how people say a value -------------------------------------------------------------------------------------------
 
 
 def say_value(value: object, rng: random.Random, kind: str = "") -> str:
     """One way to say a value; lists are joined, records are said by their sentence or as `key value` pairs."""
+    if isinstance(value, list) and isinstance(value[0], list):  # `[[1, 2], [3, 4]]`, `[1, 2] and [3, 4]`, `(1, 2), ...`
+        rows = [", ".join(map(_digits, row)) for row in value]
+        bare = ", ".join(f"[{row}]" for row in rows)
+        said = (f"[{bare}]", f"[{bare}]", " and ".join(f"[{row}]" for row in rows), f"({'), ('.join(rows)})")
+        return rng.choice(said)
     if isinstance(value, list):
-        return _table(value, rng) if isinstance(value[0], list) else _listed(value, rng, kind[1:-1])
-    return _told(value, rng, kind) if isinstance(value, dict) else rng.choice(ways_to_say(value, kind))
-
-
-def _listed(values: list, rng: random.Random, kind: str) -> str:
-    parts = [say_value(item, rng, kind) for item in values]
-    if not isinstance(values[0], str | dict) and rng.random() < 0.4:
-        return f"[{', '.join(map(_digits, values))}]"
-    last = rng.choice((" and ", " and ", ", and ", ", "))
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
-
-
-def _table(rows: list[list], rng: random.Random) -> str:
-    """Rows of numbers: `[[1, 2], [3, 4]]`, `[1, 2] and [3, 4]` or `(1, 2), (3, 4)`."""
-    said = [", ".join(map(_digits, row)) for row in rows]
-    bare = ", ".join(f"[{row}]" for row in said)
-    return rng.choice((f"[{bare}]", f"[{bare}]", " and ".join(f"[{row}]" for row in said), f"({'), ('.join(said)})"))
-
-
-def _told(record: dict, rng: random.Random, kind: str) -> str:
-    fields, sentences = records().get(kind, ((), ()))
-    kinds = {field.name: field.kind for field in fields}
-    parts = {key: say_value(item, rng, kinds.get(key, "")) for key, item in record.items()}
-    if sentences:
-        return rng.choice(sentences).format(**parts)
-    return "(" + ", ".join(f"{key.replace('_', ' ')} {part}" for key, part in parts.items()) + ")"
+        parts = [say_value(item, rng, kind[1:-1]) for item in value]
+        if not isinstance(value[0], str | dict) and rng.random() < 0.4:
+            return f"[{', '.join(map(_digits, value))}]"
+        last = rng.choice((" and ", " and ", ", and ", ", "))
+        return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
+    if isinstance(value, dict):
+        fields, sentences = records().get(kind, ((), ()))
+        kinds = {field.name: field.kind for field in fields}
+        parts = {key: say_value(item, rng, kinds.get(key, "")) for key, item in value.items()}
+        if sentences:
+            return rng.choice(sentences).format(**parts)
+        return "(" + ", ".join(f"{key.replace('_', ' ')} {part}" for key, part in parts.items()) + ")"
+    return rng.choice(ways_to_say(value, kind))
 
 
 def _digits(number: float) -> str:
@@ -230,13 +221,20 @@ def ways_to_say(value: object, kind: str = "") -> list[str]:
         return ["yes" if value else "no"]
     if kind.startswith("#"):
         return pools()[kind][json.dumps(value)]
-    if kind.startswith("$"):
-        return _amounts(value)
+    if kind.startswith("$") and isinstance(value, float):
+        return [f"${value:.2f}", f"{value:.2f} dollars", f"{value:.2f}"]
+    if kind.startswith("$"):  # $45,000, 45000 dollars, $45k, $3.4 million
+        words = [form for said in _in_words(value) for form in (f"{said} dollars", f"${said}")]
+        short = [f"${value // 1000}k"] if value % 1000 == 0 and value < MILLION else []
+        return [f"${value:,}", f"{value} dollars", str(value), *short, *(words if value >= MILLION else words[:1])]
     if isinstance(value, int):
         words = [WORDS[value]] if 1 <= value <= 12 else _in_words(value) * (2 if abs(value) >= MILLION else 1)
         return [str(value), str(value), *words, *([f"{value:,}"] if abs(value) >= 10_000 else [])]
+    if isinstance(value, float) and kind.startswith("%"):
+        said = f"{round(value * 100, 4):g}"
+        return [f"{said}%", f"{said}%", f"{said}%", f"{said} percent", f"{said} per cent"]
     if isinstance(value, float):
-        return _per_cent(value) if kind.startswith("%") else [f"{value:.10g}"]
+        return [f"{value:.10g}"]
     if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
         year, month, day = map(int, value.split("-"))
         return [value, f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"]
@@ -248,23 +246,9 @@ def ways_to_say(value: object, kind: str = "") -> list[str]:
     return [value.replace("_", " ")] if re.fullmatch(r"[a-z]+(_[a-z]+)+", value) else [value]
 
 
-def _per_cent(share: float) -> list[str]:
-    said = f"{round(share * 100, 4):g}"
-    return [f"{said}%", f"{said}%", f"{said}%", f"{said} percent", f"{said} per cent"]
-
-
 def _in_words(value: int) -> list[str]:
     """`40 thousand`, `3.4 million`, `-2 billion`: amounts from ten thousand that have at most two decimals so."""
     for word, scale in SCALES.items():
-        if abs(value) >= scale and scale >= MILLION:
+        if abs(value) >= scale >= MILLION:
             return [f"{value / scale:.10g} {word}"] if value % (scale // 100) == 0 else []
     return [f"{value // 1000} thousand"] if abs(value) >= 10_000 and value % 1000 == 0 else []
-
-
-def _amounts(value: float) -> list[str]:
-    """The ways in which people write an amount of money: $45,000, 45000 dollars, $45k, $3.4 million."""
-    if isinstance(value, float):
-        return [f"${value:.2f}", f"{value:.2f} dollars", f"{value:.2f}"]
-    words = [form for said in _in_words(value) for form in (f"{said} dollars", f"${said}")]
-    short = [f"${value // 1000}k"] if value % 1000 == 0 and value < MILLION else []
-    return [f"${value:,}", f"{value} dollars", str(value), *short, *(words if value >= MILLION else words[:1])]

@@ -4,10 +4,10 @@ The cases are those of the Berkeley Function Calling Leaderboard v4 (single turn
 those of the toolbox, which need no download: its held-out tools, with requests that say every argument, one fitting
 tool on offer (`toolbox_simple`), among others (`toolbox_multiple`), or only others (`toolbox_irrelevance`).
 
-An answer is judged on what it calls, not on how it is spelt:
+An answer is judged on what it calls, not on how it is spelt.
 
 1. `parse_calls` reads the calls from the model's text: `<tool_call>` blocks, bare or fenced JSON, or `[f(a=1)]`.
-2. `check` compares the calls with the case. The number of calls must match; parallel calls may come in any order. Each
+2. `check_calls` compares them with the case. The number of calls must match; parallel calls may come in any order. Each
    call needs the right function, every argument that is required or has no "" among its possible answers, no other
    argument, the declared type (an integer passes for a float; an argument whose possible answers have another type may
    have that type too) and one of the possible values (strings compare without case, spaces and `,./-_*^`).
@@ -16,8 +16,6 @@ Rules: Patil et al., "The Berkeley Function Calling Leaderboard" (2025), abstrac
 this implementation with the leaderboard's own checker is a test. Where the rules are coarse they are kept, because the
 numbers should mean the same: nested types are checked one level deep, parallel calls are matched greedily, and an
 unreadable attempt at a call counts as "no call" in the irrelevance categories (its verdict carries `not_json`).
-
-What it does not do: run a model, execute a call, or judge multi-turn, Java and JavaScript cases.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,17 +37,12 @@ from avalab.data import toolbox
 from avalab.lab import assets
 
 LIVE_CATEGORIES = ("live_simple", "live_multiple", "live_irrelevance")
-
 BFCL_CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", *LIVE_CATEGORIES)
-
 TOOLBOX = ("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance")  # need no download
-
 CATEGORIES = (*BFCL_CATEGORIES, *TOOLBOX)
-
 LISTED = 3  # tools on offer in toolbox_multiple and toolbox_irrelevance
 
 CALL_ERRORS = ("wrong_function", "missing_argument", "extra_argument", "wrong_type", "wrong_value")
-
 ERRORS = ("no_call", "not_json", "unwanted_call", "wrong_count", *CALL_ERRORS)
 
 # The declared type's name (BFCL's or JSON Schema's) -> the Python type of a value. "any" is text in the reference.
@@ -57,17 +50,12 @@ PYTHON_TYPES: dict[str, type] = {
     **{"string": str, "any": str, "integer": int, "float": float, "number": float, "boolean": bool},
     **{"array": list, "tuple": list, "dict": dict, "object": dict},
 }
-
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
-
 REWRITTEN_KEYWORDS = ("type", "items", "properties", "required", "optional")
 
 _IGNORED_IN_STRINGS = str.maketrans({**dict.fromkeys(" ,./-_*^"), "'": '"'})
-
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
-
 _FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
-
 _PYTHON_CALL = re.compile(r"\[?\s*[A-Za-z_][\w.]*\s*\(")
 
 
@@ -114,19 +102,24 @@ def cases(category: str, limit: int | None = None) -> list[Case]:
         return load_cases(assets.fetch("bfcl-v4"), category, limit)
     if limit is None:
         raise ValueError(f"{category} has no end; give a limit")
-    examples = toolbox.function_calling_examples(limit, seed=2, split="heldout")
-    return [_toolbox_case(f"{category}_{i}", category, example) for i, example in enumerate(examples)]
+    heldout, found = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"], []
+    for number, example in enumerate(toolbox.function_calling_examples(limit, seed=2, split="heldout")):
+        (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
+        fitting = [t for t in heldout if t["name"] == call["name"]]
+        others = random.Random(f"{category}_{number}").sample([t for t in heldout if t not in fitting], LISTED)
+        listed = {
+            "toolbox_simple": fitting,
+            "toolbox_multiple": [*others[:1], *fitting, *others[2:]],
+            "toolbox_irrelevance": others,
+        }[category]
+        expected = [] if category == "toolbox_irrelevance" else accepted_calls([call])
+        found.append(Case(f"{category}_{number}", category, messages, listed, expected))
+    return found
 
 
-def _toolbox_case(id: str, category: str, example: dict) -> Case:
-    (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
-    heldout = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"]
-    fitting = [t for t in heldout if t["name"] == call["name"]]
-    others = random.Random(id).sample([t for t in heldout if t not in fitting], LISTED)
-    if category == "toolbox_irrelevance":
-        return Case(id, category, messages, others, [])
-    listed = fitting if category == "toolbox_simple" else [*others[:1], *fitting, *others[2:]]
-    return Case(id, category, messages, listed, [{call["name"]: {k: [v] for k, v in call["arguments"].items()}}])
+def accepted_calls(calls: list[dict]) -> list[dict[str, dict[str, list]]]:
+    """What `Case.expected` holds where only these calls are right."""
+    return [{call["name"]: {name: [value] for name, value in call["arguments"].items()}} for call in calls]
 
 
 def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
@@ -146,43 +139,43 @@ def load_cases(folder: Path | str, category: str, limit: int | None = None) -> l
     """
     if category not in BFCL_CATEGORIES:
         raise ValueError(f"unknown BFCL category {category!r}; choose one of {', '.join(BFCL_CATEGORIES)}")
-    path = _find_file(Path(folder), f"BFCL_v4_{category}.json")
-    rows = list(islice(_read_lines(path, ("id", "question", "function")), limit))
+    places = [Path(folder, below) for below in ("", "data", "bfcl_eval/data")]
+    paths = [place / f"BFCL_v4_{category}.json" for place in places]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no {paths[0].name} in {', '.join(map(str, places))}")
+    rows = list(islice(_rows(path, ("id", "question", "function")), limit))
     expected = {row["id"]: [] for row in rows}
     if not category.endswith("irrelevance"):
         answers = path.parent / "possible_answer" / path.name
-        expected = {row["id"]: row["ground_truth"] for row in _read_lines(answers, ("id", "ground_truth"))}
+        expected = {row["id"]: row["ground_truth"] for row in _rows(answers, ("id", "ground_truth"))}
     if unanswered := [row["id"] for row in rows if row["id"] not in expected]:
         raise ValueError(f"{path} asks what possible_answer/{path.name} does not answer: {', '.join(unanswered)}")
     return [Case(row["id"], category, row["question"][0], row["function"], expected[row["id"]]) for row in rows]
 
 
-def _find_file(folder: Path, name: str) -> Path:
-    places = [folder, folder / "data", folder / "bfcl_eval" / "data"]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}")
+def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    for place, row in json_lines(path):
+        if missing := [field for field in fields if field not in row]:
+            raise ValueError(f"{place}: no field {', '.join(missing)}")
+        yield row
 
 
-def _read_lines(path: Path, fields: tuple[str, ...]) -> Iterable[dict]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-            missing = [field for field in fields if field not in row]
-            if missing:
-                raise ValueError(f"{path}:{number}: no field {', '.join(missing)}")
-            yield row
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file, each after its place (`file:line`). Raises ValueError naming what cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The JSON Schema of a function's arguments, without undeclared ones; "any" becomes a schema without a type.
-
-    A function that is described in JSON Schema already (the lab's own tools) comes out as it was.
-    """
+    """The JSON Schema of a function's arguments, without undeclared ones; "any" becomes a schema without a type."""
     return _schema(function["parameters"])
 
 
@@ -207,13 +200,10 @@ def parse_calls(text: str) -> list[Call] | str:
     end), else the first fenced block, else the whole text. Inside: a JSON object or list of objects with `name` and
     `arguments` (or `parameters`), or Python calls with keyword arguments.
     """
-    blocks = _BLOCK.findall(text)
-    if not blocks:
-        fenced = _FENCE.search(text)
-        blocks = [fenced.group(1) if fenced else text]
-    marked = "<tool_call>" in text
+    marked = _BLOCK.findall(text)
+    fenced = _FENCE.search(text)
     calls: list[Call] = []
-    for block in blocks:
+    for block in marked or [fenced.group(1) if fenced else text]:
         found = _parse_block(block.strip())
         if found is None:
             attempted = marked or block.lstrip().startswith(("[", "{")) or _PYTHON_CALL.match(block.lstrip())
@@ -226,7 +216,10 @@ def _parse_block(block: str) -> list[Call] | None:
     """The calls of one block, or None when it is neither JSON nor Python calls."""
     try:
         if _PYTHON_CALL.match(block):
-            return _python_calls(block)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a stray backslash in a model's string is not this program's warning
+                body = ast.parse(block, mode="eval").body
+            return [_python_call(node) for node in (body.elts if isinstance(body, ast.List) else [body])]
         value = json.loads(block)
         return [_json_call(item) for item in (value if isinstance(value, list) else [value])]
     except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
@@ -245,31 +238,20 @@ def _json_call(item: Any) -> Call:
     return Call(name, arguments)
 
 
-def _python_calls(block: str) -> list[Call]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a stray backslash in a model's string is not this program's warning
-        body = ast.parse(block, mode="eval").body
-    return [_python_call(node) for node in (body.elts if isinstance(body, ast.List) else [body])]
-
-
 def _python_call(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
         raise ValueError("not a call with keyword arguments only")
-    return Call(ast.unparse(node.func), {keyword.arg: _literal(keyword.value) for keyword in node.keywords})
-
-
-def _literal(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:  # a variable or an expression: its source text, as the reference does
-        return ast.unparse(node)
+    arguments = {}
+    for keyword in node.keywords:
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:  # a variable or an expression: its source text, as the reference does
+            arguments[keyword.arg] = ast.unparse(keyword.value)
+    return Call(ast.unparse(node.func), arguments)
 
 
 def check_calls(case: Case, calls: list[Call] | str) -> Verdict:
-    """Judge the result of `parse_calls` against a case.
-
-    In the irrelevance categories an answer is right exactly when it calls nothing.
-    """
+    """Judge the result of `parse_calls`; in the irrelevance categories an answer is right when it calls nothing."""
     if case.category.endswith("irrelevance"):
         if isinstance(calls, str):
             return Verdict(True, "not_json" if calls == "not_json" else "")
@@ -278,13 +260,8 @@ def check_calls(case: Case, calls: list[Call] | str) -> Verdict:
         return Verdict(False, calls)
     if len(calls) != len(case.expected):
         return Verdict(False, "wrong_count", f"{len(calls)} for {len(case.expected)}")
-    return _check_in_any_order(case, calls)
-
-
-def _check_in_any_order(case: Case, calls: list[Call]) -> Verdict:
-    """Each expected call takes the first remaining call that satisfies it."""
     remaining = list(calls)
-    for expected in case.expected:
+    for expected in case.expected:  # it takes the first remaining call that satisfies it
         verdicts = [_check_call(case.functions, expected, call) for call in remaining]
         hit = next((i for i, verdict in enumerate(verdicts) if verdict.correct), None)
         if hit is None:  # the error of a call to the right function says more than "another function"
@@ -304,8 +281,7 @@ def _check_call(functions: list[dict], expected: dict[str, dict], call: Call) ->
     for argument, value in call.arguments.items():
         if argument not in declared["properties"] or argument not in accepted:
             return Verdict(False, "extra_argument", argument)
-        error = _argument_error(declared["properties"][argument], value, accepted[argument])
-        if error:
+        if error := _argument_error(declared["properties"][argument], value, accepted[argument]):
             return Verdict(False, error, f"{argument}={value!r}")
     for argument, values in accepted.items():
         if argument not in call.arguments and "" not in values:
@@ -324,7 +300,10 @@ def _argument_error(declared: dict, value: Any, accepted: list) -> str:
     inner = PYTHON_TYPES[declared["items"].get("type", "any")] if wanted is list and "items" in declared else None
     if type(value) is not wanted:
         return ("" if value in accepted else "wrong_value") if type(value) is shown else "wrong_type"
-    if inner and not any(_elements_fit(value, inner, answer) for answer in accepted):
+    if inner and not any(  # one accepted list vouches for the elements' type; what is no list does not restrict it
+        not isinstance(answer, list) or all(type(item) in (inner, _type_of_first(answer)) for item in value)
+        for answer in accepted
+    ):
         return "wrong_type"
     if shown not in (None, wanted):  # the accepted values are of another type: compare as they are
         return "" if value in accepted else "wrong_value"
@@ -333,11 +312,6 @@ def _argument_error(declared: dict, value: Any, accepted: list) -> str:
 
 def _type_of_first(accepted: list) -> type | None:
     return next((type(answer) for answer in accepted if answer != ""), None)
-
-
-def _elements_fit(value: list, inner: type, answer: Any) -> bool:
-    """One accepted list vouches for the element type; an accepted value that is no list does not restrict it."""
-    return not isinstance(answer, list) or all(type(item) in (inner, _type_of_first(answer)) for item in value)
 
 
 def _value_fits(value: Any, accepted: list, inner: type | None) -> bool:

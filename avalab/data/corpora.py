@@ -1,23 +1,17 @@
 """Evaluation and calibration text: deterministic, hashed, and disjoint.
 
-Evaluation texts come from two domains that need no download beyond the assets:
+Evaluation texts need no download beyond the assets: `python_docs`, a quarter of the topics of Python's language
+reference (chosen by a hash of the topic's name: the quarter that data/tiny-llama never trained on); `function_calls`,
+tools and requests of the Berkeley Function Calling Leaderboard in the model's chat format; `toolbox_calls`, those of
+the held-out tools of `avalab.data.toolbox`. `wikitext2` is read from the hub, at a pinned commit.
 
-- `python_docs`: a fixed quarter of the topics of the standard library's language reference (chosen by a hash of the
-  topic's name: the quarter that data/tiny-llama never trained on);
-- `function_calls`: tools and a request in the model's chat format, from the Berkeley Function Calling Leaderboard
-  (`bfcl`), or, where nothing may be downloaded, from the held-out tools of `avalab.data.toolbox` (`toolbox`).
-
-`wikitext2` is read from the hub, at a pinned commit, when it can be reached. The calibration text is the docstrings of
-the standard library; a docstring that shares eight consecutive words with any evaluation text is left out. Docstrings
-and topics belong to the running Python, so every text carries its SHA-256 and records repeat it.
-
-What it does not do: download anything by itself (that is `assets`), or score.
+Calibration text is the docstrings of the standard library, without those that share eight consecutive words with an
+evaluation text. Docstrings and topics belong to the running Python: a text carries its SHA-256, and records repeat it.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import re
 import sysconfig
 from collections import deque
@@ -32,18 +26,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from avalab.data import toolbox
+from avalab.data import calls, toolbox
 from avalab.lab import artifacts, assets
 from avalab.lab.run import Run
 
 BFCL_CATEGORIES = ("simple_python", "multiple")
-
+CHAT_EXAMPLES = 400  # of the toolbox; more than any profile's windows need
 OVERLAP_WORDS = 8
-
 # As many public manifests give it (data/README.md); a commit that does not exist is refused by the hub.
 WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
-
-CHAT_EXAMPLES = 400  # of the toolbox; more than any profile's windows need
 
 
 @dataclass(frozen=True)
@@ -155,19 +146,12 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # templates and files in old encodings
         return
-    for node in _statements(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring and len(docstring) >= 80:  # one-liners teach a calibration little
-                yield docstring
-
-
-def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """The nodes of `ast.walk`, in its order, without the expressions: no docstring is below one."""
-    queue = deque([tree])
+    queue = deque([tree])  # `ast.walk` in its order, without the expressions: no docstring is below one
     while queue:
         node = queue.popleft()
-        yield node
+        docstring = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
+        if docstring and len(docstring) >= 80:  # one-liners teach a calibration little
+            yield docstring
         for block in ("body", "handlers", "cases", "orelse", "finalbody"):
             queue.extend(getattr(node, block, ()))
 
@@ -175,15 +159,13 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 def bfcl_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
     """Tools and question of each case of two leaderboard categories, alternating, in the model's chat format."""
     folder = assets.fetch("bfcl-v4")
-    categories = [_bfcl_messages(folder, category) for category in BFCL_CATEGORIES]
-    return _chat(tokenizer, [messages for pair in zip(*categories, strict=False) for messages in pair])
-
-
-def _bfcl_messages(folder: Path, category: str) -> list[list[dict]]:
-    (path,) = [p for p in folder.rglob(f"BFCL_v4_{category}.json") if p.parent.name != "possible_answer"]
-    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    system = [{"role": "system", "content": toolbox.system_prompt(case["function"])} for case in cases]
-    return [[message, *case["question"][0]] for message, case in zip(system, cases, strict=True)]
+    pairs = zip(*(calls.load_cases(folder, category) for category in BFCL_CATEGORIES), strict=False)
+    chats = [
+        [{"role": "system", "content": toolbox.system_prompt(case.functions)}, *case.messages]
+        for pair in pairs
+        for case in pair
+    ]
+    return _chat(tokenizer, chats)
 
 
 def toolbox_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -200,10 +182,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -
 
 
 def wikitext2(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The test split of WikiText-2 (raw) from the hub; Merity et al. (2016), arXiv 1609.07843.
-
-    Raises AssetUnavailable when the hub cannot be reached.
-    """
+    """WikiText-2's test split from the hub (Merity et al. 2016). Raises AssetUnavailable where the hub is not."""
     from datasets import load_dataset
 
     try:

@@ -1,48 +1,39 @@
 """Drafts of examples, one function a kind, and dialogues joined from examples.
 
 A draft takes two generators: `content` draws the tools and arguments, `wording` the sentences. The same content with
-another wording is the same task said differently, which is how a rejected example is refined without a teacher.
-
-Kinds: `single_call`, `several_candidates`, `parallel_calls` (the same function or different ones), `no_function`
-(plain refusal), `missing_argument` (ask back), `structured_output` (JSON to a schema), `reasoning` (think, then answer)
-and `instruction`. An example is `{"kind", "tools", "messages" (user, assistant), "calls"}`; `made_for` is the tool that
-a call is to, `domain.name` however it is dressed; `checks` are computed results that the text states. Nothing here has
-passed a gate.
+another wording is the same task said differently, which is how a rejected example is refined without a teacher. An
+example is `{"kind", "tools", "messages" (user, assistant), "calls"}`; `made_for` is the tool that a call is to,
+`domain.name` however it is dressed; `checks` are computed results that the text states. Nothing here has passed a gate.
 
 A single example spends three hundred tokens, most of them on its tools, and asks once whether a function fits.
-`dialogues` list tools once and ask several times, at forty tokens a refusal and seventy a call; every request and call
-has passed the gates as an example of its own, and no turn refers to an earlier one. Two sorts:
-
-- `unlike`: one to three tools that have nothing to do with each other, a call to each. The other requests were made for
-  tools with no word in common with those: their answers are refusals.
-- `family`: two to four tools of one domain that a careless reader would confuse, calls to some of them. The other
-  requests were made for tools of that domain that are not listed, as far as there are any.
-
-The turns are shuffled, so that the first one, which is what a caller meets, is a refusal as often as any.
+`dialogues` list tools once and ask several times, at forty tokens a refusal and seventy a call, about tools that have
+nothing to do with each other (`_unlike`) or that a careless reader would confuse (`_family`). No turn refers to an
+earlier one, and the first, which is what a caller meets, is a refusal as often as any.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
+from random import Random
 
 from avalab.data import phrasing
 from avalab.data.arguments import kind_of, say_value
 from avalab.data.phrasing import Dress, Tool
-from avalab.lab import words
+from avalab.data.toolbox import call_text, system_prompt
+from avalab.lab.words import lines_of
 
-Random = random.Random
-
-VAGUE = frozenset(
-    re.findall(
-        r"\w+", "find retur compu list searc with from whole numbe somet somew into that what some many much long"
-    )
-)  # stems that say nothing about what a tool does
+VAGUE = {  # stems that say nothing about what a tool does
+    *("find", "retur", "compu", "list", "searc", "with", "from", "whole", "numbe", "somet", "somew", "into", "that"),
+    *("what", "some", "many", "much", "long"),
+}
+DRESS = frozenset(  # stems that only dress a tool (`phrasing.Dress`)
+    word[:5].lower() for verbs, openings in phrasing.VERBS.values() for word in " ".join((*verbs, *openings)).split()
+)
 
 
 def single_call(content: Random, wording: Random) -> dict:
@@ -62,13 +53,19 @@ def parallel_calls(content: Random, wording: Random) -> dict:
     chosen = [first] * count if content.random() < 0.6 else [first, *_others(first, 1, content)]
     dresses = {tool.name: phrasing.dressed(tool, content) for tool in dict.fromkeys(chosen)}
     drawn = [(tool, phrasing.sample(tool, content)) for tool in chosen]
-    listed = list(dict.fromkeys(chosen)) + (_others(first, 1, content) if content.random() < 0.3 else [])
-    listed = list(dict.fromkeys(listed))
+    listed = list(dict.fromkeys([*chosen, *(_others(first, 1, content) if content.random() < 0.3 else [])]))
     parts = [phrasing.core(tool, arguments, wording) for tool, arguments in drawn]
     calls = [_call(tool, arguments, dresses[tool.name]) for tool, arguments in drawn]
     tools = [phrasing.describe(t, dresses.get(t.name) or phrasing.dressed(t, content)) for t in listed]
     content.shuffle(tools)
-    return _example("parallel_calls", tools, _joined(parts, wording), _answer(calls), calls)
+    frames = {frame for frame, _ in parts}
+    if len(frames) == 1 and frames != {"whole"} and wording.random() < 0.6:
+        link = wording.choice((", and ", "; also ", ", and then ", ", plus "))
+        request = phrasing.phrase(frames.pop(), link.join(text for _, text in parts), wording)
+    else:
+        sentences = [phrasing.phrase(frame, text, wording) for frame, text in parts]
+        request = wording.choice((" ", " Also: ", " And one more: ", " Besides, ")).join(sentences)
+    return _example("parallel_calls", tools, request, call_text(calls), calls)
 
 
 def no_function(content: Random, wording: Random) -> dict:
@@ -76,12 +73,12 @@ def no_function(content: Random, wording: Random) -> dict:
     wanted = content.choice(phrasing.tools())
     listed = [t for t in _others(wanted, content.choice((1, 1, 2, 3)), content) if not _alike(t, wanted)]
     listed = listed or [t for t in phrasing.tools() if not _alike(t, wanted)][:1]
-    request = phrasing.phrase(*phrasing.core(wanted, phrasing.sample(wanted, content), wording), wording)
+    request = _request(wanted, phrasing.sample(wanted, content), wording)
     if wording.random() < 0.2:
-        request = wording.choice(words.lines_of("unrelated.txt"))
+        request = wording.choice(lines_of("unrelated.txt"))
     tools = [phrasing.describe(tool, phrasing.dressed(tool, content)) for tool in listed]
     offered = " ".join(tool["description"] for tool in tools)
-    refusal = wording.choice(words.lines_of("refusals.txt")).replace("{}", offered)
+    refusal = wording.choice(lines_of("refusals.txt")).replace("{}", offered)
     return _example("no_function", tools, request, refusal, [])
 
 
@@ -90,19 +87,18 @@ def missing_argument(content: Random, wording: Random) -> dict:
     tool = content.choice([tool for tool in phrasing.tools() if phrasing.droppable(tool)])
     sentence, missing = content.choice(phrasing.droppable(tool))
     arguments = {k: v for k, v in phrasing.sample(tool, content).items() if k != missing}
-    request = phrasing.phrase(*phrasing.core(tool, arguments, wording, sentence), wording)
-    question = wording.choice(words.lines_of("ask_back.txt")).replace("{}", missing.replace("_", " "))
-    return _example(
-        "missing_argument", [phrasing.describe(tool, phrasing.dressed(tool, content))], request, question, []
-    )
+    request = _request(tool, arguments, wording, sentence)
+    question = wording.choice(lines_of("ask_back.txt")).replace("{}", missing.replace("_", " "))
+    offered = phrasing.describe(tool, phrasing.dressed(tool, content))
+    return _example("missing_argument", [offered], request, question, [])
 
 
 def structured_output(content: Random, wording: Random) -> dict:
     """A message becomes a JSON object that satisfies a schema."""
     tool = content.choice([tool for tool in phrasing.tools() if len(tool.parameters) > 1])
     arguments, dress = phrasing.sample(tool, content), phrasing.dressed(tool, content)
-    message = phrasing.phrase(*phrasing.core(tool, arguments, wording), wording)
-    request = wording.choice(words.lines_of("extract.txt")).replace("{}", message)
+    message = _request(tool, arguments, wording)
+    request = wording.choice(lines_of("extract.txt")).replace("{}", message)
     call = _call(tool, arguments, dress)
     answer = json.dumps(call["arguments"], ensure_ascii=False)
     return _example("structured_output", [phrasing.describe(tool, dress)], request, answer, [call])
@@ -110,31 +106,25 @@ def structured_output(content: Random, wording: Random) -> dict:
 
 def reasoning(content: Random, wording: Random) -> dict:
     """Steps, then the answer: a call whose arguments are derived one by one, or an arithmetic result."""
-    style = wording.choice(words.lines_of("think.txt"))
+    style = wording.choice(lines_of("think.txt"))
     if content.random() < 0.4:
         question, steps, answer, check = content.choice((_euclid, _mean, _multiple))(content)
         reply = f"{' '.join(steps)} Answer: {answer}"
         return _example("reasoning", [], f"{question} {style}", reply, []) | {"checks": [check]}
     example = _called("reasoning", content, wording, others=content.choice((1, 2)))
-    (call,), answer = example["calls"], example["messages"][1]["content"]
+    request, answer = (message["content"] for message in example["messages"])
+    (call,) = example["calls"]
     described = next(tool for tool in example["tools"] if tool["name"] == call["name"])
-    values = ", ".join(
-        f"{name} is {json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items()
-    )
-    left_out = [p for p in described["parameters"]["properties"] if p not in call["arguments"]]
-    unsaid = f" Nothing is said about {', '.join(left_out)}, so the default holds." if left_out else ""
-    steps = f"{call['name']} fits: {described['description']} From the request, {values}.{unsaid}"
-    return _example(
-        "reasoning", example["tools"], example["messages"][0]["content"] + " " + style, f"{steps}\n{answer}", [call]
-    )
+    said = [f"{name} is {json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items()]
+    steps = f"{call['name']} fits: {described['description']} From the request, {', '.join(said)}."
+    if left_out := [p for p in described["parameters"]["properties"] if p not in call["arguments"]]:
+        steps += f" Nothing is said about {', '.join(left_out)}, so the default holds."
+    return _example("reasoning", example["tools"], f"{request} {style}", f"{steps}\n{answer}", [call])
 
 
 def instruction(content: Random, wording: Random) -> dict:
     """An instruction and its answer, both computed: about the standard library, or on a list of words or numbers."""
-    library = [tool for tool in phrasing.tools() if tool.in_library]
-    question, answer = content.choice((_about, _which, _sort_words, _statistic, _select, _as_json))(
-        content, library, wording
-    )
+    question, answer = content.choice((_about, _which, _sort_words, _statistic, _select, _as_json))(content, wording)
     return _example("instruction", [], question, answer, [])
 
 
@@ -144,8 +134,12 @@ def _called(kind: str, content: Random, wording: Random, *, others: int) -> dict
     tools = [phrasing.describe(t, phrasing.dressed(t, content)) for t in _others(tool, others, content)]
     tools.insert(content.randint(0, len(tools)), phrasing.describe(tool, dress))
     call = _call(tool, arguments, dress)
-    request = phrasing.phrase(*phrasing.core(tool, arguments, wording), wording)
-    return _example(kind, tools, request, _answer([call]), [call]) | {"made_for": f"{tool.domain}.{tool.name}"}
+    example = _example(kind, tools, _request(tool, arguments, wording), call_text([call]), [call])
+    return example | {"made_for": f"{tool.domain}.{tool.name}"}
+
+
+def _request(tool: Tool, arguments: dict, wording: Random, sentence: str = "") -> str:
+    return phrasing.phrase(*phrasing.core(tool, arguments, wording, sentence), wording)
 
 
 def _others(tool: Tool, count: int, rng: Random) -> list[Tool]:
@@ -171,22 +165,9 @@ def _call(tool: Tool, arguments: dict, dress: Dress) -> dict:
     return {"name": phrasing.name_of(tool, dress), "arguments": phrasing.passed(tool, arguments, dress)}
 
 
-def _answer(calls: list[dict]) -> str:
-    return f"<tool_call>{json.dumps(calls, ensure_ascii=False)}</tool_call>"
-
-
 def _example(kind: str, tools: list[dict], request: str, answer: str, calls: list[dict]) -> dict:
     messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     return {"kind": kind, "tools": tools, "messages": messages, "calls": calls}
-
-
-def _joined(parts: list[tuple[str, str]], rng: Random) -> str:
-    frames = {frame for frame, _ in parts}
-    if len(frames) == 1 and frames != {"whole"} and rng.random() < 0.6:
-        link = rng.choice((", and ", "; also ", ", and then ", ", plus "))
-        return phrasing.phrase(frames.pop(), link.join(text for _, text in parts), rng)
-    sentences = [phrasing.phrase(frame, text, rng) for frame, text in parts]
-    return rng.choice((" ", " Also: ", " And one more: ", " Besides, ")).join(sentences)
 
 
 def _euclid(rng: Random) -> tuple[str, list[str], str, dict]:
@@ -216,58 +197,45 @@ def _multiple(rng: Random) -> tuple[str, list[str], str, dict]:
     return question, [*steps, f"{a * b} / {divisor} = {result}."], f"after {result} seconds", check
 
 
-def _about(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    tool = content.choice(library)
-    asked = ("What does {} do in Python?", "Explain the Python function {} to me.", "In Python, what is {} for?")
+def _asked(question: str, wording: Random) -> str:
+    """One way to ask a question, with slots for what it is about."""
+    lines = [line.partition(": ") for line in lines_of("questions.txt")]
+    return wording.choice([text for name, _, text in lines if name == question])
+
+
+def _about(content: Random, wording: Random) -> tuple[str, str]:
+    tool = content.choice([tool for tool in phrasing.tools() if tool.in_library])
     needs = ", ".join(f"`{p.name}`" for p in tool.parameters)
-    return wording.choice(asked).format(tool.name), f"{tool.description} It takes {needs}."
+    return _asked("about", wording).format(tool.name), f"{tool.description} It takes {needs}."
 
 
-def _which(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    tool = content.choice(library)
-    asked = (
-        "Which function of Python's standard library does this: {}",
-        "I look for a Python function. {} What is it called?",
-    )
-    return wording.choice(asked).format(tool.description), f"`{tool.name}` does that."
+def _which(content: Random, wording: Random) -> tuple[str, str]:
+    tool = content.choice([tool for tool in phrasing.tools() if tool.in_library])
+    return _asked("which", wording).format(tool.description), f"`{tool.name}` does that."
 
 
-def _sort_words(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+def _sort_words(content: Random, wording: Random) -> tuple[str, str]:
     words = kind_of("[word]").sample(content)
-    asked = (
-        "Sort these words by the alphabet: {}.",
-        "Put the words {} in alphabetical order.",
-        "Can you sort {} from A to Z?",
-    )
-    return wording.choice(asked).format(say_value(words, wording)), ", ".join(sorted(words))
+    return _asked("sort", wording).format(say_value(words, wording)), ", ".join(sorted(words))
 
 
-def _statistic(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+def _statistic(content: Random, wording: Random) -> tuple[str, str]:
     data = [content.randint(1, 90) for _ in range(content.choice((3, 5, 7)))]
     name, function = content.choice((("largest", max), ("smallest", min), ("middle", statistics.median)))
-    asked = (
-        "Which of {1} is the {0} number?",
-        "Give me the {0} number among {1}.",
-        "Find the {0} of these numbers: {1}.",
-    )
-    return wording.choice(asked).format(name, say_value(data, wording)), f"The {name} number is {function(data)}."
+    return _asked("statistic", wording).format(
+        name, say_value(data, wording)
+    ), f"The {name} number is {function(data)}."
 
 
-def _select(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
+def _select(content: Random, wording: Random) -> tuple[str, str]:
     data, limit = [content.randint(1, 90) for _ in range(6)], content.randint(20, 60)
     kept = [str(n) for n in data if n > limit]
-    asked = ("Which numbers in {0} are larger than {1}?", "From {0}, list only what is above {1}.")
-    return wording.choice(asked).format(say_value(data, wording), limit), ", ".join(kept) or "None of them."
+    return _asked("select", wording).format(say_value(data, wording), limit), ", ".join(kept) or "None of them."
 
 
-def _as_json(content: Random, library: list[Tool], wording: Random) -> tuple[str, str]:
-    drawn = {field: kind_of(kind) for field, kind in (("name", "person"), ("city", "city"))}
-    record = {field: kind.sample(content) for field, kind in drawn.items()}
-    asked = (
-        "Write as a JSON object that {name} lives in {city}.",
-        "{name} lives in {city}. Give me this as a JSON object.",
-    )
-    return wording.choice(asked).format(**record), json.dumps(record)
+def _as_json(content: Random, wording: Random) -> tuple[str, str]:
+    record = {"name": kind_of("person").sample(content), "city": kind_of("city").sample(content)}
+    return _asked("json", wording).format(**record), json.dumps(record)
 
 
 KINDS: dict[str, tuple[Callable[[Random, Random], dict], float]] = {  # the draft and its share
@@ -284,90 +252,64 @@ KINDS: dict[str, tuple[Callable[[Random, Random], dict], float]] = {  # the draf
 
 # --- dialogues -------------------------------------------------------------------------------------------------------
 
-Turn = tuple[dict, dict]  # a request and its answer
-
-DRESS = frozenset(  # words that only dress a tool (`phrasing.Dress`) and say nothing about it
-    word[:5].lower() for verbs, openings in phrasing.VERBS.values() for word in " ".join((*verbs, *openings)).split()
-)
-
 
 def dialogues(
     examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
 ) -> list[dict]:
-    """`count` dialogues of one to `most` calls and `refusals` refusals each, without system messages.
+    """`count` dialogues of one to `most` calls and `refusals` refusals each; `families` is the share about one domain.
 
-    `families` is the share of those about tools of one domain. Raises ValueError where fewer than two of the examples
-    are single calls.
+    Raises ValueError where fewer than two of the examples are single calls.
     """
     pool = [example for example in examples if example["kind"] == "single_call"]
     if len(pool) < 2:
         raise ValueError(f"{len(pool)} of {len(examples)} examples are single calls; a dialogue needs two or more")
-    related, rng = _families(pool), random.Random(f"dialogues-{seed}")
-    made = []
+    by_domain: dict[str, dict[str, list[dict]]] = {}
+    for example in pool:
+        domain, _, tool = example.get("made_for", "").partition(".")
+        if tool:
+            by_domain.setdefault(domain, {}).setdefault(tool, []).append(example)
+    related = [tools for _, tools in sorted(by_domain.items()) if len(tools) > 1]
+    rng, made = Random(f"dialogues-{seed}"), []
     for _ in range(count):
-        near = related and rng.random() < families
-        parts = _family(rng.choice(related), rng, most=most, refusals=refusals) if near else None
-        made.append(_dialogue(*(parts or _unlike(pool, rng, calls=rng.randint(1, most), refusals=refusals)), rng))
+        if related and rng.random() < families:
+            parts = _family(rng.choice(related), rng, most=most, refusals=refusals)
+        else:
+            parts = _unlike(pool, rng, calls=rng.randint(1, most), refusals=refusals)
+        made.append(_dialogue(*parts, rng))
     return made
 
 
-def _dialogue(listed: list[dict], called: list[dict], refused: list[dict], rng: random.Random) -> dict:
+def _dialogue(listed: list[dict], called: list[dict], refused: list[dict], rng: Random) -> dict:
     tools = [tool for example in listed for tool in example["tools"]]
     rng.shuffle(tools)
-    turns = [_turn(example) for example in called] + [_refused(example, rng) for example in refused]
+    turns = [example["messages"][-2:] for example in called]
+    plain = [line for line in lines_of("refusals.txt") if "{}" not in line]
+    turns += [[e["messages"][-2], {"role": "assistant", "content": rng.choice(plain)}] for e in refused]
     rng.shuffle(turns)
-    return {
-        "kind": "dialogue",
-        "tools": tools,
-        "messages": [message for turn in turns for message in turn],
-        "calls": [call for example in called for call in example["calls"]],
-        "source": "dialogues",
-    }
+    system = {"role": "system", "content": system_prompt(tools)}
+    messages = [system, *(message for turn in turns for message in turn)]
+    calls = [call for example in called for call in example["calls"]]
+    return {"kind": "dialogue", "tools": tools, "messages": messages, "calls": calls, "source": "dialogues"}
 
 
-def _unlike(pool: list[dict], rng: random.Random, *, calls: int, refusals: int) -> tuple[list, list, list]:
-    drawn = rng.sample(pool, min(len(pool), 8 * (calls + refusals)))
+def _unlike(pool: list[dict], rng: Random, *, calls: int, refusals: int) -> tuple[list, list, list]:
+    """(listed, called, refused) examples whose tools have no word in common: what was made for one fits no other."""
     unlike: list[dict] = []
-    for example in drawn:
-        if all(_apart(example, other) for other in unlike):
+    for example in rng.sample(pool, min(len(pool), 8 * (calls + refusals))):
+        if not any(_stems_of_tools(example) & _stems_of_tools(other) for other in unlike):
             unlike.append(example)
     return unlike[:calls], unlike[:calls], unlike[calls : calls + refusals]
 
 
-def _families(pool: Sequence[dict]) -> list[dict[str, list[dict]]]:
-    """Of each domain with more than one tool the examples by tool."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for example in pool:
-        domain, _, tool = example.get("made_for", "").partition(".")
-        if tool:
-            found.setdefault(domain, {}).setdefault(tool, []).append(example)
-    return [family for _, family in sorted(found.items()) if len(family) > 1]
+def _stems_of_tools(example: dict) -> frozenset[str]:
+    spaced = [(re.sub(r"(?<=[a-z])(?=[A-Z])|[.]", " ", t["name"]), t["description"]) for t in example["tools"]]
+    return frozenset().union(*(stems(*named) for named in spaced)) - DRESS
 
 
-def _family(family: dict[str, list[dict]], rng: random.Random, *, most: int, refusals: int) -> tuple[list, list, list]:
-    """One example of each listed tool lends its schema, and its call where the tool is called."""
+def _family(family: dict[str, list[dict]], rng: Random, *, most: int, refusals: int) -> tuple[list, list, list]:
+    """(listed, called, refused) examples of one domain; the refused ones were made for tools that are not listed."""
     names = rng.sample(sorted(family), len(family))
     count = rng.randint(2, min(4, len(names)))
     listed = [rng.choice(family[name]) for name in names[:count]]
     unlisted = [rng.choice(family[name]) for name in names[count : count + refusals]]
     return listed, listed[: rng.randint(1, min(most, count))], unlisted
-
-
-def _apart(one: dict, other: dict) -> bool:
-    """Whether no tool of the one may do what a tool of the other does."""
-    return not _words(one) & _words(other)
-
-
-def _words(example: dict) -> frozenset[str]:
-    spaced = [(re.sub(r"(?<=[a-z])(?=[A-Z])|[.]", " ", t["name"]), t["description"]) for t in example["tools"]]
-    return frozenset().union(*(stems(*named) for named in spaced)) - DRESS
-
-
-def _turn(example: dict) -> Turn:
-    request, answer = example["messages"][-2:]
-    return request, answer
-
-
-def _refused(example: dict, rng: random.Random) -> Turn:
-    plain = [line for line in words.lines_of("refusals.txt") if "{}" not in line]
-    return example["messages"][-2], {"role": "assistant", "content": rng.choice(plain)}

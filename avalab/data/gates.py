@@ -1,29 +1,18 @@
-"""Quality gates of synthetic examples: each is a function that returns "" or the reason for a rejection.
+"""Quality gates of synthetic examples: functions that return "" or the reason for a rejection.
 
-An example is a dict with `kind`, `messages`, `tools`, `calls` (see `synthesize`). In the order of `STANDARD`:
+In the order of `STANDARD`:
 
 1. `schema_validity`: every tool's schema is valid JSON Schema (after the leaderboard's type names are translated) and
    every call's arguments satisfy it; no call stands twice; the answer's text holds the calls that the example claims.
-2. `grounded`: every argument's value is said in the request: as a number, in words (`a week` says 7), in per cent, as
-   another spelling of a date or time; of a boolean, a word of its parameter's name; of a list or object, every leaf
-   (`grounding`).
+2. `grounded`: every value that is passed is said in the request, since a model must not invent it. A number is looked
+   for as digits, in words, in per cent, in thousands, millions or billions, and as the pools of numbers say it (`a
+   week` is 7, `a fair coin` 0.5); a text in any way of saying it (dates, times); of a list or an object, every leaf.
 3. `execution`: calls of whitelisted pure standard-library functions run with small arguments; a stated result is equal
    to the computed one.
 4. `language_and_length`: request and answer have a sensible length, mostly ASCII letters and words of English.
 
-`overlap` (function names and 8-grams of every evaluation set: zero may be left) and `perplexity_band` (a request must
-be about as likely under a model as trusted ones are) are made by a call; so are `variety.spread` (diversity) and
-`variety.near_duplicates`, which remember what they let through. `survivors` passes a set through a row of gates.
-
-What it does not do: judge whether a request sounds natural, or prove that a grounded value belongs to its parameter.
-
-Whether a request says the values that a call passes: what a model must not invent.
-
-A number is looked for as digits, in words, in per cent, in thousands, millions or billions, and as the pools of numbers
-say it (`a week` is 7, `a fair coin` 0.5); a text in any way of saying it; of a list or an object, every leaf. A truth
-value is said in too many ways to be found: a word of its parameter's name or description has to be there.
-
-What it does not do: prove that a value that is said belongs to its parameter.
+`perplexity_band` (a request must be about as likely under a model as trusted ones are) and the gates of `repeats` are
+made by a call. No gate judges whether a request sounds natural, or that a grounded value belongs to its parameter.
 """
 
 from __future__ import annotations
@@ -40,80 +29,14 @@ import jsonschema
 
 from avalab.data import calls, phrasing, repeats, toolbox
 from avalab.data.arguments import SCALES, WORDS, ways_to_say
-from avalab.data.repeats import EvaluationSet, overlap
-from avalab.lab import words
-
-STOP_WORDS = {"whether", "the", "are", "and", "not", "too", "default", "true", "false", "only", "for", "with", "also"}
-
-
-def grounded(example: dict) -> str:
-    """Every argument of every call is said in the request."""
-    request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
-    for call in example["calls"]:
-        about = _described(example["tools"], call["name"])
-        for name, value in call["arguments"].items():
-            if (missing := _unsaid(value, f"{name} {about.get(name, '')}", request)) is not None:
-                return f"{call['name']}: {name}={missing!r} is not said in the request"
-    return ""
-
-
-def _described(tools: list[dict], name: str) -> dict[str, str]:
-    """What the function says of its parameters."""
-    tool = next((tool for tool in tools if tool["name"] == name), {"parameters": {}})
-    return {p: schema.get("description", "") for p, schema in tool["parameters"].get("properties", {}).items()}
-
-
-def _unsaid(value: object, name: str, request: str) -> object:
-    """The first part of the value that the request does not say, or None.
-
-    A truth value is said in too many ways to be found; a word of its parameter's name or description has to be there.
-    """
-    if isinstance(value, dict):
-        return next((found for k, v in value.items() if (found := _unsaid(v, k, request)) is not None), None)
-    if isinstance(value, list):
-        return next((found for item in value if (found := _unsaid(item, name, request)) is not None), None)
-    if isinstance(value, bool):
-        words = re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", name).lower())
-        stems = {word[:4] for word in words if len(word) > 2 and word not in STOP_WORDS}
-        return None if any(stem in request.lower() for stem in stems) else value
-    if isinstance(value, int | float):
-        return None if _says_number(value, request) else value
-    if re.fullmatch(r"-?\d+(\.\d+)?", str(value)) and _says_number(float(value), request):
-        return None  # a number that is passed as text
-    plain = _plain(request)
-    return None if any(_plain(form) in plain for form in ways_to_say(str(value))) else value
-
-
-def _says_number(value: float, request: str) -> bool:
-    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", request)
-    number = r"(?<![\d.\w])(-?\d+(?:\.\d+)?)"
-    said = {float(n) for n in re.findall(number, plain)}
-    said |= {float(n) / 100 for n in re.findall(number + r"\s?(?:%|percent|per cent)", plain)}
-    said |= {float(n) * 1000 for n in re.findall(r"\$(\d+)k\b", plain)}
-    said |= {float(n) * SCALES[word] for n, word in re.findall(number + r" (thousand|million|billion)\b", plain)}
-    said |= {float(WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in WORDS}
-    return any(math.isclose(value, n, rel_tol=1e-9, abs_tol=1e-12) for n in said) or _implies(value, _plain(request))
-
-
-def _implies(value: float, plain: str) -> bool:
-    """Whether the request says the number in words that stand in a pool of numbers: a week, a fair coin."""
-    forms = words.said_numbers().get(float(value), ())
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", plain) for form in forms)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-# --- quality gates of synthetic examples ----------------------------------------------------------------------------
-
+from avalab.data.repeats import EvaluationSet
+from avalab.lab.words import said_numbers
 
 Gate = Callable[[dict], str]
 
 LARGEST_NUMBER = 10_000  # an argument of an executed function; factorial(10 ** 9) would run for hours
-
 LONGEST_REQUEST = 1200
-
+STOP_WORDS = {"whether", "the", "are", "and", "not", "too", "default", "true", "false", "only", "for", "with", "also"}
 COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -121,22 +44,10 @@ COMMON = frozenset(
         "please tell that the this to want was what when which who with work you your did now we us our will has any",
     )
 )
-
 PURE_MODULES = {
-    "math",
-    "statistics",
-    "calendar",
-    "difflib",
-    "heapq",
-    "textwrap",
-    "html",
-    "shlex",
-    "fnmatch",
-    "posixpath",
+    *("math", "statistics", "calendar", "difflib", "heapq", "textwrap", "html", "shlex", "fnmatch", "posixpath"),
+    *("ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"),
 }
-
-PURE_MODULES |= {"ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"}
-
 PURE = {"re.escape"}
 
 
@@ -151,11 +62,22 @@ def schema_validity(example: dict) -> str:
     for call in example["calls"]:
         if call["name"] not in schemas:
             return f"calls {call['name']!r}, which is not among the tools {', '.join(schemas) or '(none)'}"
-        if error := jsonschema.exceptions.best_match(_validator(schemas[call["name"]]).iter_errors(call["arguments"])):
+        validator = jsonschema.Draft202012Validator(schemas[call["name"]])
+        if error := jsonschema.exceptions.best_match(validator.iter_errors(call["arguments"])):
             return f"{call['name']}: {error.message}"
     if any(call in example["calls"][:i] for i, call in enumerate(example["calls"])):
         return "the same call stands twice"
-    return _answer_differs(example)
+    if not schemas:
+        return ""
+    answer = example["messages"][-1]["content"]
+    if example["kind"] == "structured_output":
+        same = answer == json.dumps(example["calls"][0]["arguments"], ensure_ascii=False)
+        return "" if same else "the answer is not the JSON of the example's arguments"
+    found = calls.parse_calls(answer)
+    if found == "not_json":
+        return "the answer's calls cannot be read"
+    wanted = [calls.Call(call["name"], call["arguments"]) for call in example["calls"]]
+    return "" if found == (wanted or "no_call") else "the answer's text does not hold the example's calls"
 
 
 def checked_schema(tool: dict) -> dict:
@@ -168,23 +90,58 @@ def checked_schema(tool: dict) -> dict:
     return schema
 
 
-def _validator(schema: dict) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(schema)
+def grounded(example: dict) -> str:
+    """Every argument of every call is said in the request."""
+    request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
+    for call in example["calls"]:
+        tool = next((tool for tool in example["tools"] if tool["name"] == call["name"]), {"parameters": {}})
+        described = tool["parameters"].get("properties", {})
+        for name, value in call["arguments"].items():
+            about = f"{name} {described.get(name, {}).get('description', '')}"
+            if (missing := first_unsaid(value, about, request)) is not None:
+                return f"{call['name']}: {name}={missing!r} is not said in the request"
+    return ""
 
 
-def _answer_differs(example: dict) -> str:
-    if not example["tools"]:
-        return ""
-    if example["kind"] == "structured_output":
-        said = example["messages"][-1]["content"]
-        same = said == json.dumps(example["calls"][0]["arguments"], ensure_ascii=False)
-        return "" if same else "the answer is not the JSON of the example's arguments"
-    parsed = calls.parse_calls(example["messages"][-1]["content"])
-    found = [] if parsed == "no_call" else parsed
-    if found == "not_json":
-        return "the answer's calls cannot be read"
-    wanted = [calls.Call(call["name"], call["arguments"]) for call in example["calls"]]
-    return "" if found == wanted else "the answer's text does not hold the example's calls"
+def first_unsaid(value: object, about: str, request: str) -> object:
+    """The first part of the value that the request does not say, or None.
+
+    A truth value is said in too many ways to be found; a word of `about`, its parameter's name and description, has to
+    be there.
+    """
+    if isinstance(value, dict):
+        return next((found for k, v in value.items() if (found := first_unsaid(v, k, request)) is not None), None)
+    if isinstance(value, list):
+        return next((found for item in value if (found := first_unsaid(item, about, request)) is not None), None)
+    if isinstance(value, bool):
+        named = re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", about).lower())
+        stems = {word[:4] for word in named if len(word) > 2 and word not in STOP_WORDS}
+        return None if any(stem in request.lower() for stem in stems) else value
+    if isinstance(value, int | float):
+        return None if says_number(value, request) else value
+    if re.fullmatch(r"-?\d+(\.\d+)?", str(value)) and says_number(float(value), request):
+        return None  # a number that is passed as text
+    plain = _plain(request)
+    return None if any(_plain(form) in plain for form in ways_to_say(str(value))) else value
+
+
+def says_number(value: float, request: str) -> bool:
+    """Whether the request says the number: in digits, words, per cent, or as a pool says it (a week, a fair coin)."""
+    digits = re.sub(r"(?<=\d),(?=\d{3}\b)", "", request)
+    number = r"(?<![\d.\w])(-?\d+(?:\.\d+)?)"
+    said = {float(n) for n in re.findall(number, digits)}
+    said |= {float(n) / 100 for n in re.findall(number + r"\s?(?:%|percent|per cent)", digits)}
+    said |= {float(n) * 1000 for n in re.findall(r"\$(\d+)k\b", digits)}
+    said |= {float(n) * SCALES[word] for n, word in re.findall(number + r" (thousand|million|billion)\b", digits)}
+    said |= {float(WORDS.index(w)) for w in re.findall(r"[a-z]+", request.lower()) if w in WORDS}
+    if any(math.isclose(value, n, rel_tol=1e-9, abs_tol=1e-12) for n in said):
+        return True
+    forms, plain = said_numbers().get(float(value), ()), _plain(request)
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", plain) for form in forms)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def execution(example: dict) -> str:
@@ -201,45 +158,39 @@ def execution(example: dict) -> str:
     return ""
 
 
+@cache
 def is_pure(name: str) -> bool:
     """Whether a tool is a pure standard-library callable that the lab offers: only those are ever executed."""
-    return name in _library_tools() and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
-
-
-@cache
-def _library_tools() -> frozenset[str]:
-    return frozenset([*(tool.name for tool in phrasing.tools()), *(tool["name"] for tool in toolbox.tools())])
+    offered = {tool.name for tool in (*phrasing.tools(), *toolbox.rows())}
+    return name in offered and (name.rpartition(".")[0] in PURE_MODULES or name in PURE)
 
 
 def execute(name: str, arguments: dict) -> object:
     """Call a whitelisted function. Raises ValueError for another one or for arguments too large to be safe."""
     if not is_pure(name):
         raise ValueError(f"{name!r} is not executed; allowed are functions of {', '.join(sorted(PURE_MODULES))}")
-    if large := [n for n in _numbers(list(arguments.values())) if abs(n) > LARGEST_NUMBER]:
+    if large := [n for n in _sizes(list(arguments.values())) if abs(n) > LARGEST_NUMBER]:
         raise ValueError(f"{large[0]} is larger than {LARGEST_NUMBER}")
     function = toolbox.resolve(name)
     try:
-        keywords = set(arguments) <= {p.name for p in inspect.signature(function).parameters.values() if p.kind >= 1}
-        keywords &= not any(p.kind == 0 for p in inspect.signature(function).parameters.values())
+        parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a built-in without a signature takes its arguments by place
-        keywords = False
-    if name in ("math.gcd", "math.lcm") or not keywords:
-        return _plain_result(function(*arguments.values()))
-    return _plain_result(function(**arguments))
+        parameters = ()
+    named = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
+    by_name = set(arguments) <= named and len(named) == len(parameters)
+    result = function(**arguments) if by_name else function(*arguments.values())
+    return result if isinstance(result, str | int | float | bool | list | tuple) else str(result)
 
 
-def _numbers(values: list) -> Iterable[float]:
+def _sizes(values: list) -> Iterable[float]:
+    """The numbers among the values, at every depth, and the lengths of long texts."""
     for value in values:
         if isinstance(value, list):
-            yield from _numbers(value)
+            yield from _sizes(value)
         elif isinstance(value, int | float):
             yield value
         elif isinstance(value, str) and len(value) > LARGEST_NUMBER:
             yield len(value)
-
-
-def _plain_result(value: object) -> object:
-    return value if isinstance(value, str | int | float | bool | list | tuple) else str(value)
 
 
 def language_and_length(example: dict) -> str:
@@ -250,7 +201,7 @@ def language_and_length(example: dict) -> str:
         return f"a request of {len(words)} words and {len(request)} characters"
     if not answer.strip():
         return "the answer is empty"
-    if not request.isprintable() and not all(c.isprintable() or c in "\n\t" for c in request):
+    if not all(c.isprintable() or c in "\n\t" for c in request):
         return "the request has unprintable characters"
     if sum(c.isascii() for c in request) < 0.9 * len(request) or not COMMON & set(words):
         return "the request does not look like English"
@@ -268,10 +219,7 @@ def perplexity_band(score: Callable[[str], float], low: float, high: float) -> G
 
 
 def band(trusted: Sequence[float], share: float = 0.98) -> tuple[float, float]:
-    """The interval that holds the central `share` of the perplexities of trusted requests: (low, high).
-
-    Raises ValueError for no values or a share outside (0, 1].
-    """
+    """The interval that holds the central `share` of trusted perplexities. Raises ValueError for no values."""
     if not trusted or not 0 < share <= 1:
         raise ValueError(f"a share of {share} of {len(trusted)} values; it needs values, and a share in (0, 1]")
     ordered, cut = sorted(trusted), (1 - share) / 2
@@ -305,7 +253,7 @@ STANDARD: dict[str, Gate] = {
 def standard(sets: Iterable[EvaluationSet] = (), more: dict[str, Gate] | None = None) -> dict[str, Gate]:
     """All gates in order, with the stateful ones made anew; `more` gates stand before those that remember."""
     last = {"diversity": repeats.spread(), "near_duplicates": repeats.near_duplicates()}
-    return {**STANDARD, "overlap": overlap(sets), **(more or {}), **last}
+    return {**STANDARD, "overlap": repeats.overlap(sets), **(more or {}), **last}
 
 
 def verdict(example: dict, gates: dict[str, Gate]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Make a model answer with well-formed function calls, or with plain text, while it decodes.
+"""Well-formed function calls, or plain text, by constrained decoding.
 
 1. The functions on offer become a grammar: `<tool_call>[{"name": ..., "arguments": {...}}, ...]</tool_call>` with the
    arguments of each call in its function's JSON Schema, or (with `refusal`) any text that does not contain
@@ -7,11 +7,10 @@
 3. During decoding, the logits of every token that cannot continue the text are set to minus infinity, row by row of
    the batch.
 
-Source: Dong et al., "XGrammar: Flexible and Efficient Structured Generation Engine for Large Language Models" (2024).
+A grammar makes a call readable, not right; it follows the order of the schema. Words of JSON Schema that xgrammar does
+not enforce are left out: the function is then named in `CallGrammar.loosened`, and the caller can count it.
 
-What it does not do: make a call right (only readable), order-free arguments (a grammar follows the order of the
-schema), or words of JSON Schema that no context-free grammar here enforces: such a schema is loosened, the function is
-named in `CallGrammar.loosened`, and the caller can count it.
+Source: Dong et al., "XGrammar: Flexible and Efficient Structured Generation Engine for Large Language Models" (2024).
 """
 
 from __future__ import annotations
@@ -32,17 +31,12 @@ from xgrammar import Grammar
 from avalab.data.calls import to_json_schema
 
 BEGIN, END = "<tool_call>", "</tool_call>"
-
 MAX_CALLS = 8
-
 REFUSAL_TOKENS = 48  # a text without a call ends here: enough to say why, and no time is spent on more
-
-# Words that xgrammar reads and does not enforce: without them a schema accepts what its grammar produces.
-NOT_ENFORCED = {
+NOT_ENFORCED = {  # xgrammar reads these words of a schema and accepts what they forbid
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
     *("dependentRequired", "dependentSchemas"),
 }
-
 FLOAT = (  # beside xgrammar's own rules: a number with a decimal point
     "basic_float ::= ((basic_number_1 basic_number_2 basic_float_1 basic_number_5))\n"
     'basic_float_1 ::= (("." basic_number_digits{1, -1}))\n'
@@ -67,9 +61,8 @@ class Compiler:
 
 def compiler(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Compiler:
     """A compiler for models with this tokenizer and `vocabulary` logits (the model's rows, padding included)."""
-    info = xgrammar.TokenizerInfo.from_huggingface(
-        tokenizer, vocab_size=vocabulary, stop_token_ids=stop_tokens(tokenizer)
-    )
+    stops = stop_tokens(tokenizer)
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=stops)
     return Compiler(xgrammar.GrammarCompiler(info, max_threads=1))
 
 
@@ -106,19 +99,27 @@ def _compile(engine: xgrammar.GrammarCompiler, functions: list[dict], *, refusal
         except RuntimeError:  # a pattern or reference that xgrammar cannot translate
             schemas[name] = {"type": "object"}
             loosened.add(name)
-    grammars = [_calls(schemas, max_calls)] if functions else []
-    if _declared(functions) & {"float", "number"} == {"float"}:
-        grammars = [with_fractions(grammar) for grammar in grammars]
+    grammars = []
+    if functions:
+        one_of = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": schema},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for name, schema in schemas.items()
+        ]
+        listed = {"type": "array", "items": {"anyOf": one_of}, "minItems": 1, "maxItems": max_calls}
+        begin, end = (Grammar.from_ebnf(f'root ::= "{text}"') for text in (BEGIN, END))
+        calls = Grammar.concat(begin, _from_schema(listed), end)
+        only_floats = _declared(functions) & {"float", "number"} == {"float"}
+        grammars.append(with_fractions(calls) if only_floats else calls)
     if refusal:
         text = {"type": "any_text", "excludes": [BEGIN], "max_tokens": REFUSAL_TOKENS}
         grammars.append(Grammar.from_structural_tag({"type": "structural_tag", "format": text}))
     whole = Grammar.union(*grammars) if len(grammars) > 1 else grammars[0]
     return CallGrammar(engine.compile_grammar(whole), tuple(sorted(loosened)))
-
-
-def _calls(schemas: dict[str, dict], max_calls: int) -> Grammar:
-    begin, end = (Grammar.from_ebnf(f'root ::= "{text}"') for text in (BEGIN, END))
-    return Grammar.concat(begin, _from_schema(answer_schema(schemas, max_calls=max_calls)), end)
 
 
 def with_fractions(grammar: Grammar) -> Grammar:
@@ -144,20 +145,6 @@ def _declared(schema: Any) -> set[str]:
 def _from_schema(schema: dict) -> Grammar:
     """Fixed spaces keep answers short; strict mode would forbid the items of a list that declares none."""
     return Grammar.from_json_schema(schema, any_whitespace=False, strict_mode=False)
-
-
-def answer_schema(schemas: dict[str, dict], *, max_calls: int = MAX_CALLS) -> dict[str, Any]:
-    """The JSON Schema of a list of calls; `schemas` maps a function's name to the schema of its arguments."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, schema in schemas.items()
-    ]
-    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": max_calls}
 
 
 def enforceable(schema: Any) -> Any:

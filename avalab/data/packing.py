@@ -1,21 +1,20 @@
 """Rows of tokens that a model is trained on: packed chats, windows of text, and answers that somebody else gave.
 
-1. `encode` renders a chat through the tokenizer's template and splits it where each answer begins, so that the tokens
-   before are exactly those of generation. A label stands at the position that predicts it: no later shift.
-2. `pack` fills rows of at most `row_tokens` with whole examples in a seeded order, each into the first row with room
-   (first fit, at most twice the fewest rows). Rows are not padded; an example longer than a row is refused, not cut.
+1. `encode_chat` renders a chat through the tokenizer's template and splits it where each answer begins, so that the
+   tokens before are exactly those of generation. A label stands at the position that predicts it: no later shift.
+2. `pack_rows` fills rows of at most `row_tokens` with whole examples in a seeded order, each into the first row with
+   room (first fit, at most twice the fewest rows).
 3. A row is `input_ids`, `labels`, `position_ids` (from zero in each example) and `boundaries` (where examples begin,
-   and the end): attention stays between boundaries (`packed_attention`), so packing changes no loss.
+   and the end): attention stays between boundaries, so packing changes no loss (Krell et al. 2021, arXiv 2107.02027).
 
 What a student reads while it is distilled has every token scored, since a teacher has an opinion about the prompt's
 tokens too: `text_rows` are windows of calibration text, `chat_rows` whole chats. `answered` puts another's answers into
-chats (by text alone: Kim and Rush 2016, arXiv 1606.07947), `own_answers` the student's own, sampled at temperature 1:
-it then learns on the mistakes that it really makes (on-policy: Agarwal et al. 2024, arXiv 2306.13649).
+chats (Kim and Rush 2016, arXiv 1606.07947), `own_answers` the student's own, sampled at temperature 1: it then learns
+on the mistakes that it really makes (Agarwal et al. 2024, arXiv 2306.13649).
 
 `rehearsal_rows` keep a model from forgetting what is not trained: general text with the base's final hidden states,
-towards which the loss pulls (`losses.rehearsed`). Plain next-token training on that text would teach something new and
-make the measure of forgetting look better than it is. Source: learning without forgetting: Li and Hoiem 2016, arXiv
-1606.09282. Packing without cross-contamination: Krell et al. 2021, arXiv 2107.02027.
+towards which the loss pulls (Li and Hoiem 2016, arXiv 1606.09282). Plain next-token training on that text would teach
+something new and make the measure of forgetting look better than it is.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
 
 IGNORED = -100  # a label that does not count
-
 Rows = list[dict[str, Tensor]]
 
 
@@ -55,7 +53,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Enc
     differently once it is answered.
     """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"a chat to learn from ends with an assistant's answer, this one has {_roles(messages)}")
+        roles = ", ".join(message["role"] for message in messages) or "no message"
+        raise ValueError(f"a chat to learn from ends with an assistant's answer, this one has {roles}")
     ids, learned, done = [], [], ""
     for answered in [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]:
         prompt = tokenizer.apply_chat_template(messages[:answered], tokenize=False, add_generation_prompt=True)
@@ -73,10 +72,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Enc
 def pack_chats(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict], *, row_tokens: int, context: int, seed: int
 ) -> Rows:
-    """Examples (`{"messages": [...]}`) as packed rows for a model that sees `context` tokens at once.
-
-    Raises ValueError naming an example longer than a row or than the context.
-    """
+    """Examples as packed rows. Raises ValueError naming one longer than a row or than the model's `context`."""
     encoded = []
     for number, example in enumerate(examples):
         encoded.append(encode_chat(tokenizer, example["messages"]))
@@ -107,7 +103,15 @@ def pack_rows(examples: list[Encoded], *, row_tokens: int, seed: int) -> Rows:
             place = len(filled) - 1
         filled[place].append(examples[index])
         room[place] -= length
-    return [_row(members) for members in filled]
+    return [
+        {
+            "input_ids": torch.tensor([token for member in members for token in member.ids]),
+            "labels": torch.tensor([label for member in members for label in member.labels]),
+            "position_ids": torch.cat([torch.arange(len(member.ids)) for member in members]),
+            "boundaries": torch.tensor([0] + [len(member.ids) for member in members]).cumsum(0),
+        }
+        for members in filled
+    ]
 
 
 def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -117,30 +121,9 @@ def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: value if name == "boundaries" else value[None] for name, value in batch[0].items()}
 
 
-def _row(members: list[Encoded]) -> dict[str, Tensor]:
-    ends = torch.tensor([0] + [len(member.ids) for member in members]).cumsum(0)
-    return {
-        "input_ids": torch.tensor([i for member in members for i in member.ids]),
-        "labels": torch.tensor([label for member in members for label in member.labels]),
-        "position_ids": torch.cat([torch.arange(len(member.ids)) for member in members]),
-        "boundaries": ends,
-    }
-
-
-def _roles(messages: list[dict]) -> str:
-    return ", ".join(message["role"] for message in messages) or "no message"
-
-
-# --- every token scored: what a student reads while it is distilled -------------------------------------------------
-
-
 def text_rows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int, row_tokens: int) -> Rows:
-    """About `tokens` tokens of calibration text in rows of `row_tokens`, in a seeded order.
-
-    Raises ValueError when there is not so much text.
-    """
-    read = corpora.shuffled_windows(run, tokenizer, tokens=row_tokens, count=max(1, tokens // row_tokens))
-    return window_rows(read)
+    """About `tokens` tokens of calibration text, in a seeded order. Raises ValueError when there are not so many."""
+    return window_rows(corpora.shuffled_windows(run, tokenizer, tokens=row_tokens, count=max(1, tokens // row_tokens)))
 
 
 def window_rows(windows: Int[Tensor, "window time"], *, windows_per_row: int = 1) -> Rows:
@@ -156,10 +139,7 @@ def window_rows(windows: Int[Tensor, "window time"], *, windows_per_row: int = 1
 def sample_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], *, tokens: int, seed: int
 ) -> list[dict]:
-    """The first examples in a seeded order that have `tokens` tokens together; all where there are fewer.
-
-    Raises ValueError when there are none.
-    """
+    """Examples in a seeded order until they have `tokens` tokens, else all. Raises ValueError for no examples."""
     chosen, total = [], 0
     for example in random.Random(seed).sample(list(examples), len(examples)):
         if total >= tokens:
@@ -173,9 +153,8 @@ def sample_examples(
 
 def chat_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], *, row_tokens: int, seed: int) -> Rows:
     """Packed chats, every token scored; those longer than a row are left out."""
-    packed = pack_chats(
-        tokenizer, fitting(tokenizer, examples, row_tokens), row_tokens=row_tokens, context=row_tokens, seed=seed
-    )
+    encoded = [encode_chat(tokenizer, example["messages"]) for example in examples]
+    packed = pack_rows([e for e in encoded if len(e.ids) <= row_tokens], row_tokens=row_tokens, seed=seed)
     return [whole_row(row) for row in packed]
 
 
@@ -187,7 +166,7 @@ def whole_row(row: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def answered(examples: Sequence[dict], teacher: Callable[[list[dict]], str]) -> list[dict]:
-    """The examples with the teacher's answers in place of theirs; teachers keep their answers, so a stop costs none."""
+    """The examples with the teacher's answers in place of theirs."""
     asked = [example["messages"][:-1] for example in examples]
     if hasattr(teacher, "ahead"):
         teacher.ahead(asked, progress=teacher.__name__)
@@ -205,7 +184,11 @@ def own_answers(
         torch.manual_seed(run.seed)
         for start in tqdm(range(0, len(examples), batch_size), desc=f"{student.name} answers", leave=False):
             part = examples[start : start + batch_size]
-            prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in part]
+            texts = [
+                tokenizer.apply_chat_template(example["messages"][:-1], tokenize=False, add_generation_prompt=True)
+                for example in part
+            ]
+            prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, stops[0]))
             out = model.generate(
                 ids,
@@ -218,21 +201,13 @@ def own_answers(
                 top_p=1.0,
                 max_new_tokens=new_tokens,
             )
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            found += [_with_answer(example, text) for example, text in zip(part, texts, strict=True)]
+            answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            found += [_with_answer(example, answer) for example, answer in zip(part, answers, strict=True)]
     return found
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _with_answer(example: dict, text: str) -> dict:
     return {**example, "messages": [*example["messages"][:-1], {"role": "assistant", "content": text}]}
-
-
-# --- rehearsal -------------------------------------------------------------------------------------------------------
 
 
 def rehearsal_rows(run: Run, teacher: Artifact, *, tokens: int, row_tokens: int) -> Rows:

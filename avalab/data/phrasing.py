@@ -1,31 +1,28 @@
-"""Tool specifications read from data files, arguments drawn by type, and requests phrased in many styles.
+"""Tools read from data files, the schemas that a model sees of them, and requests phrased in many styles.
 
 1. `tools()` reads `domains/*.txt` (the format stands in `domains/README.txt`) and the training half of
    `avalab.data.toolbox`; a tool of the standard library without a description takes its docstring's first sentence.
 2. `sample` draws arguments by kind (`arguments`).
-3. `phrase` fills one of the tool's sentences and sets it into a frame. Square brackets hold what is said only when its
-   argument is given: that is how optional and missing arguments come about.
+3. `core` fills one of the tool's sentences and `phrase` sets it into a frame. Square brackets hold what is said only
+   when its argument is given: that is how optional and missing arguments come about.
 4. `describe` renders the JSON schema; a `Dress` varies spelling, where defaults stand and the names of the types, so
    that a model reads the schema instead of remembering the function.
-
-What it does not do: decide whether an example is good (that is `gates`) or which kinds of example there are.
 """
 
 from __future__ import annotations
 
-import inspect
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from avalab.data import toolbox
-from avalab.data.arguments import Parameter, kind_of, parameter, say_value
+from avalab.data.arguments import kind_of, parameter, say_value
+from avalab.data.toolbox import Tool
 from avalab.lab import words
 
 PYTHON_DIALECT = {"number": "float", "object": "dict"}  # as many published tool lists spell the types
-
 VERBS = {  # first word of a description -> (verbs that may begin the name, words that may stand for it)
     "Compute": (("calculate", "compute", "get", "determine"), ("Calculate", "Compute", "Determine", "Calculates")),
     "Return": (("get", "fetch", "lookup", "retrieve"), ("Get", "Retrieve", "Return", "Look up", "Fetch")),
@@ -34,26 +31,8 @@ VERBS = {  # first word of a description -> (verbs that may begin the name, word
     "Search": (("search", "find"), ("Search",)),
     "Make": (("make", "create", "generate"), ("Make", "Create", "Generate")),
 }
-
 _SEGMENT = re.compile(r"\[([^\]]*)\]")
-
 _SLOT = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True)
-class Tool:
-    """One function: what a schema says of it, and `sentences`, pairs of a frame's name and a template."""
-
-    name: str
-    domain: str
-    description: str
-    parameters: tuple[Parameter, ...]
-    sentences: tuple[tuple[str, str], ...]
-
-    @property
-    def in_library(self) -> bool:
-        """Whether the tool is a callable of the standard library, which keeps its own spelling."""
-        return self.domain.startswith("library")
 
 
 @dataclass(frozen=True)
@@ -77,42 +56,27 @@ class Dress:
 def tools() -> tuple[Tool, ...]:
     """Every tool that training may use, in a fixed order; none of the toolbox's held-out ones."""
     texts = [words.read("domains", name) for name in words.data_files("domains")]
-    found = [tool for text in texts for tool in _parse_domain(text)]
-    return (*found, *_toolbox_tools())
+    found = [tool for text in texts for tool in parse_domain(text)]
+    for tool in toolbox.rows():
+        if toolbox.split_of(tool.name) == "train":
+            spelt_out = tuple(replace(p, description=p.description.capitalize() + ".") for p in tool.parameters)
+            found.append(replace(tool, parameters=spelt_out))
+    return tuple(found)
 
 
-def _parse_domain(text: str) -> Iterator[Tool]:
+def parse_domain(text: str) -> Iterator[Tool]:
+    """The tools of a domain file."""
+    marks = {">": "question", "!": "order", "~": "whole"}
     for block in re.split(r"\n\s*\n", text.strip()):
         head, *rest = block.splitlines()
         if head.startswith("@"):
             domain, (head, *rest) = head[1:].strip(), rest
         name, _, description = head.partition(":")
-        fields = [field for line in rest if line.lstrip()[0] not in ">!~" for field in line.split(";")]
+        lines = [line.strip() for line in rest]
+        fields = [field for line in lines if line[0] not in marks for field in line.split(";")]
         parameters = tuple(parameter(field.strip()) for field in fields)
-        marks = {">": "question", "!": "order", "~": "whole"}
-        said = [line.strip() for line in rest if line.lstrip()[0] in marks]
-        sentences = tuple((marks[line[0]], line[1:].strip()) for line in said)
-        yield Tool(name, domain, description.strip() or _docstring(name), parameters, sentences)
-
-
-def _docstring(name: str) -> str:
-    paragraph = " ".join(inspect.getdoc(toolbox.resolve(name)).split("\n\n")[0].split())
-    return re.split(r"(?<=\.) ", paragraph)[0]
-
-
-def _toolbox_tools() -> Iterator[Tool]:
-    """The toolbox's training tools, from its public table and schemas."""
-    rows = [line.split(" | ") for line in toolbox.TOOLS.splitlines() if line]
-    for (name, parameters, request, *_), schema in zip(rows, toolbox.tools(), strict=True):
-        if toolbox.split_of(name) == "train":
-            pairs = [part.split("=") for part in parameters.split()]
-            described = {p.rstrip("?"): toolbox.KINDS[kind].description for p, kind in pairs}
-            parsed = tuple(
-                Parameter(p.rstrip("?"), f"toolbox:{kind}", described[p.rstrip("?")].capitalize() + ".", p[-1] == "?")
-                for p, kind in pairs
-            )
-            domain, frame = ("library", "question") if "." in name else ("personal", "order")
-            yield Tool(name, domain, schema["description"], parsed, ((frame, request),))
+        sentences = tuple((marks[line[0]], line[1:].strip()) for line in lines if line[0] in marks)
+        yield Tool(name, domain, description.strip() or toolbox.docstring_of(name), parameters, sentences)
 
 
 def dressed(tool: Tool, rng: random.Random) -> Dress:
@@ -128,7 +92,7 @@ def dressed(tool: Tool, rng: random.Random) -> Dress:
 
 
 def spelt(name: str, dress: Dress) -> str:
-    """A name in the dress's case: `table_size` or `tableSize`."""
+    """`table_size` or `tableSize`."""
     first, *others = name.split("_")
     return first + "".join(map(str.capitalize, others)) if dress.case == "camel" else name
 
@@ -143,27 +107,21 @@ def name_of(tool: Tool, dress: Dress) -> str:
 
 def describe(tool: Tool, dress: Dress) -> dict:
     """The function description that a model sees: name, description, parameters."""
-    schema = _object_schema(tool.parameters, {p.name: spelt(p.name, dress) for p in tool.parameters}, dress)
-    if dress.python_types:
-        schema = _renamed_types(schema)
-    first, _, rest = tool.description.partition(" ")
-    description = f"{dress.opening or first} {rest}"
-    return {"name": name_of(tool, dress), "description": description, "parameters": schema}
-
-
-def _object_schema(parameters: tuple[Parameter, ...], names: dict[str, str], dress: Dress) -> dict:
     properties = {}
-    for p in parameters:
+    for p in tool.parameters:
         schema = {**_passed_as(kind_of(p.kind).schema, dress), "description": p.description}
         if p.default is not None and dress.default_in_text:
             schema["description"] += f" Default is {p.default!r}."
         elif p.default is not None:
             schema["default"] = p.default
-        properties[names[p.name]] = schema
+        properties[spelt(p.name, dress)] = schema
+    required = [spelt(p.name, dress) for p in tool.parameters if not p.optional]
+    schema = {"type": "object", "properties": properties, "required": required}
+    first, _, rest = tool.description.partition(" ")
     return {
-        "type": "object",
-        "properties": properties,
-        "required": [names[p.name] for p in parameters if not p.optional],
+        "name": name_of(tool, dress),
+        "description": f"{dress.opening or first} {rest}",
+        "parameters": _renamed_types(schema) if dress.python_types else schema,
     }
 
 
@@ -228,11 +186,16 @@ def core(tool: Tool, arguments: dict, rng: random.Random, sentence: str = "") ->
     text = _SEGMENT.sub(lambda match: _segment(match.group(1), arguments), template)
     text = _SLOT.sub(lambda match: say_value(arguments[match.group(1)], rng, kinds[match.group(1)]), text)
     named = set(_SLOT.findall(template)) | set(re.findall(r"\[(\w+)=", template))
-    rest = [p for p in arguments if p not in named]
-    text = re.sub(
-        r"\b([Aa]) (?=(?!one\b)[aeio]|\$?(8|1[18]\b))", r"\1n ", text
-    )  # "a course in {subject}" and "economics"
-    tail = "".join(_appended(p, arguments[p], rng, kinds[p]) for p in rest)
+    # "a course in {subject}" and "economics"
+    text = re.sub(r"\b([Aa]) (?=(?!one\b)[aeio]|\$?(8|1[18]\b))", r"\1n ", text)
+    tail = ""
+    for name in (name for name in arguments if name not in named):
+        said = name.replace("_", " ")
+        if isinstance(arguments[name], bool):
+            tail += f", {said} {rng.choice(('on', 'yes', 'true') if arguments[name] else ('off', 'no', 'false'))}"
+        else:
+            form = rng.choice((", with {} {}", ", {} {}", ", {}: {}", ", and {} {}"))
+            tail += form.format(said, say_value(arguments[name], rng, kinds[name]))
     end = re.search(r"[?.!]$", text) if frame == "whole" else None
     return frame, (text[: end.start()] + tail + end.group() if end else text + tail)
 
@@ -242,14 +205,6 @@ def _segment(segment: str, arguments: dict) -> str:
         name, if_true, if_false = choice.groups()
         return (if_true if arguments[name] else if_false) if name in arguments else ""
     return segment if set(_SLOT.findall(segment)) <= set(arguments) else ""
-
-
-def _appended(name: str, value: object, rng: random.Random, kind: str) -> str:
-    words = name.replace("_", " ")
-    if isinstance(value, bool):
-        return f", {words} {rng.choice(('on', 'yes', 'true') if value else ('off', 'no', 'false'))}"
-    frame = rng.choice((", with {} {}", ", {} {}", ", {}: {}", ", and {} {}"))
-    return frame.format(words, say_value(value, rng, kind))
 
 
 def phrase(frame: str, text: str, rng: random.Random) -> str:

@@ -1,22 +1,18 @@
 """Synthetic examples for an assistant that calls functions: drafted, refined, gated, written to files, read back.
 
 1. Draw a kind by its share and let `drafts` make an example from two seeds, one for the content, one for the wording.
-2. With a teacher (`teachers`), have it say the request in other words: its prompts stand in `prompts/`, in turn a
-   template, few-shot and role play. The calls stay ours, so that the gates can check what it says against them.
+2. With a teacher (`teachers`), have it say the request in other words (prompts in turn: a template, few-shot and role
+   play). The calls stay ours, so that the gates can check what it says against them.
 3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
    asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
-   `candidates` are the first attempts without any gate: what the gates have to work on.
 4. `write_examples` stores one JSONL file a kind and a data card. A line is `kind`, `tools`, `messages` (a request and
-   an answer), `calls` and `source`. The system message follows from tools and kind: it is left out of the file and
-   rebuilt by `load_examples`, which halves the bytes.
+   an answer), `calls` and `source`; `load_examples` adds the system message, which follows from tools and kind.
 
 The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
 
-A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the gates
-(calls satisfy the schemas, every value is said in the request, pure functions run), without knowing the right answer;
-`precision` says how far that can be trusted where the right calls are known. Source: rejection sampling of a model's
-own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023). Here one greedy answer a request, and gates in place of
-known answers.
+A model's own answers become examples, too, where they can be verified: `select_answers` keeps those that pass the
+gates, without knowing the right answer; `precision` says how far that can be trusted where the right calls are known.
+Source: rejection sampling of a model's own answers, Zelikman et al., "STaR" (2022); Yuan et al. (2023).
 """
 
 from __future__ import annotations
@@ -30,8 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import jinja2
+
 from avalab.data import calls, drafts, gates, repeats, toolbox
-from avalab.data.calls import Case
+from avalab.data.calls import Call, Case
 from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
 from avalab.lab import statistics, words
@@ -39,34 +37,18 @@ from avalab.lab.artifacts import sha256_of
 from avalab.lab.run import write_atomically
 from avalab.lab.statistics import Estimate
 
-PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
+Teacher = Callable[[list[dict]], str]
 
 PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
-
 AHEAD = 64  # first attempts that a teacher who can answers in one go
-
+PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
 REWORDING = {  # the form of a teacher's answer, for teachers that can be held to one
     "type": "object",
     "properties": {"request": {"type": "string", "maxLength": 240}},
     "required": ["request"],
     "additionalProperties": False,
 }
-
-Teacher = Callable[[list[dict]], str]
-
-FIELDS = ("kind", "tools", "messages", "calls")
-
 JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
-
-CARD = """# Synthetic function-calling examples
-
-Made by `avalab.data.synthesize`, without a model unless a teacher is named: tools from the standard library's callables
-and hand-designed everyday domains (`avalab/data/domains`), arguments drawn by type, requests phrased by templates, and
-every example checked by the gates of `avalab.data.gates`. Names, addresses and figures are invented.
-
-A line is `kind`, `tools`, `messages` (user, assistant), `calls`, `source`; the system message is added by
-`avalab.data.synthesize.load_examples`. Licence: that of this project. Limits: English only; template wording is more
-regular than people's; a grounded value is said in the request, but not proven to belong to its parameter."""
 
 
 def generate(
@@ -95,8 +77,9 @@ def generate(
 def candidates(
     count: int, seed: int, *, kinds: tuple[str, ...] = (), teacher: Teacher | None = None, counts: Counter | None = None
 ) -> list[dict]:
-    """The first `count` examples that `generate` would pass to its gates, ungated; fewer where a teacher's answer
-    cannot be read, which `counts` collects as `rejected:teacher_format`. Raises ValueError for an unknown kind.
+    """The first `count` drafts that `generate` passes to its gates; fewer where a teacher's answer cannot be read.
+
+    `counts` collects those as `rejected:teacher_format`. Raises ValueError for an unknown kind.
     """
     counts, found = Counter() if counts is None else counts, []
     for kind, key in islice(_stream(seed, _shares(kinds), teacher, ahead=count), count):
@@ -122,8 +105,9 @@ def _stream(
         pairs = [(kind, f"{seed}-{number + i}") for i, kind in enumerate(drawn)]
         number += ahead
         if hasattr(teacher, "ahead"):
-            drafted = [(_draft(*pair), _prompt(pair[1])) for pair in pairs]
-            teacher.ahead([_question(e, prompt) for e, prompt in drafted if e["calls"]], progress=teacher.__name__)
+            drafted = [(key, _draft(kind, key)) for kind, key in pairs]
+            asked = [_question(example, key)[1] for key, example in drafted if example["calls"]]
+            teacher.ahead(asked, progress=teacher.__name__)
         yield from pairs
 
 
@@ -135,28 +119,22 @@ def _accepted(
     while accepted < count:
         kind, key = next(stream)
         example = refine(kind, key, teacher=teacher, row=row, counts=counts)
-        if isinstance(example, str):
-            failed[kind][example] += 1
-            if failed[kind].total() >= PATIENCE:
-                raise ValueError(
-                    f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
-                    f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
-                )
+        if not isinstance(example, str):
+            failed[kind].clear()
+            accepted += 1
+            counts["accepted"] += 1
+            yield with_system(example)
             continue
-        failed[kind].clear()
-        accepted += 1
-        counts["accepted"] += 1
-        yield with_system(example)
+        failed[kind][example] += 1
+        if failed[kind].total() >= PATIENCE:
+            raise ValueError(
+                f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
+                f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
+            )
 
 
 def refine(
-    kind: str,
-    seed: str,
-    *,
-    row: dict[str, Gate],
-    counts: Counter,
-    teacher: Teacher | None = None,
-    rounds: int = 2,
+    kind: str, seed: str, *, row: dict[str, Gate], counts: Counter, teacher: Teacher | None = None, rounds: int = 2
 ) -> dict | str:
     """One accepted example, or the name of the gate that rejected the last of 1 + `rounds` attempts."""
     content, last, reason = 0, "", ""
@@ -181,7 +159,18 @@ def _attempt(
     example = _draft(kind, seed, *draws)
     if teacher is None or not example["calls"]:
         return example, "", ""
-    return example, *_retell(example, teacher, _prompt(seed, draws[1]), reason)
+    prompt, question = _question(example, seed, draws[1], reason)
+    answer = teacher(question)
+    found = re.search(r"\{.*?\}", answer, re.DOTALL)
+    try:
+        told = json.loads(found.group())["request"]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        return example, "teacher_format", f"it was not a JSON object with a request: {answer[:80]!r}"
+    if not isinstance(told, str):
+        return example, "teacher_format", "the request was not a text"
+    example["messages"][0]["content"] = " ".join(told.split())
+    example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
+    return example, "", ""
 
 
 def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
@@ -189,29 +178,12 @@ def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
     return drafts.KINDS[kind][0](*generators) | {"source": "templates"}
 
 
-def _prompt(seed: str, wording: int = 0) -> str:
-    return PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
-
-
-def _question(example: dict, prompt: str, reason: str = "") -> list[dict]:
+def _question(example: dict, seed: str, wording: int = 0, reason: str = "") -> tuple[str, list[dict]]:
+    """The prompt's name, and the question to the teacher."""
+    prompt = PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
     why = f"Your last answer was refused because {reason}." if reason else ""
     asked = words.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
-    return [{"role": "user", "content": asked}]
-
-
-def _retell(example: dict, teacher: Teacher, prompt: str, reason: str) -> tuple[str, str]:
-    """Put the teacher's wording into the example; ("teacher_format", reason) when its answer cannot be read."""
-    answer = teacher(_question(example, prompt, reason))
-    found = re.search(r"\{.*?\}", answer, re.DOTALL)
-    try:
-        told = json.loads(found.group())["request"]
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
-        return "teacher_format", f"it was not a JSON object with a request: {answer[:80]!r}"
-    if not isinstance(told, str):
-        return "teacher_format", "the request was not a text"
-    example["messages"][0]["content"] = " ".join(told.split())
-    example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
-    return "", ""
+    return prompt, [{"role": "user", "content": asked}]
 
 
 def write_examples(
@@ -255,9 +227,10 @@ def with_system(example: dict) -> dict:
     messages = example["messages"]
     if messages[0]["role"] == "system" or not example["tools"]:
         return example
-    content = toolbox.system_prompt(example["tools"])
     if example["kind"] == "structured_output":
         content = JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
+    else:
+        content = toolbox.system_prompt(example["tools"])
     return {**example, "messages": [{"role": "system", "content": content}, *messages]}
 
 
@@ -278,14 +251,6 @@ def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
     return files
 
 
-def dialogues(
-    examples: Sequence[dict], count: int, seed: int, *, refusals: int = 3, most: int = 3, families: float = 0.5
-) -> list[dict]:
-    """`drafts.dialogues` with their system messages."""
-    made = drafts.dialogues(examples, count, seed, refusals=refusals, most=most, families=families)
-    return [with_system(dialogue) for dialogue in made]
-
-
 def without_system(example: dict) -> dict:
     """The example as a line of a file holds it."""
     return {**example, "messages": [m for m in example["messages"] if m["role"] != "system"]}
@@ -301,29 +266,19 @@ def load_examples(path: Path | str) -> list[dict]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path} holds no .jsonl file")
-    return [example for file in files for example in _read(file)]
-
-
-def _read(file: Path) -> Iterator[dict]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line:
-            return
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error})") from error
-        if complaint := _malformed(example):
-            raise ValueError(f"{file}:{number}: {complaint}")
-        yield with_system(example)
+    found = []
+    for file in files:
+        for place, example in calls.json_lines(file):
+            if complaint := _malformed(example):
+                raise ValueError(f"{place}: {complaint}")
+            found.append(with_system(example))
+    return found
 
 
 def _malformed(example: object) -> str:
     """What a line of a data set lacks, or ""."""
-    if missing := [field for field in FIELDS if not isinstance(example, dict) or field not in example]:
+    fields = ("kind", "tools", "messages", "calls")
+    if missing := [field for field in fields if not isinstance(example, dict) or field not in example]:
         return f"no field {', '.join(missing)}"
     parts = {"tools": ("name", "parameters"), "messages": ("role", "content"), "calls": ("name", "arguments")}
     for field, wanted in parts.items():
@@ -342,34 +297,9 @@ def _malformed(example: object) -> str:
 
 def data_card(report: dict) -> str:
     """The data card in Markdown, of the report of `write_examples`."""
-    rows = [f"| `{name}` | {f['examples']} | {f['bytes']} | `{f['sha256']}` |" for name, f in report["files"].items()]
-    gate_rows = [f"| {name} | {number} |" for name, number in report["counts"].items()]
-    spread = [
-        f"| {name.replace('_', ' ')} | {value} |" for name, value in report["diversity"].items() if name != "kinds"
-    ]
-    arguments = f"count={report['count']}, seed={report['seed']}"
-    arguments += f", kinds={tuple(report['kinds'])}" if report["kinds"] else ""
-    return "\n".join(
-        [
-            *CARD.splitlines(),
-            "",
-            f"Made again with `synthesize.write_examples(folder, {arguments})` on Python {report['python']}; teacher: "
-            f"{report['teacher']}.",
-            "",
-            *["| file | examples | bytes | sha256 |", "|---|---|---|---|", *rows, ""],
-            *["| gate | examples |", "|---|---|", *gate_rows, ""],
-            *["| diversity | |", "|---|---|", *spread, ""],
-            *_compared(report["evaluation"]),
-        ]
-    )
-
-
-def _compared(evaluation: dict[str, str]) -> list[str]:
-    if not evaluation:
-        return ["These examples were compared with no evaluation set.", ""]
-    rows = [f"| {name} | `{digest}` |" for name, digest in evaluation.items()]
-    claim = "No function name and no run of eight words is in these evaluation sets (SHA-256 of what was compared)."
-    return [claim, "", "| evaluation set | sha256 |", "|---|---|", *rows, ""]
+    text = words.read("prompts", "data_card.txt")
+    card = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return card.render({**report, "kinds": tuple(report["kinds"])})
 
 
 # --- a model's own answers -------------------------------------------------------------------------------------------
@@ -384,12 +314,7 @@ def answer_cases(requests: Sequence[dict]) -> list[Case]:
 
 
 def select_answers(
-    requests: Sequence[dict],
-    texts: Sequence[str],
-    *,
-    source: str,
-    row: dict[str, Gate],
-    counts: Counter | None = None,
+    requests: Sequence[dict], texts: Sequence[str], *, source: str, row: dict[str, Gate], counts: Counter | None = None
 ) -> list[dict]:
     """The answers to `answer_cases(requests)` that pass the gates of `row`, as examples; `request` is the position.
 
@@ -398,40 +323,30 @@ def select_answers(
     counts = Counter() if counts is None else counts
     accepted = []
     for case, text in zip(answer_cases(requests), texts, strict=True):
-        example, gate = _answer_example(case, text, source)
-        gate = gate or gates.verdict(example, row)[0]
+        found = calls.parse_calls(text)
+        if isinstance(found, str):
+            counts.update(["answered", f"rejected:{found}"])
+            continue
+        made = [{"name": call.name, "arguments": call.arguments} for call in found]
+        example = {
+            "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
+            "tools": case.functions,
+            "messages": [*case.messages, {"role": "assistant", "content": toolbox.call_text(made)}],
+            "calls": made,
+            "source": source,
+            "request": int(case.id),
+        }
+        gate, _ = gates.verdict(with_system(example), row)
         counts.update(["answered", f"rejected:{gate}" if gate else "accepted"])
-        accepted += [] if gate else [example]
+        accepted += [] if gate else [with_system(example)]
     return accepted
 
 
 def precision(accepted: Sequence[dict], requests: Sequence[dict]) -> Estimate:
-    """The share of accepted answers that are right, with its interval, where the requests' own `calls` are right.
-
-    Raises ValueError when nothing was accepted.
-    """
+    """The share of accepted answers whose calls are those of their requests. Raises ValueError for no answer."""
     right = 0
     for example in accepted:
         request = requests[example["request"]]
-        expected = [{c["name"]: {k: [v] for k, v in c["arguments"].items()}} for c in request["calls"]]
-        case = Case("", "own_answer", [], request["tools"], expected)
-        right += calls.check_calls(case, [calls.Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
+        case = Case("", "own_answer", [], request["tools"], calls.accepted_calls(request["calls"]))
+        right += calls.check_calls(case, [Call(c["name"], c["arguments"]) for c in example["calls"]]).correct
     return statistics.wilson(right, len(accepted))
-
-
-def _answer_example(case: Case, text: str, source: str) -> tuple[dict, str]:
-    """The example that an answer makes, and "" or why it makes none."""
-    found = calls.parse_calls(text)
-    if isinstance(found, str):
-        return {}, found
-    made = [{"name": call.name, "arguments": call.arguments} for call in found]
-    answer = f"<tool_call>{json.dumps(made, ensure_ascii=False)}</tool_call>"
-    example = {
-        "kind": "single_call" if len(case.functions) == 1 else "several_candidates",
-        "tools": case.functions,
-        "messages": [*case.messages, {"role": "assistant", "content": answer}],
-        "calls": made,
-        "source": source,
-        "request": int(case.id),
-    }
-    return with_system(example), ""

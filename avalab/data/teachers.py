@@ -5,14 +5,10 @@
   while the server is down, slow, busy (429, `Retry-After` is honoured) or failing (5xx), or returns rubbish.
 - `local`: a model of this lab, from an artefact folder, greedy decoding, many questions at once with `ahead`; with a
   JSON schema its answers cannot have another form.
-- none: pass `teacher=None` to `synthesize`; its templates need no model.
 
 Answers are appended to a JSONL cache, each flushed to disk before it is used: after a crash nothing is paid twice, and
 the spent cost is counted from the cache, so a limit holds across restarts. A last line cut off by a crash is dropped.
-
-What it does not do: stream, call tools, or judge an answer (that is `gates`). Another batch may turn a near-tie of two
-tokens in a local answer; the cache then keeps the first. The key is read from the environment and
-never stored. Two processes must not share a cache file.
+Two processes must not share a cache file. The key is read from the environment and never stored.
 """
 
 from __future__ import annotations
@@ -21,20 +17,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from avalab.lab.artifacts import Artifact
+from avalab.lab.artifacts import Artifact, load_artifact
 
 Teacher = Callable[[list[dict]], str]
-
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another attempt may cure
 
 
@@ -84,26 +77,31 @@ def endpoint(
         key = _key(base_url, question)
         if key in answers.texts:
             return answers.texts[key]
-        _refuse_over_limit(answers, question, limits)
-
-        def attempt() -> dict | _Failure:
+        tokens_in = len(json.dumps(messages)) / 3  # the worst case: three characters a token, and the longest answer
+        worst = (tokens_in * limits.price_in + limits.new_tokens * limits.price_out) / 1e6
+        if answers.spent + worst > limits.cost:
+            raise CostLimitReached(
+                f"spent {answers.spent:.4f}, the next question may cost {worst:.4f}, the limit is {limits.cost:.4f}"
+            )
+        for number in range(1, limits.attempts + 1):
             sleep(max(0.0, last[0] + 60 / limits.requests_per_minute - time.monotonic()))
             last[0] = time.monotonic()
-            return _post(url, question, os.environ.get(key_variable, ""), limits)
-
-        reply = _patiently(attempt, limits, sleep, url)
-        answers.add(key, reply["text"], reply["tokens_in"] * limits.price_in, reply["tokens_out"] * limits.price_out)
-        return reply["text"]
+            reply = _post(url, question, os.environ.get(key_variable, ""), limits)
+            if isinstance(reply, Reply):
+                answers.add(key, reply.text, reply.tokens_in * limits.price_in, reply.tokens_out * limits.price_out)
+                return reply.text
+            if not reply.again:
+                break
+            if number < limits.attempts:
+                sleep(min(limits.longest_pause_s, max(reply.wait_s, limits.pause_s * 2 ** (number - 1))))
+        raise TeacherUnavailable(f"{url} gave no answer in {number} attempts; the last: {reply.reason}")
 
     ask.__name__ = f"{model} (endpoint)"
     return ask
 
 
 class AnswerCache:
-    """Answers by the hash of their question, in a JSONL file that only grows. Costs are in millionths.
-
-    Raises ValueError naming file and line for a damaged line that is not the last.
-    """
+    """Answers by the hash of their question, in a JSONL file. Raises ValueError naming a damaged line but the last."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.texts, self.spent = path, {}, 0.0
@@ -151,9 +149,16 @@ class Local:
 
     def ahead(self, questions: Sequence[list[dict]], *, progress: str = "") -> None:
         """Answer what is not in the cache yet, batch after batch; later calls then cost nothing."""
+        from avalab.data import grammars
+
         new = {key: q for q in questions if (key := self._key(q)) not in self.answers.texts}
+        if not new:
+            return
         keys = list(new)
-        found = self._generated(list(new.values())) if new else ()
+        model, tokenizer, grammar = self._loaded
+        prompts = [tokenizer.apply_chat_template(q, tokenize=False, add_generation_prompt=True) for q in new.values()]
+        form = None if grammar is None else [grammar] * len(prompts)
+        found = grammars.answers(model, tokenizer, prompts, grammars=form, max_new_tokens=self.new_tokens)
         for index, text in tqdm(found, total=len(new), desc=progress, disable=not progress, leave=False):
             self.answers.add(keys[index], text, 0.0, 0.0)
 
@@ -173,14 +178,6 @@ class Local:
         compiled = engine.compile_json_schema(json.dumps(self.schema), any_whitespace=False)
         return model, tokenizer, grammars.CallGrammar(compiled)
 
-    def _generated(self, questions: list[list[dict]]) -> Iterator[tuple[int, str]]:
-        from avalab.data import grammars
-
-        model, tokenizer, grammar = self._loaded
-        prompts = [tokenizer.apply_chat_template(q, tokenize=False, add_generation_prompt=True) for q in questions]
-        form = None if grammar is None else [grammar] * len(prompts)
-        return grammars.answers(model, tokenizer, prompts, grammars=form, max_new_tokens=self.new_tokens)
-
 
 def local(
     artifact: Artifact | Path,
@@ -194,15 +191,26 @@ def local(
 
     With `schema`, a grammar holds every answer to JSON that satisfies it (an answer that is cut off may not be whole).
     """
-    from avalab.lab import artifacts
-
     folder = artifact if isinstance(artifact, Path) else artifact.path
     answers = AnswerCache(Path(cache))
-    return Local(folder, artifacts.load_artifact(folder).sha256, answers, new_tokens, device, schema)
+    return Local(folder, load_artifact(folder).sha256, answers, new_tokens, device, schema)
+
+
+def _key(where: str, question: dict) -> str:
+    return hashlib.sha256((where + json.dumps(question, sort_keys=True)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Reply:
+    """A server's answer, and what it counted."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+
+
+@dataclass(frozen=True)
+class Failure:
     """Why an attempt failed, whether another may help, and how long the server asks to wait."""
 
     reason: str
@@ -210,56 +218,26 @@ class _Failure:
     wait_s: float = 0.0
 
 
-def _key(where: str, question: dict) -> str:
-    return hashlib.sha256((where + json.dumps(question, sort_keys=True)).encode()).hexdigest()
-
-
-def _refuse_over_limit(answers: AnswerCache, question: dict, limits: Limits) -> None:
-    """The worst case of the next question: three characters a token, and the longest answer."""
-    tokens_in = len(json.dumps(question["messages"])) / 3
-    worst = (tokens_in * limits.price_in + limits.new_tokens * limits.price_out) / 1e6
-    if answers.spent + worst > limits.cost:
-        raise CostLimitReached(
-            f"spent {answers.spent:.4f}, the next question may cost {worst:.4f}, the limit is {limits.cost:.4f}"
-        )
-
-
-def _patiently(attempt: Callable[[], dict | _Failure], limits: Limits, sleep: Callable, url: str) -> dict:
-    """Repeat an attempt while that may help. Raises TeacherUnavailable with the last reason."""
-    for number in range(limits.attempts):
-        reply = attempt()
-        if isinstance(reply, dict):
-            return reply
-        if not reply.again:
-            break
-        if number + 1 < limits.attempts:
-            sleep(min(limits.longest_pause_s, max(reply.wait_s, limits.pause_s * 2**number)))
-    raise TeacherUnavailable(f"{url} gave no answer in {number + 1} attempts; the last: {reply.reason}")
-
-
-def _post(url: str, question: dict, key: str, limits: Limits) -> dict | _Failure:
+def _post(url: str, question: dict, key: str, limits: Limits) -> Reply | Failure:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         response = httpx.post(url, json=question, headers=headers, timeout=limits.timeout_s)
     except httpx.HTTPError as error:
-        return _Failure(f"{type(error).__name__}: {error}")
+        return Failure(f"{type(error).__name__}: {error}")
     if response.status_code != 200:
+        try:
+            wait_s = max(0.0, float(response.headers.get("retry-after", 0)))
+        except ValueError:  # a date: the pauses of our own will do
+            wait_s = 0.0
         again = response.status_code in AGAIN
-        return _Failure(f"status {response.status_code}: {response.text[:200]}", again, _seconds_to_wait(response))
+        return Failure(f"status {response.status_code}: {response.text[:200]}", again, wait_s)
     try:
         body = response.json()
         text, usage = body["choices"][0]["message"]["content"], body.get("usage") or {}
         tokens_in = int(usage.get("prompt_tokens", len(json.dumps(question)) // 3))
         tokens_out = int(usage.get("completion_tokens", limits.new_tokens))  # unknown: the most it may have been
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        return _Failure(f"not a chat completion ({type(error).__name__}: {error}): {response.text[:80]!r}")
+        return Failure(f"not a chat completion ({type(error).__name__}: {error}): {response.text[:80]!r}")
     if not isinstance(text, str) or not text.strip():
-        return _Failure("an empty answer")
-    return {"text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
-
-
-def _seconds_to_wait(response: httpx.Response) -> float:
-    try:
-        return max(0.0, float(response.headers.get("retry-after", 0)))
-    except ValueError:  # a date: the pauses of our own will do
-        return 0.0
+        return Failure("an empty answer")
+    return Reply(text, tokens_in, tokens_out)

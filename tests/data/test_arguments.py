@@ -17,11 +17,11 @@ KINDS += ["&f_holding", "f_data_file", "f_predictor", "[f_predictor]"]
 
 
 def figure_tools() -> list[phrasing.Tool]:
-    return list(phrasing._parse_domain(words.read("domains", FIGURES)))
+    return list(phrasing.parse_domain(words.read("domains", FIGURES)))
 
 
 def said_and_grounded(value: object, said: str) -> bool:
-    return gates._unsaid(value, "", f"Take {said} for it.") is None
+    return gates.first_unsaid(value, "", f"Take {said} for it.") is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,8 +85,8 @@ def test_a_number_is_said_by_what_has_so_many():
     ],
 )
 def test_a_number_in_words_grounds_that_number_only(said, value, other):
-    assert value is None or gates._says_number(value, said)
-    assert not gates._says_number(other, said)
+    assert value is None or gates.says_number(value, said)
+    assert not gates.says_number(other, said)
 
 
 def test_the_first_entry_of_a_list_may_be_drawn_otherwise_and_is_said_with_its_sign():

@@ -2,24 +2,19 @@
 
 import ast
 import hashlib
+import json
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from avalab.data import corpora
+from avalab.data import corpora, toolbox
 from avalab.data.corpora import Text, shingles, windows
 from avalab.lab import assets
 from avalab.lab.assets import CACHE
-from avalab.lab.run import ROOT, Run
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny-llama")
+from avalab.lab.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +80,23 @@ def test_function_calls_and_calibration_share_no_eight_consecutive_words(tokeniz
         pytest.skip("the leaderboard's questions were not fetched (data/cache/bfcl-v4)")
     texts = [corpora.text("function_calls", tokenizer)]
     assert shared(texts[0], corpora.calibration_text(tokenizer, evaluation=texts)) == set()
+
+
+def test_function_calls_are_the_cases_of_two_categories_in_turn_with_their_tools(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "possible_answer").mkdir()
+    for category in corpora.BFCL_CATEGORIES:
+        cases = [
+            {"id": f"{category}_{i}", "question": [[{"role": "user", "content": f"{category} {i}?"}]], "function": [{}]}
+            for i in range(2)
+        ]
+        rows = [json.dumps({**case, "ground_truth": []}) for case in cases]
+        for folder in (tmp_path, tmp_path / "possible_answer"):
+            (folder / f"BFCL_v4_{category}.json").write_text("\n".join(rows))
+    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path)
+    said = corpora.text("function_calls", tokenizer).content
+    asked = [line for line in said.splitlines() if line.rstrip("<|im_end>").endswith("?")]
+    assert [line.split("?")[0] for line in asked] == ["simple_python 0", "multiple 0", "simple_python 1", "multiple 1"]
+    assert said.count(toolbox.TOOL_PROMPT[0]) == 4
 
 
 def test_a_docstring_that_quotes_an_evaluation_text_is_left_out(tokenizer, calibration):

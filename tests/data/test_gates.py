@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from avalab.data import drafts, gates, phrasing, repeats, synthesize, toolbox
+from avalab.data import gates, phrasing, repeats, synthesize, toolbox
 from avalab.data.arguments import kind_of
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "synthetic_datasets"
@@ -28,7 +28,7 @@ TOOL = {
 
 def example(request: str, arguments: dict, name: str = "book_table", tools: list | None = None) -> dict:
     call = {"name": name, "arguments": arguments}
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": drafts._answer([call])}]
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": toolbox.call_text([call])}]
     return {"kind": "single_call", "tools": [TOOL] if tools is None else tools, "messages": messages, "calls": [call]}
 
 

@@ -1,7 +1,6 @@
 """Constrained decoding: whatever is sampled under a grammar can be read, and satisfies the functions' schemas."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -14,7 +13,6 @@ from avalab.data.grammars import answers, call_grammar, compiler, constrain, enf
 from avalab.lab import assets
 from avalab.lab.run import ROOT
 
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny-llama"
 ADD = {
     "name": "math.add",
     "parameters": {
@@ -55,11 +53,6 @@ UNTRANSLATABLE = {
     "name": "remote",
     "parameters": {"type": "object", "properties": {"x": {"$ref": "#/missing/place"}}, "required": ["x"]},
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
 
 
 @pytest.fixture(scope="module")

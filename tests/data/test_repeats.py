@@ -1,8 +1,11 @@
-"""Variety: near-duplicates, shares of what was accepted, and what the report counts."""
+"""Near duplicates, shares of what was accepted, what the report counts, and overlap with evaluation sets."""
 
 import pytest
 
 from avalab.data import repeats
+
+SECRET = {"name": "secret_tool", "parameters": {}}
+TOOL = {"name": "book_table", "description": "Book it.", "parameters": {"type": "object", "properties": {}}}
 
 
 def example(request: str, *called: str, description: str = "Book a table.") -> dict:
@@ -46,3 +49,53 @@ def test_the_report_counts_what_a_pencil_counts():
     assert (found["examples"], found["functions_offered"], found["functions_called"]) == (2, 2, 2)
     assert (found["first_words"], found["words_in_requests"], found["verbs"]) == (1, 4, 2)
     assert repeats.report([])["request_words_5_50_95"] == []
+
+
+# --- overlap: a name, a run of eight words, and nothing less ---
+
+
+def offering(request: str, **changed) -> dict:
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": "Done."}]
+    return {"messages": messages, "tools": [{**TOOL, **changed}], "calls": []}
+
+
+@pytest.fixture(scope="module")
+def gate():
+    return repeats.overlap(
+        [repeats.evaluation_set("known", ["One two three four five six seven eight nine"], [SECRET])]
+    )
+
+
+def test_a_run_of_eight_words_is_found_and_seven_are_not(gate):
+    assert gate(offering("zero one two three four five six seven")) == ""
+    assert "known has the words" in gate(offering("Zero, one two three four five six seven eight!"))
+
+
+def test_a_short_text_is_not_a_find_even_if_it_is_a_whole_question_of_the_set():
+    short = repeats.overlap([repeats.evaluation_set("known", ["What is the time?"], [])])
+    assert short(offering("What is the time?")) == ""
+
+
+def test_a_function_name_is_found_among_the_tools_on_offer(gate):
+    assert gate(offering("For 2", name="secret_tool")) == "known has the function secret_tool"
+
+
+def test_descriptions_are_compared_at_every_depth(gate):
+    inner = {"type": "string", "description": "two three four five six seven eight nine"}
+    nested = {"type": "object", "properties": {"who": {"type": "array", "items": inner}}}
+    assert repeats.descriptions({**TOOL, "parameters": nested})[-1] == inner["description"]
+    assert "known has the words" in gate(offering("For 2", parameters=nested))
+
+
+def test_a_system_message_is_ours_and_not_compared(gate):
+    told = offering("For 2")
+    told["messages"].insert(0, {"role": "system", "content": "one two three four five six seven eight"})
+    assert gate(told) == ""
+
+
+def test_the_sets_at_hand_have_names_words_and_a_hash_of_their_own():
+    sets = {known.name: known for known in repeats.evaluation_sets()}
+    assert {"toolbox-heldout", "python-docs"} <= sets.keys()
+    assert sets["toolbox-heldout"].functions
+    assert len({known.sha256 for known in sets.values()}) == len(sets)
+    assert all(known.shingles for known in sets.values())

@@ -1,16 +1,21 @@
-"""Generation: reproducible, refined, refused with a name, and read back as it was written."""
+"""Examples are reproducible, refined, refused with a name, read back as written, and made of a model's own answers."""
 
 import json
 from collections import Counter
 
 import pytest
+from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab.data import calls, drafts, gates, repeats, synthesize
+from avalab.data import calls, drafts, gates, repeats, synthesize, toolbox
 from avalab.data.arguments import ways_to_say
+from avalab.data.synthesize import select_answers
 from avalab.lab import words
 from avalab.lab.run import ROOT
+from avalab.measure import answers
 
 FEW = 40
+TOOL = {"name": "f", "description": "Do.", "parameters": {"type": "object", "properties": {}}}
+ASKED = [{"role": "user", "content": "Do it"}, {"role": "assistant", "content": "Done"}]
 
 
 def told(text: str):
@@ -230,3 +235,148 @@ def test_a_failed_generation_leaves_the_old_files_alone(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no example survives"):
         synthesize.write_examples(tmp_path, count=5, seed=2, sets=[])
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+# --- files
+
+
+def line(**fields) -> dict:
+    return {"kind": "no_function", "tools": [], "calls": [], "messages": ASKED, **fields}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("{broken", r"data\.jsonl:2: not JSON"),
+        ("", r"data\.jsonl:2: not JSON"),
+        ('{"kind": "x", "tools": [], "calls": []}', r"data\.jsonl:2: no field messages"),
+        ("[]", r"data\.jsonl:2: no field kind"),
+        (json.dumps(line(messages=ASKED[:1])), r"data\.jsonl:2: no field messages that is a list of a request and an"),
+        (json.dumps(line(messages="Hi")), r"data\.jsonl:2: no field messages that is a list"),
+        (
+            json.dumps(line(messages=[{"role": "user"}, ASKED[1]])),
+            r"data\.jsonl:2: no field content in an item of mess",
+        ),
+        (json.dumps(line(tools={"f": 1})), r"data\.jsonl:2: no field tools that is a list"),
+        (json.dumps(line(calls=[{"name": "f"}])), r"data\.jsonl:2: no field arguments in an item of calls"),
+        (json.dumps(line(tools=[{"name": "f", "parameters": {"type": 3}}])), r":2: tool 'f' is not valid JSON Schema"),
+    ],
+)
+def test_a_damaged_line_is_named_by_file_and_number_and_the_file_is_left_alone(tmp_path, damaged, message):
+    file = tmp_path / "data.jsonl"
+    good = json.dumps(line())
+    file.write_text(f"{good}\n{damaged}\n{good}\n")
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        synthesize.load_examples(file)
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"data\.jsonl is not UTF-8"):
+        synthesize.load_examples(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.jsonl file"):
+        synthesize.load_examples(tmp_path)
+
+
+def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path):
+    odd = line(messages=[{"role": "user", "content": "One\u2028two\x85three"}, ASKED[1]])
+    synthesize.store_examples(tmp_path, [odd])
+    assert synthesize.load_examples(tmp_path) == [odd]
+
+
+def test_the_system_message_is_left_out_and_comes_back(tmp_path):
+    full = synthesize.with_system(line(tools=[TOOL]))
+    assert full["messages"][0]["role"] == "system"
+    assert synthesize.with_system(full) == full
+    assert synthesize.without_system(full) == line(tools=[TOOL])
+    synthesize.store_examples(tmp_path, [full])
+    assert "system" not in (tmp_path / "no_function.jsonl").read_text()
+    assert synthesize.load_examples(tmp_path) == [full]
+
+
+def test_files_of_an_older_set_go_and_other_files_stay(tmp_path):
+    synthesize.store_examples(tmp_path, [line(kind="reasoning"), line()])
+    (tmp_path / "notes.txt").write_text("mine")
+    assert synthesize.store_examples(tmp_path, [line()])["no_function.jsonl"]["examples"] == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["no_function.jsonl", "notes.txt"]
+
+
+def test_the_card_claims_no_comparison_that_was_not_made():
+    report = {"count": 1, "seed": 2, "kinds": ["reasoning"], "python": "3", "teacher": "none", "counts": {}}
+    report |= {"diversity": {"verbs": 3, "kinds": {}}, "files": {}, "evaluation": {}}
+    text = synthesize.data_card(report)
+    assert "compared with no evaluation set" in text
+    assert "count=1, seed=2, kinds=('reasoning',)" in text
+    assert "| bfcl-v4 | `abc` |" in synthesize.data_card(report | {"evaluation": {"bfcl-v4": "abc"}})
+
+
+# --- a model's own answers
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return list(toolbox.function_calling_examples(8, 5))
+
+
+def right(request: dict) -> str:
+    return request["messages"][-1]["content"]
+
+
+def test_right_answers_are_kept_and_what_cannot_be_read_or_verified_is_counted(requests):
+    invented = json.loads(json.dumps(requests[3]["calls"]))
+    invented[0]["arguments"] = dict.fromkeys(invented[0]["arguments"], 123456)
+    texts = [right(requests[0]), "I cannot do that.", "<tool_call>[{", f"<tool_call>{json.dumps(invented)}</tool_call>"]
+    counts = Counter()
+    kept = select_answers(requests[:4], texts, source="self", row=gates.standard([]), counts=counts)
+    assert [e["calls"] for e in kept] == [requests[0]["calls"]]
+    assert (counts["answered"], counts["accepted"]) == (4, 1)
+    assert (counts["rejected:no_call"], counts["rejected:not_json"]) == (1, 1)
+    assert counts["rejected:schema_validity"] + counts["rejected:grounded"] == 1
+
+
+def test_a_kept_answer_is_an_example_like_the_synthetic_ones(requests, tmp_path):
+    texts = [f"Sure. {right(r)} Done." for r in requests]
+    kept = select_answers(requests, texts, source="self:tiny-llama", row=dict(gates.STANDARD))
+    for example in kept:
+        request = requests[example["request"]]
+        assert example["messages"][:2] == request["messages"][:2]
+        assert calls.parse_calls(example["messages"][-1]["content"]) == [calls.Call(**c) for c in request["calls"]]
+        assert example["source"] == "self:tiny-llama"
+    synthesize.store_examples(tmp_path, kept)
+    assert len(synthesize.load_examples(tmp_path)) == len(kept) > 4
+
+
+def test_the_answers_in_the_requests_are_not_looked_at(requests):
+    texts = [right(r) for r in requests]
+    blind = [{**r, "calls": [], "messages": r["messages"][:2]} for r in requests]
+    kept = [select_answers(given, texts, source="self", row=dict(gates.STANDARD)) for given in (requests, blind)]
+    assert kept[0] == kept[1]
+
+
+def test_precision_is_the_share_of_kept_answers_that_are_right(requests):
+    """Two answers with the right calls and two with another request's: precision 2/4."""
+    kept = select_answers(requests[:4], [right(r) for r in requests[:4]], source="self", row={})
+    kept[2]["calls"], kept[3]["calls"] = kept[3]["calls"], [{"name": "no_such", "arguments": {}}]
+    found = synthesize.precision(kept, requests)
+    assert (found.value, found.n) == (0.5, 4)
+    with pytest.raises(ValueError, match="n must be positive"):
+        synthesize.precision([], requests)
+
+
+def test_nothing_asked_is_nothing_kept():
+    assert select_answers([], [], source="self", row={}) == []
+
+
+def test_the_tiny_models_own_answers_pass_the_gates_that_they_are_said_to_pass(run, respondent, requests):
+    counts, cases = Counter(), synthesize.answer_cases(requests)
+    texts = answers.answer_calls(respondent, cases, "forced", run.artifacts_dir / "cache")
+    kept = select_answers(requests, texts, source="self", row=gates.standard([]), counts=counts)
+    assert counts["answered"] == len(requests)
+    assert counts["accepted"] == len(kept)
+    for example in kept:
+        assert gates.verdict(example, gates.STANDARD) == ("", "")

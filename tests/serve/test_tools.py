@@ -6,6 +6,7 @@ import random
 import pytest
 
 from avalab.data import toolbox
+from avalab.data.arguments import kind_of
 from avalab.data.calls import Call
 from avalab.serve import tools
 from avalab.serve.tools import Tool
@@ -76,10 +77,9 @@ def test_a_damaged_tool_file_is_refused_with_the_tool_and_the_reason(write, cont
 
 def test_every_built_in_tool_runs_with_arguments_of_its_kinds():
     rng, offered = random.Random(0), tools.built_in()
-    rows = {row.name: row for row in toolbox._rows()}
+    rows = {row.name: row for row in toolbox.rows()}
     for tool in offered:
-        kinds = rows[tool.name].kinds
-        arguments = {name: toolbox.KINDS[kind].sample(rng) for name, kind in kinds.items()}
+        arguments = {p.name: kind_of(p.kind).sample(rng) for p in rows[tool.name].parameters}
         result = tools.execute(offered, Call(tool.name, arguments))
         expected = toolbox.resolve(tool.name)
         value = expected(*arguments.values()) if tool.name.startswith("math.") else expected(**arguments)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from avalab.data import calls, synthesize
+from avalab.data import calls, drafts, synthesize
 from avalab.lab.run import ROOT
 
 
@@ -13,7 +13,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def joined(examples):
-    return synthesize.dialogues(examples, 40, seed=3, families=0.0)
+    return drafts.dialogues(examples, 40, seed=3, families=0.0)
 
 
 def turns(dialogue: dict) -> list[tuple[str, str]]:
@@ -22,8 +22,8 @@ def turns(dialogue: dict) -> list[tuple[str, str]]:
 
 
 def test_the_same_seed_joins_the_same_dialogues(examples, joined):
-    assert synthesize.dialogues(examples, 40, seed=3, families=0.0) == joined
-    assert synthesize.dialogues(examples, 40, seed=4, families=0.0) != joined
+    assert drafts.dialogues(examples, 40, seed=3, families=0.0) == joined
+    assert drafts.dialogues(examples, 40, seed=4, families=0.0) != joined
 
 
 def test_every_turn_is_a_request_and_answer_of_a_gated_example(examples, joined):
@@ -55,13 +55,13 @@ def test_there_are_one_to_three_calls_and_three_refusals_in_any_order(joined):
 
 def test_fewer_than_two_single_calls_are_refused(examples):
     with pytest.raises(ValueError, match="0 of 3 examples are single calls"):
-        synthesize.dialogues([e for e in examples if e["kind"] == "no_function"][:3], 1, 0)
+        drafts.dialogues([e for e in examples if e["kind"] == "no_function"][:3], 1, 0)
 
 
 def test_a_family_offers_tools_of_one_domain_and_refuses_what_its_other_tools_do(examples):
     made_for = {e["messages"][-2]["content"]: e["made_for"] for e in examples if e["kind"] == "single_call"}
     refused_own = 0
-    for dialogue in synthesize.dialogues(examples, 40, seed=5, families=1.0):
+    for dialogue in drafts.dialogues(examples, 40, seed=5, families=1.0):
         said = [(made_for[request], calls.parse_calls(answer) == "no_call") for request, answer in turns(dialogue)]
         assert len({tool.partition(".")[0] for tool, _ in said}) == 1
         called = {tool for tool, refused in said if not refused}
@@ -74,5 +74,5 @@ def test_a_family_offers_tools_of_one_domain_and_refuses_what_its_other_tools_do
 
 def test_examples_without_a_note_of_their_tool_join_to_dialogues_of_unlike_tools(examples):
     unnoted = [{k: v for k, v in example.items() if k != "made_for"} for example in examples]
-    joined = synthesize.dialogues(unnoted, 5, seed=1, families=1.0)
-    assert joined == synthesize.dialogues(unnoted, 5, seed=1, families=0.0)
+    joined = drafts.dialogues(unnoted, 5, seed=1, families=1.0)
+    assert joined == drafts.dialogues(unnoted, 5, seed=1, families=0.0)
