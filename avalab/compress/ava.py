@@ -9,7 +9,7 @@ The outline is the same wherever the model goes; a row of `TARGETS` says what di
 3. Rounding: embedding and head first, then block by block, each layer aiming at the original outputs (`rounding`).
 4. Writing. For targets that hold out the last calibration windows, the finished model is measured on them.
 
-What it does not do: train, choose text, change norms or biases; round an untied head outside of GGUF.
+Norms and biases stay as they are, and an untied head outside of GGUF.
 """
 
 from __future__ import annotations
@@ -49,11 +49,8 @@ DEFAULTS = {
     "engine": "any",
     "transform": equivalence.NONE,
 }
-
 BUDGET = ("bits_per_weight", "bytes")
-
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # where only avalab reads the file
-
 EMBEDDINGS = ("any", BF16, PACKED)
 
 
@@ -76,7 +73,9 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
     model = checkpoint.load_model(job.folder, job.device)
     budget = budget_bytes(checkpoint.parameter_count(model), parameters)
     if _holds_whole(parameters, budget, job.folder):
-        return _unchanged(model, budget)
+        note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
+        model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
+        return model
     windows, held_out = split_windows(job.calibration, target.held_out)
     reference = ava_targets.predictions(model, held_out) if target.held_out else None
     equivalence.apply_transform(model, windows, parameters["transform"])
@@ -85,33 +84,34 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
         found = sensitivities(job, model)
         fixed = target.fixed_bytes(work, found.options)
         chosen = choose_formats(found.options, budget, fixed, file=target.file)
-        rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
-        notes = target.notes(work, found.options, chosen)
-        notes += [f"{damped} second moments were singular and got more damping"] if damped else []
-        if all(option.format == BF16 for option in chosen.chosen.values()):
-            notes.append(f"the budget holds the whole bf16 model: {target.whole}")
         about = {
             "budget_bytes": budget,
             "predicted_bytes": chosen.bytes + fixed,
             "predicted_kl_divergence": chosen.cost,
             "sensitivity_seconds": found.seconds,
-            "damped_moments": damped,
             "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
             "embedding": chosen.chosen[ava_targets.embedding_name(model)].format,
-            "note": "; ".join(notes),
         }
-        return target.write(work, chosen, rounded, about)
+        rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
+        notes = target.notes(work, found.options, chosen)
+        if damped:
+            notes.append(f"{damped} second moments were singular and got more damping")
+        if about["formats"].keys() == {BF16}:
+            notes.append(f"the budget holds the whole bf16 model: {target.whole}")
+        return target.write(work, chosen, rounded, about | {"damped_moments": damped, "note": "; ".join(notes)})
 
 
 def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitivities:
     """Options of every tensor with their bytes and expected increase of the KL divergence, nats a token.
 
     `model` is that of the job with its transform applied, and is left as it was; without one it is loaded. The last
-    result is kept, so that many budgets need one pass.
+    result is kept under all that it depends on (everything but the budget), so that many budgets need one pass.
     """
     target, parameters = TARGETS[job.parameters["format"]], job.parameters
     windows, _ = split_windows(job.calibration, target.held_out)
-    key = _key(job, windows)
+    files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
+    others = sorted((name, value) for name, value in parameters.items() if name not in BUDGET)
+    key = json.dumps([files, predict.windows_sha256(windows), others, job.device, list(job.skipped)])
     if key not in _kept:
         if model is None:
             model = checkpoint.load_model(job.folder, job.device)
@@ -125,21 +125,13 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
             skipped=job.skipped,
             damped_by_tokens=target.damped_by_tokens,
         )
-        tables, posed = _table_options(target, model, windows, found, parameters)
+        tables, problems = _table_options(target, model, windows, found, parameters)
         _kept.clear()
-        _kept[key] = Sensitivities(tables | found.layers, posed, time.perf_counter() - start)
+        _kept[key] = Sensitivities(tables | found.layers, problems, time.perf_counter() - start)
     return _kept[key]
 
 
 _kept: dict[str, Sensitivities] = {}
-
-
-def _key(job: Job, windows: Tensor) -> str:
-    """What sensitivities depend on: the model's files, the tokens, and all of the job but its budget."""
-    files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
-    parameters = {name: value for name, value in job.parameters.items() if name not in BUDGET}
-    about = [files, predict.windows_sha256(windows), sorted(parameters.items()), job.device, list(job.skipped)]
-    return artifacts.sha256_of_text(json.dumps(about))
 
 
 def _table_options(
@@ -153,7 +145,7 @@ def _table_options(
         options[name] = [Option(BF16, 2 * rows * columns, 0.0)]
         if target.int8_rows and parameters["embedding"] != BF16:
             options[name].append(ava_targets.int8_rows_option(model, windows))
-        if sizes := target.table_sizes(rows, columns, parameters):
+        if sizes := target.sizes(rows, columns, parameters, is_table=True):
             damping = target.table_damping or rounding.damping_for(columns, found.tokens)
             problems[name] = rounding.problem(found.moments[name], damping=damping)
             options[name] += sensitivity.table_options(
@@ -216,9 +208,6 @@ def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT)
     return windows, windows
 
 
-# --- parameters --------------------------------------------------------------------------------------------------
-
-
 def checked_target(parameters: Mapping) -> Target:
     """The row of `TARGETS`; raises ValueError for an unknown format, transform, embedding or, in GGUF, engine."""
     equivalence.checked_transform(parameters["transform"])
@@ -271,9 +260,3 @@ def _holds_whole(parameters: Mapping, budget: int, folder: Path) -> bool:
     return parameters["format"] == "transformers" and budget >= sum(
         file.stat().st_size for file in folder.glob("*.safetensors")
     )
-
-
-def _unchanged(model: PreTrainedModel, budget: int) -> PreTrainedModel:
-    note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
-    model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
-    return model

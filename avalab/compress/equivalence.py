@@ -211,5 +211,4 @@ def _error(sample: Tensor, cost: Tensor) -> float:
     """Cost-weighted error of rounding rows to the nearest points of the grid that judges."""
     columns = sample.shape[1]
     grid = Grid(BITS, next((size for size in GROUP_SIZES if columns % size == 0), columns))
-    rounded = rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
-    return float(((rounded - sample).square() * cost).sum())
+    return float(((rounding.nearest(sample, cost, grid) - sample).square() * cost).sum())
