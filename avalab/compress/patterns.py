@@ -27,9 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 LARGEST_STEP = 64  # channels: what kernels and quantization groups like to divide
-
 LEVELS = torch.linspace(0, 1, 21, dtype=torch.float64)  # shares of a layer that may go
-
 SAMPLED_ROWS = 64  # of a layer
 
 
@@ -84,7 +82,7 @@ def refuse_ragged(columns: int, group: int, name: str) -> None:
         raise ValueError(f"groups of {group} do not divide the {columns} columns of {name}")
 
 
-def step(count: int, *, of_heads: int = 1) -> int:
+def step_size(count: int, *, of_heads: int = 1) -> int:
     """The granularity at which `count` channels shrink: a multiple of the largest power of two, up to 64, that fits.
 
     Steps are at most a quarter of the channels. Hidden channels also stay a multiple of the number of heads, which
@@ -158,12 +156,8 @@ def counts_at_one_price(increases: Float[Tensor, "layer level"], sizes: Int[Tens
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if int(at(middle).sum()) >= count else (middle, high)
-    found = at(high)
-    return _without_surplus(found.tolist(), int(found.sum()) - count)
-
-
-def _without_surplus(counts: list[int], surplus: int) -> list[int]:
-    """Levels are coarse: give back what was removed beyond the share, to the layers that lose most."""
+    counts = at(high).tolist()
+    surplus = sum(counts) - count  # levels are coarse: it goes back to the layers that lose most
     for layer in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
         given = min(surplus, counts[layer])
         counts[layer] -= given

@@ -1,8 +1,7 @@
 """Every way to put a number format into a model, ours and other people's: one table, one call, one artefact.
 
-`compress_artifact(base, method, run=run, **parameters)` compresses the base artefact by one row of `METHODS` and
-returns the new artefact. A model in memory is thrown away: whoever wants a number loads the artefact back. A row has a
-function (of `libraries`, `runtimes` or `ava`), the parameters it takes, and what it needs.
+`compress_artifact(base, method, run=run, **parameters)` compresses the base by one row of `METHODS`. A model in memory
+is thrown away: whoever wants a number loads the artefact back.
 
 | method | library | what it does |
 |---|---|---|
@@ -37,6 +36,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from avalab import engines
 from avalab.compress import ava, libraries
 from avalab.compress.libraries import Job
 from avalab.data import corpora
@@ -50,10 +50,13 @@ from avalab.lab.run import Run
 from avalab.models import checkpoint, packed
 
 LAB = 'pip install -e ".[lab]"'
-
 HQQ = "pip install hqq==0.2.8.post1"
-
 INT8_EMBEDDING = "int8, a scale a row"
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
+NUMBERS = ("threshold", "grid_points", "smoothing_strength", "iterations")  # that a label shows where not the default
+CHOICES = {"compute_dtype": tuple(libraries.DTYPES), "embedding": ("bf16", "int8")}
 
 
 @dataclass(frozen=True)
@@ -90,39 +93,34 @@ def compress_artifact(
     if base.format != "bf16":
         raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     row, parameters = checked_method(method, parameters)
-    skipped = _expand(skip, base.path)
+    layers = checkpoint.linear_layers(checkpoint.skeleton(base.path))
+    skipped = _expand(skip, list(layers))
     if skipped and not row.skips:
         raise ValueError(f"method {method!r} keeps no single layer in bf16; leave out skip")
-    _refuse_ragged_groups(base.path, row, parameters, skipped)
+    if not row.ragged:
+        _refuse_ragged_groups(row, parameters, {n: m.in_features for n, m in layers.items() if n not in skipped})
     # The code's hash: an artefact that an older version of it made is made again, not trusted.
     step = {"step": method, **parameters, "skip": skipped, "code": _code(row)}
-    step |= {"seed": run.seed, "calibration": _sizes(run)} if row.calibrated else {}
-    recipe = [*base.card["recipe"], step]
-    name = f"{base.name}+{method_label(method, parameters, skipped)}"
-    out = artifacts.checked_target(out) or run.artifacts_dir / name
-    found = artifacts.find_artifact(out.name, out.parent, recipe, base.sha256)
-    if found:
-        return found
-    if row.library and importlib.util.find_spec(row.library) is None:
-        raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
-    format, engines = row.format, row.engines
+    if row.calibrated:
+        step |= {"seed": run.seed, "calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]}
+    format, loaded_by = row.format, row.engines
     if row.compress is ava.compress_model:
         size = checkpoint.parameter_count(checkpoint.skeleton(base.path))
-        format, engines = ava.shipped_as(parameters, size, base.path)
-    calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
+        format, loaded_by = ava.shipped_as(parameters, size, base.path)
 
     def fill(folder: Path) -> dict:
+        if row.library and importlib.util.find_spec(row.library) is None:
+            raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
+        calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
         return _fill(row, Job(base.path, run.device, parameters, skipped, calibration, method, run.seed, folder))
 
-    return artifacts.write_artifact(
-        out.name,
-        out.parent,
+    return artifacts.make_artifact(
+        artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{method_label(method, parameters, skipped)}",
         fill,
-        base={"name": base.name, "sha256": base.sha256},
-        recipe=recipe,
+        base=base,
+        step=step,
         format=format,
-        engines=engines,
-        licence=base.card["licence"],
+        engines=loaded_by,
     )
 
 
@@ -186,10 +184,6 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
     return row, merged
 
 
-def _sizes(run: Run) -> list[int]:
-    return [run.profile.calibration_samples, run.profile.calibration_tokens]
-
-
 def _code(row: Method) -> str:
     calibration = [corpora.calibration_windows] if row.calibrated else []
     return code_of(_fill, row.compress, *calibration)[:12]
@@ -199,29 +193,25 @@ def _kept(skipped: list[str] | tuple[str, ...]) -> list[str]:
     return [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
 
 
-def _expand(globs: tuple[str, ...], folder: Path) -> list[str]:
-    names = list(checkpoint.linear_layers(checkpoint.skeleton(folder))) if globs else []
+def _expand(globs: tuple[str, ...], names: list[str]) -> list[str]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
-def _refuse_ragged_groups(folder: Path, row: Method, parameters: dict, skipped: list[str]) -> None:
+def _refuse_ragged_groups(row: Method, parameters: dict, columns: dict[str, int]) -> None:
     # bitsandbytes' blocks may run on into the next row, but its CPU kernels refuse such blocks at the first call.
     group = parameters.get("group_size") or parameters.get("block_size")
-    if not group or row.ragged:
+    if not group:
         return
     usual = BLOCK_SIZES if "block_size" in parameters else GROUP_SIZES
-    layers = {
-        name: m for name, m in checkpoint.linear_layers(checkpoint.skeleton(folder)).items() if name not in skipped
-    }
-    fits = [g for g in usual if all(m.in_features % g == 0 for m in layers.values())]
-    advice = f"sizes that fit every layer: {', '.join(map(str, fits)) or 'none'}"
+    fits = [str(size) for size in usual if all(count % size == 0 for count in columns.values())]
+    advice = f"sizes that fit every layer: {', '.join(fits) or 'none'}"
     advice += "" if row.smallest_group else ", or 0 for one group a row"
-    for name, layer in layers.items():
-        if layer.in_features % group:
-            raise ValueError(f"a group of {group} does not divide the {layer.in_features} columns of {name}; {advice}")
+    for name, count in columns.items():
+        if count % group:
+            raise ValueError(f"a group of {group} does not divide the {count} columns of {name}; {advice}")
     if "block_size" in parameters and group not in BLOCK_SIZES:
         raise ValueError(f"bitsandbytes has no blocks of {group}; {advice}")
 
@@ -243,18 +233,8 @@ def _fill(row: Method, job: Job) -> dict:
     } | (made if isinstance(made, dict) else getattr(made, "measured", {}))
 
 
-GROUP_SIZES = (16, 32, 64, 128, 256)
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
-
-NUMBERS = ("threshold", "grid_points", "smoothing_strength", "iterations")  # that a label shows where not the default
-
-CHOICES = {"compute_dtype": tuple(libraries.DTYPES), "embedding": ("bf16", "int8")}
-
 _FOUR_BIT = {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"}
-
 _GROUPS = {"bits": 4, "group_size": 64}
-
 _WEIGHTS = {**_GROUPS, "symmetric": False, "embedding": "bf16"}
 
 

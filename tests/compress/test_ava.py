@@ -7,7 +7,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from avalab.models.checkpoint.predict import Reference
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from avalab import engines
@@ -15,11 +14,13 @@ from avalab.compress import ava, ava_targets, quantize, rounding, sensitivity
 from avalab.compress.allocation import Allocation
 from avalab.compress.libraries import Job
 from avalab.data import corpora
+from avalab.engines import gguf as gguf_file
 from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
+from avalab.models.predict import Reference
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def against(run, base) -> Reference:
 
 @pytest.fixture(scope="module")
 def plain(base) -> Artifact:
-    return gguf.write(base, "q4_0")
+    return gguf_file.write(base, "q4_0")
 
 
 @pytest.fixture(scope="module")
