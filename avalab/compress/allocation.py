@@ -9,7 +9,7 @@ Source: Kellerer, Pferschy and Pisinger (2004), Knapsack Problems, ch. 11.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,11 +57,6 @@ def allocate(options: Mapping[str, list[Option]], budget_bytes: int) -> Allocati
         return Allocation({name: row[-1] for name, row in kept.items()})
     rows = without_hopeless(list(kept.values()), budget_bytes)
     return Allocation(dict(zip(kept, _solve(rows, budget_bytes), strict=True)))
-
-
-def curve(options: Mapping[str, list[Option]], budgets: Iterable[int]) -> list[Allocation]:
-    """One allocation a budget, in the order given."""
-    return [allocate(options, budget) for budget in budgets]
 
 
 def undominated(name: str, options: list[Option]) -> list[Option]:

@@ -17,10 +17,9 @@ their errors on a sample of rows, as a power law. Compensation is what counts: a
 groups of 64, the table costs 0.78 nats rounded to nearest in the best range, 0.38 with columns weighted by their cost,
 0.09 compensated (the plain moment of the head's inputs does as well, that of the gradients alone far worse: 0.38).
 
-**Measured.** `layer_by_layer` rounds one layer at a time to nearest and runs the model on from the block that holds it:
-a map of where errors hurt. `measure_choices_alone` does so with compensation for choices drawn at random; their rank
-correlation with the expectations (Spearman 1904) says whether the order is right, `level_factor` by how much the level
-is off. Increases do not quite add up; the notebook on mixed precision measures by how much.
+**Measured.** `layer_by_layer` rounds one layer at a time to nearest: a map of where errors hurt.
+`measure_choices_alone` does so with compensation for choices drawn at random; their rank correlation with the
+expectations (Spearman 1904) says whether the order is right, `level_factor` by how much the level is off.
 """
 
 from __future__ import annotations
@@ -50,14 +49,10 @@ from avalab.models.predict import Reference
 BF16 = "bf16"
 
 FISHER_WINDOWS = 8
-
 LAYER_ROWS = 64  # of a layer, sampled for its expected errors
-
 TABLE_ROWS, TABLE_WINDOWS = 2048, 2  # of embedding and head: sampled for their errors, and to measure on
 
-
 Sizes = dict[str, int]  # the formats that a tensor may get, and its bytes in each
-
 Nearest = Callable[[Tensor, Tensor, str], Tensor]  # what a format makes of rows, given the costs of their columns
 
 
@@ -98,11 +93,16 @@ def expected_increases(
             damping = rounding.damping_for(rows.shape[1], len(rows)) if damped_by_tokens else rounding.DAMPING
             posed = rounding.problem(walk.second_moment(rows) / len(rows), damping=damping)
             last[:] = inputs, posed.column_cost
+        weight, cost = module.weight.detach(), last[1]
         step = max(1, module.out_features // LAYER_ROWS)
         squared = gradients.flatten(0, -2)[:, ::step].float().square()
-        weights = torch.outer(squared.mean(0), last[1]) * (module.out_features / squared.shape[1])
-        sizes = sizes_of(*module.weight.shape)
-        found[names[module]] = _options(module.weight.detach(), weights, last[1], sizes, nearest)
+        weights = torch.outer(squared.mean(0), cost) * (module.out_features / squared.shape[1])
+        sample = weight[::step].float()
+        options = [Option(BF16, 2 * weight.numel(), 0.0)]
+        for format, size in sizes_of(*weight.shape).items():
+            error = (nearest(sample, cost, format) - sample).square_()
+            options.append(Option(format, size, 0.5 * float((error * weights).sum())))
+        found[names[module]] = options
 
     others = [name for name, module in model.named_modules() if module in (embedding, head)]
     walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*names.values(), *others], listen)
@@ -111,16 +111,6 @@ def expected_increases(
         first, *rest = by_name
         by_name = {first: sum((by_name[name] for name in rest), by_name[first])}
     return LossIncreases({name: found[name] for name in names.values()}, by_name, windows[:FISHER_WINDOWS].numel())
-
-
-def _options(weight: Tensor, weights: Tensor, cost: Tensor, sizes: Sizes, nearest: Nearest) -> list[Option]:
-    """A layer's formats; `weights` are those of squared errors in the sampled rows."""
-    sample = weight[:: max(1, len(weight) // LAYER_ROWS)].float()
-    found = [Option(BF16, 2 * weight.numel(), 0.0)]
-    for format, size in sizes.items():
-        squared = (nearest(sample, cost, format) - sample).square_()
-        found.append(Option(format, size, 0.5 * float((squared * weights).sum())))
-    return found
 
 
 def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor:
@@ -198,8 +188,7 @@ def layer_by_layer(
 
     The model is left as it was. Layers whose columns the format's groups do not divide raise ValueError.
     """
-    blocks = model.base_model.layers
-    entering = _block_calls(model, blocks, against.windows)
+    entering = _block_calls(model, against.windows)
     for name, layer in tqdm(checkpoint.linear_layers(model).items(), desc="sensitivity", leave=False):
         kept = layer.weight.data
         layer.weight.data = formats.round_to_nearest(kept.float(), format).to(kept.dtype)
@@ -225,13 +214,14 @@ def layer_subject(name: str) -> str:
 
 
 @torch.inference_mode()
-def _block_calls(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> list[tuple[tuple, dict]]:
+def _block_calls(model: PreTrainedModel, windows: Tensor) -> list[tuple[tuple, dict]]:
     """Positional and keyword arguments of each block in one pass over the windows."""
     seen: list[tuple[tuple, dict]] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-        for block in blocks
-    ]
+
+    def note(_block: nn.Module, args: tuple, keywords: dict) -> None:
+        seen.append((args, keywords))
+
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.base_model.layers]
     try:
         predict.hidden_states(model, windows)
     finally:
