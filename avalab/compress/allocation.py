@@ -43,16 +43,19 @@ class Allocation:
         return sum(option.cost for option in self.chosen.values())
 
 
-def allocate(options: Mapping[str, list[Option]], budget_bytes: int) -> Allocation:
-    """The allocation of least summed cost whose bytes do not exceed the budget; exact.
+def allocate(
+    options: Mapping[str, list[Option]], budget_bytes: int, *, fixed_bytes: int = 0, file: str = "allocation"
+) -> Allocation:
+    """The allocation of least summed cost that fits the budget beside the fixed bytes; exact.
 
     Raises ValueError for no tensors, a tensor without options, costs that are not finite, or a budget below the
-    smallest allocation, naming that.
+    smallest allocation, naming that as what `file` says.
     """
     kept = {name: undominated(name, row) for name, row in options.items()}
-    smallest = sum(row[0].bytes for row in kept.values())
+    smallest = fixed_bytes + sum(row[0].bytes for row in kept.values())
     if not kept or budget_bytes < smallest:
-        raise ValueError(f"a budget of {budget_bytes:,} bytes is below the smallest allocation, {smallest:,} bytes")
+        raise ValueError(f"a budget of {budget_bytes:,} bytes is below the smallest {file}, {smallest:,} bytes")
+    budget_bytes -= fixed_bytes
     if budget_bytes >= sum(row[-1].bytes for row in kept.values()):
         return Allocation({name: row[-1] for name, row in kept.items()})
     rows = without_hopeless(list(kept.values()), budget_bytes)

@@ -22,20 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from avalab.compress import allocation, ava_targets, equivalence, rounding, sensitivity
 from avalab.compress.allocation import Allocation, Option
-from avalab.compress.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
+from avalab.compress.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Target, Work
 from avalab.compress.libraries import Job
 from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16
 from avalab.engines.onnx_graph import OnnxModel
-from avalab.kernels.block_types import BlockRounded
-from avalab.kernels.formats import Rounded
 from avalab.lab import artifacts
 from avalab.models import checkpoint, packed, predict
 from avalab.models.packed import Packed
@@ -83,7 +80,7 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
         work = Work(job, model, target.prepare(job, model, Path(scratch)), held_out, reference)
         found = sensitivities(job, model)
         fixed = target.fixed_bytes(work, found.options)
-        chosen = choose_formats(found.options, budget, fixed, file=target.file)
+        chosen = allocation.allocate(found.options, budget, fixed_bytes=fixed, file=target.file)
         about = {
             "budget_bytes": budget,
             "predicted_bytes": chosen.bytes + fixed,
@@ -92,7 +89,8 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
             "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
             "embedding": chosen.chosen[ava_targets.embedding_name(model)].format,
         }
-        rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
+        formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
+        rounded, damped = rounding.round_model(model, windows, formats, target.round, tables=found.tables)
         notes = target.notes(work, found.options, chosen)
         if damped:
             notes.append(f"{damped} second moments were singular and got more damping")
@@ -125,47 +123,26 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
             skipped=job.skipped,
             damped_by_tokens=target.damped_by_tokens,
         )
-        tables, problems = _table_options(target, model, windows, found, parameters)
+        options, problems = {}, {}
+        for name in found.moments if target.rounds_head else [ava_targets.embedding_name(model)]:
+            options[name], posed = sensitivity.table_options(
+                model,
+                windows,
+                name,
+                found,
+                sizes=target.sizes(*model.get_submodule(name).weight.shape, parameters, is_table=True),
+                round=target.round,
+                measured=target.tables_measured,
+                damping=target.table_damping,
+                int8_rows=target.int8_rows and parameters["embedding"] != BF16,
+            )
+            problems |= {name: posed} if posed else {}
         _kept.clear()
-        _kept[key] = Sensitivities(tables | found.layers, problems, time.perf_counter() - start)
+        _kept[key] = Sensitivities(options | found.layers, problems, time.perf_counter() - start)
     return _kept[key]
 
 
 _kept: dict[str, Sensitivities] = {}
-
-
-def _table_options(
-    target: Target, model: PreTrainedModel, windows: Tensor, found: sensitivity.LossIncreases, parameters: Mapping
-) -> tuple[dict[str, list[Option]], dict[str, Problem]]:
-    """Options of the embedding, and of a head that is not tied if the target rounds it; and their problems."""
-    options: dict[str, list[Option]] = {}
-    problems: dict[str, Problem] = {}
-    for name in found.moments if target.rounds_head else [ava_targets.embedding_name(model)]:
-        rows, columns = model.get_submodule(name).weight.shape
-        options[name] = [Option(BF16, 2 * rows * columns, 0.0)]
-        if target.int8_rows and parameters["embedding"] != BF16:
-            options[name].append(ava_targets.int8_rows_option(model, windows))
-        if sizes := target.sizes(rows, columns, parameters, is_table=True):
-            damping = target.table_damping or rounding.damping_for(columns, found.tokens)
-            problems[name] = rounding.problem(found.moments[name], damping=damping)
-            options[name] += sensitivity.table_options(
-                model,
-                windows,
-                name,
-                problems[name],
-                sizes=sizes,
-                round=target.round,
-                measured=target.tables_measured,
-            )
-    return options, problems
-
-
-def choose_formats(options: Options, budget: int, fixed: int, *, file: str = "file") -> Allocation:
-    """The best allocation within the budget less what cannot be chosen; raises ValueError naming the smallest file."""
-    smallest = fixed + sum(min(option.bytes for option in row) for row in options.values())
-    if budget < smallest:
-        raise ValueError(f"a budget of {budget:,} bytes is below the smallest {file}, {smallest:,} bytes")
-    return allocation.allocate(options, budget - fixed)
 
 
 def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:
@@ -176,28 +153,8 @@ def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int,
         fixed = target.fixed_bytes(work, found.options)
     least, most = (fixed + sum(end(o.bytes for o in row) for row in found.options.values()) for end in (min, max))
     budgets = [round(least + (most - least) * step / steps) for step in range(steps + 1)]
-    return [(one.bytes + fixed, one) for one in (choose_formats(found.options, budget, fixed) for budget in budgets)]
-
-
-@torch.no_grad()
-def round_model(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "window time"],
-    chosen: Allocation,
-    *,
-    target: Target,
-    tables: Mapping[str, Problem],
-) -> tuple[dict[str, Rounded | BlockRounded], int]:
-    """Replace, in place, chosen tensors by rounded ones, `tables` first; also how many moments needed more damping."""
-    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
-    rounded = {}
-    for name, posed in tables.items():
-        if name in formats:
-            table = model.get_submodule(name).weight
-            rounded[name] = target.round(table.detach(), posed, formats[name])
-            table.data = rounded[name].decode(table.dtype)
-    layers, damped = rounding.round_layers(model, windows, formats, target.round)
-    return rounded | layers, damped
+    best = [allocation.allocate(found.options, budget, fixed_bytes=fixed) for budget in budgets]
+    return [(one.bytes + fixed, one) for one in best]
 
 
 def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:

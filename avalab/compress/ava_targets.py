@@ -145,17 +145,6 @@ def _onnx_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: bool 
     return {grid.name: block_types.onnx_stored_bytes(rows, columns, grid) for grid in offered}
 
 
-def int8_rows_option(model: PreTrainedModel, windows: Tensor) -> Option:
-    """int8 with a scale a row: there is only one way to round it, so it is measured. A tied head repeats the scales."""
-    table = model.get_input_embeddings().weight
-    rows, columns = table.shape
-    tied = model.get_output_embeddings().weight is table
-    codes, scales = packed.int8_rows(table.detach())
-    values = (codes.to(table.dtype) * scales).to(table.dtype)
-    increase = sensitivity.increase_of_replacement(model, windows[: sensitivity.TABLE_WINDOWS], table, values)
-    return Option(packed.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), increase)
-
-
 def _packed_fixed_bytes(work: Work, options: Options) -> int:
     """Norms, biases, what was skipped, and the header."""
     parameters = dict(work.model.named_parameters())

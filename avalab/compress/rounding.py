@@ -11,7 +11,7 @@ The layer should still give R w (its original inputs R, original weights w) when
 4. Repair, a few times: scales by least squares for the codes as they are, then each code moved to the best integer
    given all others (cyclic coordinate descent on the quadratic error).
 
-`round_layers` does so block by block, each layer making up for what was rounded before it, and takes whatever rounds:
+`round_model` does so block by block, each layer making up for what was rounded before it, and takes whatever rounds:
 `round_weight` here, or that of `block_rounding`. Deterministic: no random number.
 """
 
@@ -104,16 +104,25 @@ def aim(weight: Tensor, moment: Tensor, cross: Tensor, *, share: float = 1.0, da
 
 
 @torch.no_grad()
-def round_layers(
-    model: PreTrainedModel, windows: Int[Tensor, "window time"], formats: Mapping[str, str], round: Round
+def round_model(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    formats: Mapping[str, str],
+    round: Round,
+    *,
+    tables: Mapping[str, Problem],
 ) -> tuple[dict[str, Rounded | BlockRounded], int]:
-    """Replace, in place, the weights of the layers in `formats` by rounded ones.
+    """Replace, in place, the weights in `formats` by rounded ones: embedding and head by their problems, then layers.
 
     Layers of a site that get one format are rounded together, onto the weights that give the original outputs from the
-    present inputs. Returns what `round` made, by layer, and how many moments needed more than the usual damping.
+    present inputs. Returns what `round` made, by name, and how many moments needed more than the usual damping.
     """
     rounded: dict[str, Rounded | BlockRounded] = {}
     damped = 0
+    for name in [name for name in tables if name in formats]:
+        table = model.get_submodule(name).weight
+        rounded[name] = round(table.detach(), tables[name], formats[name])
+        table.data = rounded[name].decode(table.dtype)
     for site in walk.sites(model, windows):
         by_format: dict[str, list[str]] = {}
         for name in site.layers:

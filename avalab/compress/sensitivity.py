@@ -43,7 +43,7 @@ from avalab.kernels import formats
 from avalab.kernels.formats import NumberFormat
 from avalab.lab import statistics
 from avalab.lab.run import Run
-from avalab.models import checkpoint, predict, walk
+from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.predict import Reference
 
 BF16 = "bf16"
@@ -152,25 +152,39 @@ def table_options(
     model: PreTrainedModel,
     windows: Int[Tensor, "window time"],
     name: str,
-    posed: Problem,
+    found: LossIncreases,
     *,
     sizes: Sizes,
     round: Round,
     measured: int,
-) -> list[Option]:
-    """Formats of embedding or head, `sizes` their bytes, with the increase of the KL divergence; the model is kept.
+    damping: float,
+    int8_rows: bool,
+) -> tuple[list[Option], Problem | None]:
+    """Formats of embedding or head with the increase of the KL divergence, and its problem; the model is kept.
 
-    Of the formats by falling error `measured` many are measured: the coarsest, and with 2 the one in the middle.
+    Of `sizes` (bytes by format) by falling error `measured` many are measured: the coarsest, and with 2 the one in the
+    middle. `damping` 0 is that for the tokens seen.
     """
-    table = model.get_submodule(name).weight
+    table, windows = model.get_submodule(name).weight, windows[:TABLE_WINDOWS]
+    options = [Option(BF16, 2 * table.numel(), 0.0)]
+    if int8_rows:  # there is only one way to round to them, so they are measured; a tied head repeats the scales
+        codes, scales = packed.int8_rows(table.detach())
+        values = (codes.to(table.dtype) * scales).to(table.dtype)
+        scale_bytes = 2 * len(table) * (2 if model.get_output_embeddings().weight is table else 1)
+        increase = increase_of_replacement(model, windows, table, values)
+        options.append(Option(packed.INT8_ROWS, table.numel() + scale_bytes, increase))
+    if not sizes:
+        return options, None
+    damping = damping or rounding.damping_for(table.shape[1], found.tokens)
+    posed = rounding.problem(found.moments[name], damping=damping)
     sample = table.detach()[:: max(1, len(table) // TABLE_ROWS)].float()
     errors = {f: float(rounding.error(sample, round(sample, posed, f), posed.moment).sum()) for f in sizes}
-    ranked = sorted(sizes, key=errors.get)
-    known, anchors = {}, (ranked[-1], ranked[len(ranked) // 2])[:measured] if ranked else ()
-    for format in dict.fromkeys(anchors):
+    ranked, known = sorted(sizes, key=errors.get), {}
+    for format in dict.fromkeys((ranked[-1], ranked[len(ranked) // 2])[:measured]):
         values = round(table.detach(), posed, format).decode(table.dtype)
-        known[format] = increase_of_replacement(model, windows[:TABLE_WINDOWS], table, values)
-    return [Option(format, size, increase_by_error(errors, known, format)) for format, size in sizes.items()]
+        known[format] = increase_of_replacement(model, windows, table, values)
+    options += [Option(format, size, increase_by_error(errors, known, format)) for format, size in sizes.items()]
+    return options, posed
 
 
 def increase_by_error(errors: Mapping[str, float], known: Mapping[str, float], format: str) -> float:

@@ -11,7 +11,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from avalab import engines
 from avalab.compress import ava, ava_targets, quantize, rounding, sensitivity
-from avalab.compress.allocation import Allocation
 from avalab.compress.libraries import Job
 from avalab.data import corpora
 from avalab.engines import gguf as gguf_file
@@ -267,8 +266,8 @@ def test_expected_increases_rank_formats_as_measured_ones_do(base, calibration, 
         for option in row:
             if option.format in ("w2g128", "w3g64") and ".layers.1." in name:
                 model = checkpoint.load_model(base)
-                alone = Allocation({name: option})
-                ava.round_model(model, calibration, alone, target=ava_targets.TARGETS["transformers"], tables={})
+                round_to = ava_targets.TARGETS["transformers"].round
+                rounding.round_model(model, calibration, {name: option.format}, round_to, tables={})
                 expected.append(option.cost)
                 measured.append(kl(model, against))
     ranks = torch.tensor([expected, measured]).argsort(1).argsort(1).float()
@@ -307,6 +306,6 @@ def test_groups_that_do_not_divide_are_named_in_the_notes(base):
 
 
 def test_damped_moments_are_counted_in_the_notes(base, calibration, monkeypatch):
-    monkeypatch.setattr(rounding, "round_layers", lambda *arguments: ({}, 2))
+    monkeypatch.setattr(rounding, "round_model", lambda *arguments, **options: ({}, 2))
     note = ava.compress_model(job_of(base.path, calibration, bytes=600_000)).measured["note"]
     assert note == "2 second moments were singular and got more damping"
