@@ -1,19 +1,14 @@
-"""Patterns of sparsity: which weights go, and how many each layer loses.
+"""Patterns of sparsity: which weights go (masks are True there), and how many each layer loses.
 
-A mask is True where a weight goes. `lowest` takes the lowest scores of a layer, or of each row alike; `n_of_m` takes
-the lowest n of every m neighbours in a row, the pattern that sparse tensor cores read (Mishra et al. 2021, arXiv
-2104.08378). `keep` takes whole structures by their summed scores, in steps that keep what is left a round number.
-`structured` patterns leave a smaller dense model (`avalab.models.smaller`); the others leave zeros.
+`lowest` takes the lowest scores of a layer, or of each row alike; `n_of_m` the lowest n of every m neighbours in a row,
+which sparse tensor cores read (Mishra et al. 2021, arXiv 2104.08378). `keep` takes whole structures by their summed
+scores: `structured` patterns leave a smaller dense model (`avalab.models.smaller`), the others zeros.
 
-Layers lose the same share (`uniform_counts`), or more where the model minds less (`cheapest_counts`): for every layer
-and a row of sparsities, the weights that the score would remove cost
-
-    1/2 sum E[(dL/dw)^2] w^2,
-
-the second-order increase of the loss with the Fisher information taken as diagonal (LeCun et al. 1990, Optimal Brain
-Damage). One price on a removed weight is then sought at which the layers, each at its own best level, lose as many as
-asked: Lagrange's condition for the least sum (Everett 1963). Costs are estimated on a sample of rows, so that an exact
-integer program would solve noise; updates of the weights that stay are not counted.
+Layers lose the same share (`uniform_counts`), or more where the model minds less (`cheapest_counts`). The weights that
+the score would remove cost 1/2 sum E[(dL/dw)^2] w^2, the second-order increase of the loss with a diagonal Fisher
+information (LeCun et al. 1990, Optimal Brain Damage). One price on a removed weight is sought at which the layers, each
+at its own best level, lose as many as asked: Lagrange's condition for the least sum (Everett 1963). Costs come from a
+sample of rows, so that an exact integer program would solve noise; updates of the weights that stay are not counted.
 """
 
 from __future__ import annotations

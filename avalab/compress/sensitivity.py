@@ -277,7 +277,8 @@ def measure_choices_alone(
     round: Round,
 ) -> Iterator[float]:
     """The KL divergence of each choice with everything else as it was; the model is left unchanged."""
-    moments = input_moments(model, windows, [name for name, _ in choices])
+    names = {name for name, _ in choices}
+    moments = {name: site.moment for site in walk.sites(model, windows) for name in site.layers if name in names}
     for name, option in tqdm(choices, desc="single choices", leave=False):
         layer = model.get_submodule(name)
         kept = layer.weight.data
@@ -288,28 +289,6 @@ def measure_choices_alone(
             yield float(predict.score_model(model, against).kl.mean())
         finally:
             layer.weight.data = kept
-
-
-@torch.inference_mode()
-def input_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"], names: Sequence[str]) -> dict:
-    """X^T X / tokens of what the named layers read, all in one pass."""
-    sums: dict[str, Tensor] = {}
-
-    def listen(name: str):
-        def add(_layer, args: tuple) -> None:
-            found = walk.second_moment(args[0].flatten(0, -2))
-            sums[name] = sums[name] + found if name in sums else found
-
-        return add
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
-    try:
-        for batch in windows.split(walk.BATCH_WINDOWS):
-            predict.hidden_states(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / windows.numel() for name, total in sums.items()}
 
 
 def rank_correlation(expected: Sequence[float], measured: Sequence[float]) -> float:
@@ -329,9 +308,9 @@ def heat_rows(options: Mapping[str, list[Option]], formats: Sequence[str]) -> di
     found = {}
     for name, row in options.items():
         index, _, kind = name.partition(".layers.")[2].partition(".")
-        costs = {option.format: option.cost for option in row}
-        for format in formats:
-            if kind and format in costs:
-                found[f"layer {int(index):02d}/{kind.rpartition('.')[2]} {format}"] = costs[format]
-    rows = list(dict.fromkeys(subject.partition("/")[2].partition(" ")[0] for subject in found))
-    return dict(sorted(found.items(), key=lambda item: rows.index(item[0].partition("/")[2].partition(" ")[0])))
+        costs = {option.format: option.cost for option in row if kind}
+        for format in [format for format in formats if format in costs]:
+            found[f"layer {int(index):02d}/{kind.rpartition('.')[2]} {format}"] = costs[format]
+    kinds = [subject.partition("/")[2].partition(" ")[0] for subject in found]
+    order = sorted(zip(kinds, found, strict=True), key=lambda pair: kinds.index(pair[0]))
+    return {subject: found[subject] for _, subject in order}

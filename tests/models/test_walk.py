@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from avalab.compress import sensitivity
 from avalab.models import checkpoint, walk
 
 
@@ -198,12 +197,26 @@ def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_
     """Gemma 3 alternates two rotary embeddings and masks; also after a walk that was killed in between."""
     model = alternating()
     names = list(checkpoint.linear_layers(model))
-    expected = sensitivity.input_moments(model, WINDOWS, names)
+    expected = input_moments(model, names)
     walk.measure_moments(model, WINDOWS, tmp_path)
     walk.block_file(tmp_path, 1).unlink()
     walk.measure_moments(model, WINDOWS, tmp_path)
     for name in names:
         torch.testing.assert_close(walk.stored_moment(tmp_path, name), expected[name], atol=1e-5, rtol=1e-3)
+
+
+def input_moments(model: Gemma3ForCausalLM, names: list[str]) -> dict[str, torch.Tensor]:
+    """X^T X / tokens of what the named layers read in one whole pass."""
+    read = {}
+
+    def note(name: str):
+        return lambda _layer, args: read.update({name: args[0].flatten(0, -2)})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    model(WINDOWS)
+    for handle in handles:
+        handle.remove()
+    return {name: rows.T @ rows / WINDOWS.numel() for name, rows in read.items()}
 
 
 def alternating() -> Gemma3ForCausalLM:
