@@ -325,27 +325,30 @@ def scored(name: str, layer: nn.Linear, plan: Plan, known: Known) -> Tensor:
 @torch.no_grad()
 def kept_structures(model: PreTrainedModel, plan: Plan, known: Known) -> Kept:
     """What the plan keeps. A score with an update changes, in place, the layers that read what goes."""
-    of = smaller.structure_sizes(model)
+    of, layers = smaller.structure_sizes(model), checkpoint.linear_layers(model)
     if plan.pattern == "layers":
-        return Kept(blocks=_kept_blocks(model, plan, known, of))
+        return Kept(blocks=_kept_blocks(layers, plan, known, of))
+    readers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in CUT[plan.pattern]}
+    scores = {name: scored(name, layer, plan, known).square().sum(0) for name, layer in readers.items()}
+    if plan.pattern == "hidden":  # one choice, by the mean share that channels have in the scores of what reads them
+        shares = sum((columns.cpu() / columns.cpu().sum() for columns in scores.values()), torch.zeros(of.hidden))
+        kept = dict.fromkeys(readers, keep(shares, _hidden_channels_gone(plan, of)))
+    else:
+        kept = {n: chosen_structures(plan.pattern, columns, plan.sparsity, of) for n, columns in scores.items()}
+    if SCORES[plan.score].updates:
+        width = 1 if plan.pattern in ("hidden", "mlp_channels") else of.head_dim
+        for name, layer in readers.items():
+            moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
+            columns = smaller.channels_of(kept[name], width).to(moment.device)
+            layer.weight.data = saliency.remove_columns(layer.weight, moment, columns).to(layer.weight)
     if plan.pattern == "hidden":
-        return _kept_hidden(model, plan, known, of)
-    kept: list[Tensor] = []
-    reader = "mlp.down_proj" if plan.pattern == "mlp_channels" else "self_attn.o_proj"
-    for name, layer in checkpoint.linear_layers(model).items():
-        if not name.endswith(reader):
-            continue
-        columns = scored(name, layer, plan, known).square().sum(0)
-        chosen = chosen_structures(plan.pattern, columns, plan.sparsity, of)
-        width = 1 if plan.pattern == "mlp_channels" else of.head_dim
-        _apply_refit(name, layer, smaller.channels_of(chosen, width), plan, known)
-        kept.append(chosen)
+        return Kept(hidden=next(iter(kept.values())))
     if plan.pattern == "mlp_channels":
-        return Kept(channels=kept)
+        return Kept(channels=list(kept.values()))
     if plan.pattern == "heads" and of.heads > of.kv_heads:
-        return Kept(heads=kept)
+        return Kept(heads=list(kept.values()))
     shared = of.heads // of.kv_heads
-    return Kept(heads=kept, kv_heads=[heads[::shared] // shared for heads in kept])
+    return Kept(heads=list(kept.values()), kv_heads=[heads[::shared] // shared for heads in kept.values()])
 
 
 def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes) -> Tensor:
@@ -365,44 +368,20 @@ def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes)
     return smaller.query_heads(keep(groups.sum(1), gone), of)
 
 
-def _kept_blocks(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> list[int]:
+def _kept_blocks(layers: dict[str, nn.Linear], plan: Plan, known: Known, of: Sizes) -> list[int]:
     """Blocks in order, without the least important of those that hold a target."""
-    layers = checkpoint.linear_layers(model)
-    candidates = sorted({block_index(name) for name in plan.targets})
+    scores = dict.fromkeys(sorted({block_index(name) for name in plan.targets}), 0.0)
     if plan.score == "influence":
-        scores = [walk.stored_influence(known.moments, block) for block in candidates]
+        scores = {block: walk.stored_influence(known.moments, block) for block in scores}
     else:
-        energy = dict.fromkeys(candidates, 0.0)
         for name, layer in layers.items():
-            if block_index(name) in energy:
-                energy[block_index(name)] += float(scored(name, layer, plan, known).square().sum())
-        scores = list(energy.values())
+            if block_index(name) in scores:
+                scores[block_index(name)] += float(scored(name, layer, plan, known).square().sum())
     gone = removed(of.blocks, plan.sparsity, of="blocks")
-    lowest_first = sorted(zip(scores, candidates, strict=True))
-    going = {block for _, block in lowest_first[:gone]}
+    going = sorted(scores, key=lambda block: (scores[block], block))[:gone]
     return [block for block in range(of.blocks) if block not in going]
-
-
-def _kept_hidden(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> Kept:
-    """Hidden channels by the mean share that they have in the scores of what reads them."""
-    readers = {n: m for n, m in checkpoint.linear_layers(model).items() if n.rpartition(".")[2] in READERS}
-    shares = torch.zeros(of.hidden)
-    for name, layer in readers.items():
-        columns = scored(name, layer, plan, known).square().sum(0).cpu()
-        shares += columns / columns.sum()
-    kept = keep(shares, _hidden_channels_gone(plan, of))
-    for name, layer in readers.items():
-        _apply_refit(name, layer, kept, plan, known)
-    return Kept(hidden=kept)
 
 
 def _hidden_channels_gone(plan: Plan, of: Sizes) -> int:
     granularity = step_size(of.hidden, of_heads=of.heads)
     return removed(of.hidden, plan.sparsity, of="hidden channels", granularity=granularity)
-
-
-def _apply_refit(name: str, layer: nn.Linear, kept: Tensor, plan: Plan, known: Known) -> None:
-    """Solve a reader, in place, for the columns that stay; nothing for a score without an update."""
-    if SCORES[plan.score].updates:
-        moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
-        layer.weight.data = saliency.remove_columns(layer.weight, moment, kept.to(moment.device)).to(layer.weight)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -144,9 +144,10 @@ def method_label(method: str, parameters: dict, skipped: list[str] | tuple[str, 
 
     Recipes that differ have names that differ; the suffix of `keep` is a hash of the layers' names.
     """
-    parts = [method]
+    kept = [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
     if "bits_per_weight" in parameters:
-        return "-".join([method, ava.budget_label(parameters), *_kept(skipped)])
+        return "-".join([method, ava.budget_label(parameters), *kept])
+    parts = [method]
     if "bits" in parameters:
         group = parameters["group_size"]
         parts.append(f"w{parameters['bits']}" + (f"g{group}" if group else "ch"))
@@ -160,7 +161,7 @@ def method_label(method: str, parameters: dict, skipped: list[str] | tuple[str, 
     parts += ["w8a8-static" if parameters["static"] else "w8a8-dynamic"] if "static" in parameters else []
     defaults = METHODS[method].defaults
     parts += [f"{n}{parameters[n]:g}" for n in NUMBERS if parameters.get(n, defaults.get(n)) != defaults.get(n)]
-    return "-".join([*parts, *_kept(skipped)])
+    return "-".join(parts + kept)
 
 
 def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
@@ -187,10 +188,6 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
 def _code(row: Method) -> str:
     calibration = [corpora.calibration_windows] if row.calibrated else []
     return code_of(_fill, row.compress, *calibration)[:12]
-
-
-def _kept(skipped: list[str] | tuple[str, ...]) -> list[str]:
-    return [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
 
 
 def _expand(globs: tuple[str, ...], names: list[str]) -> list[str]:
@@ -233,54 +230,60 @@ def _fill(row: Method, job: Job) -> dict:
     } | (made if isinstance(made, dict) else getattr(made, "measured", {}))
 
 
-_FOUR_BIT = {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"}
 _GROUPS = {"bits": 4, "group_size": 64}
 _WEIGHTS = {**_GROUPS, "symmetric": False, "embedding": "bf16"}
 
-
-def _bitsandbytes(compress: Callable, defaults: dict) -> Method:
-    return Method(compress, "bitsandbytes", defaults, library="bitsandbytes")
-
-
-def _torchao(defaults: dict, note: str = "") -> Method:
-    return Method(libraries.torchao, "torchao", defaults, library="torchao", note=note)
-
-
-def _llmcompressor(defaults: dict, *, calibrated: bool = True) -> Method:
-    return Method(
-        libraries.llmcompressor,
-        "compressed-tensors",
-        defaults,
-        calibrated=calibrated,
-        library="llmcompressor",
-        smallest_group=0,
-    )
-
-
-def _openvino(compress: Callable, *, calibrated: bool) -> Method:
-    return Method(
-        compress,
-        "openvino-int4",
-        calibrated=calibrated,
-        library="nncf",
-        install=openvino_engine.INSTALL,
-        engines=("openvino",),
-        embedding=INT8_EMBEDDING,
-        skips=False,
-    )
-
+_NF4 = Method(
+    libraries.bitsandbytes_4bit,
+    "bitsandbytes",
+    {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"},
+    library="bitsandbytes",
+)
+_TORCHAO = Method(libraries.torchao, "torchao", library="torchao")
+_GPTQ = Method(
+    libraries.llmcompressor,
+    "compressed-tensors",
+    _WEIGHTS,
+    calibrated=True,
+    library="llmcompressor",
+    smallest_group=0,
+)
+_NNCF = Method(
+    libraries.nncf_int4,
+    "openvino-int4",
+    calibrated=True,
+    library="nncf",
+    install=openvino_engine.INSTALL,
+    engines=("openvino",),
+    embedding=INT8_EMBEDDING,
+    skips=False,
+)
+_LLAMA_CPP = Method(
+    libraries.llama_cpp,
+    "gguf",
+    calibrated=True,
+    library="llama_cpp",
+    install=llamacpp.INSTALL,
+    engines=llamacpp.READ_BY,
+    embedding="the mixture's choice",
+    skips=False,
+)
 
 METHODS: dict[str, Method] = {
-    "nf4": _bitsandbytes(libraries.bitsandbytes_4bit, _FOUR_BIT),
-    "fp4": _bitsandbytes(libraries.bitsandbytes_4bit, _FOUR_BIT),
-    "int8": _bitsandbytes(libraries.bitsandbytes_8bit, {"threshold": 6.0}),
-    "torchao-int8": _torchao({}),
-    "torchao-int8-dynamic": _torchao({}),
-    "torchao-int4": _torchao({"group_size": 64}, "torchao packs 4-bit codes only on a GPU: on a CPU each takes a byte"),
-    "rtn": _llmcompressor(_WEIGHTS, calibrated=False),
-    "gptq": _llmcompressor(_WEIGHTS),
-    "awq": _llmcompressor({**_WEIGHTS, "grid_points": 10}),
-    "smoothquant": _llmcompressor({"smoothing_strength": 0.5, "static": True}),
+    "nf4": _NF4,
+    "fp4": _NF4,
+    "int8": replace(_NF4, compress=libraries.bitsandbytes_8bit, defaults={"threshold": 6.0}),
+    "torchao-int8": _TORCHAO,
+    "torchao-int8-dynamic": _TORCHAO,
+    "torchao-int4": replace(
+        _TORCHAO,
+        defaults={"group_size": 64},
+        note="torchao packs 4-bit codes only on a GPU: on a CPU each takes a byte",
+    ),
+    "rtn": replace(_GPTQ, calibrated=False),
+    "gptq": _GPTQ,
+    "awq": replace(_GPTQ, defaults={**_WEIGHTS, "grid_points": 10}),
+    "smoothquant": replace(_GPTQ, defaults={"smoothing_strength": 0.5, "static": True}),
     "ava": Method(
         ava.compress_model, "compressed-tensors", ava.DEFAULTS, calibrated=True, smallest_group=0, ragged=True
     ),  # `ava` takes the next larger group that divides; 0 is its own choice
@@ -294,8 +297,8 @@ METHODS: dict[str, Method] = {
     "hqq": Method(
         libraries.hqq, "hqq", {**_GROUPS, "embedding": "bf16"}, library="hqq", install=HQQ, ragged=True
     ),  # its groups run on over the end of a row
-    "openvino-int4": _openvino(libraries.openvino_int4, calibrated=False),
-    "nncf-int4": _openvino(libraries.nncf_int4, calibrated=True),
+    "openvino-int4": replace(_NNCF, compress=libraries.openvino_int4, calibrated=False),
+    "nncf-int4": _NNCF,
     "onnx-k-quant": Method(
         libraries.onnx_k_quant,
         "onnx-int4",
@@ -305,17 +308,5 @@ METHODS: dict[str, Method] = {
         embedding="int4 in groups of 32",
         skips=False,
     ),
-    **{
-        f"{libraries.GGUF}{mixture}": Method(
-            libraries.llama_cpp,
-            "gguf",
-            calibrated=True,
-            library="llama_cpp",
-            install=llamacpp.INSTALL,
-            engines=llamacpp.READ_BY,
-            embedding="the mixture's choice",
-            skips=False,
-        )
-        for mixture in llamacpp.MIXTURES
-    },
+    **{f"{libraries.GGUF}{mixture}": _LLAMA_CPP for mixture in llamacpp.MIXTURES},
 }
