@@ -1,10 +1,8 @@
 """Which format each tensor gets: the least expected loss under a budget of bytes. Policy only, no tensors.
 
-Every tensor has a few options, each with a size in bytes and an expected increase of the KL divergence. These are taken
-to add up, so the choice is a multiple-choice knapsack. Options that another one beats in both size and cost, and those
-that a bound excludes, are dropped; what is left is solved exactly as an integer program (HiGHS through scipy).
-
-Source: Kellerer, Pferschy and Pisinger (2004), Knapsack Problems, ch. 11.
+Expected increases of the KL divergence are taken to add up, so the choice is a multiple-choice knapsack. Options that
+another one beats in both size and cost, and those that a bound excludes, are dropped; what is left is solved exactly as
+an integer program (HiGHS through scipy). Source: Kellerer, Pferschy and Pisinger (2004), Knapsack Problems, ch. 11.
 """
 
 from __future__ import annotations

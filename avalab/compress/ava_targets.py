@@ -6,10 +6,8 @@
 | `gguf` | GGUF's block types whose blocks divide the columns | one .gguf file, header and tokenizer in it |
 | `onnx` | grids that ONNX Runtime's operators store without waste | a folder for ONNX Runtime GenAI (`onnx_mixed`) |
 
-With `embedding="packed"` a checkpoint's embedding and tied head are offered the grids of linear layers. Below 5 bits a
-parameter most is won there, but only `avalab.models.checkpoint.load_model` reads the file: transformers and vLLM refuse
-a packed embedding. With `engine` a .gguf file holds only types that this engine reads as they are written
-(`GGUF_TYPES`).
+With `embedding="packed"` a checkpoint's embedding and tied head are offered the grids of linear layers: most is won
+there below 5 bits a parameter, but only `checkpoint.load_model` reads the file, transformers and vLLM refuse it.
 """
 
 from __future__ import annotations

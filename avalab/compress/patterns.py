@@ -4,7 +4,7 @@
 which sparse tensor cores read (Mishra et al. 2021, arXiv 2104.08378). `keep` takes whole structures by their summed
 scores: `structured` patterns leave a smaller dense model (`avalab.models.smaller`), the others zeros.
 
-Layers lose the same share (`uniform_counts`), or more where the model minds less (`cheapest_counts`). The weights that
+Layers lose the same share, or more where the model minds less (`cheapest_counts`). The weights that
 the score would remove cost 1/2 sum E[(dL/dw)^2] w^2, the second-order increase of the loss with a diagonal Fisher
 information (LeCun et al. 1990, Optimal Brain Damage). One price on a removed weight is sought at which the layers, each
 at its own best level, lose as many as asked: Lagrange's condition for the least sum (Everett 1963). Costs come from a
@@ -105,11 +105,6 @@ def removed(count: int, sparsity: float, *, of: str, granularity: int = 1) -> in
 def keep(scores: Float[Tensor, "item"], gone: int) -> Int[Tensor, "kept"]:
     """Indices of what stays when the `gone` lowest scores go, ascending."""
     return scores.argsort(stable=True)[gone:].sort().values
-
-
-def uniform_counts(layers: Mapping[str, nn.Linear], sparsity: float) -> dict[str, int]:
-    """How many weights each layer loses when all lose the same share."""
-    return {name: round(sparsity * layer.weight.numel()) for name, layer in layers.items()}
 
 
 def cheapest_counts(

@@ -10,16 +10,12 @@
 | `layers` | whole blocks | a smaller model |
 
 1. Calibrate once: `walk.measure_moments` keeps what every score needs in one file a block; later calls only read it.
-2. Carry the plan out block by block; a killed run goes on at the first block that is not finished. Zeros: every
-   targeted linear layer loses its lowest weights (`apply_zeros`). Structures (`kept_structures`): a structure's score
-   is the sum of the squared scores of the weights that read it: a head's columns of the output projection, an MLP
-   channel's column of the down projection, a hidden channel's columns in all that reads the residual stream (each layer
-   with one vote), all linear layers of a block. SparseGPT also changes the weights that stay.
-3. Save. Zeros are stored as zeros, since every engine here reads dense weights, and once more in a compressed layout
-   (`stored.write_sparse`), which tells what they save on disk. Structures are cut out (`smaller`).
-
-Either way the artefact is an ordinary bf16 one that can be quantised next. Embeddings and norms stay, but for the
-hidden width.
+2. Zeros (`apply_zeros`): every targeted linear layer loses its lowest weights, block by block; a killed run goes on at
+   the first block that is not finished. Structures (`kept_structures`) are scored by the squared scores of the weights
+   that read them: a head's columns of the output projection, an MLP channel's of the down projection, a hidden
+   channel's in all that reads the residual stream (each layer with one vote), all of a block.
+3. Save an ordinary bf16 artefact, which can be quantised next. Zeros are stored as zeros, since every engine here reads
+   dense weights, and once more in a compressed layout (`stored.write_sparse`), which tells what they save on disk.
 """
 
 from __future__ import annotations
@@ -272,7 +268,7 @@ def apply_zeros(model: PreTrainedModel, plan: Plan, known: Known, progress: Path
     """Set the plan's weights to zero, in place. Finished blocks of calibrated scores are kept in `progress`."""
     layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name in plan.targets}
     if plan.allocation == "uniform":
-        counts = patterns.uniform_counts(layers, plan.sparsity)
+        counts = {name: round(plan.sparsity * layer.weight.numel()) for name, layer in layers.items()}
     else:
         counts = patterns.cheapest_counts(
             layers,

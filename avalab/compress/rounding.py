@@ -73,19 +73,23 @@ def damping_for(columns: int, tokens: int) -> float:
     return DAMPING ** (1 - min(1.0, max(0.0, missing)))
 
 
+def damped_moment(moment: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
+    """The moment with a share of its mean diagonal added. Raises ValueError for NaN or infinity, naming how many."""
+    if not moment.isfinite().all():
+        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
+    unit = moment.diagonal().mean().clamp(min=1e-30)
+    return moment + torch.eye(len(moment), device=moment.device) * (unit * damping)
+
+
 def problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAMPING) -> Problem:
     """Damp a second moment and factorise its inverse, columns of large moment first.
 
-    Columns that never carry anything (a zero on the diagonal) cost nothing. Raises ValueError for a moment that holds
-    NaN or infinity, naming how many.
+    Columns that never carry anything (a zero on the diagonal) cost nothing. Raises ValueError as `damped_moment` does,
+    and for a moment that stays singular.
     """
-    if not moment.isfinite().all():
-        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
-    diagonal = moment.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    unit = diagonal.mean().clamp(min=1e-30)
+    order = moment.diagonal().argsort(descending=True, stable=True)
     for attempt in range(1, 12):
-        damped = moment + torch.eye(len(moment), device=moment.device) * (unit * damping * 4 ** (attempt - 1))
+        damped = damped_moment(moment, damping * 4 ** (attempt - 1))
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -94,13 +98,12 @@ def problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAMPING) -> 
     raise ValueError(f"a second moment of {len(moment)} columns stayed singular at damping {damping * 4**10:.3g}")
 
 
-def aim(weight: Tensor, moment: Tensor, cross: Tensor, *, share: float = 1.0, damping: float = DAMPING) -> Tensor:
-    """Weights that give the original outputs from the present inputs: w + share * w (cross - moment) moment^-1."""
-    unit = torch.eye(len(moment), device=moment.device) * (moment.diagonal().mean().clamp(min=1e-30) * damping)
-    lower, failed = torch.linalg.cholesky_ex(moment + unit)
+def aim(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = DAMPING) -> Tensor:
+    """Weights that give the original outputs from the present inputs: w + w (cross - moment) moment^-1."""
+    lower, failed = torch.linalg.cholesky_ex(damped_moment(moment, damping))
     if failed:
         return weight
-    return weight + share * torch.cholesky_solve((weight @ (cross - moment)).T, lower).T
+    return weight + torch.cholesky_solve((weight @ (cross - moment)).T, lower).T
 
 
 @torch.no_grad()

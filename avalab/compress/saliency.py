@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from avalab.compress.patterns import Pattern, lowest
-from avalab.compress.rounding import BLOCK_COLUMNS, Problem
+from avalab.compress.rounding import BLOCK_COLUMNS, Problem, damped_moment
 from avalab.lab import artifacts
 
 REFINEMENTS = 4  # steps of conjugate gradients
@@ -108,7 +108,7 @@ def surgery_problem(moment: Float[Tensor, "cols cols"], group: int = 1) -> Probl
     With a group size, neighbours stay together and groups are ordered by their summed moment.
     Raises ValueError for a moment that holds NaN or infinity, naming how many.
     """
-    damped = damped_moment(moment)
+    damped = damped_moment(moment, DAMPING)
     weight = moment.diagonal().unflatten(0, (-1, group)).sum(1)
     first = weight.argsort(descending=True, stable=True) * group
     order = (first[:, None] + torch.arange(group, device=first.device)).flatten()
@@ -128,13 +128,6 @@ def _inverse_triangle(lower: Tensor) -> Tensor:
     result[:half, :half], result[half:, half:] = first, second
     result[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
     return result
-
-
-def damped_moment(moment: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """The moment with `DAMPING` of its mean diagonal added: definite. Raises as `surgery_problem` does."""
-    if not moment.isfinite().all():
-        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
-    return moment + torch.eye(len(moment), device=moment.device) * (moment.diagonal().mean().clamp(min=1e-30) * DAMPING)
 
 
 def remove_weights(
@@ -161,7 +154,7 @@ def remove_columns(
     weight: Float[Tensor, "rows cols"], moment: Float[Tensor, "cols cols"], kept: Int[Tensor, "kept"]
 ) -> Float[Tensor, "rows cols"]:
     """The weight with all other columns zero and the kept ones at their optimum, w M_:K (M_KK)^-1; M as damped."""
-    posed = damped_moment(moment)
+    posed = damped_moment(moment, DAMPING)
     lower = torch.linalg.cholesky(posed[kept][:, kept])
     result = torch.zeros_like(weight, dtype=torch.float32)
     result[:, kept] = torch.cholesky_solve((weight.float() @ posed[:, kept]).T, lower).T

@@ -14,16 +14,15 @@ error of the format's best grid on a sample of rows. Gradients count as independ
 gradients with respect to an embedded token, and of the head's inputs, each weighted by the squared gradients of its
 token's logits. One or two formats are measured on a few windows, with the whole table rounded; the others follow from
 their errors on a sample of rows, as a power law. Compensation is what counts: alone in SmolLM2-135M, at 3 bits in
-groups of 64, the table costs 0.78 nats rounded to nearest in the best range, 0.38 with columns weighted by their cost,
-0.09 compensated (the plain moment of the head's inputs does as well, that of the gradients alone far worse: 0.38).
+groups of 64, the table costs 0.78 nats rounded to nearest, 0.38 with columns weighted by their cost, 0.09 compensated.
 
-**Measured.** `layer_by_layer` rounds one layer at a time to nearest: a map of where errors hurt.
-`measure_choices_alone` does so with compensation for choices drawn at random; their rank correlation with the
-expectations (Spearman 1904) says whether the order is right, `level_factor` by how much the level is off.
+**Measured.** `layer_by_layer` rounds one layer at a time to nearest: a map of where errors hurt;
+`measure_choices_alone` rounds with compensation what was drawn at random, to be compared with expectations.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -235,12 +234,10 @@ def _block_calls(model: PreTrainedModel, windows: Tensor) -> list[tuple[tuple, d
     def note(_block: nn.Module, args: tuple, keywords: dict) -> None:
         seen.append((args, keywords))
 
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.base_model.layers]
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in model.base_model.layers:
+            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
         predict.hidden_states(model, windows)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 
@@ -249,9 +246,8 @@ def _kl_from(
     model: PreTrainedModel, start: int, entering: list[tuple[tuple, dict]], against: Reference
 ) -> Float[Tensor, "window token"]:
     (hidden, *_), _ = entering[start]
-    for block, (args, kwargs) in zip(model.base_model.layers[start:], entering[start:], strict=True):
-        output = block(hidden, *args[1:], **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
+    for block, (args, keywords) in zip(model.base_model.layers[start:], entering[start:], strict=True):
+        hidden, *_ = walk.next_call(block, ((hidden, *args[1:]), keywords))[0]
     return predict.score_hidden_states(model, model.base_model.norm(hidden), against).kl
 
 
