@@ -194,38 +194,29 @@ def _modifiers(job: Job) -> list:
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    parameters, ignore = job.parameters, ["lm_head", *job.skipped]
+    kind = GPTQModifier if job.method == "gptq" else QuantizationModifier
+    rounding = kind(config_groups=_scheme(job), ignore=["lm_head", *job.skipped])
     if job.method == "smoothquant":
-        rounding = QuantizationModifier(config_groups=_activation_scheme(parameters["static"]), ignore=ignore)
-        return [SmoothQuantModifier(smoothing_strength=parameters["smoothing_strength"]), rounding]
-    if job.method == "gptq":
-        return [GPTQModifier(config_groups=_weight_scheme(parameters), ignore=ignore)]
-    rounding = QuantizationModifier(config_groups=_weight_scheme(parameters), ignore=ignore)
-    return [AWQModifier(n_grid=parameters["grid_points"]), rounding] if job.method == "awq" else [rounding]
+        return [SmoothQuantModifier(smoothing_strength=job.parameters["smoothing_strength"]), rounding]
+    return [AWQModifier(n_grid=job.parameters["grid_points"]), rounding] if job.method == "awq" else [rounding]
 
 
-def _weight_scheme(parameters: dict) -> dict:
+def _scheme(job: Job) -> dict:
+    """Weights in groups or by rows; for SmoothQuant both weights and activations in 8 bits."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    grouped = parameters["group_size"] > 0
-    weights = QuantizationArgs(
-        num_bits=parameters["bits"],
-        symmetric=parameters["symmetric"],
-        strategy="group" if grouped else "channel",
-        group_size=parameters["group_size"] if grouped else None,
-    )
+    parameters = job.parameters
+    if job.method == "smoothquant":
+        weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
+        static = parameters["static"]
+        strategy = "tensor" if static else "token"
+        activations = QuantizationArgs(num_bits=8, dynamic=not static, strategy=strategy, symmetric=not static)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
+        return {"weights_and_activations": scheme}
+    group = parameters["group_size"] or None  # none: by rows
+    strategy, symmetric = "group" if group else "channel", parameters["symmetric"]
+    weights = QuantizationArgs(num_bits=parameters["bits"], symmetric=symmetric, strategy=strategy, group_size=group)
     return {"weights": QuantizationScheme(targets=["Linear"], weights=weights)}
-
-
-def _activation_scheme(static: bool) -> dict:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    activations = QuantizationArgs(
-        num_bits=8, dynamic=not static, strategy="tensor" if static else "token", symmetric=not static
-    )
-    weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
-    return {"weights_and_activations": scheme}
 
 
 def autoround(job: Job) -> Packed:

@@ -66,27 +66,12 @@ def random(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, 
     return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seen.seed)).to(weight.device)
 
 
-def magnitude(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
-    """abs(w)."""
-    return weight.abs()
-
-
-def wanda(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
-    """abs(w) times the root mean square of the weight's input."""
-    return weight.abs() * seen.moment.diagonal().sqrt()
-
-
 def sparsegpt(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
     """Root of the error that removing w causes once all other weights of its row have made up for it."""
     posed = surgery_problem(seen.moment)
     inverse = torch.empty_like(posed.order, dtype=posed.factor.dtype)
     inverse[posed.order] = posed.factor.square().sum(0)  # diagonal of U^T U, the inverse
     return weight.abs() / inverse.sqrt()
-
-
-def gradient(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
-    """abs(w) times the root mean square of the loss's gradient: the first-order change in loss when w goes."""
-    return weight.abs() * seen.squared_gradient.float().sqrt()
 
 
 def of_layer(score: str, weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
@@ -208,9 +193,9 @@ def _swept(weight: Tensor, posed: Problem, pattern: Pattern, count: int) -> tupl
 
 SCORES: dict[str, Score] = {
     "random": Score(random),
-    "magnitude": Score(magnitude),
-    "wanda": Score(wanda, needs="moments", compared="row"),
+    "magnitude": Score(lambda weight, seen: weight.abs()),
+    "wanda": Score(lambda weight, seen: weight.abs() * seen.moment.diagonal().sqrt(), needs="moments", compared="row"),
     "sparsegpt": Score(sparsegpt, needs="moments", updates=True),
-    "gradient": Score(gradient, needs="gradients"),
+    "gradient": Score(lambda weight, seen: weight.abs() * seen.squared_gradient.float().sqrt(), needs="gradients"),
     "influence": Score(None, needs="moments"),
 }
