@@ -12,43 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from avalab import engines
 from avalab.compress import ava, ava_targets, quantize, rounding, sensitivity
 from avalab.compress.libraries import Job
-from avalab.data import corpora
 from avalab.engines import gguf as gguf_file
 from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
 from avalab.models.predict import Reference
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with folders of its own, whose calibration text is read once."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder))
-        run = Run("test_ava", "smoke")
-        samples = corpora.calibration_windows(run, checkpoint.load_tokenizer(checkpoint.base_artifact(run)))
-        patch.setattr(corpora, "calibration_windows", lambda *arguments: samples)
-        yield run
-
-
-@pytest.fixture(scope="module")
-def base(run) -> Artifact:
-    return checkpoint.base_artifact(run)
-
-
-@pytest.fixture(scope="module")
-def calibration(run) -> torch.Tensor:
-    return corpora.calibration_windows(run, None)
-
-
-@pytest.fixture(scope="module")
-def against(run, base) -> Reference:
-    tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
-    return predict.make_reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +26,7 @@ def plain(base) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def made(run, base, plain) -> Artifact:
+def made(run, base, plain, calibration) -> Artifact:
     """Our file with the bytes of the plain one."""
     return quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="gguf")
 
