@@ -115,16 +115,14 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
             model = checkpoint.load_model(job.folder, job.device)
             equivalence.apply_transform(model, windows, parameters["transform"])
         start = time.perf_counter()
+        layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name not in job.skipped}
+        sizes = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
+        embedding = ava_targets.embedding_name(model)
         found = sensitivity.expected_increases(
-            model,
-            windows,
-            lambda rows, columns: target.sizes(rows, columns, parameters),
-            target.nearest,
-            skipped=job.skipped,
-            damped_by_tokens=target.damped_by_tokens,
+            model, windows, sizes, target.nearest, damped_by_tokens=target.damped_by_tokens
         )
         options, problems = {}, {}
-        for name in found.moments if target.rounds_head else [ava_targets.embedding_name(model)]:
+        for name in found.moments if target.rounds_head else [embedding]:
             options[name], posed = sensitivity.table_options(
                 model,
                 windows,

@@ -67,17 +67,16 @@ class LossIncreases:
 def expected_increases(
     model: PreTrainedModel,
     windows: Int[Tensor, "window time"],
-    sizes_of: Callable[[int, int], Sizes],
+    sizes: Mapping[str, Sizes],
     nearest: Nearest,
     *,
-    skipped: Sequence[str] = (),
-    damped_by_tokens: bool = False,
+    damped_by_tokens: bool,
 ) -> LossIncreases:
-    """Expected increases of all linear layers but the skipped ones, in the formats of `sizes_of(rows, columns)`.
+    """Expected increases of the linear layers in `sizes`, which has the bytes of each in every format.
 
     With `damped_by_tokens` columns' costs allow for how few tokens they come from (`rounding.damping_for`).
     """
-    names = {layer: name for name, layer in checkpoint.linear_layers(model).items() if name not in skipped}
+    names = {model.get_submodule(name): name for name in sizes}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found: dict[str, list[Option]] = {}
     tables: dict[nn.Module, Tensor] = {}
@@ -98,18 +97,18 @@ def expected_increases(
         weights = torch.outer(squared.mean(0), cost) * (module.out_features / squared.shape[1])
         sample = weight[::step].float()
         options = [Option(BF16, 2 * weight.numel(), 0.0)]
-        for format, size in sizes_of(*weight.shape).items():
+        for format, size in sizes[names[module]].items():
             error = (nearest(sample, cost, format) - sample).square_()
             options.append(Option(format, size, 0.5 * float((error * weights).sum())))
         found[names[module]] = options
 
     others = [name for name, module in model.named_modules() if module in (embedding, head)]
-    walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*names.values(), *others], listen)
+    walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*sizes, *others], listen)
     by_name = {name: tables[model.get_submodule(name)] for name in others}
     if head.weight is embedding.weight:
         first, *rest = by_name
         by_name = {first: sum((by_name[name] for name in rest), by_name[first])}
-    return LossIncreases({name: found[name] for name in names.values()}, by_name, windows[:FISHER_WINDOWS].numel())
+    return LossIncreases({name: found[name] for name in sizes}, by_name, windows[:FISHER_WINDOWS].numel())
 
 
 def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor:
