@@ -50,6 +50,7 @@ from avalab import engines
 from avalab.engines import onnxruntime as onnxruntime_engine
 from avalab.lab import artifacts, statistics
 from avalab.lab.artifacts import Artifact
+from avalab.lab.cache import cached_document
 from avalab.lab.code import code_of
 from avalab.lab.run import Run, load_average
 from avalab.measure import cell
@@ -257,7 +258,7 @@ def cached_cell(artifact: Artifact, work: Workload, cache: Path) -> Cell:
     code = code_of(cached_cell, engines.ENGINES["torch"])
     key = artifacts.sha256_of_text(json.dumps([artifact.sha256, asdict(work), code]))
     path = cache / f"cost-{key[:24]}.json"
-    return Cell(**cache.cached_document(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work))))
+    return Cell(**cached_document(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work))))
 
 
 def _record_bytes(

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.train.loop.distill import Recipe
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.data import packing
@@ -12,8 +11,9 @@ from avalab.lab import assets
 from avalab.lab import run as lab_run
 from avalab.lab.run import Run
 from avalab.measure import training
-from avalab.models.checkpoint import checkpoint
-from avalab.train.loop import finetune
+from avalab.models import checkpoint
+from avalab.train import finetune
+from avalab.train.distill import Recipe
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_a_missing_peer_has_no_arm(monkeypatch):
 def test_peak_memory_of_the_dense_loss_is_at_least_its_float32_logits():
     tokens, width, vocab = 64, 8, 65536
     # In a process of its own: here, memory that earlier tests freed would be used again and nothing would grow.
-    call = f"bench.peak_bytes('cpu', {(tokens, width, vocab)}, 'dense', trained=False)"
-    code = f"from avalab.kernels import bench; print({call})"
+    call = f"kernel_bench.peak_bytes('cpu', {(tokens, width, vocab)}, 'dense', trained=False)"
+    code = f"from avalab.measure import kernel_bench; print({call})"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(printed) >= 4 * tokens * vocab

@@ -202,7 +202,7 @@ def test_a_form_that_cannot_be_made_here_is_a_record_and_an_unknown_one_is_refus
 
 def test_the_mixed_grid_is_made_in_the_size_that_was_made_before(here, base, monkeypatch):
     asked: list[dict] = []
-    monkeypatch.setattr(quantize, "write", lambda base, method, run, **size: asked.append(size) or base)
+    monkeypatch.setattr(quantize, "compress_artifact", lambda base, method, run, **size: asked.append(size) or base)
     race.make_forms(here, ["ava"])
     here.artifacts_dir.mkdir(parents=True, exist_ok=True)
     recipe = [{"step": "ava", "bytes": 700_000}]
