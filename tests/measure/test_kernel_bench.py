@@ -25,7 +25,8 @@ def test_the_limits_prediction_is_the_slower_of_computing_and_reading(monkeypatc
     """100 operations at 1,000 a second take 100 ms, 10 bytes 10 ms: half of an arm that took 200 ms."""
     monkeypatch.setattr(trackers, "interleaved", lambda *_: {"bf16": [100.0, 200.0, 300.0]})
     run = Run("10_kernels", "smoke")
-    kernel_bench._record(run, "subject", {"bf16": lambda: torch.ones(2)}, (100, {"bf16": 10}), (1000.0, 1000.0))
+    arms, read = {"bf16": lambda: torch.ones(2)}, {"bf16": 10}
+    kernel_bench.record_arms(run, "subject", arms, flops=100, read=read, limits=(1000.0, 1000.0))
     assert [(r.metric, r.value) for r in run.records] == [("kernel_ms", 200.0), ("roofline_fraction", 0.5)]
     assert run.records[0].samples == [100.0, 200.0, 300.0]
 
