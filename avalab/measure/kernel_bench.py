@@ -200,7 +200,8 @@ def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
         arms["bitsandbytes-decoded"] = lambda: functional.linear(x, _decoded_whole(weight))
         if small is not None:
             arms["bitsandbytes"] = _bitsandbytes(x, weight)
-    return arms | peer_arms("nf4" if weight.zero_points is None else "int4", str(x.device), x, weight)
+    kind = "nf4" if weight.zero_points is None else "int4_zero_point"
+    return arms | peer_arms(f"product {kind}", str(x.device), x, weight)
 
 
 def _int4pack_gpu(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
@@ -216,17 +217,23 @@ def _bitsandbytes(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
     from bitsandbytes import functional as bnb_functional
     from bitsandbytes import matmul_4bit
 
-    small, facts = weight.small_batch, {"blocksize": 64, "quant_type": "nf4", "dtype": torch.bfloat16}
-    shape = torch.Size(weight.shape)
-    state = bnb_functional.QuantState(absmax=small.scales, shape=shape, code=weight.levels, **facts)
+    small = weight.small_batch
+    state = bnb_functional.QuantState(
+        absmax=small.scales,
+        shape=torch.Size(weight.shape),
+        code=weight.levels,
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+    )
     state.packing_format_for_cpu = True
     return lambda: matmul_4bit(x, small.codes, state)
 
 
 def _decoded_whole(weight: Weight4) -> Tensor:
     """bitsandbytes' form for training: decode all of the weight, then multiply."""
-    arguments = (weight.codes, group_scales(weight).reshape(-1), 64, "nf4", list(weight.shape), torch.bfloat16)
-    return torch.ops.bitsandbytes.dequantize_4bit(*arguments)
+    scales, shape = group_scales(weight).reshape(-1), list(weight.shape)
+    return torch.ops.bitsandbytes.dequantize_4bit(weight.codes, scales, 64, "nf4", shape, torch.bfloat16)
 
 
 def encode_arms(device: str, shape: tuple[int, int]) -> Arms:
@@ -302,21 +309,20 @@ class Peer:
     """One kernel of another project; `make` takes an operation's inputs and returns the call that is timed."""
 
     arm: str
-    package: str  # as pip knows it
-    module: str
-    operation: str  # nf4, int4 or loss
+    package: str  # as pip knows it; its module has the same name with underscores
+    operation: str
     make: Callable[..., Callable[[], Tensor]]
     needs_gpu: bool = True
 
 
 def why_missing(peer: Peer, device: str) -> str:
-    """Why a peer cannot run here: not installed, or no GPU; empty when it can be tried."""
-    if find_spec(peer.module) is None:
+    """Why a peer cannot run here; empty when it can be tried."""
+    if find_spec(peer.package.replace("-", "_")) is None:
         return f"not installed: pip install {peer.package}" + (" (and it needs a GPU)" if peer.needs_gpu else "")
     return "needs a GPU" if peer.needs_gpu and not device.startswith("cuda") else ""
 
 
-def peer_arms(operation: str, device: str, *inputs: object) -> trackers.Arms:
+def peer_arms(operation: str, device: str, *inputs: object) -> Arms:
     """The calls of all peers that compute `operation` and can run on `device`."""
     return {
         peer.arm: peer.make(*inputs) for peer in PEERS if peer.operation == operation and not why_missing(peer, device)
@@ -325,11 +331,11 @@ def peer_arms(operation: str, device: str, *inputs: object) -> trackers.Arms:
 
 def reasons(device: str) -> dict[str, str]:
     """`product nf4:gemlite`-like subject -> why that peer is not timed here."""
-    found = {f"{SUBJECTS[peer.operation]}:{peer.arm}": why_missing(peer, device) for peer in PEERS}
+    found = {f"{peer.operation}:{peer.arm}": why_missing(peer, device) for peer in PEERS}
     return {subject: reason for subject, reason in found.items() if reason}
 
 
-def checked_peer(arms: trackers.Arms, plain: str) -> tuple[trackers.Arms, dict[str, str]]:
+def checked_peer(arms: Arms, plain: str) -> tuple[Arms, dict[str, str]]:
     """The arms that run and agree with the arm `plain`, and the reasons of the others."""
 
     def flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -351,22 +357,15 @@ def checked_peer(arms: trackers.Arms, plain: str) -> tuple[trackers.Arms, dict[s
     return kept, dropped
 
 
-def _bitsandbytes_gemm(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
-    """The fused 4-bit product that `matmul_4bit` takes for inference."""
-    import bitsandbytes  # noqa: F401  (its import registers the operator)
+def _bitsandbytes_product(x: Tensor, weight: Weight4, *, one_row: bool) -> Callable[[], Tensor]:
+    """The fused product that `matmul_4bit` takes for inference, or the older one, of one row of activations."""
+    import bitsandbytes  # noqa: F401  (its import registers the operators)
 
-    run, scales = torch.ops.bitsandbytes.gemm_4bit.default, group_scales(weight).reshape(-1)
+    scales, operators = group_scales(weight).reshape(-1), torch.ops.bitsandbytes
     codes, shape = weight.codes.reshape(-1, 1), list(weight.shape)
-    return lambda: run(x, codes, shape, scales, weight.group_size, "nf4")
-
-
-def _bitsandbytes_gemv(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
-    """The older product, of one row of activations: with more it fails the check."""
-    import bitsandbytes  # noqa: F401  (its import registers the operator)
-
-    run, scales = torch.ops.bitsandbytes.gemv_4bit.default, group_scales(weight).reshape(-1)
-    codes, shape = weight.codes.reshape(-1, 1), list(weight.shape)
-    return lambda: run(x, codes, shape, scales, weight.levels, weight.group_size)
+    if one_row:  # with more it fails the check
+        return lambda: operators.gemv_4bit.default(x, codes, shape, scales, weight.levels, weight.group_size)
+    return lambda: operators.gemm_4bit.default(x, codes, shape, scales, weight.group_size, "nf4")
 
 
 def _gemlite(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
@@ -393,14 +392,12 @@ def _cut_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Callabl
 
 
 PEERS = (
-    Peer("bitsandbytes-gemm", "bitsandbytes", "bitsandbytes", "nf4", _bitsandbytes_gemm),
-    Peer("bitsandbytes-gemv", "bitsandbytes", "bitsandbytes", "nf4", _bitsandbytes_gemv),
-    Peer("gemlite", "gemlite", "gemlite", "int4", _gemlite),
-    Peer("liger", "liger-kernel", "liger_kernel", "loss", _liger),
-    Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", "loss", _cut_cross_entropy, needs_gpu=False),
+    Peer("bitsandbytes-gemm", "bitsandbytes", "product nf4", partial(_bitsandbytes_product, one_row=False)),
+    Peer("bitsandbytes-gemv", "bitsandbytes", "product nf4", partial(_bitsandbytes_product, one_row=True)),
+    Peer("gemlite", "gemlite", "product int4_zero_point", _gemlite),
+    Peer("liger", "liger-kernel", "loss", _liger),
+    Peer("cut-cross-entropy", "cut-cross-entropy", "loss", _cut_cross_entropy, needs_gpu=False),
 )
-
-SUBJECTS = {"nf4": "product nf4", "int4": "product int4_zero_point", "loss": "loss"}
 
 
 def main() -> None:

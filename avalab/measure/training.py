@@ -32,9 +32,10 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -91,52 +92,31 @@ class Sizes:
 SIZES = {"smoke": Sizes(3, 2, 4), "laptop": Sizes(11, 5, 16), "a2000": Sizes(11, 10, 16)}
 SIZES["long"] = SIZES["laptop"]
 
+LOADED: dict = {}  # of an arm's own process
+
 
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def measure_training(run: Run, sizes: Sizes | None = None) -> None:
-    """Append every arm's speed, memory and loss gap to the run's records."""
+    """Append every arm's speed, memory and loss gap to the run's records. Raises BrokenProcessPool when an arm dies."""
     sizes = sizes or SIZES[run.profile_name]
     base = quantize.compress_artifact(checkpoint.base_artifact(run), "nf4", run=run, double_quantization=True)
-    context = multiprocessing.get_context("spawn")
-    pipes, started = {}, []
-    for arm in ARMS:
-        pipes[arm], theirs = context.Pipe()
-        started.append(context.Process(target=serve_arm, args=(theirs, arm, base.path, run.device, sizes), daemon=True))
-        started[-1].start()
-        theirs.close()
-    try:
-        found = _ask_in_turn(pipes, sizes)
-    finally:
-        for process_of_arm, pipe in zip(started, pipes.values(), strict=True):
-            pipe.close()  # the arm ends when it next reads
-            process_of_arm.join(timeout=10)
-            process_of_arm.kill()
+    found: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    with ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        arms = {arm: stack.enter_context(ProcessPoolExecutor(1, context)) for arm in ARMS}
+        loading = [each.submit(load_arm, arm, base.path, run.device, sizes) for arm, each in arms.items()]
+        for loaded in loading:
+            loaded.result()
+        for _ in tqdm(range(sizes.rounds), desc="rounds"):
+            for arm, process_of_arm in arms.items():
+                found[arm].append(process_of_arm.submit(train_steps, sizes.steps).result())
     for arm in ARMS:
         _record_arm(run, arm, found, base.sha256)
     predict_limit(run, sizes.rank)
     if run.device.startswith("cuda"):
         measure_limit(run, sizes.rank)
-
-
-def _ask_in_turn(pipes: dict[str, Connection], sizes: Sizes) -> dict[str, list[dict]]:
-    """Per arm, one dict a round: `seconds`, `tokens`, `losses`, `peak_bytes`."""
-
-    def received(arm: str) -> dict:
-        try:
-            return pipes[arm].recv()
-        except EOFError:
-            raise RuntimeError(f"the process of arm {arm!r} died; its error is printed above") from None
-
-    for arm in pipes:
-        received(arm)  # loaded
-    found: dict[str, list[dict]] = {arm: [] for arm in pipes}
-    for _ in tqdm(range(sizes.rounds), desc="rounds"):
-        for arm, pipe in pipes.items():
-            pipe.send(sizes.steps)
-            found[arm].append(received(arm))
-    return found
 
 
 def _record_arm(run: Run, arm: str, found: dict[str, list[dict]], sha256: str) -> None:
@@ -157,20 +137,19 @@ def _record_arm(run: Run, arm: str, found: dict[str, list[dict]], sha256: str) -
     record("loss_gap:last", gaps[-1], "nats/token", n=len(gaps), samples=curve)
 
 
-def serve_arm(pipe: Connection, arm: str, folder: Path, device: str, sizes: Sizes) -> None:
-    """In the arm's process: load, say so, then train as many steps as each message asks for, until the pipe closes."""
+def load_arm(arm: str, folder: Path, device: str, sizes: Sizes) -> None:
+    """In the arm's process: make the step that `train_steps` takes."""
     step = training_step(arm, folder, device, rank=sizes.rank, steps=sizes.rounds * sizes.steps)
-    pipe.send({})
-    while True:
-        try:
-            count = pipe.recv()
-        except EOFError:
-            return
-        start = time.perf_counter()
-        tokens, seen = zip(*(step() for _ in range(count)), strict=True)
-        seconds = time.perf_counter() - start
-        peak = memory.peak_bytes(device)
-        pipe.send({"seconds": seconds, "tokens": sum(tokens), "losses": list(seen), "peak_bytes": peak})
+    LOADED.update(step=step, device=device)
+
+
+def train_steps(count: int) -> dict:
+    """In the arm's process: `seconds`, `tokens`, `losses` and `peak_bytes` of so many steps."""
+    start = time.perf_counter()
+    tokens, seen = zip(*(LOADED["step"]() for _ in range(count)), strict=True)
+    seconds = time.perf_counter() - start
+    peak = memory.peak_bytes(LOADED["device"])
+    return {"seconds": seconds, "tokens": sum(tokens), "losses": list(seen), "peak_bytes": peak}
 
 
 def training_step(arm: str, folder: Path, device: str, *, rank: int, steps: int) -> Callable[[], tuple[int, float]]:

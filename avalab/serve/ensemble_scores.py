@@ -288,7 +288,7 @@ def _score(voices: dict[str, Voice], ensembles: Mapping[str, Ensemble], against:
 
 def record_distributions(run: Run, subject: str, about: Ensemble, found: TokenScores, text: Text) -> None:
     """Append perplexity, KL divergence and top-1 agreement of an ensemble, `:<text>` each."""
-    for metric, unit, estimate in quality.estimates(found, resamples=run.profile.resamples, seed=run.seed):
+    for metric, unit, estimate in quality.estimates(run, found):
         run.record(
             subject,
             f"{metric}:{text.name}",
