@@ -406,23 +406,6 @@ def record_cell(run: Run, artifact: Artifact, *, engine: str, work: Workload, ce
         record(f"energy_joules_per_token:prompt{length}", unit="J/token", **vars(found))
 
 
-def record_failure(
-    run: Run, subject: str, note: str, *, artifact: Artifact | None = None, engine: str = "", threads: int = 0
-) -> None:
-    """Append the one record of a cell that was not measured."""
-    sha256 = artifact.sha256 if artifact else ""
-    run.record(
-        subject,
-        "decode_tokens_per_s",
-        None,
-        "token/s",
-        note=note,
-        artifact_sha256=sha256,
-        engine=engine,
-        threads=threads,
-    )
-
-
 def record_speeds(record: Callable, cell: Cell, *, length: int, ending: str = "") -> None:
     """Append prefill and decode speed at a prompt length with intervals and samples; `record` knows their subject."""
     prefill = [length / seconds for seconds in cell.first[str(length)]]

@@ -197,7 +197,7 @@ def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
     if x.is_cuda and weight.zero_points is not None:
         arms["torch-int4pack"] = _int4pack_gpu(x, weight)
     if product.is_nf4(weight.to("cpu")) and product.native_code():
-        arms["bitsandbytes-decoded"] = lambda: functional.linear(x, _decoded_whole(weight))
+        arms["bitsandbytes-decoded"] = lambda: functional.linear(x, product.decode_library(weight, x.dtype))
         if small is not None:
             arms["bitsandbytes"] = _bitsandbytes(x, weight)
     kind = "nf4" if weight.zero_points is None else "int4_zero_point"
@@ -228,12 +228,6 @@ def _bitsandbytes(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
     )
     state.packing_format_for_cpu = True
     return lambda: matmul_4bit(x, small.codes, state)
-
-
-def _decoded_whole(weight: Weight4) -> Tensor:
-    """bitsandbytes' form for training: decode all of the weight, then multiply."""
-    scales, shape = group_scales(weight).reshape(-1), list(weight.shape)
-    return torch.ops.bitsandbytes.dequantize_4bit(weight.codes, scales, 64, "nf4", shape, torch.bfloat16)
 
 
 def encode_arms(device: str, shape: tuple[int, int]) -> Arms:
@@ -275,11 +269,11 @@ class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight4) -> Tensor:
         ctx.weight = weight
-        return functional.linear(x, _decoded_whole(weight))
+        return functional.linear(x, product.decode_library(weight, x.dtype))
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        return g @ _decoded_whole(ctx.weight), None
+        return g @ product.decode_library(ctx.weight, g.dtype), None
 
 
 def loss_arms(device: str, size: tuple[int, int, int], *, trained: bool) -> Arms:

@@ -1,6 +1,6 @@
 """Human ratings: a sheet of answers to the same requests, the scores that people give them, and what these say.
 
-1. Requests come from `prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with tools
+1. Requests come from `data/prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with tools
    on offer: one tool does it, none helps, or a value is missing. Every artefact answers them greedily in any engine.
 2. `make_sheet` writes `sheet.json`, requests and answers under the hash of their text, and `key.json`, which says whose
    they are. Equal answers of two artefacts are one answer, read and scored once for both. `order` gives each rater an
@@ -45,7 +45,7 @@ from avalab.lab.run import Run, write_atomically
 from avalab.lab.statistics import Estimate
 from avalab.measure.answers import Question, Respondent, answer
 
-PROMPTS = Path(__file__).parent.parent / "prompts" / "side_by_side.txt"
+PROMPTS = Path(toolbox.__file__).with_name("prompts") / "side_by_side.txt"
 PLAIN_KINDS, TOOL_KINDS = ("question", "writing", "reasoning", "instruction"), ("call", "no_tool", "ask_back")
 ANSWER_TOKENS = 128
 CRITERIA = {

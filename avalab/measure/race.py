@@ -48,6 +48,7 @@ from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
 from avalab.models import checkpoint
 
+FAILED = "decode_tokens_per_s"  # the metric of a record that says why a cell was not measured
 WANTED = 0.05  # width of the interval over the median
 CAPS = {"smoke": 1.0, "laptop": 400.0}  # seconds of a whole race; others 1800
 VISITS = {  # sizes of one; others those of `Workload`
@@ -121,7 +122,7 @@ def make_forms(run: Run, names: Sequence[str] = ()) -> dict[str, Artifact]:
         try:
             made[name] = FORMS[name](base, run)
         except (engines.EngineUnavailable, ValueError) as error:  # not here, or not of this model's shape
-            cell.record_failure(run, name, f"not measured: {error}")
+            run.record(name, FAILED, None, "token/s", threads=0, note=f"not measured: {error}")
     return made
 
 
@@ -258,15 +259,16 @@ def _record_outcomes(run: Run, outcomes: dict[Entry, Cell | str], work: Workload
     """A missing library is said once for each engine, everything else cell by cell."""
     said = set()
     for entry, found in outcomes.items():
-        subject, artifact, engine = entry.subject, entry.artifact, entry.engine
+        subject, artifact, engine, threads = entry.subject, entry.artifact, entry.engine, entry.threads
         if isinstance(found, Cell):
-            own = replace(work, threads=entry.threads)
+            own = replace(work, threads=threads)
             cell.record_cell(run, artifact, engine=engine, work=own, cell=found, subject=subject)
         elif not found.startswith("engine "):
-            cell.record_failure(run, subject, found, artifact=artifact, engine=engine, threads=entry.threads)
+            record = partial(run.record, artifact_sha256=artifact.sha256, engine=engine, threads=threads)
+            record(subject, FAILED, None, "token/s", note=found)
         elif engine not in said:
-            cell.record_failure(run, engine, f"not measured: {found}", engine=engine)
             said.add(engine)
+            run.record(engine, FAILED, None, "token/s", engine=engine, threads=0, note=f"not measured: {found}")
 
 
 def _append_visit(file: Path, identity: str, row: dict) -> None:

@@ -344,7 +344,7 @@ def answer_time_steps(request: dict) -> dict:
 
 def time_steps(base: Artifact, arm: str, device: str, rank: int) -> dict:
     """`peak_bytes`, and `seconds` of steps of one row of 1,024 random tokens, all counted in the loss, after a few."""
-    model, loss = (peer_loss if arm in PEERS else own_loss)(base, arm, device, rank)
+    model, loss = limit_model(base, arm, device, rank)
     ids = torch.randint(3, model.config.vocab_size, (TOKENS + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     row = packing.pack_rows([Encoded(ids[:-1], ids[1:])], row_tokens=TOKENS, seed=0)
     batch = {name: value.to(device) for name, value in collate(row).items()}
@@ -366,32 +366,27 @@ def time_steps(base: Artifact, arm: str, device: str, rank: int) -> dict:
     return {"peak_bytes": memory.peak_bytes(device), "seconds": seconds[WARM_UP:]}
 
 
-def own_loss(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTrainedModel, Callable[[dict], Tensor]]:
-    """The model of an arm of `LIMIT_ARMS`, and the loss of a batch."""
-    wanted = limit_step(arm, rank)
-    model = checkpoint.load_model(base, device)
-    adapters.attach_adapters(model, rank=rank, alpha=2 * rank, seed=0)
-    adapters.apply_fused(model, decoded=wanted.decoded)
-    with torch.no_grad():  # the kernels check themselves in their first call, which recomputation must not watch
-        model(torch.tensor([[3, 4]], device=device))
-    apply_packed_attention(model)
-    if wanted.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = loop.Student(model, losses.next_token if wanted.chunked_loss else dense_loss).train()
-    return model, lambda batch: student(**batch)["loss"]
-
-
-def peer_loss(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTrainedModel, Callable[[dict], Tensor]]:
-    """The usual recipe: the library's layers and its own loss, recomputed activations."""
+def limit_model(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTrainedModel, Callable[[dict], Tensor]]:
+    """The model of an arm of `LIMIT_ARMS` or `PEERS`, and the loss of a batch."""
     if arm == "unsloth":
         recipe = finetune.Recipe(rank=rank, alpha=2 * rank, schedule=loop.Schedule(gradient_checkpointing=True))
         model = finetune.prepare_model(base, recipe, Run("bench_train"))
     else:
         model = checkpoint.load_model(base, device)
         adapters.attach_adapters(model, rank=rank, alpha=2 * rank, seed=0)
+    ours = limit_step(arm, rank) if arm in LIMIT_ARMS else None
+    if ours:
+        adapters.apply_fused(model, decoded=ours.decoded)
+        with torch.no_grad():  # the kernels check themselves in their first call, which recomputation must not watch
+            model(torch.tensor([[3, 4]], device=device))
+        apply_packed_attention(model)
+    if arm == "peft" or (ours and ours.recompute):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    # The model shifts the labels itself: every token but the last one's successor is predicted.
+    if ours:
+        student = loop.Student(model, losses.next_token if ours.chunked_loss else dense_loss)
+        return model, lambda batch: student(**batch)["loss"]
+    # The libraries' own loss shifts the labels itself: every token but the last one's successor is predicted.
     return model, lambda batch: model(batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
 
 

@@ -113,12 +113,6 @@ def test_a_cell_that_takes_too_long_says_so(artifact):
         cell.measure_cell(artifact, "torch", work=replace(WORK, limit_seconds=0.01))
 
 
-def test_a_cell_that_was_not_measured_is_a_record_that_says_why(own_run, artifact):
-    cell.record_failure(own_run, "tiny in onnx", "no memory", artifact=artifact, engine="onnx", threads=1)
-    (record,) = own_run.records
-    assert (record.subject, record.value, record.note, record.threads) == ("tiny in onnx", None, "no memory", 1)
-
-
 @pytest.mark.parametrize(
     ("engine", "work", "says"),
     [

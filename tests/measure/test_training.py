@@ -179,7 +179,7 @@ def allocated_peak(step) -> int:
 def test_the_predicted_peak_is_what_a_step_allocates(arm, tmp_path):
     shape = Shape(vocab=8000, hidden=256, mlp=768, layers=4, heads=4, kv_heads=2, head_dim=64, tied=True)
     base, tokens, rank = training.random_base("wide", shape, tmp_path), 384, 4
-    model, loss = training.own_loss(base, arm, "cpu", rank)
+    model, loss = training.limit_model(base, arm, "cpu", rank)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.arange(3, 3 + tokens)[None]
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids - 3, "boundaries": torch.tensor([0, tokens])}
@@ -200,11 +200,11 @@ def test_all_arms_and_the_usual_recipe_have_the_same_loss(random_base, short):
     ids = torch.randint(3, 512, (1, 97), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": torch.arange(96)[None]}
     batch["boundaries"] = torch.tensor([0, 96])
-    found = [training.own_loss(random_base, arm, "cpu", 2)[1](batch).item() for arm in training.LIMIT_ARMS]
+    found = [training.limit_model(random_base, arm, "cpu", 2)[1](batch).item() for arm in training.LIMIT_ARMS]
     assert found == pytest.approx([found[0]] * len(found), abs=0.02)
     batch["labels"] = torch.cat([batch["input_ids"][:, 1:], torch.tensor([[-100]])], dim=1)  # as the model shifts them
-    ours = training.own_loss(random_base, "all", "cpu", 2)[1](batch).item()
-    assert training.peer_loss(random_base, "peft", "cpu", 2)[1](batch).item() == pytest.approx(ours, abs=0.02)
+    ours = training.limit_model(random_base, "all", "cpu", 2)[1](batch).item()
+    assert training.limit_model(random_base, "peft", "cpu", 2)[1](batch).item() == pytest.approx(ours, abs=0.02)
 
 
 def test_the_dense_loss_is_the_chunked_one():
