@@ -265,13 +265,6 @@ def code_problems(run: Run, limit: int | None = None) -> list[Problem]:
     return sandbox.load_problems(path)[: limit or run.profile.humaneval_items]
 
 
-def answer_code(respondent: Respondent, problems: list[Problem], cache: Path, *, progress: str = "") -> list[str]:
-    """Completions of HumanEval prompts, cut where the function ends. Raises as `answer` does."""
-    questions = [Question(problem.prompt) for problem in problems]
-    texts = answer(respondent, questions, cache, task="humaneval", tokens=CODE_TOKENS, progress=progress)
-    return [_END_OF_FUNCTION.split(text, maxsplit=1)[0] for text in texts]
-
-
 def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: list[Problem]) -> list[bool]:
     """Append pass@1 (greedy) of HumanEval problems; how the programs ended is in the details.
 
@@ -280,7 +273,10 @@ def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: l
     active = set(sandbox.layers())
     if active.isdisjoint({"namespaces", "seccomp"}) or active.isdisjoint({"root", "landlock"}):
         raise ValueError(f"the sandbox of this machine has only {', '.join(sorted(active))}; code is not run in it")
-    texts = answer_code(respondent, problems, run.artifacts_dir / "cache", progress=f"{subject} humaneval")
+    questions, cache = [Question(problem.prompt) for problem in problems], run.artifacts_dir / "cache"
+    progress = f"{subject} humaneval"
+    texts = answer(respondent, questions, cache, task="humaneval", tokens=CODE_TOKENS, progress=progress)
+    texts = [_END_OF_FUNCTION.split(text, maxsplit=1)[0] for text in texts]
     bar = tqdm(zip(problems, texts, strict=True), total=len(texts), desc="sandbox", leave=False)
     endings = [sandbox.passes(problem, text).status for problem, text in bar]
     share = statistics.wilson(endings.count("finished"), len(endings))

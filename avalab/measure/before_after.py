@@ -19,8 +19,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,8 +105,14 @@ def telling(engine: Engine, *, form: str = "") -> Told:
     """An engine's generation, with `form` as the only form of the kernels."""
 
     def told(prompt: list[int], new_tokens: int) -> list[float]:
-        with _only(form):
+        before = os.environ.get(dispatch.SWITCH, "")
+        if form:
+            os.environ[dispatch.SWITCH] = form
+        try:
             return cell.time_tokens(engine, prompt, new_tokens)
+        finally:
+            if form:
+                os.environ[dispatch.SWITCH] = before
 
     return told
 
@@ -130,18 +135,6 @@ def generating(model: PreTrainedModel) -> Told:
         return seconds
 
     return told
-
-
-@contextmanager
-def _only(form: str) -> Iterator[None]:
-    """AVALAB_KERNELS is `form` in the block; empty: what it was."""
-    before = os.environ.get(dispatch.SWITCH)
-    if form:
-        os.environ[dispatch.SWITCH] = form
-    try:
-        yield
-    finally:
-        os.environ.pop(dispatch.SWITCH, None) if before is None else os.environ.update({dispatch.SWITCH: before})
 
 
 def _rounds(arms: dict[str, Told], sizes: Sizes, vocabulary: int) -> dict[str, dict[str, list[float]]]:

@@ -26,7 +26,7 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -239,18 +239,14 @@ def record_lengths(
         record(metric, None, "ms", note=str(error))
         return []
     for point in points:
-        _record_point(record, point, f"context{point.length}:cache{cache_bits}")
+        ending = f"context{point.length}:cache{cache_bits}"
+        if point.seconds_per_token is None:
+            record(f"token_latency_ms:{ending}", None, "ms", note=point.note)
+            continue
+        one, samples = partial(record, details=point.details), [1000 * s for s in point.samples]
+        one(f"token_latency_ms:{ending}", unit="ms", samples=samples, **vars(statistics.quantile(samples)))
+        one(f"time_to_first_token_ms:{ending}", 1000 * point.first_token_seconds, "ms", n=1)
+        one(f"peak_rss_bytes:{ending}", point.peak_bytes, "byte")
+        one(f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte")
+        one(f"predicted_token_latency_ms:{ending}", 1000 * point.predicted_seconds, "ms")
     return points
-
-
-def _record_point(record: Callable, point: Point, ending: str) -> None:
-    if point.seconds_per_token is None:
-        record(f"token_latency_ms:{ending}", None, "ms", note=point.note)
-        return
-    record = partial(record, details=point.details)
-    samples = [1000 * s for s in point.samples]
-    record(f"token_latency_ms:{ending}", unit="ms", samples=samples, **vars(statistics.quantile(samples)))
-    record(f"time_to_first_token_ms:{ending}", 1000 * point.first_token_seconds, "ms", n=1)
-    record(f"peak_rss_bytes:{ending}", point.peak_bytes, "byte")
-    record(f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte")
-    record(f"predicted_token_latency_ms:{ending}", 1000 * point.predicted_seconds, "ms")

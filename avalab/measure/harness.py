@@ -91,30 +91,28 @@ def require() -> None:
         raise EngineUnavailable(f"tasks of lm-evaluation-harness need the package lm-eval; install it: {INSTALL}")
 
 
-def score_tasks(answer: dict) -> list[Score]:
+def score_tasks(answer: dict) -> Iterator[Score]:
     """What the harness's results say, in their order: every number that is one, with its interval.
 
     `answer` is what `lm_eval.simple_evaluate` returns (`results` and the tables beside it).
     """
-    return [score for task, row in answer["results"].items() for score in _scores_of(task, row, answer)]
-
-
-def _scores_of(task: str, row: dict, answer: dict) -> Iterator[Score]:
-    counted = answer.get("n-samples", {}).get(task, {})
-    for key, value in row.items():
-        name, comma, how = key.partition(",")
-        if not comma or name.endswith("_stderr") or not _is_number(value):
-            continue
-        error = row.get(f"{name}_stderr,{how}")
-        details = {
-            "documents": counted.get("original"),
-            "version": answer.get("versions", {}).get(task),
-            "shots": answer.get("n-shot", {}).get(task),
-            "stderr": error if _is_number(error) else None,
-            "higher_is_better": answer.get("higher_is_better", {}).get(task, {}).get(name),
-        }
-        n = row.get("sample_count", {}).get(key) or row.get("sample_len") or counted["effective"]
-        yield Score(task, name if how == "none" else f"{name}:{how}", interval(value, details["stderr"], n), details)
+    for task, row in answer["results"].items():
+        counted = answer.get("n-samples", {}).get(task, {})
+        for key, value in row.items():
+            name, comma, how = key.partition(",")
+            if not comma or name.endswith("_stderr") or not _is_number(value):
+                continue
+            error = row.get(f"{name}_stderr,{how}")
+            details = {
+                "documents": counted.get("original"),
+                "version": answer.get("versions", {}).get(task),
+                "shots": answer.get("n-shot", {}).get(task),
+                "stderr": error if _is_number(error) else None,
+                "higher_is_better": answer.get("higher_is_better", {}).get(task, {}).get(name),
+            }
+            n = row.get("sample_count", {}).get(key) or row.get("sample_len") or counted["effective"]
+            metric = name if how == "none" else f"{name}:{how}"
+            yield Score(task, metric, interval(value, details["stderr"], n), details)
 
 
 def _is_number(value: object) -> bool:
@@ -134,9 +132,6 @@ def interval(value: float, stderr: float | None, n: int) -> Estimate:
         if math.isclose(stderr, of_a_share, rel_tol=1e-6, abs_tol=1e-9):
             return statistics.wilson(round(value * n), n)
     return Estimate(float(value), value - Z * stderr, value + Z * stderr, n)
-
-
-# --- the harness ------------------------------------------------------------------------------------------------------
 
 
 def _evaluated(artifact: Artifact, tasks: list[str], run: Run, settings: dict, folder: Path | None) -> Iterator[dict]:

@@ -36,7 +36,7 @@ from avalab.kernels import encoding, formats, product
 from avalab.kernels.product import sample
 from avalab.kernels.weight import Weight4, decode, group_scales
 from avalab.lab import trackers
-from avalab.lab.run import PROFILES, Record, Run, load_average
+from avalab.lab.run import PROFILES, Run, load_average
 from avalab.lab.statistics import median_and_range
 from avalab.lab.trackers import Arms
 
@@ -63,17 +63,6 @@ SIZES = {
     "a2000": Sizes(((8192, 2048), (14336, 4096)), (1, 16, 512, 4096), 16, 4096, (4096, 2048, 151936), 15, 8192),
 }
 SIZES["long"] = SIZES["laptop"]
-
-
-def measure_kernels(run: Run) -> list[Record]:
-    """All records of this module for the run's profile and device."""
-    sizes = SIZES[run.profile_name]
-    products(run, sizes)
-    encodings(run, sizes)
-    lora(run, sizes)
-    losses(run, sizes)
-    absent(run)
-    return run.records
 
 
 def matrix_peak(side: int, device: str = "cpu") -> float:
@@ -406,9 +395,14 @@ def main() -> None:
         size = SIZES[chosen.profile].loss
         print(peak_bytes(chosen.device, size, chosen.peak, trained=not chosen.frozen))
         return
-    run = Run("bench_kernels", chosen.profile)
+    run, sizes = Run("bench_kernels", chosen.profile), SIZES[chosen.profile]
     print(f"load average {load_average()}, {torch.get_num_threads()} threads")
-    for record in measure_kernels(run):
+    products(run, sizes)
+    encodings(run, sizes)
+    lora(run, sizes)
+    losses(run, sizes)
+    absent(run)
+    for record in run.records:
         shown = "-" if record.value is None else f"{record.value:.4g}"
         print(f"{record.subject:60} {record.metric:18} {shown:>10} {record.unit} {record.note}")
     print(run.save())

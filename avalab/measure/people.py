@@ -1,7 +1,7 @@
 """Human ratings: a sheet of answers to the same requests, the scores that people give them, and what these say.
 
-1. Requests come from `data/prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with tools
-   on offer: one tool does it, none helps, or a value is missing. Every artefact answers them greedily in any engine.
+1. Requests come from `data/prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with
+   tools on offer: one tool does it, none helps, or a value is missing. Every artefact answers greedily in any engine.
 2. `make_sheet` writes `sheet.json`, requests and answers under the hash of their text, and `key.json`, which says whose
    they are. Equal answers of two artefacts are one answer, read and scored once for both. `order` gives each rater an
    order of requests, and of answers within each, from a hash: the same after a break, another for the next rater.
@@ -159,11 +159,6 @@ def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[s
     for name, content in (("sheet.json", sheet), ("key.json", whose)):
         write_atomically(folder / name, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     return sheet
-
-
-def load_sheet(folder: Path) -> dict:
-    """The sheet that `make` wrote. Raises FileNotFoundError naming the folder where there is none."""
-    return json.loads((folder / "sheet.json").read_text(encoding="utf-8"))
 
 
 def load_key(folder: Path) -> dict[str, dict]:

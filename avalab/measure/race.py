@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from avalab import engines
@@ -75,15 +74,6 @@ def _ava(base: Artifact, run: Run) -> Artifact:
     return quantize.compress_artifact(base, "ava", run=run, bits_per_weight=AVA_BITS)
 
 
-def _gguf_ava(base: Artifact, run: Run) -> Artifact:
-    """The allocation over GGUF's own block types, at the bytes of Q4_0."""
-    return quantize.compress_artifact(base, "ava", run=run, bytes=gguf_file.write(base, "q4_0").bytes, format="gguf")
-
-
-def _calibration(base: Artifact, run: Run) -> Tensor:
-    return corpora.calibration_windows(run, checkpoint.load_tokenizer(base))
-
-
 FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "bf16": lambda base, run: base,
     "nf4": lambda base, run: quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
@@ -91,8 +81,12 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "ava": _ava,
     "gguf-q8_0": lambda base, run: gguf_file.write(base, "q8_0"),
     "gguf-q4_0": lambda base, run: gguf_file.write(base, "q4_0"),
-    "gguf-q4_k_m": lambda base, run: llamacpp.write(base, "q4_k_m", windows=_calibration(base, run)),
-    "gguf-ava": _gguf_ava,
+    "gguf-q4_k_m": lambda base, run: llamacpp.write(
+        base, "q4_k_m", windows=corpora.calibration_windows(run, checkpoint.load_tokenizer(base))
+    ),
+    "gguf-ava": lambda base, run: quantize.compress_artifact(  # over GGUF's own block types, at the bytes of Q4_0
+        base, "ava", run=run, bytes=gguf_file.write(base, "q4_0").bytes, format="gguf"
+    ),
     "openvino-int8": lambda base, run: openvino_engine.write(base, "int8"),
     "openvino-int4": lambda base, run: openvino_engine.write(base, "int4"),
     "onnx-int4": lambda base, run: genai_folder.write(base, "int4"),
@@ -183,7 +177,9 @@ def hold_race(run: Run, entries: list[Entry], *, work: Workload, cap_seconds: fl
         return sum(visit.get("seconds", 0) for each in visits.values() for visit in each) > cap_seconds
 
     def keep(entry: Entry, row: dict) -> None:
-        _append_visit(file, keys[entry], row)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:  # a line that a killed race left open is closed by the first \n
+            lines.write("\n" + json.dumps({"key": keys[entry], **row}) + "\n")
         visits[entry].append(row)
 
     started = False
@@ -200,7 +196,10 @@ def hold_race(run: Run, entries: list[Entry], *, work: Workload, cap_seconds: fl
                 missing[entry.engine] = str(error)  # not kept in the file: it may be installed tomorrow
     for entry in waiting():
         keep(entry, {"end": "time cap", "cap_seconds": cap_seconds})
-    outcomes = {entry: _outcome(visits[entry], missing.get(entry.engine, "")) for entry in entries}
+    outcomes = {
+        entry: _merged(seen) or next((v["failed"] for v in seen if "failed" in v), missing.get(entry.engine, ""))
+        for entry, seen in visits.items()
+    }
     _record_outcomes(run, outcomes, work)
     return outcomes
 
@@ -251,10 +250,6 @@ def _is_finished(visits: list[dict], cap_seconds: float) -> bool:
     return found is not None and is_settled(found)
 
 
-def _outcome(visits: list[dict], missing: str) -> Cell | str:
-    return _merged(visits) or next((visit["failed"] for visit in visits if "failed" in visit), missing)
-
-
 def _record_outcomes(run: Run, outcomes: dict[Entry, Cell | str], work: Workload) -> None:
     """A missing library is said once for each engine, everything else cell by cell."""
     said = set()
@@ -269,13 +264,6 @@ def _record_outcomes(run: Run, outcomes: dict[Entry, Cell | str], work: Workload
         elif engine not in said:
             said.add(engine)
             run.record(engine, FAILED, None, "token/s", engine=engine, threads=0, note=f"not measured: {found}")
-
-
-def _append_visit(file: Path, identity: str, row: dict) -> None:
-    """One write a line; a line that a killed race left open is closed by the empty one before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" + json.dumps({"key": identity, **row}) + "\n")
 
 
 def _read_visits(file: Path) -> dict[str, list[dict]]:

@@ -152,7 +152,6 @@ def test_a_completion_ends_where_the_function_ends_and_is_run(run, respondent, m
     made = run.records[-1]
     assert (made.metric, made.value, made.n) == ("pass_at_1", 0.5, 2)
     assert made.details["endings"] == {"finished": 1, "error": 1}
-    assert answers.answer_code(respondent, problems[:1], run.artifacts_dir / "cache") == ["    return 1"]
 
 
 def test_code_is_not_run_in_a_sandbox_without_enough_layers(run, respondent, monkeypatch):
