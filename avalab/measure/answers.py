@@ -93,9 +93,6 @@ class Question:
         return artifacts.sha256_of_text(json.dumps(asdict(self)))[:16]
 
 
-# --- any questions ----------------------------------------------------------------------------------------------------
-
-
 def answer(
     respondent: Respondent, questions: Sequence[Question], cache: Path, *, task: str, tokens: int, progress: str = ""
 ) -> list[str]:

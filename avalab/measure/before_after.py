@@ -74,9 +74,6 @@ def nf4_base(run: Run) -> Artifact:
     return quantize.compress_artifact(checkpoint.base_artifact(run), "nf4", run=run, double_quantization=True)
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
 def record_decoding(run: Run, sizes: Sizes | None = None) -> None:
     """Append speed of reading and of decoding, agreement and peak memory of the arms to the run's records."""
     sizes, artifact = sizes or SIZES[run.profile_name], nf4_base(run)
@@ -175,9 +172,6 @@ def measure_peak(request: dict) -> dict:
         told([1] * length, 2)
     above = trackers.process_memory()["peak"] - before
     return {"peak_bytes": trackers.peak_gpu_memory(device) or above}
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def record_training(run: Run, sizes: Sizes | None = None) -> None:

@@ -349,9 +349,6 @@ BATCHES: dict[str, Callable[[dict, list[list[int]], int], tuple[float, float]]] 
 }
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 def merge_cells(cells: Sequence[Cell]) -> Cell:
     """Several measurements of the same cell as one: all samples, the highest peaks, the best read rate."""
 

@@ -23,14 +23,13 @@ keeps after they were freed, which varies from run to run and which a predictabl
 **Zeros** (`record_sparse_speed`): whether they make one linear layer faster. A row of `KERNELS` prepares a weight and
 its inputs once and returns the product to be timed: dense bf16, what transformers runs; dense float32; compressed
 sparse rows (CSR); 2:4 on the sparse tensor cores of a GPU; ONNX Runtime where it is installed, given the weight as a
-dense and as a sparse tensor. Each is compared with the dense product first, and they take turns in every round. What a
-kernel cannot do here is recorded with its reason. Whole pruned models are measured as all artefacts are.
+dense and as a sparse tensor. Each is compared with the dense product first, and they take turns in every round, weights
+out of cache. What a kernel cannot do here is recorded with its reason.
 """
 
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -113,12 +112,7 @@ def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage |
     )
     load = {"load_average": found.load_average}
     record = partial(
-        run.record,
-        subject,
-        artifact_sha256=artifact.sha256,
-        engine="torch",
-        threads=found.torch_threads,
-        details=load,
+        run.record, subject, artifact_sha256=artifact.sha256, engine="torch", threads=found.torch_threads, details=load
     )
     record("artifact_bytes", sum(on_disk.values()), "byte")
     for component, count in on_disk.items():
@@ -238,15 +232,8 @@ def time_kernels(
             if worst > TOLERANCE:
                 raise ValueError(f"kernel {name!r} differs from the dense product by {worst:.1%} of the largest output")
             ready[name] = product
-        samples = [{name: _timed(product) for name, product in ready.items()} for _ in range(rounds + 1)]
-    timed = {name: Timing([sample[name] for sample in samples[1:]]) for name in ready}
-    return {name: (timed | reasons)[name] for name in kernels}
-
-
-def _timed(product: Product) -> float:
-    start = time.perf_counter()
-    trackers.synchronize(str(product().device))
-    return 1000 * (time.perf_counter() - start)
+        timed = trackers.interleaved(ready, rounds, str(weight.device))
+    return {name: reasons[name] if name in reasons else Timing(timed[name]) for name in kernels}
 
 
 def best_ratio(found: Mapping[str, Timing]) -> float:

@@ -143,7 +143,7 @@ def _evaluated(artifact: Artifact, tasks: list[str], run: Run, settings: dict, f
         with _quiet():
             manager = manager or _manager(folder)
             refuse_unknown(tasks, manager.all_tasks)
-            loaded = load(task, manager, folder)
+            loaded = load_task(task, manager, folder)
             ask = ask or _asker(artifact, run.device, settings, manager)
             return ask(loaded)
 
@@ -180,7 +180,7 @@ def _asker(artifact: Artifact, device: str, settings: dict, manager: object) -> 
     return ask
 
 
-def load(task: str, manager: object, folder: Path | None = None) -> list:
+def load_task(task: str, manager: object, folder: Path | None = None) -> list:
     """The harness's objects for a task (one, or those of a tag), with their data.
 
     `manager` is its task manager. Raises AssetUnavailable, in one line, when the data is out of reach.

@@ -2,7 +2,7 @@
 
 1. `make_peer` makes an artefact with a peer: a method with its parameters under a name (`PEERS`). What calibrates does
    so on the run's own windows.
-2. `match` makes the lab's artefact of the same file bytes: its budget is a number of bytes, so the lab does the
+2. `match_size` makes the lab's artefact of the same file bytes: its budget is a number of bytes, so the lab does the
    matching, and one it has made already serves again within 1 %. It does so in every form of `FORMS`, a row each:
    `ava-<bytes>b` (int8 embedding at least: transformers, vLLM), `ava-packed-<bytes>b` (embedding below 8 bits: only
    this package loads it) and `ava-gguf-<bytes>b` (llama.cpp and its kin), so that portable forms stand by themselves.
@@ -61,10 +61,7 @@ PEERS: dict[str, tuple[str, dict]] = {
 PEERS |= {"nf4": ("nf4", {}), "nf4-dq": ("nf4", {"double_quantization": True})}
 PEERS |= {method: (method, {}) for method in WITHOUT_SIZES}
 # The libraries that calibrate, at three sizes, and NNCF: two hours on one thread, most of them AutoRound's.
-SHORT = (
-    *(f"{method}-w{bits}g64-int8emb" for bits in (4, 3, 2) for method in ("gptq", "autoround")),
-    "nncf-int4",
-)
+SHORT = (*(f"{method}-w{bits}g64-int8emb" for bits in (4, 3, 2) for method in ("gptq", "autoround")), "nncf-int4")
 
 MODE, ALL = "forced", "all"
 SHARE = answers.MODES[MODE]
@@ -86,7 +83,7 @@ def make_peer(base: Artifact, peer: str, *, run: Run) -> Artifact:
     return quantize.compress_artifact(base, method, run=run, **parameters)
 
 
-def match(base: Artifact, size: int, *, run: Run, form: str = "ava", made: Sequence[Artifact] = ()) -> Artifact:
+def match_size(base: Artifact, size: int, *, run: Run, form: str = "ava", made: Sequence[Artifact] = ()) -> Artifact:
     """The lab's artefact of `size` bytes in one of `FORMS`: one of `made` within 1 % of it, or a new one.
 
     Raises ValueError for an unknown form, and as `ava` does for a budget that no file fits.
@@ -120,7 +117,12 @@ def record_peer(
     also `kl_ratio` (`:packed` and `:gguf` behind the text for those forms): the rival's mean KL divergence over this
     one's, windows paired. Returns the token scores by text.
     """
-    engine, embedding = _engine_and_embedding(peer) if peer else ("torch", "as its recipe says")
+    engine, embedding = "torch", "as its recipe says"
+    if peer:
+        method, parameters = known_peer(peer)
+        row = quantize.METHODS[method]
+        engine = row.engines[0]
+        embedding = quantize.INT8_EMBEDDING if parameters.get("embedding") == "int8" else row.embedding
     record = partial(run.record, subject, artifact_sha256=artifact.sha256, engine=engine)
     stored = {"embedding": embedding, "format": artifact.format}
     record("artifact_bytes", artifact.bytes, "bytes", n=1, details=stored)
@@ -141,13 +143,6 @@ def record_peer(
             details = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
             record(f"kl_ratio:{text}{_ending(form)}", unit="1", details=details, **vars(ratio))
     return found
-
-
-def _engine_and_embedding(peer: str) -> tuple[str, str]:
-    """The engine that scores a peer's artefact, and how the file holds the embedding."""
-    method, parameters = known_peer(peer)
-    row = quantize.METHODS[method]
-    return row.engines[0], quantize.INT8_EMBEDDING if parameters.get("embedding") == "int8" else row.embedding
 
 
 def _ending(form: str) -> str:
@@ -184,7 +179,7 @@ def compare_peers(run: Run, names: Sequence[str], *, forms: Sequence[str] = ()) 
 def _rival(run: Run, base: Artifact, size: int, against: dict, form: str, made: list[Artifact]) -> Artifact | None:
     """The lab's artefact of this size, recorded when it is new; None, with the reason, where there is none."""
     try:
-        rival = match(base, size, run=run, form=form, made=made)
+        rival = match_size(base, size, run=run, form=form, made=made)
     except ValueError as error:
         run.record(f"{form}-{size}b", "kl_divergence", None, "nats/token", note=" ".join(str(error).split()))
         return None
@@ -280,9 +275,6 @@ def record_difference(run: Run, subject: str, ours: Right, theirs: Right, *, for
             details=details,
             **vars(statistics.share_difference(ours[category], theirs[category])),
         )
-
-
-# --- tables and the command -------------------------------------------------------------------------------------------
 
 
 def columns(run: Run, scores: Sequence[str] = SHOWN) -> list[str]:

@@ -58,8 +58,6 @@ FIELDS = ("prompt", "answer", "rater", *CRITERIA, "note", "when")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 NOBODY = "not measured: nobody has rated yet"
 
-# --- the sheet --------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -256,9 +254,6 @@ def missing(sheet: dict, ratings: Sequence[dict]) -> str:
     if not left:
         return NOBODY
     return f"not measured: {', '.join(unfinished)} (to go on without, remove ratings/NAME.jsonl)" if unfinished else ""
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,6 @@ def list_entries(
     return found
 
 
-# --- every cell in turn -----------------------------------------------------------------------------------------------
-
-
 def workload(run: Run) -> Workload:
     """What is asked in a visit, in the run's profile; on a GPU the torch engine runs there."""
     return replace(VISITS.get(run.profile_name, Workload()), seed=run.seed, device=_device(run))

@@ -95,9 +95,6 @@ SIZES["long"] = SIZES["laptop"]
 LOADED: dict = {}  # of an arm's own process
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
 def measure_training(run: Run, sizes: Sizes | None = None) -> None:
     """Append every arm's speed, memory and loss gap to the run's records. Raises BrokenProcessPool when an arm dies."""
     sizes = sizes or SIZES[run.profile_name]

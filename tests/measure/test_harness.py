@@ -114,7 +114,7 @@ class Unreachable:
 
 def test_data_out_of_reach_is_one_line_that_names_the_task():
     with pytest.raises(AssetUnavailable, match=r"data of task 'gsm8k' cannot be reached: ConnectionError: no route$"):
-        harness.load("gsm8k", Unreachable())
+        harness.load_task("gsm8k", Unreachable())
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def pretended(monkeypatch):
         return answer(ROW, task)
 
     manager = type("Manager", (), {"all_tasks": ["one", "two"]})
-    monkeypatch.setattr(harness, "load", lambda task, *_: [task])
+    monkeypatch.setattr(harness, "load_task", lambda task, *_: [task])
     monkeypatch.setattr(harness, "require", lambda: None)
     monkeypatch.setattr(harness.importlib.metadata, "version", lambda name: "0")
     monkeypatch.setattr(harness, "_manager", lambda folder: manager)

@@ -144,7 +144,7 @@ def test_autoround_loads_back_rounded_but_for_the_layer_that_is_kept(tuned, shor
 
 def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
     near = artifacts.Artifact(base.path, base.card)
-    assert peers.match(base, round(base.bytes * 1.009), run=run, made=[near]) is near
+    assert peers.match_size(base, round(base.bytes * 1.009), run=run, made=[near]) is near
     asked, other = [], artifacts.Artifact(base.path, base.card | {"name": "other"})
 
     def written(_base, method, *, run, **how):
@@ -154,14 +154,14 @@ def test_a_lab_artefact_within_one_percent_serves_again(base, run, monkeypatch):
     monkeypatch.setattr(quantize, "compress_artifact", written)
     size = round(base.bytes * 1.02)
     for form in peers.FORMS:
-        assert peers.match(base, size, run=run, form=form, made=[near]) is other
+        assert peers.match_size(base, size, run=run, form=form, made=[near]) is other
     assert asked == [
         ("ava", {"bytes": size}),
         ("ava", {"bytes": size, "embedding": "packed"}),
         ("ava", {"bytes": size, "format": "gguf"}),
     ]
     with pytest.raises(ValueError, match="unknown form 'nf4' of the lab's artefact; choose one of ava, ava-packed"):
-        peers.match(base, size, run=run, form="nf4")
+        peers.match_size(base, size, run=run, form="nf4")
 
 
 # Scores
@@ -182,7 +182,7 @@ def test_a_table_has_a_line_a_subject_a_dash_for_what_is_missing_and_its_note():
 
 def test_a_comparison_records_peer_rival_and_what_is_missing(run, base, rounded, monkeypatch, tmp_path):
     monkeypatch.setattr(type(run), "results_dir", property(lambda self: tmp_path))
-    monkeypatch.setattr(peers, "match", lambda *arguments, **options: rounded)
+    monkeypatch.setattr(peers, "match_size", lambda *arguments, **options: rounded)
     missing = replace(quantize.METHODS["onnx-k-quant"], library="no_such_module")
     monkeypatch.setitem(quantize.METHODS, "x", missing)
     monkeypatch.setitem(peers.PEERS, "x", ("x", {}))
@@ -207,7 +207,7 @@ def test_a_form_that_does_not_fit_is_recorded_with_the_reason(run, base, rounded
     def refused(_base, size, **_how):
         raise ValueError(f"a budget of {size:,} bytes is below the smallest file")
 
-    monkeypatch.setattr(peers, "match", refused)
+    monkeypatch.setattr(peers, "match_size", refused)
     run.records.clear()
     peers.compare_peers(run, ["rtn-w4g64"], forms=["ava-gguf"])
     kept = {(r.subject, r.metric): r for r in run.records}
@@ -369,7 +369,7 @@ def test_adding_a_peer_leaves_the_rows_of_others_and_takes_the_labs_artefact_of_
         tried[form] = [artifact.sha256 for artifact in made]
         return base
 
-    monkeypatch.setattr(peers, "match", match)
+    monkeypatch.setattr(peers, "match_size", match)
     asked_run.record("late", "kl_divergence", None, "nats/token", note="needs the package x")
     peers.compare_peers(asked_run, ["peer", "late"], forms=["ava", "ava-gguf"])
     assert made == ["late"]
