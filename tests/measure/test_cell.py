@@ -35,7 +35,7 @@ CELL = Cell(
 
 
 def values(run: Run) -> dict[str, float | None]:
-    return {record.metric: record.value for record in own_run.records}
+    return {record.metric: record.value for record in run.records}
 
 
 def test_bytes_are_those_of_weights_in_any_engines_files(tmp_path):
