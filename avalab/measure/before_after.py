@@ -5,8 +5,8 @@
    weight whole at every call. In each round every arm reads a long prompt (prefill: prompt tokens over the time to the
    first token) and continues a short one (decode: further tokens over their time), the same tokens for all; the first
    round warms up, and the slow reference takes part in few. `top1_agreement`: the same next token before and after.
-2. Training. `peft-bitsandbytes` is the usual QLoRA step, `avalab` what `finetune` does: the arms `peft` and `decoded` of
-   `training`, on the same examples.
+2. Training. `peft-bitsandbytes` is the usual QLoRA step, `avalab` what `finetune` does: the arms `peft` and `decoded`
+   of `training`, on the same examples.
 3. Peak memory: each decoding arm alone, in a process of its own. The peaks of training, which need longer runs, are
    those that `make bench-train` left for the same results folder; `longer_runs` reads them and says which file, commit
    and day they are from, so that no number is taken for this run's.

@@ -145,7 +145,7 @@ def record_arms(
 
     `flops`: operations of the work, `read`: bytes by arm, `limits`: operations and bytes a second.
     """
-    arms, dropped = checked_peer(arms, next(arm for arm in PLAIN if arm in arms))
+    arms, dropped = agreeing_arms(arms, next(arm for arm in PLAIN if arm in arms))
     for name, reason in dropped.items():
         run.record(f"{subject}:{name}", "kernel_ms", None, "ms", note=reason)
     for name, samples in trackers.interleaved(arms, SIZES[run.profile_name].samples, run.device).items():
@@ -318,7 +318,7 @@ def reasons(device: str) -> dict[str, str]:
     return {subject: reason for subject, reason in found.items() if reason}
 
 
-def checked_peer(arms: Arms, plain: str) -> tuple[Arms, dict[str, str]]:
+def agreeing_arms(arms: Arms, plain: str) -> tuple[Arms, dict[str, str]]:
     """The arms that run and agree with the arm `plain`, and the reasons of the others."""
 
     def flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:

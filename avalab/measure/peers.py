@@ -38,7 +38,7 @@ from avalab.lab.run import PROFILES, ROOT, Record, Run, load_average, load_recor
 from avalab.measure import answers, quality
 from avalab.measure.answers import Respondent
 from avalab.models import checkpoint, predict
-from avalab.models.predict import Reference, TokenScores
+from avalab.models.predict import Reference
 
 SAME_BYTES = 0.01  # two files within this share are of one size
 FORMS: dict[str, dict] = {"ava": {}, "ava-packed": {"embedding": "packed"}, "ava-gguf": {"format": "gguf"}}
@@ -110,12 +110,12 @@ def record_peer(
     *,
     peer: str = "",
     rivals: Mapping[str, Artifact] | None = None,
-) -> dict[str, TokenScores]:
+) -> None:
     """Append bytes, seconds and, for each text, KL (mean, 99th percentile), agreement, perplexity and loss increase.
 
     `peer` names the row whose engine scores the artefact (none: torch). With `rivals` by form, which torch has to load,
     also `kl_ratio` (`:packed` and `:gguf` behind the text for those forms): the rival's mean KL divergence over this
-    one's, windows paired. Returns the token scores by text.
+    one's, windows paired.
     """
     engine, embedding = "torch", "as its recipe says"
     if peer:
@@ -129,9 +129,9 @@ def record_peer(
     measured = artifact.card["measured"]
     details = {"recipe": artifact.card["recipe"], **measured}
     record("compress_seconds", measured.get("compress_seconds"), "s", n=1, details=details)
-    cache, resamples, found = run.artifacts_dir / "cache", run.profile.resamples, {}
+    cache, resamples = run.artifacts_dir / "cache", run.profile.resamples
     for text, reference in against.items():
-        found[text] = ours = quality.score_artifact(artifact, reference, cache, run.device, engine=engine)
+        ours = quality.score_artifact(artifact, reference, cache, run.device, engine=engine)
         base = quality.score_artifact(reference.base, reference, cache, run.device)
         for metric, unit, estimate in quality.estimates(run, ours, base):
             record(f"{metric}:{text}", unit=unit, **vars(estimate))
@@ -142,7 +142,6 @@ def record_peer(
             ratio = statistics.paired_ratio(theirs.kl, ours.kl, resamples=resamples, seed=run.seed)
             details = {"rival": rival.name, "rival_bytes": rival.bytes, "rival_sha256": rival.sha256}
             record(f"kl_ratio:{text}{_ending(form)}", unit="1", details=details, **vars(ratio))
-    return found
 
 
 def _ending(form: str) -> str:

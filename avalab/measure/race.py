@@ -24,7 +24,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -131,17 +131,12 @@ def thread_counts(profile: str = "") -> tuple[int, ...]:
 
 
 def list_entries(
-    forms: dict[str, Artifact],
-    *,
-    threads: Sequence[int] = (),
-    only: Sequence[str] = (),
-    skip: Iterable[tuple[str, str]] = (),
+    forms: dict[str, Artifact], *, threads: Sequence[int] = (), skip: Sequence[tuple[str, str]] = ()
 ) -> list[Entry]:
     """Every artefact in every engine that loads it, with each number of threads; a subject is `nf4 in torch`.
 
-    `only` names engines (empty: all), `skip` pairs of an artefact's kind and an engine.
+    `skip` holds pairs of an artefact's kind and an engine.
     """
-    left_out = set(skip)
     found = []
     for (name, artifact), count in itertools.product(forms.items(), threads or thread_counts()):
         kind = engines.kind(artifact.path)
@@ -149,7 +144,7 @@ def list_entries(
         if kind == "gguf":  # not every engine reads every block type
             readers = tuple(engine for engine in readers if engine in artifact.card["engines"])
         for engine in readers:
-            if engine in engines.ENGINES and (not only or engine in only) and (kind, engine) not in left_out:
+            if engine in engines.ENGINES and (kind, engine) not in skip:
                 found.append(Entry(f"{name} in {engine}", artifact, engine, count))
     return found
 
@@ -221,10 +216,10 @@ def visit(entry: Entry, work: Workload, number: int) -> dict:
     return found | {"seconds": time.monotonic() - start}
 
 
-def is_settled(found: Cell, wanted: float = WANTED) -> bool:
-    """Whether the interval of the median of every speed is narrower than `wanted` of the median."""
+def is_settled(found: Cell) -> bool:
+    """Whether the interval of the median of every speed is narrower than `WANTED` of the median."""
     medians = map(statistics.quantile, [*found.first.values(), *map(found.decode_rates, found.further)])
-    return all(None not in (m.low, m.high) and m.high - m.low <= wanted * m.value for m in medians)
+    return all(None not in (m.low, m.high) and m.high - m.low <= WANTED * m.value for m in medians)
 
 
 def visit_key(entry: Entry, work: Workload, run: Run, *, measured: Callable | str = visit) -> str:

@@ -75,7 +75,7 @@ def linear_cross_entropy(hidden, head, targets, impl):
     return torch.nn.functional.cross_entropy((hidden @ head.T).float(), targets)
 """
     installed(monkeypatch, tmp_path, "cut_cross_entropy", source)
-    arms, dropped = kernel_bench.checked_peer(kernel_bench.loss_arms("cpu", (8, 16, 64), trained=True), "dense")
+    arms, dropped = kernel_bench.agreeing_arms(kernel_bench.loss_arms("cpu", (8, 16, 64), trained=True), "dense")
     import cut_cross_entropy
 
     assert "cut-cross-entropy" in arms
@@ -91,7 +91,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out_with_the_reaso
         raise RuntimeError("no such instruction\nat line 7")
 
     arms = {"bf16": lambda: one, "near": lambda: 1.01 * one, "wrong": lambda: 2 * one, "broken": broken}
-    kept, dropped = kernel_bench.checked_peer(arms, "bf16")
+    kept, dropped = kernel_bench.agreeing_arms(arms, "bf16")
     assert list(kept) == ["bf16", "near"]
     assert dropped == {
         "wrong": "computes something else: 1 of the result away",
@@ -101,7 +101,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out_with_the_reaso
 
 def test_nan_from_a_peer_counts_as_something_else():
     arms = {"bf16": lambda: torch.ones(2), "nan": lambda: torch.full((2,), float("nan"))}
-    assert list(kernel_bench.checked_peer(arms, "bf16")[0]) == ["bf16"]
+    assert list(kernel_bench.agreeing_arms(arms, "bf16")[0]) == ["bf16"]
 
 
 def test_a_missing_peer_is_a_record_without_value_that_says_how_to_get_it(monkeypatch):
