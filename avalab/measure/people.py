@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy import ndarray
 from torch import Tensor
 
 from avalab import engines
@@ -272,17 +271,6 @@ class Preference:
         return f"{self.verdict}: {counts}; {self.share.value:.0%}{ends}"
 
 
-def preference_table(
-    sheet: dict, ratings: Sequence[dict], criterion: str
-) -> tuple[Float[ndarray, "rater unit"], list[str]]:
-    """Scores as raters x answers (NaN where there is none), and the request of each answer."""
-    units = [(p["key"], a) for p in sheet["prompts"] if criterion in criteria_of(p) for a in p["answers"]]
-    names = list(raters(sheet, ratings))
-    known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
-    values = [[known.get((name, *unit), np.nan) for unit in units] for name in names]
-    return np.array(values, dtype=float).reshape(len(names), len(units)), [key for key, _ in units]
-
-
 def preference_scores(
     sheet: dict, key: dict, ratings: Sequence[dict], criterion: str
 ) -> dict[str, Float[Tensor, "prompt rater"]]:
@@ -316,7 +304,7 @@ def record_preferences(run: Run, sheet: dict, key: dict, ratings: Sequence[dict]
         return reason
     resamples, seed = run.profile.resamples, run.seed
     for criterion in (c for c in CRITERIA if any(c in criteria_of(p) for p in sheet["prompts"])):
-        _record_agreement(run, criterion, *preference_table(sheet, ratings, criterion))
+        _record_agreement(run, sheet, ratings, criterion)
         given = preference_scores(sheet, key, ratings, criterion)
         for subject, each in given.items():
             facts = {k: key[subject].get(k, "") for k in ("artifact_sha256", "engine")}
@@ -330,14 +318,19 @@ def record_preferences(run: Run, sheet: dict, key: dict, ratings: Sequence[dict]
     return ""
 
 
-def _record_agreement(run: Run, criterion: str, values: ndarray, clusters: list[str]) -> None:
+def _record_agreement(run: Run, sheet: dict, ratings: Sequence[dict], criterion: str) -> None:
     record = partial(run.record, "raters", f"krippendorff_alpha:{criterion}", unit="1")
-    if len(values) < 2:
+    names = list(raters(sheet, ratings))
+    if len(names) < 2:
         record(value=None, note="agreement needs two raters; there is one")
         return
+    units = [(p["key"], a) for p in sheet["prompts"] if criterion in criteria_of(p) for a in p["answers"]]
+    known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
+    values = np.array([[known[name, *unit] for unit in units] for name in names], dtype=float)
+    clusters, resamples = [key for key, _ in units], run.profile.resamples
     try:
-        found = statistics.agreement(values, clusters, resamples=run.profile.resamples, seed=run.seed)
+        found = statistics.agreement(values, clusters, resamples=resamples, seed=run.seed)
     except ValueError as error:  # everybody gave everything the same score
         record(value=None, note=str(error))
         return
-    record(details={"raters": len(values), "allows": statistics.reliability(found)}, **vars(found))
+    record(details={"raters": len(names), "allows": statistics.reliability(found)}, **vars(found))
