@@ -223,7 +223,6 @@ def _run_papermill(source: Path, output: Path, parameters: dict, *, log: Path) -
 
 
 def _package_root() -> Path:
-    pass
 
     return Path(avalab.__file__).resolve().parent.parent
 
