@@ -165,6 +165,11 @@ def quantile(samples: Sequence[float], q: float = 0.5) -> Estimate:
     return Estimate(float(np.quantile(ordered, q)), *ends, n)
 
 
+def median_and_range(samples: Sequence[float]) -> Estimate:
+    """The median of a few timed rounds; its ends are not an interval but the smallest and the largest of them."""
+    return Estimate(float(np.median(samples)), min(samples), max(samples), len(samples))
+
+
 def wilson(right: int, n: int) -> Estimate:
     """A share with its 95 % score interval. Source: Wilson (1927). Raises ValueError when nothing was asked."""
     if n < 1 or not 0 <= right <= n:

@@ -271,7 +271,7 @@ def record_distributions(run: Run, subject: str, about: Ensemble, found: TokenSc
     """Append perplexity, KL divergence and top-1 agreement of an ensemble, `:<text>` each."""
     settings = {"method": about.method, "weights": list(about.weights), "threshold": about.threshold}
     details = {"text_sha256": text.sha256, "members": [member.name for member in about.members], **settings}
-    for metric, unit, estimate in quality.estimates(found, resamples=run.profile.resamples, seed=run.seed):
+    for metric, unit, estimate in quality.estimates(run, found):
         run.record(
             subject,
             f"{metric}:{text.name}",

@@ -18,14 +18,15 @@ TOKENS, WIDTH, VOCAB = 2048, 576, 49_152
 MEMORY = f"""
 import gc, torch
 from avalab import kernels
-from avalab.measure.kernel_bench import _resident_peak
+from avalab.lab import trackers
 generator = torch.Generator().manual_seed(0)
 def peak(tokens, arm):
     hidden = torch.randn(tokens, {WIDTH}, generator=generator).bfloat16().requires_grad_()
     head = torch.randn({VOCAB}, {WIDTH}, generator=generator).mul_(0.05).bfloat16()
     shares, ids = torch.rand(tokens, 24, generator=generator).softmax(-1).topk(24)
     gc.collect()
-    before = _resident_peak(reset=True)
+    trackers.reset_peak_memory("cpu")
+    before = trackers.process_memory()["peak"]
     if arm == "sparse":
         loss = kernels.linear_sparse(hidden, head, ids, shares)
     elif arm == "online":
@@ -33,7 +34,7 @@ def peak(tokens, arm):
     else:
         loss = -(shares * (hidden @ head.T).float().log_softmax(-1).gather(1, ids)).sum(1).mean()
     loss.backward()
-    return _resident_peak() - before
+    return trackers.process_memory()["peak"] - before
 peak(32, "sparse"), peak(32, "online")
 print(*(peak({TOKENS}, arm) for arm in ("sparse", "online", "dense")))
 """

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from avalab import engines
 from avalab.compress import ava, ava_targets, libraries, quantize, rounding
-from avalab.compress.allocation import Allocation, Option
 from avalab.compress.patterns import n_of_m
 from avalab.data import corpora
 from avalab.engines import gguf as gguf_file
@@ -71,9 +70,9 @@ def test_at_equal_bytes_it_is_closer_than_int8_rows(small, run, base, against):
 def test_what_is_loaded_is_what_was_rounded_in_memory_and_the_head_shares_it(base, windows, tmp_path):
     for grid in (Grid(2, 64), Grid(3, 128), Grid(5, 32), Grid(8, 64)):
         model = checkpoint.load_model(base)
-        chosen = Allocation({NAME: Option(grid.name, 0, 0.0)})
         posed = {NAME: rounding.problem(torch.eye(128))}
-        found, _ = ava.round_model(model, windows, chosen, target=ava_targets.TARGETS["transformers"], tables=posed)
+        round_to = ava_targets.TARGETS["transformers"].round
+        found, _ = rounding.round_model(model, windows, {NAME: grid.name}, round_to, tables=posed)
         rounded = found[NAME]
         packed.pack_model(model, found, measured={}).save_pretrained(tmp_path)
         loaded = checkpoint.load_model(tmp_path)

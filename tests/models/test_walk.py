@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab.compress import sensitivity
 from avalab.models import checkpoint, walk
 
 
@@ -197,12 +196,35 @@ def test_no_calibration_text_is_refused_before_a_file_is_written(model, tmp_path
 def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(gemma, tmp_path):
     """Gemma 3 alternates two rotary embeddings and masks; also after a walk that was killed in between."""
     names = list(checkpoint.linear_layers(gemma))
-    expected = sensitivity.input_moments(gemma, WINDOWS, names)
+    expected = input_moments(gemma, names)
     walk.measure_moments(gemma, WINDOWS, tmp_path)
     walk.block_file(tmp_path, 1).unlink()
     walk.measure_moments(gemma, WINDOWS, tmp_path)
     for name in names:
         torch.testing.assert_close(walk.stored_moment(tmp_path, name), expected[name], atol=1e-5, rtol=1e-3)
+
+
+def input_moments(model: Gemma3ForCausalLM, names: list[str]) -> dict[str, torch.Tensor]:
+    """X^T X / tokens of what the named layers read in one whole pass."""
+    read = {}
+
+    def note(name: str):
+        return lambda _layer, args: read.update({name: args[0].flatten(0, -2)})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    model(WINDOWS)
+    for handle in handles:
+        handle.remove()
+    return {name: rows.T @ rows / WINDOWS.numel() for name, rows in read.items()}
+
+
+def alternating() -> Gemma3ForCausalLM:
+    kinds, thetas = ["sliding_attention", "full_attention", "sliding_attention"], (10.0, 1e6, 10.0)
+    rotary = {k: {"rope_type": "default", "rope_theta": theta} for k, theta in zip(kinds, thetas, strict=True)}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, layer_types=kinds, rope_parameters=rotary)).eval()
 
 
 def test_a_block_is_found_in_its_layers_name():
