@@ -140,8 +140,9 @@ test: $(ready) ## unit tests, then every notebook on the tiny model (nbval)
 	@$(python) -m pytest tests $(beside)
 	@$(if $(sources),$(python) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 $(beside) $(sources),:)
 
-lint: $(ready) ## style, formatting, and that no notebook holds outputs
+lint: $(ready) ## style, formatting, which room imports which, and that no notebook holds outputs
 	@$(python) -m ruff check .
+	@$(environment)/bin/lint-imports --no-cache >/dev/null || { $(environment)/bin/lint-imports --no-cache; exit 1; }
 	@$(python) -m ruff format --check .
 	@$(if $(sources),$(python) -m nbstripout --verify $(sources),:)
 

@@ -104,7 +104,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(run):
     """The artefact of the tiny model."""
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     return checkpoint.base_artifact(run)
 

@@ -61,6 +61,19 @@ def test_a_file_is_at_most_500_lines_and_a_function_at_most_60(module):
     assert not long
 
 
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_no_name_of_a_rooms_face_hides_a_module_of_the_room(room):
+    """After `from avalab.kernels.encode import encode` in the face, `avalab.kernels.encode` would be the function."""
+    folder = REPOSITORY / "avalab" / room
+    names = {
+        alias.asname or alias.name
+        for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.module != f"avalab.{room}"
+        for alias in node.names
+    }
+    assert not names & {path.stem for path in folder.glob("*.py")}
+
+
 def test_imports_point_down_and_never_in_a_circle():
     """The contracts of import-linter in pyproject.toml: which room may import which."""
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]

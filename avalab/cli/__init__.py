@@ -96,7 +96,7 @@ def show(artifact: ArtifactFolder) -> None:
         print(f"recipe    {json.dumps(step, sort_keys=True)}")
     files = {file["name"]: file["bytes"] for file in card["files"]}
     if list(found.path.glob("*.safetensors")):
-        from avalab.models.checkpoint import sizes
+        from avalab.models import sizes
 
         parts = sizes.bytes_by_component(found)
     else:

@@ -100,7 +100,7 @@ def quantize(
     parameters = {name: value for name, value in options.items() if value is not None}
     known_model(model)
     from avalab.compress.quantize import checked_method, compress_artifact
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     pass
 
@@ -139,7 +139,7 @@ def prune(
     new_folder(out)
     known_model(model)
     from avalab.compress import prune
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     pass
 
@@ -183,8 +183,8 @@ def recover(
     new_folder(out)
     start = artifacts.load_artifact(artifact)
     whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
-    from avalab.models.checkpoint import checkpoint
-    from avalab.train.loop import qat
+    from avalab.models import checkpoint
+    from avalab.train import qat
     from avalab.train.loop.loop import Schedule
     from avalab.train.loop.qat import Blocks
 
@@ -327,7 +327,7 @@ def export(
 
 def _windows(artifact: Artifact, run: Run):
     from avalab.data import corpora
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     return corpora.calibration_windows(run, checkpoint.load_tokenizer(artifact))
 
@@ -363,7 +363,7 @@ def tensorrt(
     _checked_source(model)
     from avalab.engines import tensorrt
     from avalab.measure import cell
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     pass
 
@@ -385,7 +385,7 @@ def _checked_source(model: str) -> None:
 
 def _dense(model: str, run: Run) -> Artifact:
     """An artefact folder as it is; any other name is the base artefact of that model."""
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     return (
         artifacts.load_artifact(model)
@@ -399,7 +399,7 @@ def _predicted_and_measured(run, base, artifact) -> None:
     from avalab.data import corpora
     from avalab.lab import statistics
     from avalab.measure import quality
-    from avalab.models.checkpoint import checkpoint, predict
+    from avalab.models import checkpoint, predict
 
     tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.text(run.profile.eval_texts[0], tokenizer)
@@ -431,7 +431,7 @@ def byte_count(size: str) -> int:
 def _time_zeros(run, artifact) -> None:
     """Whether any kernel here gains from an artefact's zeros, on the last layer that has some."""
     from avalab.measure import cost
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     layers = checkpoint.linear_layers(checkpoint.load_model(artifact, run.device)).values()
     weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
@@ -448,7 +448,7 @@ def _score(run, subjects: dict) -> None:
     """Quality and cost of each artefact on the profile's evaluation texts."""
     from avalab.data import corpora
     from avalab.measure import cost, quality
-    from avalab.models.checkpoint import checkpoint, predict
+    from avalab.models import checkpoint, predict
 
     base = next(iter(subjects.values()))
     tokenizer = checkpoint.load_tokenizer(base)

@@ -147,7 +147,7 @@ def _compare_loss(run, pair: list, limit: int | None) -> None:
     from avalab.data import corpora
     from avalab.lab import statistics
     from avalab.measure import quality
-    from avalab.models.checkpoint import checkpoint, predict
+    from avalab.models import checkpoint, predict
 
     tokenizers = [checkpoint.load_tokenizer(artifact) for artifact in pair]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():

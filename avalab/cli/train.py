@@ -116,8 +116,8 @@ def finetune(
         raise FileNotFoundError(f"no examples at {data}")
     from avalab.compress import quantize
     from avalab.data import packing, synthesize
-    from avalab.models.checkpoint import adapters, checkpoint
-    from avalab.train.loop import finetune
+    from avalab.models import adapters, checkpoint
+    from avalab.train import finetune
     from avalab.train.loop.loop import Schedule
 
     pass
@@ -199,8 +199,8 @@ def distill(
     for model in (student,) if by_text else (student, teacher):
         if not (Path(model) / artifacts.CARD).is_file():
             known_model(model)
-    from avalab.models.checkpoint import adapters
-    from avalab.train.loop import distill
+    from avalab.models import adapters
+    from avalab.train import distill
     from avalab.train.loop.distill import Recipe
 
     pass
@@ -234,7 +234,7 @@ def distill(
 
 
 def _training(*, rank: int, row_tokens: int, learning_rate: float, epochs: float):
-    from avalab.train.loop import finetune
+    from avalab.train import finetune
     from avalab.train.loop.loop import Schedule
 
     pass
@@ -245,7 +245,7 @@ def _training(*, rank: int, row_tokens: int, learning_rate: float, epochs: float
 
 def _artifact(name: str, run):
     """The artefact in a folder, or the base made of a model folder, an embedded model or a hub id."""
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     folder = Path(name)
     return (
@@ -269,7 +269,7 @@ def _adapter_name(student, out: Path, rank: int) -> str:
 def _rows(run, student, data: Path | None, *, told, own_answers: bool, size: tuple[int, int]) -> list:
     """General text, or whole chats; answers of a teacher by text are scored alone, without their prompts."""
     from avalab.data import packing, synthesize
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     tokenizer, (row_tokens, tokens) = checkpoint.load_tokenizer(student), size
     if data is None:

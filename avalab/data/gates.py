@@ -282,7 +282,7 @@ def model_perplexity(folder: Path, device: str = "cpu") -> Callable[[str], float
     """A score for `perplexity_band`: a text's perplexity under the model of an artefact folder."""
     import torch  # only this score needs a model
 
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     model, tokenizer = checkpoint.load_model(folder, device), checkpoint.load_tokenizer(folder)
 

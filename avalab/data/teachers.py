@@ -164,7 +164,7 @@ class Local:
     @cached_property
     def _loaded(self) -> tuple:
         from avalab.data import grammars
-        from avalab.models.checkpoint import checkpoint
+        from avalab.models import checkpoint
 
         model, tokenizer = checkpoint.load_model(self.folder, self.device), checkpoint.load_tokenizer(self.folder)
         if self.schema is None:

@@ -8,7 +8,7 @@ everywhere.
 from __future__ import annotations
 
 from avalab.kernels.dispatch import Form, verdicts
-from avalab.kernels.encode import ENCODE, encode
+from avalab.kernels.encoding import ENCODE, encode
 from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
 from avalab.kernels.loss_sparse import SPARSE, linear_sparse

@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from avalab import kernels
-from avalab.kernels import encode, formats, product
+from avalab.kernels import encoding, formats, product
 from avalab.kernels.product import sample
 from avalab.kernels.weight import Weight4, decode, group_scales
 from avalab.lab import trackers
@@ -225,7 +225,7 @@ def encode_arms(device: str, shape: tuple[int, int]) -> Arms:
     weight, format = torch.randn(*shape, device=device).mul_(0.02).bfloat16(), formats.FORMATS["nf4"]
     arms: Arms = {
         "avalab": lambda: kernels.encode(weight, format).codes,
-        "reference": lambda: encode.encode_reference(weight, format).codes,
+        "reference": lambda: encoding.encode_reference(weight, format).codes,
     }
     if product.native_code():
         from bitsandbytes import functional as bnb_functional

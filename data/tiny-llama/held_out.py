@@ -5,8 +5,8 @@ split of `avalab.data.toolbox`. Perplexity, bits per byte and KL divergence are 
 
     python data/tiny-llama/held_out.py
 
-What it does not do: intervals, or reading back an artefact; that is `avalab.measure.quality`. This shows that rounding the
-weights of so small a model has the graded effect it has on large ones.
+What it does not do: intervals, or reading back an artefact; that is `avalab.measure.quality`. This shows that rounding
+the weights of so small a model has the graded effect it has on large ones.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from avalab.cli import compress, options
 from avalab.data import drafts
 from avalab.lab import run as lab_run
 from avalab.measure import answers
-from avalab.train.loop import distill
+from avalab.train import distill
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question

@@ -11,7 +11,7 @@ from avalab.cli import measure
 from avalab.engines.engine import Engine, Facts
 from avalab.lab.run import Run
 from avalab.measure import cell
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from avalab.compress import quantize
 from avalab.data import corpora
 from avalab.lab import artifacts
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 
 @pytest.fixture(scope="module")

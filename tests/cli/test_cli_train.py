@@ -12,7 +12,7 @@ from avalab import cli
 from avalab.data import corpora
 from avalab.lab import artifacts
 from avalab.lab import run as lab_run
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 TINY = lab_run.ROOT / "data" / "tiny-llama"
 SMALL = ["--profile", "smoke", "--rank", "2", "--tokens", "300", "--row-tokens", "128"]

@@ -19,7 +19,7 @@ from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint, packed, predict
+from avalab.models import checkpoint, packed, predict
 
 
 @pytest.fixture(scope="module")

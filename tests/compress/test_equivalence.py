@@ -25,7 +25,7 @@ from avalab.compress import ava, equivalence, quantize, rounding
 from avalab.compress.equivalence import Pair
 from avalab.compress.libraries import Job
 from avalab.data import corpora
-from avalab.models.checkpoint import checkpoint, predict, walk
+from avalab.models import checkpoint, predict, walk
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

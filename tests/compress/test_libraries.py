@@ -13,7 +13,7 @@ from avalab.compress import libraries
 from avalab.compress.libraries import Job
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 PLAIN = {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"}
 

@@ -14,7 +14,7 @@ from avalab.data import corpora
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint, predict, stored, walk
+from avalab.models import checkpoint, predict, stored, walk
 
 UNSTRUCTURED = [score for score in saliency.SCORES if score != "influence"]
 STRUCTURED = [name for name, pattern in patterns.PATTERNS.items() if pattern.structured]

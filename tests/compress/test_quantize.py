@@ -12,7 +12,7 @@ from avalab.kernels import formats
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 
 FOUR_BITS = ("nf4", "fp4", "torchao-int4", "rtn", "gptq", "awq")
 EIGHT_BIT_WEIGHTS = ("int8", "torchao-int8")

@@ -8,7 +8,7 @@ import torch
 from avalab.compress import rounding
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
-from avalab.models.checkpoint import walk
+from avalab.models import walk
 
 
 def correlated(columns: int = 64, rows: int = 24, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from avalab import engines
 from avalab.compress import libraries, quantize
 from avalab.compress.libraries import Job
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
 

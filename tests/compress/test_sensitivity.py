@@ -8,7 +8,7 @@ from avalab.compress import sensitivity
 from avalab.compress.allocation import Option
 from avalab.data import corpora
 from avalab.kernels import formats
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 
 OPTIONS = {
     "model.embed_tokens": [Option("q8_0", 9, 0.1)],

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come b
 from avalab.data import corpora, packing, toolbox
 from avalab.data.packing import IGNORED
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from avalab.data import packing
 from avalab.data.packing import IGNORED, Encoded
 from avalab.lab.run import ROOT
-from avalab.models.checkpoint import attention, checkpoint
+from avalab.models import attention, checkpoint
 
 TINY = ROOT / "data" / "tiny-llama"
 

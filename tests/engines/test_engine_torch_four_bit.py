@@ -15,7 +15,7 @@ from avalab.engines.torch import FourBitLinear
 from avalab.kernels import dispatch, product
 from avalab.kernels.product import sample
 from avalab.lab.run import ROOT, Run
-from avalab.models.checkpoint import adapters, checkpoint
+from avalab.models import adapters, checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from avalab.data import grammars
 from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

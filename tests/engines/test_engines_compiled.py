@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from avalab import cli, engines
 from avalab.engines import aot, executorch
 from avalab.lab import artifacts
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

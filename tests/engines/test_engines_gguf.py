@@ -16,7 +16,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.kernels import block_types, formats
 from avalab.lab import artifacts
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

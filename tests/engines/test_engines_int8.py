@@ -20,7 +20,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines import llamacpp
 from avalab.engines import onnxruntime as onnxruntime_engine
 from avalab.lab import artifacts
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

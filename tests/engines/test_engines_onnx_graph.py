@@ -20,7 +20,7 @@ from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import ROOT, Run
-from avalab.models.checkpoint import checkpoint, packed, predict
+from avalab.models import checkpoint, packed, predict
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install -e '.[onnx]'")

@@ -14,7 +14,7 @@ from avalab.engines import EngineUnavailable
 from avalab.engines import onnxruntime as onnxruntime_engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 missing = [name for name in onnxruntime_engine.PACKAGES if importlib.util.find_spec(name) is None]
 with_onnx = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install 'avalab[onnx]'")

@@ -24,7 +24,7 @@ from avalab.engines import onnx as genai_folder
 from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts, process
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

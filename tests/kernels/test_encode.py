@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avalab import kernels
-from avalab.kernels import dispatch, encode, formats, weight
+from avalab.kernels import dispatch, encoding, formats, weight
 from avalab.kernels.formats import FORMATS, LEVELS
 
 ASCENDING = ("nf4", "nf4-dq", "nf4-g32", "nf4-g128-dq")
@@ -46,21 +46,21 @@ def test_every_four_bit_format_is_encoded_as_numerics_defines_it(name):
 @settings(max_examples=40, deadline=None)
 def test_tiles_give_the_bytes_of_the_reference(rows, groups, name, dtype, size, seed):
     w = (normal(rows, 128 * groups, seed=seed) * size).to(dtype)
-    assert same(encode.encode_tiles(w, FORMATS[name]), encode.encode_reference(w, FORMATS[name]))
+    assert same(encoding.encode_tiles(w, FORMATS[name]), encoding.encode_reference(w, FORMATS[name]))
 
 
 def test_values_half_way_between_two_levels_get_the_lower_code():
     levels = torch.tensor(LEVELS["nf4"])
     w = torch.cat([(levels[:-1] + levels[1:]) / 2, torch.ones(1)]).repeat(4)[None]
-    packed = encode.encode_tiles(w, FORMATS["nf4"])
-    assert same(packed, encode.encode_reference(w, FORMATS["nf4"]))
+    packed = encoding.encode_tiles(w, FORMATS["nf4"])
+    assert same(packed, encoding.encode_reference(w, FORMATS["nf4"]))
     assert torch.stack((packed.codes >> 4, packed.codes & 15), -1).view(4, 16)[0].tolist() == [*range(15), 15]
 
 
 def test_the_weight_that_is_encoded_stays_as_it_was():
     w = normal(8, 128)
     before = w.clone()
-    encode.encode_tiles(w, FORMATS["nf4"])
+    encoding.encode_tiles(w, FORMATS["nf4"])
     assert torch.equal(w, before)
 
 
@@ -71,9 +71,9 @@ def test_a_transposed_weight_is_encoded_as_its_copy():
 
 def test_what_memory_held_before_changes_nothing(monkeypatch):
     w, plain = normal(33, 192), torch.empty
-    expected = encode.encode_tiles(w, FORMATS["nf4"])
-    monkeypatch.setattr(encode.torch, "empty", lambda *a, **k: plain(*a, **k).fill_(1))
-    assert same(encode.encode_tiles(w, FORMATS["nf4"]), expected)
+    expected = encoding.encode_tiles(w, FORMATS["nf4"])
+    monkeypatch.setattr(encoding.torch, "empty", lambda *a, **k: plain(*a, **k).fill_(1))
+    assert same(encoding.encode_tiles(w, FORMATS["nf4"]), expected)
 
 
 def test_a_group_of_zeros_keeps_the_scale_zero_and_decodes_to_zeros():
@@ -86,18 +86,18 @@ def test_a_group_of_zeros_keeps_the_scale_zero_and_decodes_to_zeros():
 
 def test_the_switch_forces_the_reference(monkeypatch):
     monkeypatch.setenv(dispatch.SWITCH, "reference")
-    form = dispatch.choose("encode", encode.ENCODE, torch.device("cpu"), normal(2, 64), FORMATS["nf4"])
+    form = dispatch.choose("encode", encoding.ENCODE, torch.device("cpu"), normal(2, 64), FORMATS["nf4"])
     assert form.name == "reference"
 
 
 def test_a_form_that_changes_a_code_fails_its_check():
     def wrong(w, format):
-        packed = encode.encode_reference(w, format)
+        packed = encoding.encode_reference(w, format)
         packed.codes[5, 5] ^= 1
         return packed
 
     with pytest.raises(ArithmeticError, match="differ from the reference"):
-        encode.encode_check(wrong)("cpu")
+        encoding.encode_check(wrong)("cpu")
 
 
 @pytest.mark.parametrize(

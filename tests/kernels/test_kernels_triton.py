@@ -73,7 +73,7 @@ def product():
 @pytest.mark.parametrize("group_size", [32, 64, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def check_encoding_gives_the_bytes_of_the_reference(group_size, dtype):
-    from avalab.kernels import encode
+    from avalab.kernels import encoding
     from avalab.kernels.formats import four_bit
 
     pass
@@ -82,11 +82,11 @@ def check_encoding_gives_the_bytes_of_the_reference(group_size, dtype):
     w[0], w[1, ::3] = 0.0, 0.0
     for double in (False, True):
         format = four_bit("nf4", group_size, double_quantization=double)
-        pairs = zip(*(f(w, format).tensors() for f in (encode.encode_triton, encode.encode_reference)), strict=True)
+        pairs = zip(*(f(w, format).tensors() for f in (encoding.encode_triton, encoding.encode_reference)), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
     w[3, 5] = float("nan")
     with pytest.raises(ValueError, match="1 of 17920 weights are NaN or infinite, first at row 3, column 5"):
-        encode.encode_triton(w, four_bit("nf4", group_size))
+        encoding.encode_triton(w, four_bit("nf4", group_size))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from avalab.compress import prune, quantize
 from avalab.lab import code
 from avalab.lab.code import code_of, reached
 from avalab.report.dependencies import module_paths
-from avalab.train.loop import finetune
+from avalab.train import finetune
 
 ROUND = """
     import math

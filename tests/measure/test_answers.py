@@ -16,7 +16,7 @@ from avalab.lab.run import ROOT, Run
 from avalab.lab.sandbox import Problem
 from avalab.measure import answers
 from avalab.measure.answers import Question, Respondent
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 ADD = {
     "name": "add",

@@ -12,7 +12,7 @@ from avalab.lab import process
 from avalab.lab.run import PROFILES, Record, Run, save_records
 from avalab.measure import before_after
 from avalab.measure.before_after import AFTER, BEFORE, PEFT, REFERENCE, Sizes
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 SIZES = Sizes(rounds=2, new_tokens=4, reference=(1, 2), train_rounds=1, rank=2, prompts=(8, 32))
 

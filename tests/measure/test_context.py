@@ -12,7 +12,7 @@ from avalab.lab import artifacts, process
 from avalab.lab.run import Run
 from avalab.measure import context, cost
 from avalab.measure.cell import Workload
-from avalab.models.checkpoint import sizes
+from avalab.models import sizes
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny-llama"
 ASKED = {"engine": "torch", "cache_bits": 16, "new_tokens": 4, "longest": 200}

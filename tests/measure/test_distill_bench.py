@@ -12,8 +12,8 @@ from avalab.lab import assets
 from avalab.lab import run as lab_run
 from avalab.lab.run import Run
 from avalab.measure import training
-from avalab.models.checkpoint import checkpoint
-from avalab.train.loop import finetune
+from avalab.models import checkpoint
+from avalab.train import finetune
 
 
 @pytest.fixture

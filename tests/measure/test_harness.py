@@ -12,7 +12,7 @@ from avalab import engines
 from avalab.lab.assets import AssetUnavailable
 from avalab.lab.run import Run
 from avalab.measure import harness
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 ROW = {"name": "seasons", "alias": "seasons", "sample_len": 10, "acc,none": 0.8, "acc_stderr,none": 0.4 / 3}
 CHOICES = ["the ship left at dawn", "doors close at nine", "seven"]

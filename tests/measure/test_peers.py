@@ -17,7 +17,7 @@ from avalab.engines import EngineUnavailable
 from avalab.lab import artifacts
 from avalab.lab.run import Record, load_records
 from avalab.measure import peers
-from avalab.models.checkpoint import checkpoint, packed, predict, sizes
+from avalab.models import checkpoint, packed, predict, sizes
 from avalab.report import tables
 
 has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")

@@ -9,7 +9,7 @@ from avalab.engines import EngineUnavailable
 from avalab.lab import artifacts
 from avalab.lab.run import load_records
 from avalab.measure import answers, peers
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 CATEGORY = "toolbox_simple"
 

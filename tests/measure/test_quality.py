@@ -12,7 +12,7 @@ from avalab.compress import quantize
 from avalab.data import corpora
 from avalab.lab import process
 from avalab.measure import quality
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from avalab.kernels import block_types, formats
 from avalab.kernels.formats import Encoded
 from avalab.lab import artifacts, assets
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

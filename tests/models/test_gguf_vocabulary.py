@@ -5,7 +5,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from avalab.data import corpora
-from avalab.models.checkpoint import checkpoint, stored, walk
+from avalab.models import checkpoint, stored, walk
 
 PIECES = ("▁", "a", "b", "c", "ab", "bc", "abc", "▁a", "▁ab")
 TOKENS = ["<bos>", "<unk>", "\n\n", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from avalab.compress import quantize
 from avalab.measure import peers
-from avalab.models.checkpoint import checkpoint, packed, stored
+from avalab.models import checkpoint, packed, stored
 
 has_hqq = pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="hqq is missing")
 LAYER = "model.layers.0.mlp.up_proj"

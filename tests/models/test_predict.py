@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from avalab.data import corpora
 from avalab.lab import cache, statistics
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -14,7 +14,7 @@ from avalab.models.checkpoint.smaller import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avalab.compress.patterns import n_of_m
-from avalab.models.checkpoint import stored
+from avalab.models import stored
 
 
 def weight_with_zeros(rows: int, columns: int, share: float, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from avalab.data import corpora
 from avalab.engines import gguf as gguf_file
 from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
-from avalab.models.checkpoint import checkpoint, packed, predict, sizes, stored
+from avalab.models import checkpoint, packed, predict, sizes, stored
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 BUDGET = 400_000  # 5.0 bits a parameter; with int8 rows the tiny model starts at 393,000

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from avalab.compress import sensitivity
-from avalab.models.checkpoint import checkpoint, walk
+from avalab.models import checkpoint, walk
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.lab.run import ROOT
-from avalab.models.checkpoint import adapters, checkpoint
+from avalab.models import adapters, checkpoint
 
 TINY = ROOT / "data" / "tiny-llama"
 TOKENS = torch.arange(5, 45)[None]

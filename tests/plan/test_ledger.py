@@ -9,9 +9,9 @@ from avalab.compress import prune, quantize
 from avalab.data import toolbox
 from avalab.lab import artifacts
 from avalab.lab.run import Run
-from avalab.models.checkpoint import adapters, checkpoint
+from avalab.models import adapters, checkpoint
 from avalab.plan import ledger
-from avalab.train.loop import finetune
+from avalab.train import finetune
 
 
 @pytest.fixture(scope="module")

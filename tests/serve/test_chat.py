@@ -7,7 +7,7 @@ from transformers import PreTrainedModel  # noqa: F401  before the package, whos
 
 from avalab.data import calls, grammars
 from avalab.measure import answers
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 from avalab.serve import chat as serve_chat
 from avalab.serve.tools import Tool
 

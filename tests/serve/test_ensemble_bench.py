@@ -6,7 +6,7 @@ from transformers import PreTrainedModel  # noqa: F401  its warnings come before
 
 from avalab.compress import quantize
 from avalab.data import corpora
-from avalab.models.checkpoint import checkpoint, predict
+from avalab.models import checkpoint, predict
 from avalab.serve import ensemble, ensemble_scores
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")

@@ -10,7 +10,7 @@ from avalab.compress import quantize
 from avalab.data import calls
 from avalab.lab.artifacts import Artifact
 from avalab.measure.answers import Respondent
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 from avalab.serve import ensemble, ensemble_scores
 from avalab.serve.ensemble_scores import Answered
 

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from avalab.compress import quantize
 from avalab.data import calls, grammars
 from avalab.measure import answers
-from avalab.models.checkpoint import checkpoint
+from avalab.models import checkpoint
 from avalab.serve import ensemble
 
 PROMPTS = ["<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nWhat is a list?"]

@@ -6,7 +6,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from avalab.compress import rounding
 from avalab.kernels.formats import Grid
-from avalab.train.loop import fake_quant, qat
+from avalab.train import fake_quant, qat
 
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 

@@ -16,8 +16,8 @@ from avalab.compress import prune, quantize
 from avalab.data import corpora, packing
 from avalab.data.packing import collate
 from avalab.lab import artifacts
-from avalab.models.checkpoint import adapters, checkpoint, predict
-from avalab.train.loop import distill, finetune, loop
+from avalab.models import adapters, checkpoint, predict
+from avalab.train import distill, finetune, loop
 
 TRAINING = finetune.Recipe(rank=8, schedule=Schedule(learning_rate=2e-3, rows_per_step=2, checkpoint_every=2))
 RECIPE = Recipe(training=TRAINING)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.kernels.formats import Grid, Rounded
-from avalab.train.loop import fake_quant
+from avalab.train import fake_quant
 
 GRID = Grid(3, 4)
 
@@ -163,7 +163,7 @@ def test_torchaos_layer_gives_back_codes_in_range_for_the_scales_it_stores():
 
 
 def test_a_layer_that_is_not_there_is_refused_by_name(base):
-    from avalab.models.checkpoint import checkpoint
+    from avalab.models import checkpoint
 
     _, start = rounded(Grid(3, 16), 6, 64)
     with pytest.raises(ValueError, match=r"no linear layer 'nowhere'; this model has model.layers.0"):

@@ -14,8 +14,8 @@ from avalab.data import corpora, packing, toolbox
 from avalab.lab import artifacts, assets
 from avalab.lab import run as lab_run
 from avalab.lab.run import Run
-from avalab.models.checkpoint import adapters, checkpoint, predict
-from avalab.train.loop import finetune, loop, losses
+from avalab.models import adapters, checkpoint, predict
+from avalab.train import finetune, loop, losses
 
 RECIPE = Recipe(rank=4, alpha=8, row_tokens=1000, schedule=Schedule(learning_rate=3e-3, steps=3, checkpoint_every=2))
 

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from avalab.data import packing, toolbox
 from avalab.lab.run import ROOT
-from avalab.models.checkpoint import adapters, attention, checkpoint
-from avalab.train.loop import loop
+from avalab.models import adapters, attention, checkpoint
+from avalab.train import loop
 
 TINY = ROOT / "data" / "tiny-llama"
 SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2, epochs=3)

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come b
 
 from avalab.data.packing import IGNORED
 from avalab.lab.run import ROOT
-from avalab.models.checkpoint import checkpoint
-from avalab.train.loop import losses
+from avalab.models import checkpoint
+from avalab.train import losses
 
 TINY = ROOT / "data" / "tiny-llama"
 

@@ -9,8 +9,8 @@ from avalab.models.checkpoint.sizes import Shape
 from avalab.train.loop.memory import Step
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab.models.checkpoint import adapters, sizes
-from avalab.train.loop import loop, memory
+from avalab.models import adapters, sizes
+from avalab.train import loop, memory
 
 
 def kept_bytes(shape: Shape, tokens: int, rank: int) -> int:

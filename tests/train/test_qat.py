@@ -13,8 +13,8 @@ from avalab import cli
 from avalab.compress import quantize
 from avalab.data import corpora, packing
 from avalab.lab.run import Run
-from avalab.models.checkpoint import checkpoint, packed, predict
-from avalab.train.loop import fake_quant, loop, qat
+from avalab.models import checkpoint, packed, predict
+from avalab.train import fake_quant, loop, qat
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come b
 from avalab import kernels
 from avalab.data import packing
 from avalab.data.packing import IGNORED
-from avalab.models.checkpoint import checkpoint
-from avalab.train.loop import targets
+from avalab.models import checkpoint
+from avalab.train import targets
 
 DRAWS = 4000
 
