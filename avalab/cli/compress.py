@@ -102,8 +102,6 @@ def quantize(
     from avalab.compress.quantize import checked_method, compress_artifact
     from avalab.models import checkpoint
 
-    pass
-
     checked_method(method, parameters)
     base = checkpoint.base_artifact(run)
     artifact = compress_artifact(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
@@ -140,8 +138,6 @@ def prune(
     known_model(model)
     from avalab.compress import prune
     from avalab.models import checkpoint
-
-    pass
 
     artifact = prune.prune_artifact(
         checkpoint.base_artifact(run),
@@ -185,11 +181,8 @@ def recover(
     whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
     from avalab.models import checkpoint
     from avalab.train import qat
-    from avalab.train.loop.loop import Schedule
-    from avalab.train.loop.qat import Blocks
-
-    pass
-    pass
+    from avalab.train.loop import Schedule
+    from avalab.train.qat import Blocks
 
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
     schedule, blocks = Schedule(learning_rate=learning_rate), Blocks(steps=steps)
@@ -210,8 +203,6 @@ def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; GenAI's if packed."""
     from avalab import engines
     from avalab.engines import onnxruntime as onnxruntime_engine
-
-    pass
 
     if weights == "kept" or (not weights and engines.kind(artifact.path) == "compressed-tensors"):
         return _onnx_genai(artifact, out, "kept", windows)
@@ -364,8 +355,6 @@ def tensorrt(
     from avalab.engines import tensorrt
     from avalab.measure import cell
     from avalab.models import checkpoint
-
-    pass
 
     tensorrt.require(precision)
     artifact = _dense(model, run)

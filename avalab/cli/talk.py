@@ -91,8 +91,6 @@ def _by_distributions(run, members: list, method: str, ask, weights: str) -> tup
         raise ValueError("a cascade of distributions reads every token with both models; use --method answer-cascade")
     from avalab.serve import ensemble, ensemble_scores
 
-    pass
-
     if weights:
         about = ensemble.assemble(members, method, weights=[float(part) for part in weights.split(",")])
     else:
@@ -106,8 +104,6 @@ def _by_distributions(run, members: list, method: str, ask, weights: str) -> tup
 def _by_answers(run, members: list, method: str, ask, settings: tuple[int, float, float]) -> tuple[str, str]:
     from avalab.measure.answers import Respondent
     from avalab.serve import ensemble, ensemble_scores
-
-    pass
 
     samples, temperature, threshold = settings
     if method == "self-consistency":

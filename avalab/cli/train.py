@@ -49,8 +49,6 @@ def synthesize(
     asked = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
     from avalab.data import repeats, synthesize
 
-    pass
-
     sets = [] if overlap == "none" else repeats.evaluation_sets(fetch=overlap == "all")
     report = synthesize.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=asked, sets=sets)
     if as_json:
@@ -77,7 +75,6 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
         price_in, price_out = map(float, price.split(","))
     except ValueError:
         raise ValueError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
-    pass
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
     return teachers.endpoint(address, model, cache=cache / f"{slug(model)}.jsonl", limits=limits)
@@ -118,10 +115,7 @@ def finetune(
     from avalab.data import packing, synthesize
     from avalab.models import adapters, checkpoint
     from avalab.train import finetune
-    from avalab.train.loop.loop import Schedule
-
-    pass
-    pass
+    from avalab.train.loop import Schedule
 
     examples = synthesize.load_examples(data or ROOT / "data" / "synthetic_datasets")
     base = checkpoint.base_artifact(run)
@@ -201,10 +195,7 @@ def distill(
             known_model(model)
     from avalab.models import adapters
     from avalab.train import distill
-    from avalab.train.loop.distill import Recipe
-
-    pass
-    pass
+    from avalab.train.distill import Recipe
 
     learner = _artifact(student, run)
     name = _adapter_name(learner, out, rank)
@@ -235,9 +226,7 @@ def distill(
 
 def _training(*, rank: int, row_tokens: int, learning_rate: float, epochs: float):
     from avalab.train import finetune
-    from avalab.train.loop.loop import Schedule
-
-    pass
+    from avalab.train.loop import Schedule
 
     schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
     return finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)

@@ -7,7 +7,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from avalab.models.checkpoint.predict import Reference
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from avalab import engines
@@ -20,6 +19,7 @@ from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
+from avalab.models.predict import Reference
 
 
 @pytest.fixture(scope="module")

@@ -264,9 +264,7 @@ def test_it_is_the_models_own_loss_over_the_answers_tokens(respondent, examples,
 
 def test_a_model_that_knows_nothing_has_the_logarithm_of_its_vocabulary(respondent, examples, tmp_path, monkeypatch):
     flat = torch.full((1, respondent.model.config.vocab_size), -math.log(respondent.model.config.vocab_size))
-    monkeypatch.setattr(
-        "avalab.models.checkpoint.predict.log_probabilities", lambda hidden, *_: flat.expand(len(hidden), -1)
-    )
+    monkeypatch.setattr("avalab.models.predict.log_probabilities", lambda hidden, *_: flat.expand(len(hidden), -1))
     found = answers.answer_losses(respondent, examples[:1], tmp_path)
     assert found.item() == pytest.approx(math.log(respondent.model.config.vocab_size), rel=1e-5)
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from avalab.models.checkpoint.sizes import weight_file_bytes
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
 from avalab import cli, engines
@@ -14,6 +13,7 @@ from avalab.lab import artifacts, process, trackers
 from avalab.lab.run import Run
 from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
+from avalab.models.sizes import weight_file_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"

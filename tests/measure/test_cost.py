@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from avalab.models.checkpoint.sizes import (
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from avalab.lab import artifacts
+from avalab.lab.run import ROOT, Run
+from avalab.measure import cell, cost
+from avalab.measure.cell import Cell, Workload
+from avalab.models.sizes import (
     BF16,
     Shape,
     bytes_by_component,
@@ -15,13 +22,6 @@ from avalab.models.checkpoint.sizes import (
     predict_bytes,
     shape_of,
 )
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from avalab.lab import artifacts
-from avalab.lab.run import ROOT, Run
-from avalab.measure import cell, cost
-from avalab.measure.cell import Cell, Workload
 
 TINY = ROOT / "data" / "tiny-llama"
 # One block, hidden 8, MLP 16, two heads of four, one key-value head, ten tokens, head tied to the embedding.

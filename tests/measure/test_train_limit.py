@@ -5,12 +5,12 @@ from itertools import accumulate
 
 import pytest
 import torch
-from avalab.models.checkpoint.sizes import Shape
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
 
 from avalab.measure import training
 from avalab.models import checkpoint, sizes
+from avalab.models.sizes import Shape
 from avalab.train import losses, memory
 
 SHAPE = Shape(vocab=512, hidden=128, mlp=256, layers=2, heads=4, kv_heads=2, head_dim=32, tied=True)
