@@ -117,9 +117,8 @@ def judge(
     for target in targets:
         threads = target.threads or max(found)
         here = {c.subject: c for c in found.get(threads, [])}
-        ours = here.get(chosen)
         peers = [c for s, c in here.items() if s.startswith(target.peers) or s.endswith(target.peers)]
-        results.append((target, *_ratio(target, threads, ours, peers, show)))
+        results.append((target, *_ratio(target, threads, here.get(chosen), peers, show)))
     return results
 
 

@@ -1,8 +1,7 @@
-"""A ledger of shrinking steps one after another: what each of them cost.
+"""A ledger of shrinking steps one after another: what each of them cost in bytes, divergence and accuracy.
 
-`ledger` takes the artefacts of a chain in order, the base first, and appends for each step the difference it made to
-every metric that was recorded for it and for the one before it: bytes, divergence, accuracy. A step's cost is not its
-own alone: it is what the step does to the model it was given, so that another order has another ledger.
+A step's cost is not its own alone: it is what the step does to the model it was given, so that another order has
+another ledger.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def shipped_bytes(artifact: Artifact) -> int:
 
 
 def ledger(run: Run, subjects: Sequence[str], metrics: Sequence[str]) -> list[Record]:
-    """Append `cost:<metric>` of every subject but the first: its value less that of the subject before it.
+    """Append `cost:<metric>` of every subject of the chain but the first: its value less that of the one before.
 
     Raises ValueError for a subject without one of the metrics.
     """
