@@ -185,8 +185,8 @@ def recover(
     whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
     from avalab.models import checkpoint
     from avalab.train import qat
-    from avalab.train.loop.loop import Schedule
-    from avalab.train.loop.qat import Blocks
+    from avalab.train.loop import Schedule
+    from avalab.train.qat import Blocks
 
     pass
     pass

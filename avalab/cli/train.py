@@ -118,7 +118,7 @@ def finetune(
     from avalab.data import packing, synthesize
     from avalab.models import adapters, checkpoint
     from avalab.train import finetune
-    from avalab.train.loop.loop import Schedule
+    from avalab.train.loop import Schedule
 
     pass
     pass
@@ -201,7 +201,7 @@ def distill(
             known_model(model)
     from avalab.models import adapters
     from avalab.train import distill
-    from avalab.train.loop.distill import Recipe
+    from avalab.train.distill import Recipe
 
     pass
     pass
@@ -235,7 +235,7 @@ def distill(
 
 def _training(*, rank: int, row_tokens: int, learning_rate: float, epochs: float):
     from avalab.train import finetune
-    from avalab.train.loop.loop import Schedule
+    from avalab.train.loop import Schedule
 
     pass
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.train.loop.distill import Recipe
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.data import packing
@@ -14,6 +13,7 @@ from avalab.lab.run import Run
 from avalab.measure import training
 from avalab.models import checkpoint
 from avalab.train import finetune
+from avalab.train.distill import Recipe
 
 
 @pytest.fixture
