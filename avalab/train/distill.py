@@ -1,9 +1,9 @@
-"""Distil a teacher into a smaller student: the training loop with a loss that listens to the teacher.
+"""Distillation of a teacher into a smaller student: the training loop with a loss that listens to the teacher.
 
     adapter = distill.train_student(pruned, teacher, rows, run=run, name="pruned+kl", recipe=Recipe())
-    student = adapters.merge(adapter)
+    student = adapters.merge_adapters(adapter)
 
-The loss of a row is a sum, each part with a weight of the recipe:
+The loss of a row is a sum, each part with a weight of the recipe; a part with weight 0 is not computed:
 
 | part | what is compared | source |
 |---|---|---|
@@ -12,14 +12,13 @@ The loss of a row is a sum, each part with a weight of the recipe:
 | `cross_entropy` | the row's own labels | |
 | `hidden`, `attention` | mapped blocks: residual stream, attention (`losses`) | TinyBERT, MiniLM |
 
-A part with weight 0 is not computed. The teacher is `online` (it reads each row before the student does, without
-gradients; its logits exist a chunk at a time), or was asked before: `sampled` and `topk` targets (`targets`) are kept
-in a file and cost the step next to nothing. On-policy training is the same call with the student's own answers as rows
-(`packed_rows.own_answers`), teaching by text alone with a teacher's answers (`packed_rows.answered`) and `kl` = 0.
+The teacher is `online` (it reads each row before the student does, without gradients; its logits exist a chunk at a
+time), or was asked before: `sampled` and `topk` targets (`targets`) are kept in a file and cost the step next to
+nothing. On-policy training is the same call with the student's own answers as rows (`packing.own_answers`), teaching
+by text alone with a teacher's answers (`packing.answered`) and `kl` = 0. Both models have one tokenizer.
 
 The student is trained through adapters (`finetune.Recipe`), also on a 4-bit base, or with rank 0 as a whole
-(`adapters.apply_wide_weights`). The same student, teacher, rows, recipe and code give the artefact that is there
-already; a killed run goes on from its last checkpoint. Student and teacher have one tokenizer.
+(`adapters.apply_wide_weights`).
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Recipe:
     pairs: int = 4  # of blocks that are compared, evenly spaced
     layer_map: losses.Map = ()  # (student's block, teacher's block); empty: `pairs` of them
     teacher: str = ONLINE
-    count: int = 50  # draws or words a token of stored targets
+    count: int = 50  # draws or entries a token of stored targets
     training: finetune.Recipe = field(default_factory=finetune.Recipe)
 
     @property
@@ -76,7 +75,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss `train.fit` calls. `teacher` is None where stored targets, or the labels alone, are all there is."""
+    """The loss `loop.fit` calls. `teacher` is None where stored targets, or the labels alone, are all there is."""
 
     recipe: Recipe
     student: PreTrainedModel
@@ -99,10 +98,11 @@ class Objective:
             labels = kernels.linear_cross_entropy(hidden, head, batch["labels"], ignore_index=IGNORED)
             loss = loss + recipe.cross_entropy * labels
         if recipe.kl and recipe.teacher != ONLINE:
-            loss = loss + recipe.kl * _from_targets(hidden, head, batch, recipe)
+            loss = loss + recipe.kl * _from_targets(hidden, head, batch, keep, recipe)
         if self.teacher is not None:
             heard = teacher_outputs(self.teacher, batch, layers=self.needs_layers)
-            loss = loss + recipe.kl * _divergence(hidden, head, (heard.last_hidden_state, self.teacher), keep, recipe)
+            states = heard.last_hidden_state
+            loss = loss + recipe.kl * _divergence(hidden, head, states, self.teacher, keep, recipe)
             loss = loss + self._inside(batch, heard.hidden_states, keep[0])
         return loss
 
@@ -123,18 +123,12 @@ class Objective:
 
 
 def train_student(
-    student: Artifact,
-    teacher: Artifact | None,
-    rows: Rows,
-    *,
-    run: Run,
-    name: str,
-    recipe: Recipe | None = None,
+    student: Artifact, teacher: Artifact | None, rows: Rows, *, run: Run, name: str, recipe: Recipe | None = None
 ) -> Artifact:
     """The artefact `name`: adapters beside the student they belong to, or, with rank 0, the trained student in bf16.
 
-    Rows are tokens of the student's tokenizer (`packed_rows`). Raises ValueError for a recipe that listens to nobody or
-    in no known way, a teacher with another tokenizer, and what `train.fit` raises.
+    Rows are tokens of the student's tokenizer (`packing`). Raises ValueError for a recipe that listens to nobody or
+    in no known way, a teacher with another tokenizer, and what `loop.fit` raises.
     """
     recipe = recipe or Recipe()
     _refuse(recipe, student, teacher)
@@ -142,32 +136,38 @@ def train_student(
     step |= {"teacher_sha256": teacher.sha256 if teacher else "", "rows": targets.rows_sha256(rows), "seed": run.seed}
     identity = artifacts.sha256_of_text(json.dumps([student.sha256, step], sort_keys=True))
 
-    def fill(folder: Path) -> dict:
-        start, bytes_per_token, taught = time.perf_counter(), 0.0, rows
-        if recipe.kl and recipe.teacher != ONLINE:
-            form = Form(recipe.teacher, recipe.count, recipe.temperature, run.seed)
-            taught, bytes_per_token = targets.attach_targets(run, rows, teacher, form)
+    def train(folder: Path) -> dict:
+        start = time.perf_counter()
+        taught, stored = with_targets(run, rows, teacher, recipe)
         target_seconds = time.perf_counter() - start
         model = prepare_student(student, recipe, run)
         loss = objective_of(model, teacher, recipe, rows=rows, device=run.device, identity=identity)
-        checkpoints = run.artifacts_dir / "checkpoints" / name
-        history = loop.fit(model, taught, schedule=recipe.training.schedule, folder=checkpoints, loss=loss)
-        _save(model, student, folder, history, whole=not recipe.training.rank)
+        loop.fit_kept(model, taught, folder, run=run, name=name, schedule=recipe.training.schedule, loss=loss)
+        tokenizer = checkpoint.load_tokenizer(student)
+        if recipe.training.rank:
+            adapters.save_adapters(model, folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            adapters.restore_narrow_weights(model)
+            checkpoint.save_model(model, tokenizer, folder)
         return {
             "tokens": sum(len(row["input_ids"]) for row in rows),
             "scored_tokens": sum(int((row["labels"] != IGNORED).sum()) for row in rows),
             "target_seconds": target_seconds,
-            "train_seconds": time.perf_counter() - start,
-            "target_bytes_per_token": bytes_per_token,
+            "target_bytes_per_token": stored,
         }
 
-    return artifacts.make_artifact(
-        student.path.parent / name,
-        fill,
-        base=student,
-        step=step | {"code": code_of(train_student)[:12]},
-        format="peft" if recipe.training.rank else "bf16",
-    )
+    out, format = student.path.parent / name, "peft" if recipe.training.rank else "bf16"
+    step |= {"code": code_of(train_student)[:12]}
+    return loop.train_artifact(out, train, base=student, step=step, format=format)
+
+
+def with_targets(run: Run, rows: Rows, teacher: Artifact | None, recipe: Recipe) -> tuple[Rows, float]:
+    """The rows with what the teacher said where it was asked before, and the bytes a token that takes."""
+    if not recipe.kl or recipe.teacher == ONLINE:
+        return rows, 0.0
+    form = Form(recipe.teacher, recipe.count, recipe.temperature, run.seed)
+    return targets.attach_targets(run, rows, teacher, form)
 
 
 def prepare_student(student: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
@@ -189,7 +189,7 @@ def record_distillation(run: Run, subject: str, artifact: Artifact) -> None:
 
 
 def refuse_other_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError naming the first token that the two do not share: their logits are about different words."""
+    """Raise ValueError naming the first token that the two do not share: their logits are about different entries."""
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):
@@ -215,15 +215,6 @@ def _refuse(recipe: Recipe, student: Artifact, teacher: Artifact | None) -> None
         refuse_other_tokenizer(checkpoint.load_tokenizer(student), checkpoint.load_tokenizer(teacher))
 
 
-def _save(model: PreTrainedModel, student: Artifact, folder: Path, history: list[dict], *, whole: bool) -> None:
-    if whole:
-        adapters.restore_narrow_weights(model)
-        checkpoint.save_model(model, checkpoint.load_tokenizer(student), folder)
-        finetune.save_history(history, folder)
-    else:
-        finetune.save_trained(model, student, folder, history)
-
-
 # --- the loss ------------------------------------------------------------------------------------------------------
 
 
@@ -234,31 +225,24 @@ def teacher_outputs(teacher: PreTrainedModel, batch: dict, *, layers: bool):
     return teacher.base_model(**inputs, use_cache=False, output_hidden_states=layers)
 
 
-def _divergence(hidden: Tensor, head: Tensor, teacher: tuple, keep: Tensor, recipe: Recipe) -> Tensor | float:
-    states, model = teacher
-    aim = (states.to(hidden.dtype), model.get_output_embeddings().weight.to(hidden.dtype))
+def _divergence(
+    hidden: Tensor, head: Tensor, states: Tensor, teacher: PreTrainedModel, keep: Tensor, recipe: Recipe
+) -> Tensor | float:
+    """Divergence from a teacher that reads along, forward and reverse in the recipe's shares."""
+    aim = (states.to(hidden.dtype), teacher.get_output_embeddings().weight.to(hidden.dtype))
     total = 0.0
     for share, reverse in ((1 - recipe.reverse, False), (recipe.reverse, True)):
         if recipe.kl * share:
-            divergence = kernels.linear_kl(
+            total = total + share * kernels.linear_kl(
                 hidden, head, aim, keep=keep, reverse=reverse, temperature=recipe.temperature
             )
-            total = total + share * divergence
     return total
 
 
-def _from_targets(hidden: Tensor, head: Tensor, batch: dict, recipe: Recipe) -> Tensor:
+def _from_targets(hidden: Tensor, head: Tensor, batch: dict, keep: Tensor, recipe: Recipe) -> Tensor:
     """Divergence from stored targets: their cross-entropy less the teacher's own entropy."""
-    keep, ids = batch["labels"] != IGNORED, batch["target_ids"].long()
-    crossed = kernels.linear_sparse(
-        hidden,
-        head,
-        ids,
-        batch["target_weights"],
-        keep=keep,
-        tail=recipe.teacher == "topk",
-        temperature=recipe.temperature,
-    )
+    ids, weights, tail = batch["target_ids"].long(), batch["target_weights"], recipe.teacher == "topk"
+    crossed = kernels.linear_sparse(hidden, head, ids, weights, keep=keep, tail=tail, temperature=recipe.temperature)
     return crossed - recipe.temperature**2 * batch["target_entropy"][keep].sum() / keep.sum().clamp(min=1)
 
 

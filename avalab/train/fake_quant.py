@@ -3,29 +3,20 @@
 w' = s (q - z), with integer codes q and zero points z, and scales s rounded to the bfloat16 they are stored in.
 Rounding has no useful gradient, so it is taken as the identity (straight-through: Bengio et al. 2013, arXiv 1308.3432):
 
-- `straight_through`: q = clip(round(w/s + z)). Inside the range dw'/dw = 1, dw'/ds = q - z - w/s, dw'/dz = 0; outside
+- codes re-rounded, q = clip(round(w/s + z)): inside the range dw'/dw = 1, dw'/ds = q - z - w/s, dw'/dz = 0; outside
   dw'/dw = 0, dw'/ds = q - z, dw'/dz = -s. That is LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3), with LSQ+'s zero
-  point (Bhalgat et al. 2020, arXiv 2004.09576).
-- `decoded`: the codes stay; dw'/ds = q - z exactly, dw'/dz = -s (EfficientQAT's end-to-end stage, Chen et al. 2024,
-  arXiv 2407.11062).
+  point (Bhalgat et al. 2020, arXiv 2004.09576);
+- codes that stay: dw'/ds = q - z exactly, dw'/dz = -s (EfficientQAT's end-to-end stage, Chen et al. 2024, arXiv
+  2407.11062).
 
 A layer's parameters are dimensionless, so that one learning rate serves all: `log_scale` (s = s0 exp), `shift` of the
 zero points in steps and, where codes are re-rounded, `position` of the weights in steps. AdamW's learning rate times a
-factor of `RATES` is how far a step moves each.
+factor of `RATES` is how far a step moves each. The weight a layer computes with is bit for bit the one that the file
+will decode to; `rounded` takes it out again.
 
-The weight a layer computes with is bit for bit the one that the file will decode to. `rounded` takes it out again.
-What it does not do: quantise activations, embeddings or heads.
-
-torchao's fake quantizers on an artefact's own grids: the library's quantization-aware training as one arm.
-
-Each layer gets torchao's `IntxFakeQuantizer` with learned ranges, started at the file's scales and zero points; the
-float32 weight behind it starts at the original's, within the cells of the file's codes. All three are trained in their
-own units, as the library has them, and rounded once at the end: scales to bfloat16, codes for those scales.
-
-torchao 0.18's own asymmetric ranges are not used: they come with zero points in units of the weight, which are then cut
-to whole numbers (LOG.md). Given whole zero points, its forward pass and gradients are those of `fake_quant`.
-
-What it does not do: fake-quantise activations, keep the best step.
+`Torchao` is the same with torchao's `IntxFakeQuantizer` and learned ranges, started at the file's scales and whole zero
+points (torchao 0.18's own asymmetric ranges start in units of the weight and are then cut, LOG.md); the weight starts
+within the cells of the file's codes. All three are trained in their own units and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -64,14 +55,9 @@ def decoded(
     return _Decoded.apply(codes, scales, zero_points)
 
 
-def rounded_through(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Whole numbers with the gradient of the identity."""
-    return values + (values.round() - values).detach()
-
-
-def stored_through(scales: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Scales as bfloat16 keeps them, in float32, with the gradient of the identity."""
-    return scales + (scales.bfloat16().float() - scales).detach()
+def _through(values: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of the identity for `values`."""
+    return values + (rounded - values).detach()
 
 
 class FakeQuantized(nn.Module):
@@ -95,11 +81,12 @@ class FakeQuantized(nn.Module):
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Scales and whole zero points as they are now, each `rows groups`, differentiable."""
-        scales = stored_through(self.scales * (RATES["log_scale"] * self.log_scale).exp())
+        scales = self.scales * (RATES["log_scale"] * self.log_scale).exp()
+        scales = _through(scales, scales.bfloat16().float())  # as they are stored
         if self.shift is None:
             return scales, self.zero_points
-        shifted = rounded_through(self.zero_points + RATES["shift"] * self.shift)
-        return scales, shifted.clamp(self.grid.low, self.grid.high)
+        shifted = self.zero_points + RATES["shift"] * self.shift
+        return scales, _through(shifted, shifted.round()).clamp(self.grid.low, self.grid.high)
 
     def on_grid(self) -> Float[Tensor, "rows cols"]:
         """The weight that the forward pass uses, in float32."""
@@ -140,17 +127,62 @@ class FakeQuantized(nn.Module):
         return (steps * (self.scales * RATES["position"])[..., None]).flatten(1)
 
 
+class Torchao(nn.Module):
+    """A linear layer whose weight goes through torchao's fake quantizer.
+
+    The base class is what a model is made of.
+    """
+
+    def __init__(self, layer: nn.Linear, start: Rounded, weight: Float[Tensor, "rows cols"]) -> None:
+        super().__init__()
+        self.grid, self.bias = start.grid, layer.bias
+        steps = positions(start, weight).unflatten(1, (start.scales.shape[1], -1))
+        self.weight = nn.Parameter((steps * start.scales.float()[..., None]).flatten(1))
+        self.quantizer = quantizer(start)
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return F.linear(x, self.quantizer(self.weight).to(x.dtype), self.bias)
+
+    @torch.no_grad()
+    def rounded(self) -> Rounded:
+        """What is stored: scales as bfloat16 keeps them, whole zero points, and the nearest codes."""
+        grid, scales = self.grid, self.quantizer.scale.clamp(min=1e-8).bfloat16()
+        zeros = self.quantizer.zero_point.round().clamp(grid.low, grid.high)
+        codes = _rounded_codes(self.weight, scales.float(), zeros, grid.low, grid.high)
+        return Rounded(grid, codes.flatten(1).to(torch.int8), scales, zeros.to(torch.int8))
+
+
+def quantizer(start: Rounded) -> nn.Module:
+    """torchao's fake quantizer with the scales and zero points of a rounded layer as what it learns first."""
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+    grid: Grid = start.grid
+    config = IntxFakeQuantizeConfig(
+        getattr(torch, f"int{grid.bits}"),
+        group_size=grid.group_size,
+        is_symmetric=grid.symmetric,
+        is_dynamic=False,
+        range_learning=True,
+    )
+    made = IntxFakeQuantizer(config)
+    made.scale = nn.Parameter(start.scales.float().clone())
+    made.zero_point = nn.Parameter(start.zero_points.float().clone(), requires_grad=not grid.symmetric)
+    made._initialized = True  # what `initialize_fake_quantizers` sets, once ranges are there
+    return made
+
+
 def replace_layers(
     model: PreTrainedModel,
     layers: Mapping[str, Rounded],
     *,
     weights: Mapping[str, Tensor] | None = None,
     zeros: bool = False,
+    torchao: bool = False,
 ) -> None:
     """Put a fake quantizer where each named linear layer is, and freeze everything else.
 
-    With `weights` (those before rounding) codes are re-rounded while training. Raises ValueError for a layer that the
-    model does not have.
+    With `weights` (those before rounding; torchao's needs them) codes are re-rounded while training. Raises ValueError
+    for a layer that the model does not have.
     """
     model.requires_grad_(False)
     known = checkpoint.linear_layers(model)
@@ -158,8 +190,11 @@ def replace_layers(
         if name not in known:
             raise ValueError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:3])}, ...")
         weight = None if weights is None else weights[name]
-        fake = FakeQuantized(known[name], start, weight=weight, zeros=zeros).to(known[name].weight.device)
-        checkpoint.replace_linear(model, name, fake)
+        if torchao:
+            fake = Torchao(known[name], start, weight)
+        else:
+            fake = FakeQuantized(known[name], start, weight=weight, zeros=zeros)
+        checkpoint.replace_linear(model, name, fake.to(known[name].weight.device))
 
 
 def positions(start: Rounded, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
@@ -170,9 +205,10 @@ def positions(start: Rounded, weight: Float[Tensor, "rows cols"]) -> Float[Tenso
     return torch.minimum(torch.maximum(wanted, levels - CELL), levels + CELL).flatten(1)
 
 
-def fake_layers(model: nn.Module) -> dict[str, FakeQuantized]:
-    """The fake quantizers of a model by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantized)}
+def fake_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The fake quantizers of a model, of either kind, by qualified name."""
+    kinds = (FakeQuantized, Torchao)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _rounded_codes(weight: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> Tensor:
@@ -223,56 +259,3 @@ class _Decoded(torch.autograd.Function):
 
 def _levels(codes: Tensor, zeros: Tensor) -> Tensor:
     return codes.unflatten(1, (zeros.shape[1], -1)).float().sub_(zeros[..., None])
-
-
-# --- torchao's fake quantizers on an artefact's own grids -----------------------------------------------------------
-
-
-class Torchao(nn.Module):
-    """A linear layer whose weight goes through torchao's fake quantizer.
-
-    The base class is what a model is made of.
-    """
-
-    def __init__(self, layer: nn.Linear, start: Rounded, weight: Float[Tensor, "rows cols"]) -> None:
-        super().__init__()
-        self.grid, self.bias = start.grid, layer.bias
-        steps = positions(start, weight).unflatten(1, (start.scales.shape[1], -1))
-        self.weight = nn.Parameter((steps * start.scales.float()[..., None]).flatten(1))
-        self.quantizer = quantizer(start)
-
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return F.linear(x, self.quantizer(self.weight).to(x.dtype), self.bias)
-
-    @torch.no_grad()
-    def rounded(self) -> Rounded:
-        """What is stored: scales as bfloat16 keeps them, whole zero points, and the nearest codes."""
-        grid, scales = self.grid, self.quantizer.scale.clamp(min=1e-8).bfloat16()
-        zeros = self.quantizer.zero_point.round().clamp(grid.low, grid.high)
-        groups = self.weight.unflatten(1, (scales.shape[1], -1))
-        codes = (groups / scales.float()[..., None] + zeros[..., None]).round_().clamp_(grid.low, grid.high)
-        return Rounded(grid, codes.flatten(1).to(torch.int8), scales, zeros.to(torch.int8))
-
-
-def quantizer(start: Rounded) -> nn.Module:
-    """torchao's fake quantizer with the scales and zero points of a rounded layer as what it learns first."""
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
-
-    grid: Grid = start.grid
-    how = {"group_size": grid.group_size, "is_symmetric": grid.symmetric, "is_dynamic": False, "range_learning": True}
-    made = IntxFakeQuantizer(IntxFakeQuantizeConfig(getattr(torch, f"int{grid.bits}"), **how))
-    made.scale = nn.Parameter(start.scales.float().clone())
-    made.zero_point = nn.Parameter(start.zero_points.float().clone(), requires_grad=not grid.symmetric)
-    made._initialized = True  # what `initialize_fake_quantizers` sets, once ranges are there
-    return made
-
-
-def replace_layers_torchao(
-    model: PreTrainedModel, layers: Mapping[str, Rounded], *, weights: Mapping[str, Tensor]
-) -> None:
-    """Put torchao's fake quantizer where each named linear layer is, and freeze everything else."""
-    model.requires_grad_(False)
-    known = checkpoint.linear_layers(model)
-    for name, start in layers.items():
-        made = Torchao(known[name], start, weights[name]).to(known[name].weight.device)
-        checkpoint.replace_linear(model, name, made)

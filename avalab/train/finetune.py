@@ -7,8 +7,6 @@ that unsloth supports its model is trained, elsewhere PEFT's with the lab's own 
     merged = adapters.merge(adapter)
 
 The same base, examples, recipe and code give the artefact that is there already; a killed run goes on.
-
-What it does not do: train all weights, rewards or preferences.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +28,6 @@ from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint
 from avalab.train import loop, losses
 from avalab.train.loop import Schedule
-
-HISTORY = "history.json"
 
 REHEARSAL_ROW = 512  # tokens
 
@@ -65,58 +60,32 @@ def train_adapter(
     """The adapter artefact `name`, trained on examples as `synthesize.load_examples` gives them.
 
     `held_out` examples are scored at every checkpoint. Raises ValueError for examples longer than a row or the model's
-    context, for targets that match nothing, and what `train.fit` raises.
+    context, for targets that match nothing, and what `loop.fit` raises.
     """
     recipe = recipe or Recipe()
-    step = {"step": "finetune", **asdict(recipe), "examples": _identity(examples), "held_out": _identity(held_out)}
+    chats, kept_chats = (
+        artifacts.sha256_of_text(json.dumps([example["messages"] for example in part])) for part in (examples, held_out)
+    )
+    step = {"step": "finetune", **asdict(recipe), "examples": chats, "held_out": kept_chats}
     step |= {"seed": run.seed, "code": code_of(train_adapter)[:12]}
 
-    def fill(folder: Path) -> dict:
-        start = time.perf_counter()
-        model = prepare_model(base, recipe, run)
-        rows, kept = _rows(base, (examples, held_out), recipe, run, context=model.config.max_position_embeddings)
-        history = loop.fit(
-            model,
-            rows,
-            schedule=recipe.schedule,
-            folder=run.artifacts_dir / "checkpoints" / name,
-            held_out=kept,
-            loss=losses.weighted_first_tokens(recipe.first_token_weight),
+    def train(folder: Path) -> dict:
+        model, tokenizer = prepare_model(base, recipe, run), checkpoint.load_tokenizer(base)
+        context = model.config.max_position_embeddings
+        rows, kept = (
+            packing.pack_chats(tokenizer, part, row_tokens=recipe.row_tokens, context=context, seed=run.seed)
+            for part in (examples, held_out)
         )
-        save_trained(model, base, folder, history)
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        return {"train_seconds": time.perf_counter() - start, "tokens": tokens, "backend": backend(run.device)}
+        if recipe.rehearsal_tokens:
+            length, original = min(recipe.row_tokens, REHEARSAL_ROW), checkpoint.base_artifact(run)
+            rows += packing.rehearsal_rows(run, original, tokens=recipe.rehearsal_tokens, row_tokens=length)
+        loss = losses.weighted_first_tokens(recipe.first_token_weight)
+        loop.fit_kept(model, rows, folder, run=run, name=name, schedule=recipe.schedule, loss=loss, held_out=kept)
+        adapters.save_adapters(model, folder)
+        tokenizer.save_pretrained(folder)
+        return {"tokens": sum(len(row["input_ids"]) for row in rows), "backend": backend(run.device)}
 
-    return artifacts.make_artifact(run.artifacts_dir / name, fill, base=base, step=step, format="peft")
-
-
-def _rows(
-    base: Artifact, parts: tuple[Sequence[dict], Sequence[dict]], recipe: Recipe, run: Run, *, context: int
-) -> list[packing.Rows]:
-    """Rows to train on, rehearsal included, and rows that are held out."""
-    tokenizer = checkpoint.load_tokenizer(base)
-    rows, kept = (
-        packing.pack_chats(tokenizer, part, row_tokens=recipe.row_tokens, context=context, seed=run.seed)
-        for part in parts
-    )
-    if recipe.rehearsal_tokens:
-        row_tokens = min(recipe.row_tokens, REHEARSAL_ROW)
-        rows += packing.rehearsal_rows(
-            run, checkpoint.base_artifact(run), tokens=recipe.rehearsal_tokens, row_tokens=row_tokens
-        )
-    return [rows, kept]
-
-
-def save_trained(model: PreTrainedModel, start: Artifact, folder: Path, history: list[dict]) -> None:
-    """Write the adapter, the tokenizer of the artefact that training started from, and the history of training."""
-    adapters.save_adapters(model, folder)
-    checkpoint.load_tokenizer(start).save_pretrained(folder)
-    save_history(history, folder)
-
-
-def save_history(history: list[dict], folder: Path) -> None:
-    """Keep what `train.fit` returned beside the weights."""
-    (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
+    return loop.train_artifact(run.artifacts_dir / name, train, base=base, step=step, format="peft")
 
 
 def backend(device: str) -> str:
@@ -125,7 +94,7 @@ def backend(device: str) -> str:
 
 
 def prepare_model(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
-    """The base with trainable adapters, ready for `train.fit`."""
+    """The base with trainable adapters, ready for `loop.fit`."""
     if backend(run.device) == "unsloth":
         return _unsloth(base, recipe, run.seed)
     model = checkpoint.load_model(base, run.device)
@@ -150,8 +119,8 @@ def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
 
 
 def load_history(adapter: Artifact) -> list[dict]:
-    """What `train.fit` returned when the adapter was trained."""
-    return json.loads((adapter.path / HISTORY).read_text(encoding="utf-8"))
+    """What `loop.fit` returned when the adapter was trained."""
+    return json.loads((adapter.path / loop.HISTORY).read_text(encoding="utf-8"))
 
 
 def record_training(run: Run, subject: str, adapter: Artifact) -> None:
@@ -160,18 +129,14 @@ def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     steps = [entry for entry in entries if "loss" in entry]
     at = {entry["step"]: entry["tokens"] for entry in steps}
     held_out = [[at[entry["step"]], entry["held_out_loss"]] for entry in entries if "held_out_loss" in entry]
-    losses, last = [entry["loss"] for entry in steps], steps[-1]
+    curve, last = [entry["loss"] for entry in steps], steps[-1]
     about = {"artifact_sha256": adapter.sha256, "engine": "torch", "n": len(steps)}
-    details = {"details": adapter.card["measured"]}
-    run.record(subject, "train_tokens_per_s", last["tokens"] / last["seconds"], "tokens/s", **about, **details)
-    run.record(subject, "train_seconds", last["seconds"], "s", **about, **details)
-    curve = {"samples": losses, "details": {"tokens": list(at.values()), "held_out": held_out}}
-    end = statistics.mean(losses[-max(1, len(losses) // 10) :])
-    run.record(subject, "train_loss", end, "nats/token", **about, **curve)
-
-
-def _identity(examples: Sequence[dict]) -> str:
-    return artifacts.sha256_of_text(json.dumps([example["messages"] for example in examples]))
+    measured = adapter.card["measured"]
+    run.record(subject, "train_tokens_per_s", last["tokens"] / last["seconds"], "tokens/s", details=measured, **about)
+    run.record(subject, "train_seconds", last["seconds"], "s", details=measured, **about)
+    end = statistics.mean(curve[-max(1, len(curve) // 10) :])
+    progress = {"tokens": list(at.values()), "held_out": held_out}
+    run.record(subject, "train_loss", end, "nats/token", samples=curve, details=progress, **about)
 
 
 def _unsloth(base: Artifact, recipe: Recipe, seed: int) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Train the trainable parameters of a model on packed rows, with any loss: one thin entry over transformers' Trainer.
 
-1. Rows are packed chats (`packed_rows`); one row is a micro-batch, `rows_per_step` of them are a step.
+1. Rows are packed chats (`packing`); one row is a micro-batch, `rows_per_step` of them are a step.
 2. `Student` hides the frozen model from the Trainer, which sees, saves and (with several processes) synchronises the
    trainable parameters only. It computes final hidden states; the loss takes those and the head, so that logits exist
    only where there is loss, a chunk at a time (`kernels.linear_cross_entropy`).
@@ -12,7 +12,8 @@ A loss is a function `(hidden ["1 token channel"], head ["vocab channel"], batch
 One with a true `needs_layers` finds the residual stream before, between and after the blocks in `batch["layers"]`.
 Under `accelerate launch` every process calls the same function; process 0 writes.
 
-What it does not do: choose hyper-parameters, or pad.
+`train_artifact` and `fit_kept` are what every kind of training shares: the artefact that is there is not trained again,
+a killed run goes on from its last checkpoint, and the history lies beside the weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,12 +42,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from avalab.data.packing import IGNORED, Rows, collate
 from avalab.lab import artifacts, process
-from avalab.lab.run import write_atomically
+from avalab.lab.artifacts import Artifact
+from avalab.lab.run import Run, write_atomically
 from avalab.models.attention import apply_packed_attention
 from avalab.train.losses import Loss, next_token
 
-SETTINGS = "settings.json"
+SETTINGS, HISTORY = "settings.json", "history.json"
 
+LOGGED = ("step", "tokens", "loss", "seconds", "learning_rate", "grad_norm")
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -98,6 +102,37 @@ class Student(nn.Module):
         return super().train(mode)
 
 
+def train_artifact(out: Path, train: Callable[[Path], dict], *, base: Artifact, step: dict, format: str) -> Artifact:
+    """The artefact in the folder `out`: `base` and one more step, filled and measured by `train(folder)`.
+
+    What the same step made from the same base before is verified and returned instead.
+    """
+
+    def fill(folder: Path) -> dict:
+        start = time.perf_counter()
+        measured = train(folder)
+        return measured | {"train_seconds": time.perf_counter() - start}
+
+    return artifacts.make_artifact(out, fill, base=base, step=step, format=format)
+
+
+def fit_kept(
+    model: PreTrainedModel,
+    rows: Rows,
+    folder: Path,
+    *,
+    run: Run,
+    name: str,
+    schedule: Schedule,
+    loss: Loss,
+    held_out: Rows | None = None,
+) -> None:
+    """`fit` with checkpoints under the run's by `name`; the history is kept in `folder`, beside the weights to come."""
+    checkpoints = run.artifacts_dir / "checkpoints" / name
+    history = fit(model, rows, schedule=schedule, folder=checkpoints, held_out=held_out, loss=loss)
+    (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
+
+
 def fit(
     model: PreTrainedModel,
     rows: Rows,
@@ -122,7 +157,8 @@ def fit(
     if schedule.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = _arguments(schedule, folder, model.device.type, evaluate=bool(held_out))
-    settings = _settings(schedule, rows, held_out) | {"loss": getattr(loss, "identity", getattr(loss, "__name__", ""))}
+    settings = asdict(schedule) | {"rows": _identity(rows), "held_out": _identity(held_out or [])}
+    settings["loss"] = getattr(loss, "identity", getattr(loss, "__name__", ""))
     _claim(folder, settings, writes=arguments.process_index == 0)
     trainer = Trainer(
         student,
@@ -135,7 +171,12 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     process.quiet_libraries()
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
-    history = [_entry(logged) for logged in trainer.state.log_history if "loss" in logged or "eval_loss" in logged]
+    history = []
+    for logged in trainer.state.log_history:
+        if "loss" in logged:
+            history.append({name: logged[name] for name in LOGGED})
+        elif "eval_loss" in logged:
+            history.append({"step": logged["step"], "held_out_loss": logged["eval_loss"]})
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(folder)
@@ -179,17 +220,7 @@ def sparkline(values: list[float], width: int = 16) -> str:
     return "".join(BLOCKS[round((mean - least) / span * 7)] if span else BLOCKS[0] for mean in means)
 
 
-def _entry(logged: dict) -> dict:
-    if "loss" in logged:
-        return {name: logged[name] for name in ("step", "tokens", "loss", "seconds", "learning_rate", "grad_norm")}
-    return {"step": logged["step"], "held_out_loss": logged["eval_loss"]}
-
-
 def _arguments(schedule: Schedule, folder: Path, device: str, *, evaluate: bool) -> TrainingArguments:
-    every = {"save_strategy": "steps", "save_steps": schedule.checkpoint_every, "save_total_limit": 2}
-    if evaluate:
-        every |= {"eval_strategy": "steps", "eval_steps": schedule.checkpoint_every, "prediction_loss_only": True}
-        every |= {"load_best_model_at_end": bool(schedule.patience), "metric_for_best_model": "eval_loss"}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -213,17 +244,19 @@ def _arguments(schedule: Schedule, folder: Path, device: str, *, evaluate: bool)
         dataloader_pin_memory=device == "cuda",
         disable_tqdm=True,
         report_to="none",
-        **every,
+        save_strategy="steps",
+        save_steps=schedule.checkpoint_every,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=schedule.checkpoint_every,
+        prediction_loss_only=True,
+        load_best_model_at_end=evaluate and bool(schedule.patience),
+        metric_for_best_model="eval_loss" if evaluate else None,
     )
 
 
-def _settings(schedule: Schedule, rows: Rows, held_out: Rows | None) -> dict:
-    def identity(part: Rows) -> str:
-        return artifacts.sha256_of_text(
-            json.dumps([[row["input_ids"].tolist(), row["labels"].tolist()] for row in part])
-        )
-
-    return asdict(schedule) | {"rows": identity(rows), "held_out": identity(held_out or [])}
+def _identity(rows: Rows) -> str:
+    return artifacts.sha256_of_text(json.dumps([[row["input_ids"].tolist(), row["labels"].tolist()] for row in rows]))
 
 
 def _claim(folder: Path, settings: dict, *, writes: bool) -> None:

@@ -1,11 +1,11 @@
 """Losses of training: next token, first token, rehearsal, and what a student shares with its teacher inside.
 
-Every loss that `train.fit` takes is a function of final hidden states, the head and a row; logits exist a chunk at a
+Every loss that `loop.fit` takes is a function of final hidden states, the head and a row; logits exist a chunk at a
 time, in the kernels.
 
 - `next_token`: cross-entropy of the labelled tokens.
 - `rehearsed`: the same on a row of chats, KL(base || model) on a row of rehearsal, which holds the base's hidden states
-  (`packed_rows.rehearsal_rows`; Li and Hoiem 2016, arXiv 1606.09282).
+  (Li and Hoiem 2016, arXiv 1606.09282).
 - `weighted_first_tokens`: `rehearsed` plus a weight times the mean over the answers' first tokens. Whether a function
   is called is decided there, once an answer, so that in the plain mean its gradient is drowned.
 - `relative_error`: mean over tokens of |P h - g|^2 / |g|^2 for the student's states h and the teacher's g. Divided
@@ -15,14 +15,11 @@ time, in the kernels.
 - `attention_divergence`: mean over heads and tokens of KL(teacher || student) of attention distributions (MiniLM: Wang
   et al. 2020, arXiv 2002.10957, eq. 4); the mean head of each where their numbers of heads differ.
 - `layer_map`: which block of the student answers to which one of the teacher: evenly spaced, the last to the last.
-
-Divergences of the output are the kernels' own: `linear_kl`, `linear_sparse`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -36,7 +33,6 @@ from avalab.data.packing import IGNORED
 Loss = Callable[[Tensor, Tensor, dict], Tensor]
 
 RIDGE = 1e-3  # of the mean squared student channel: least squares stay solvable with few tokens
-
 Map = tuple[tuple[int, int], ...]  # (student's block, teacher's block), counted from zero
 
 
@@ -60,7 +56,7 @@ def labels_of_first_tokens(labels: Int[Tensor, "*rows token"]) -> Int[Tensor, "*
 
 
 def weighted_first_tokens(weight: float) -> Loss:
-    """A loss for `train.fit`: chats with weighted first tokens; rehearsal rows as `rehearsed` has them.
+    """A loss for `loop.fit`: chats with weighted first tokens; rehearsal rows as `rehearsed` has them.
 
     Raises ValueError for a weight below 0.
     """
@@ -76,9 +72,6 @@ def weighted_first_tokens(weight: float) -> Loss:
 
     loss.identity = f"answers, first token {weight}"
     return loss
-
-
-# --- inside: residual stream and attention ---------------------------------------------------------------------------
 
 
 def layer_map(student: int, teacher: int, count: int) -> Map:
@@ -142,24 +135,17 @@ def attention_maps(
     layer = model.base_model.layers[block]
     x = layer.input_layernorm(states)
     found = []
-    for start, end in pairwise(batch["boundaries"].tolist()):
-        part, positions = x[:, start:end], batch["position_ids"][:, start:end]
-        future = torch.full((end - start, end - start), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        with _plain_attention(model):
+    implementation, model.config._attn_implementation = model.config._attn_implementation, "eager"
+    try:
+        for start, end in pairwise(batch["boundaries"].tolist()):
+            part, positions = x[:, start:end], batch["position_ids"][:, start:end]
+            future = torch.full((end - start, end - start), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
             _, weights = layer.self_attn(
                 hidden_states=part,
                 position_embeddings=model.base_model.rotary_emb(part, positions),
                 attention_mask=future[None, None],
             )
-        found.append(weights[0])
-    return found
-
-
-@contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    try:
-        yield
+            found.append(weights[0])
     finally:
-        model.config._attn_implementation = before
+        model.config._attn_implementation = implementation
+    return found

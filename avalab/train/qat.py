@@ -1,45 +1,38 @@
 """Training through the rounding: a packed artefact in, one of exactly the same bytes out, closer to the bf16 model.
 
-    better = qat.train_quantized(low, teacher, qat.windows(run, tokenizer, tokens=8192), run=run, out=folder)
+    better = qat.train_quantized(low, teacher, qat.training_windows(run, tokenizer, tokens=8192), run=run, out=folder)
 
 | kind | what is trained | how |
 |---|---|---|
 | `scales` | scales (and zero points, if asked), codes as they are | end to end, KL to the teacher |
 | `weights` | weights behind the codes, scales, zero points (LSQ) | end to end |
-| `blocks` | codes and scales, one block after the other (`block_training`) | its own outputs before rounding |
-| `torchao` | as `weights`, through torchao's fake quantizers (`torchao_qat`) | end to end |
+| `blocks` | codes and scales, one block after the other | its own outputs before rounding |
+| `torchao` | as `weights`, through torchao's fake quantizers | end to end |
 
-End to end is `train.fit` with the distillation loss of `distill`: the teacher's targets are drawn once and
-cached (`targets`), checkpoints and exact resume are the loop's. `blocks` and then `scales` are the two stages of
-EfficientQAT (Chen et al. 2024, arXiv 2407.11062): each writes an artefact, so that a killed run repeats one at most.
+End to end is the loop with the loss of `distill`. `blocks` and then `scales` are the two stages of EfficientQAT (Chen
+et al. 2024, arXiv 2407.11062): each writes an artefact, so that a killed run repeats one at most. Every layer keeps its
+own grid, every tensor its shape and type. Text is calibration text, without the windows that calibrated the rounding:
+it fits those already, and learns little.
 
-Text is calibration text, without the windows that calibrated the rounding: it fits those already, and learns little.
-Every layer keeps its own grid, every tensor its shape and type: the file has the bytes it had.
-
-What it does not do: choose grids, train embeddings, head or norms.
-
-Block-wise reconstruction: codes and scales of one block after the other, so that each does what it did before.
-
+Block-wise reconstruction, so that each block does what it did before:
 1. Two streams of hidden states run through the model: what each block received and gave before rounding, and what
    the blocks trained so far give.
 2. A block of fake quantizers reads the second stream and should give what the original gave from the first; the loss is
-   the squared distance relative to the original's length, token by token, as in `losses.relative_error`.
+   `losses.relative_error`.
 3. Each step moves weights within and beyond their cells, and scales, by the sign of the gradient and a rate that falls
    linearly to zero (SignRound: Cheng et al. 2023, arXiv 2309.05516, section 3; which way to round each weight is the
    question of AdaRound, Nagel et al. 2020, arXiv 2004.10568). A block that is no better afterwards on the first few
    windows stays as it was.
 4. The block's codes are then fixed, and both streams move on.
-
 Windows that are each read once teach more than few that are read often: a block has as many codes as weights. Memory
-is one block's gradients and two streams. Deterministic for a seed.
-What it does not do: look at the model's output (`qat` does that afterwards), write files.
+is one block's gradients and two streams.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -49,18 +42,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.data import corpora, packing
-from avalab.kernels.formats import Rounded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed
 from avalab.models.walk import Call, first_calls, next_call, own_keywords, with_keywords
-from avalab.train import distill, fake_quant, finetune, loop, losses, targets
+from avalab.train import distill, fake_quant, finetune, loop, losses
 from avalab.train.loop import Schedule
-from avalab.train.targets import Form
 
 JUDGED = 4  # steps' worth of windows that say whether a block got better
+
+KINDS = ("scales", "weights", "blocks", "torchao")
 
 
 @dataclass(frozen=True)
@@ -71,89 +64,6 @@ class Blocks:
     windows_per_step: int = 4
     position_rate: float = 0.02  # in quantization steps
     scale_rate: float = 0.002  # relative
-
-
-def reconstruct(
-    student: PreTrainedModel, teacher: PreTrainedModel, windows: Int[Tensor, "window time"], how: Blocks, *, seed: int
-) -> list[tuple[float, float]]:
-    """Train the student's fake quantizers block by block, in place; each block's relative error before and after.
-
-    Raises ValueError for a student without fake quantizers, or other sizes than positive ones.
-    """
-    if not fake_quant.fake_layers(student):
-        raise ValueError("nothing to reconstruct: no layer of the student is a fake quantizer")
-    if min(how.steps, how.windows_per_step, len(windows)) < 1:
-        raise ValueError(
-            f"{how.steps} steps of {how.windows_per_step} of {len(windows)} windows: each has to be above 0"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    blocks = list(zip(student.base_model.layers, teacher.base_model.layers, strict=True))
-    mine, theirs = (_streams(model, windows, how.windows_per_step) for model in (student, teacher))
-    own = _own_keywords(teacher, windows, how.windows_per_step)
-    errors = []
-    for index, (block, original) in enumerate(tqdm(blocks, desc="blocks", leave=False)):
-        if own:  # the block's own rotary embedding and mask
-            mine, theirs = (with_keywords(calls, own[index]) for calls in (mine, theirs))
-        with torch.no_grad():
-            theirs = [next_call(original, call) for call in theirs]
-        aims = [args[0] for args, _ in theirs]
-        errors.append(_fit(block, mine, aims, how, generator))
-        for layer in fake_quant.fake_layers(block).values():
-            layer.settle()
-        with torch.no_grad():
-            mine = [next_call(block, call) for call in mine]
-    return errors
-
-
-@torch.no_grad()
-def _streams(model: PreTrainedModel, windows: Tensor, size: int) -> list[Call]:
-    """What enters the first block, a call for every step's windows."""
-    first = model.base_model.layers[0]
-    return [call for part in windows.split(size) for call in first_calls(model, first, part)]
-
-
-@torch.no_grad()
-def _own_keywords(model: PreTrainedModel, windows: Tensor, size: int) -> list[list[dict]]:
-    """Keyword arguments by block and call of a model whose blocks differ in them (Gemma 3), else nothing."""
-    parts = [own_keywords(model, part) for part in windows.split(size)]
-    return [[one for calls in block for one in calls] for block in zip(*parts, strict=True)]
-
-
-def _fit(
-    block: nn.Module, calls: list[Call], aims: list[Tensor], how: Blocks, generator: torch.Generator
-) -> tuple[float, float]:
-    layers = fake_quant.fake_layers(block).values()
-    rates = [(p, rate) for layer in layers for p, rate in layer.trainable(how.position_rate, how.scale_rate)]
-    kept = [parameter.detach().clone() for parameter, _ in rates]
-    judged = calls[:JUDGED], aims[:JUDGED]
-    before = _error(block, *judged)
-    order = torch.cat([torch.randperm(len(calls), generator=generator) for _ in range(-(-how.steps // len(calls)))])
-    for step, at in enumerate(order[: how.steps].tolist()):
-        loss = _distance(block, calls[at], aims[at])
-        for (parameter, rate), slope in zip(rates, torch.autograd.grad(loss, [p for p, _ in rates]), strict=True):
-            parameter.data.sub_(slope.sign_(), alpha=rate * (1 - step / how.steps))
-    after = _error(block, *judged)
-    if not after < before:
-        for (parameter, _), old in zip(rates, kept, strict=True):
-            parameter.data.copy_(old)
-    return before, min(before, after)
-
-
-def _distance(block: nn.Module, call: Call, aim: Tensor) -> Tensor:
-    (given, *_), _kwargs = next_call(block, call)
-    return losses.relative_error(given.flatten(0, -2), aim.flatten(0, -2))
-
-
-@torch.no_grad()
-def _error(block: nn.Module, calls: list[Call], aims: list[Tensor]) -> float:
-    parts = [float(_distance(block, call, aim)) * len(aim) for call, aim in zip(calls, aims, strict=True)]
-    return sum(parts) / sum(len(aim) for aim in aims)
-
-
-# --- training through the rounding ----------------------------------------------------------------------------------
-
-
-KINDS = ("scales", "weights", "blocks", "torchao")
 
 
 @dataclass(frozen=True)
@@ -189,38 +99,41 @@ def train_quantized(
 ) -> Artifact:
     """The artefact in the folder `out`: `start` with codes, scales and zero points as the recipe trains them on `read`.
 
-    The same start, teacher, text, recipe and code give the artefact that is there; a killed run goes on from its last
-    checkpoint. Raises ValueError for an unknown kind, a start without packed layers, a teacher that is not bf16 or has
-    another tokenizer, and what `train.fit` raises.
+    Raises ValueError for an unknown kind, a start without packed layers, a teacher that is not bf16 or has another
+    tokenizer, and what `loop.fit` raises.
     """
     recipe = recipe or Recipe()
-    _refuse(recipe, start, teacher)
-    step = {"step": "qat", **asdict(recipe), "teacher_sha256": teacher.sha256, "seed": run.seed}
-    step |= {"text": artifacts.sha256_of_text(json.dumps(read.tolist())), "tokens": read.numel()}
-    step |= {"window_tokens": read.shape[1]}
+    if recipe.kind not in KINDS:
+        raise ValueError(f"unknown kind {recipe.kind!r}; choose one of {', '.join(KINDS)}")
+    if teacher.format != "bf16":
+        raise ValueError(f"the teacher {teacher.name} is in format {teacher.format!r}; it has to be the bf16 model")
+    distill.refuse_other_tokenizer(checkpoint.load_tokenizer(start), checkpoint.load_tokenizer(teacher))
+    text = artifacts.sha256_of_text(json.dumps(read.tolist()))
+    step = {"step": "qat", **asdict(recipe), "teacher_sha256": teacher.sha256, "seed": run.seed, "text": text}
+    step |= {"tokens": read.numel(), "window_tokens": read.shape[1]}
     identity = artifacts.sha256_of_text(json.dumps([start.sha256, step], sort_keys=True))
 
-    def fill(folder: Path) -> dict:
-        began, layers = time.perf_counter(), packed.packed_layers(start)
+    def train(folder: Path) -> dict:
+        layers = packed.packed_layers(start)
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
-            about = _by_blocks(model, teacher, read, recipe, run)
+            whole = checkpoint.load_model(teacher, run.device)
+            errors = reconstruct(model, whole, read, recipe.blocks, seed=run.seed)
+            measured = {"block_errors": [list(pair) for pair in errors]}
         else:
-            about = _end_to_end(model, teacher, read, recipe, run, (out.name, identity, folder))
-        after = rounded(model)
+            rows = packing.window_rows(read, windows_per_row=recipe.windows_per_row)
+            listening = distill.Recipe(teacher=recipe.teacher, count=recipe.count)
+            rows, stored = distill.with_targets(run, rows, teacher, listening)
+            loss = distill.objective_of(model, teacher, listening, rows=rows, device=run.device, identity=identity)
+            loop.fit_kept(model, rows, folder, run=run, name=out.name, schedule=recipe.schedule, loss=loss)
+            measured = {"target_bytes_per_token": stored, "tokens": read.numel()}
+        after = {name: layer.rounded() for name, layer in fake_quant.fake_layers(model).items()}
         packed.replace_layers(start, folder, after)
         shares = [float((part.codes != layers[at].codes).float().mean()) for at, part in after.items()]
-        seconds = {"train_seconds": time.perf_counter() - began, "codes_changed": sum(shares) / len(shares)}
-        return about | seconds
+        return measured | {"codes_changed": sum(shares) / len(shares)}
 
     step |= {"code": code_of(train_quantized)[:12]}
-    return artifacts.make_artifact(out, fill, base=start, step=step, format=start.format)
-
-
-def rounded(model: PreTrainedModel) -> dict[str, Rounded]:
-    """What the fake quantizers of a model would store, by the layers' names."""
-    kinds = (fake_quant.FakeQuantized, fake_quant.Torchao)
-    return {name: module.rounded() for name, module in model.named_modules() if isinstance(module, kinds)}
+    return loop.train_artifact(out, train, base=start, step=step, format=start.format)
 
 
 def record_recovery(run: Run, subject: str, artifact: Artifact) -> None:
@@ -248,37 +161,77 @@ def _prepared(start: Artifact, teacher: Artifact, layers: dict, recipe: Recipe, 
     if recipe.kind != "scales":
         original = checkpoint.load_model(teacher)
         weights = {name: original.get_submodule(name).weight.detach().to(run.device) for name in layers}
-    if recipe.kind == "torchao":
-        fake_quant.replace_layers_torchao(model, layers, weights=weights)
-    else:
-        fake_quant.replace_layers(model, layers, weights=weights, zeros=recipe.zeros)
+    fake_quant.replace_layers(model, layers, weights=weights, zeros=recipe.zeros, torchao=recipe.kind == "torchao")
     return model
 
 
-def _by_blocks(model: PreTrainedModel, teacher: Artifact, read: Tensor, recipe: Recipe, run: Run) -> dict:
-    whole = checkpoint.load_model(teacher, run.device)
-    errors = reconstruct(model, whole, read, recipe.blocks, seed=run.seed)
-    return {"block_errors": [list(pair) for pair in errors]}
+# --- block by block ----------------------------------------------------------------------------------------------
 
 
-def _end_to_end(
-    model: PreTrainedModel, teacher: Artifact, read: Tensor, recipe: Recipe, run: Run, where: tuple[str, str, Path]
-) -> dict:
-    name, identity, folder = where
-    taught, stored = packing.window_rows(read, windows_per_row=recipe.windows_per_row), 0.0
-    if recipe.teacher != distill.ONLINE:
-        taught, stored = targets.attach_targets(run, taught, teacher, Form(recipe.teacher, recipe.count, 1.0, run.seed))
-    listening = distill.Recipe(teacher=recipe.teacher, count=recipe.count)
-    loss = distill.objective_of(model, teacher, listening, rows=taught, device=run.device, identity=identity)
-    checkpoints = run.artifacts_dir / "checkpoints" / name
-    history = loop.fit(model, taught, schedule=recipe.schedule, folder=checkpoints, loss=loss)
-    finetune.save_history(history, folder)
-    return {"target_bytes_per_token": stored, "tokens": read.numel()}
+def reconstruct(
+    student: PreTrainedModel, teacher: PreTrainedModel, windows: Int[Tensor, "window time"], how: Blocks, *, seed: int
+) -> list[tuple[float, float]]:
+    """Train the student's fake quantizers block by block, in place; each block's relative error before and after.
+
+    Raises ValueError for a student without fake quantizers, or other sizes than positive ones.
+    """
+    if not fake_quant.fake_layers(student):
+        raise ValueError("nothing to reconstruct: no layer of the student is a fake quantizer")
+    if min(how.steps, how.windows_per_step, len(windows)) < 1:
+        raise ValueError(
+            f"{how.steps} steps of {how.windows_per_step} of {len(windows)} windows: each has to be above 0"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    blocks = list(zip(student.base_model.layers, teacher.base_model.layers, strict=True))
+    parts = windows.split(how.windows_per_step)
+    with torch.no_grad():
+        mine, theirs = (
+            [call for part in parts for call in first_calls(model, model.base_model.layers[0], part)]
+            for model in (student, teacher)
+        )
+        # Of a model whose blocks differ in them (Gemma 3): each block's own rotary embedding and mask.
+        own = list(zip(*(own_keywords(teacher, part) for part in parts), strict=True))
+    errors = []
+    for index, (block, original) in enumerate(tqdm(blocks, desc="blocks", leave=False)):
+        if own:
+            keywords = list(chain.from_iterable(own[index]))
+            mine, theirs = with_keywords(mine, keywords), with_keywords(theirs, keywords)
+        with torch.no_grad():
+            theirs = [next_call(original, call) for call in theirs]
+        errors.append(_fit(block, mine, [args[0] for args, _ in theirs], how, generator))
+        for layer in fake_quant.fake_layers(block).values():
+            layer.settle()
+        with torch.no_grad():
+            mine = [next_call(block, call) for call in mine]
+    return errors
 
 
-def _refuse(recipe: Recipe, start: Artifact, teacher: Artifact) -> None:
-    if recipe.kind not in KINDS:
-        raise ValueError(f"unknown kind {recipe.kind!r}; choose one of {', '.join(KINDS)}")
-    if teacher.format != "bf16":
-        raise ValueError(f"the teacher {teacher.name} is in format {teacher.format!r}; it has to be the bf16 model")
-    distill.refuse_other_tokenizer(checkpoint.load_tokenizer(start), checkpoint.load_tokenizer(teacher))
+def _fit(
+    block: nn.Module, calls: list[Call], aims: list[Tensor], how: Blocks, generator: torch.Generator
+) -> tuple[float, float]:
+    layers = fake_quant.fake_layers(block).values()
+    rates = [(p, rate) for layer in layers for p, rate in layer.trainable(how.position_rate, how.scale_rate)]
+    kept = [parameter.detach().clone() for parameter, _ in rates]
+    judged = calls[:JUDGED], aims[:JUDGED]
+    before = _error(block, *judged)
+    order = torch.cat([torch.randperm(len(calls), generator=generator) for _ in range(-(-how.steps // len(calls)))])
+    for step, at in enumerate(order[: how.steps].tolist()):
+        loss = _distance(block, calls[at], aims[at])
+        for (parameter, rate), slope in zip(rates, torch.autograd.grad(loss, [p for p, _ in rates]), strict=True):
+            parameter.data.sub_(slope.sign_(), alpha=rate * (1 - step / how.steps))
+    after = _error(block, *judged)
+    if not after < before:
+        for (parameter, _), old in zip(rates, kept, strict=True):
+            parameter.data.copy_(old)
+    return before, min(before, after)
+
+
+def _distance(block: nn.Module, call: Call, aim: Tensor) -> Tensor:
+    (given, *_), _ = next_call(block, call)
+    return losses.relative_error(given.flatten(0, -2), aim.flatten(0, -2))
+
+
+@torch.no_grad()
+def _error(block: nn.Module, calls: list[Call], aims: list[Tensor]) -> float:
+    parts = [float(_distance(block, call, aim)) * len(aim) for call, aim in zip(calls, aims, strict=True)]
+    return sum(parts) / sum(len(aim) for aim in aims)

@@ -2,19 +2,16 @@
 
 Two forms of a next-token distribution p = softmax(z / T) of the teacher:
 
-- `sampled`: `count` draws of words by p, kept as words and how often each came. Their shares are an unbiased estimate
-  of p, so the gradient of the cross-entropy from them is the dense one's on average, rare words included; the k most
-  probable words would teach that there are no others. Draws are systematic, one random offset and then equal steps
-  along the cumulated p: a word with probability p comes floor(count p) or ceil(count p) times, which varies less than
-  independent draws do and is as unbiased.
-- `topk`: the `count` most probable words with p in float16; the loss takes all others as one event (`kernels`).
+- `sampled`: `count` draws of vocabulary entries by p, kept as ids and how often each came. Their shares are an unbiased
+  estimate of p, so the gradient of the cross-entropy from them is the dense one's on average, rare entries included;
+  the k most probable would teach that there are no others. Draws are systematic (Madow and Madow 1944), one random
+  offset and then equal steps along the cumulated p: an entry comes floor(count p) or ceil(count p) times, which varies
+  less than independent draws do. Source: Anshumann et al. 2025, arXiv 2503.16870.
+- `topk`: the `count` most probable entries with p in float16; the loss takes all others as one event (`kernels`).
 
-A file holds, for the tokens that are scored: how many words each has, the words (2 bytes, a third one where the
+A file holds, for the tokens that are scored: how many entries each has, their ids (2 bytes, a third one where the
 vocabulary needs it), their counts (1 byte) or p (2 bytes), and the teacher's entropy (2 bytes), which turns the loss
 into a divergence. Its header names the rows by hash, the teacher and the form: targets for other rows are refused.
-
-Sources: Anshumann et al. 2025, arXiv 2503.16870 (sampled targets); systematic sampling: Madow and Madow 1944.
-What it does not do: keep hidden states (rows of rehearsal do: 2 bytes a channel), train.
 """
 
 from __future__ import annotations
@@ -49,15 +46,15 @@ class Form:
     """How much of a distribution is kept."""
 
     name: str = "sampled"
-    count: int = 50  # draws, or most probable words: at most 255
+    count: int = 50  # draws, or most probable entries: at most 255
     temperature: float = 1.0
     seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         if self.name not in FORMS or not 1 <= self.count <= 255 or not self.temperature > 0:
             raise ValueError(
-                f"targets {self.name!r} of {self.count} words at temperature {self.temperature}; choose one of "
-                f"{', '.join(FORMS)}, 1 to 255 words and a positive temperature"
+                f"targets {self.name!r} of {self.count} entries at temperature {self.temperature}; choose one of "
+                f"{', '.join(FORMS)}, 1 to 255 entries and a positive temperature"
             )
 
 
@@ -117,13 +114,13 @@ def distributions(teacher: PreTrainedModel, row: dict[str, Tensor], temperature:
 def sampled(
     log_p: Float[Tensor, "token vocab"], count: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "token place"], Int[Tensor, "token place"]]:
-    """Words of `count` systematic draws, and how often each came; unused places have 0."""
+    """Entries of `count` systematic draws, and how often each came; unused places have 0."""
     cumulated = log_p.double().exp().cumsum(-1)
     offset = torch.rand(len(log_p), 1, generator=generator, dtype=torch.float64)
     points = (torch.arange(count, dtype=torch.float64) + offset) / count * cumulated[:, -1:]
     drawn = torch.searchsorted(cumulated, points, right=True).clamp(max=log_p.shape[-1] - 1)
     first = torch.cat([torch.ones_like(drawn[:, :1]), (drawn[:, 1:] != drawn[:, :-1]).long()], 1)
-    place = first.cumsum(1) - 1  # draws come in order of the words
+    place = first.cumsum(1) - 1  # draws come in order of the ids
     width = int(place.max()) + 1
     ids = torch.zeros(len(drawn), width, dtype=torch.long).scatter_(1, place, drawn)
     return ids, torch.zeros_like(ids).scatter_add_(1, place, torch.ones_like(drawn))
@@ -132,7 +129,7 @@ def sampled(
 def topk(
     log_p: Float[Tensor, "token vocab"], count: int
 ) -> tuple[Int[Tensor, "token place"], Float[Tensor, "token place"]]:
-    """The most probable words and their probabilities; fewer than `count` in a smaller vocabulary."""
+    """The most probable entries and their probabilities; fewer than `count` in a smaller vocabulary."""
     p, ids = log_p.exp().topk(min(count, log_p.shape[-1]))
     return ids, p
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,19 +89,19 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
-import test_train as here
-from avalab import train
-class Kill(train.Progress):
+import test_loop as here
+from avalab.train import loop
+class Kill(loop.Progress):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-train.Progress = Kill
-train.fit(here.student(), here.packed(), schedule=here.SCHEDULE, folder=Path(sys.argv[2]))
+loop.Progress = Kill
+loop.fit(here.student(), here.packed(), schedule=here.SCHEDULE, folder=Path(sys.argv[2]))
 """
 
 
 def test_a_run_whose_process_was_killed_goes_on_from_its_last_checkpoint(rows, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(ROOT / "tests"), str(tmp_path / "run")]
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "run")]
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
@@ -221,18 +222,20 @@ def test_a_curve_is_drawn_in_eighths_and_never_wider_than_asked():
 SCRIPT = """
 import json, sys, torch
 from transformers import AutoTokenizer
-from avalab import adapters, models, packed_rows, toolbox, train
+from avalab.data import packing, toolbox
+from avalab.models import adapters, checkpoint
+from avalab.train import loop
 torch.set_num_threads(1)
 tiny, rows_per_step, folder, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-model = models.load(tiny, dtype=torch.float32)
-adapters.attach(model, rank=4, alpha=8, seed=1)
+model = checkpoint.load_model(tiny, dtype=torch.float32)
+adapters.attach_adapters(model, rank=4, alpha=8, seed=1)
 adapters.apply_fused(model)
 examples = list(toolbox.function_calling_examples(8, seed=5))
 assert int(__import__("os").environ.get("WORLD_SIZE", 1)) * rows_per_step == 2
-rows = packed_rows.rows(AutoTokenizer.from_pretrained(tiny), examples, row_tokens=600, context=1024, seed=0)
-schedule = train.Schedule(steps=2, rows_per_step=rows_per_step)
+rows = packing.pack_chats(AutoTokenizer.from_pretrained(tiny), examples, row_tokens=600, context=1024, seed=0)
+schedule = loop.Schedule(steps=2, rows_per_step=rows_per_step)
 from pathlib import Path
-history = train.fit(model, rows, schedule=schedule, folder=Path(folder))
+history = loop.fit(model, rows, schedule=schedule, folder=Path(folder))
 if int(__import__("os").environ.get("RANK", 0)) == 0:
     Path(out).write_text(json.dumps(history))
 """

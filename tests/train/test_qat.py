@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from avalab import cli
-from avalab.compress import quantize
+from avalab.compress import quantize, rounding
 from avalab.data import corpora, packing
+from avalab.kernels.formats import Grid
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
 from avalab.train import fake_quant, loop, qat
@@ -119,6 +120,37 @@ def test_blocks_without_fake_quantizers_or_steps_are_refused(base, low, read):
     fake_quant.replace_layers(student, packed.packed_layers(low))
     with pytest.raises(ValueError, match="0 steps of 4 of 16 windows"):
         qat.reconstruct(student, teacher, read, Blocks(steps=0), seed=0)
+
+
+ATTENTION = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def alternating() -> Gemma3ForCausalLM:
+    rotary = {kind: {"rope_type": "default", "rope_theta": 10.0 if kind[0] == "s" else 1e6} for kind in ATTENTION}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, layer_types=ATTENTION, rope_parameters=rotary)).eval()
+
+
+def test_every_block_aims_at_what_the_teacher_gives_there(monkeypatch):
+    """Gemma 3 alternates two rotary embeddings and masks: blocks get their own, not the first one's."""
+    teacher, student, aims = alternating(), alternating(), []
+    monkeypatch.setattr(qat, "_fit", lambda block, calls, aim, how, random: aims.append(aim) or (1.0, 1.0))
+    posed = rounding.problem(torch.eye(16))
+    name = "model.layers.1.mlp.up_proj"
+    layer = rounding.round_weight(student.get_submodule(name).weight.detach(), posed, Grid(8, 16))
+    fake_quant.replace_layers(student, {name: layer})
+    windows = torch.arange(60).reshape(3, 20)
+    qat.reconstruct(student, teacher, windows, Blocks(windows_per_step=2), seed=0)
+    seen = {}
+    for at, block in enumerate(teacher.model.layers):
+        block.register_forward_hook(lambda _module, _args, given, at=at: seen.update({at: given}))
+    with torch.no_grad():
+        teacher(windows)
+    for at, aim in enumerate(aims):
+        given = seen[at][0] if isinstance(seen[at], tuple) else seen[at]
+        torch.testing.assert_close(torch.cat(aim), given, atol=1e-5, rtol=1e-4)
 
 
 class Stop(loop.Progress):

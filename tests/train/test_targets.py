@@ -27,8 +27,8 @@ def rows(base):
     return found
 
 
-def log_p(tokens=1, words=30, seed=0):
-    return torch.randn(tokens, words, generator=torch.Generator().manual_seed(seed)).mul(2).log_softmax(-1)
+def log_p(tokens=1, entries=30, seed=0):
+    return torch.randn(tokens, entries, generator=torch.Generator().manual_seed(seed)).mul(2).log_softmax(-1)
 
 
 def shares(log_p, count, seed):
@@ -37,23 +37,23 @@ def shares(log_p, count, seed):
     return torch.zeros(log_p.shape).scatter_add_(1, ids, kept.float() / count)
 
 
-def test_two_words_of_equal_probability_come_equally_often():
+def test_two_entries_of_equal_probability_come_equally_often():
     ids, kept = targets.sampled(torch.tensor([[0.5, 0.5]]).log(), 10, torch.Generator().manual_seed(0))
     assert (ids.tolist(), kept.tolist()) == ([[0, 1]], [[5, 5]])
 
 
-@given(tokens=st.integers(1, 4), words=st.integers(1, 60), count=st.integers(1, 255), seed=st.integers(0, 99))
+@given(tokens=st.integers(1, 4), entries=st.integers(1, 60), count=st.integers(1, 255), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_counts_add_up_and_are_the_expected_ones_rounded_up_or_down(tokens, words, count, seed):
-    known = log_p(tokens, words, seed)
+def test_counts_add_up_and_are_the_expected_ones_rounded_up_or_down(tokens, entries, count, seed):
+    known = log_p(tokens, entries, seed)
     ids, kept = targets.sampled(known, count, torch.Generator().manual_seed(seed))
     assert (kept.sum(1) == count).all()
     expected = count * known.double().exp()
-    dense = torch.zeros(tokens, words, dtype=torch.double).scatter_add_(1, ids, kept.double())
+    dense = torch.zeros(tokens, entries, dtype=torch.double).scatter_add_(1, ids, kept.double())
     assert ((dense - expected).abs() < 1 + 1e-3).all()
 
 
-def test_the_sampled_form_is_unbiased_rare_words_included():
+def test_the_sampled_form_is_unbiased_rare_entries_included():
     p = log_p().exp()
     mean = torch.cat([shares(p.log(), 20, seed) for seed in range(DRAWS)]).mean(0)
     # A share is at most one draw off; its mean over so many seeds is within four standard errors of that.
@@ -83,7 +83,7 @@ def test_the_gradient_from_sampled_targets_is_the_dense_one_on_average():
     assert ((torch.stack(drawn).mean(0) - dense).abs() < 4 * error + 1e-6).all()
 
 
-def test_the_most_probable_words_alone_would_give_another_gradient():
+def test_the_most_probable_entries_alone_would_give_another_gradient():
     generator, p = torch.Generator().manual_seed(1), log_p(2, 12).exp()
     head = torch.randn(12, 4, generator=generator)
     hidden = torch.randn(2, 4, generator=generator).requires_grad_()
@@ -117,7 +117,7 @@ def test_what_is_read_back_is_what_the_teacher_says(run, base, rows, form):
         assert bytes_per_token <= 120
 
 
-def test_a_vocabulary_beyond_two_bytes_keeps_its_words(rows):
+def test_a_vocabulary_beyond_two_bytes_keeps_its_entries(rows):
     ids, kept = torch.tensor([[5, 70_000, 131_071]]), torch.tensor([[3, 4, 0]])
     packed = targets._packed([(ids, kept, torch.tensor([1.5]))], 131_072, Form())
     row = {**rows[0], "labels": torch.tensor([IGNORED, 7])}
@@ -161,5 +161,5 @@ def test_the_file_names_rows_teacher_and_form(run, base, rows):
 
 @pytest.mark.parametrize(("change", "got"), [({"name": "all"}, "'all'"), ({"count": 256}, "256"), ({"count": 0}, "0")])
 def test_impossible_forms_are_refused(change, got):
-    with pytest.raises(ValueError, match=f"{got}.*choose one of sampled, topk, 1 to 255 words"):
+    with pytest.raises(ValueError, match=f"{got}.*choose one of sampled, topk, 1 to 255 entries"):
         replace(Form(), **change)
