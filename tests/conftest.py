@@ -110,6 +110,17 @@ def base(run):
 
 
 @pytest.fixture(scope="module")
+def quantised(run, base):
+    """The tiny model in two 4-bit forms, NF4 and rounded to the nearest."""
+    from avalab.compress import quantize
+
+    return [
+        quantize.compress_artifact(base, "nf4", run=run),
+        quantize.compress_artifact(base, "rtn", run=run, group_size=32),
+    ]
+
+
+@pytest.fixture(scope="module")
 def respondent(base):
     """The tiny model, ready to answer."""
     from avalab.measure import answers

@@ -29,8 +29,7 @@ import typer
 
 from avalab.cli import compress, measure, talk, train
 from avalab.cli.options import ArtifactFolder
-from avalab.lab import artifacts
-from avalab.lab.assets import CACHE, AssetUnavailable, fetch, manifest
+from avalab.lab import artifacts, assets
 
 app = typer.Typer(
     help="How small and fast can a language model get before it stops being good?",
@@ -57,30 +56,28 @@ COMMANDS = {
     "ensemble": talk.ensemble,
 }
 
-for name, command in COMMANDS.items():
-    app.command(name)(command)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:
     """Run the command; what a user did wrong becomes one line and exit code 2."""
     try:
         app()
-    except (ValueError, AssetUnavailable, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # an asset that cannot be had is a RuntimeError, too
         print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:  # a measuring process that failed
-        print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
+        a_process_failed = isinstance(error, RuntimeError) and not isinstance(error, assets.AssetUnavailable)
+        sys.exit(1 if a_process_failed else 2)
 
 
-@app.command()
-def assets(name: Annotated[str, typer.Argument(help="Asset to fetch; without it, list them all.")] = "") -> None:
+@app.command("assets")
+def list_or_fetch(name: Annotated[str, typer.Argument(help="Asset to fetch; without it, list them all.")] = "") -> None:
     """List the assets of data/assets.toml, or fetch one and print where it is."""
     if name:
-        print(fetch(name))
+        print(assets.fetch(name))
         return
-    for asset in manifest().values():
-        here = "here" if (CACHE / asset.name).exists() else "not fetched"
+    for asset in assets.manifest().values():
+        here = "here" if (assets.CACHE / asset.name).exists() else "not fetched"
         print(f"{asset.name:32} {asset.bytes / 1e6:10.1f} MB  {here:12} {asset.licence}")
 
 
@@ -94,13 +91,11 @@ def show(artifact: ArtifactFolder) -> None:
     print(f"sha256    {found.sha256}")
     for step in card["recipe"]:
         print(f"recipe    {json.dumps(step, sort_keys=True)}")
-    files = {file["name"]: file["bytes"] for file in card["files"]}
+    parts = {file["name"]: file["bytes"] for file in card["files"]}
     if list(found.path.glob("*.safetensors")):
         from avalab.models import sizes
 
         parts = sizes.bytes_by_component(found)
-    else:
-        parts = files
     total = sum(parts.values())
     for part, count in parts.items():
         print(f"bytes     {part:10} {count:>14,}  {count / total:6.1%}")

@@ -7,6 +7,7 @@ it needs itself, raises ValueError for what it cannot export and EngineUnavailab
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +16,20 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli.options import (
-    METHODS,
-    PATTERNS,
-    SCORES,
-    TRAINED,
-    ArtifactFolder,
-    AsJson,
-    Model,
-    NewFolder,
-    Profile,
-    Seed,
-    known_model,
-    new_folder,
-    one_of,
-    print_records,
-    within,
-)
+from avalab.cli import options
+from avalab.cli.options import AsJson, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
 
+PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
+
+Benchmark = Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")]
+
 
 def quantize(
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new artefact.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(options.METHODS)}.")],
+    out: NewFolder,
     model: Model = "",
     profile: Profile = "laptop",
     seed: Seed = 0,
@@ -70,18 +60,18 @@ def quantize(
         str | None, typer.Option(help="Before rounding: none, scale, rotate or scale+rotate (ava).")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
-    benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
+    benchmark: Benchmark = False,
 ) -> None:
     """Compress a model by one method into an artefact folder."""
     run = Run("avalab_quantize", profile, seed, model)
-    one_of("method", method, METHODS)
-    within("bits", bits, 2, 8)
-    within("group_size", group_size, 0)
-    within("block_size", block_size, 1)
-    within("bits_per_weight", bits_per_weight, 1)
-    within("iterations", iterations, 1)
-    new_folder(out)
-    options = {
+    options.one_of("method", method, options.METHODS)
+    options.within("bits", bits, 2, 8)
+    options.within("group_size", group_size, 0)
+    options.within("block_size", block_size, 1)
+    options.within("bits_per_weight", bits_per_weight, 1)
+    options.within("iterations", iterations, 1)
+    options.new_folder(out)
+    offered = {
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
@@ -97,12 +87,10 @@ def quantize(
         "engine": engine,
         "transform": transform,
     }
-    parameters = {name: value for name, value in options.items() if value is not None}
-    known_model(model)
+    parameters = {name: value for name, value in offered.items() if value is not None}
+    options.known_model(model)
     from avalab.compress.quantize import checked_method, compress_artifact
     from avalab.models import checkpoint
-
-    pass
 
     checked_method(method, parameters)
     base = checkpoint.base_artifact(run)
@@ -114,37 +102,87 @@ def quantize(
     if benchmark and _engine(artifact) != "torch":
         print(f"its speed: avalab bench {artifact.path} --engine {_engine(artifact)}")
     elif benchmark:
-        _score(run, {"bf16": base, artifact.name: artifact})
+        _quality_and_cost(run, base, artifact)
+
+
+def byte_count(size: str) -> int:
+    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = size.rstrip(ascii_letters)
+    try:
+        return int(float(number) * units[size[len(number) :].upper()])
+    except (ValueError, KeyError):
+        raise ValueError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
+
+
+def _engine(artifact: Artifact) -> str:
+    """The engine that scores an artefact: torch where it can."""
+    engines = artifact.card["engines"]
+    return "torch" if "torch" in engines else engines[0]
+
+
+def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> None:
+    """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
+    from avalab.data import corpora
+    from avalab.lab import statistics
+    from avalab.measure import quality
+    from avalab.models import checkpoint, predict
+
+    tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
+    text = corpora.text(run.profile.eval_texts[0], tokenizer)
+    against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
+    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
+    found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
+    print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
+    print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
+    if artifact.card["measured"]["note"]:
+        print(artifact.card["measured"]["note"])
+
+
+def _quality_and_cost(run: Run, base: Artifact, artifact: Artifact) -> None:
+    """Measure and print both, of the artefact and of its base, on the profile's evaluation texts."""
+    from avalab.data import corpora
+    from avalab.measure import cost, quality
+    from avalab.models import checkpoint, predict
+
+    subjects = {"bf16": base, artifact.name: artifact}
+    tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
+    for text in corpora.evaluation_texts(run, tokenizer):
+        against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
+        for subject, measured in subjects.items():
+            quality.record_quality(run, subject, measured, against, text)
+    for subject, measured in subjects.items():
+        cost.record_cost(run, subject, measured)
+    options.print_records(run, as_json=False)
 
 
 def prune(
-    method: Annotated[str, typer.Option(help=f"Score: {', '.join(SCORES)}.")],
+    method: Annotated[str, typer.Option(help=f"Score: {', '.join(options.SCORES)}.")],
     sparsity: Annotated[float, typer.Option(help="Share of the weights to remove, in [0, 1).")] = 0.5,
-    pattern: Annotated[str, typer.Option(help=f"One of {', '.join(PATTERNS)}.")] = "unstructured",
+    pattern: Annotated[str, typer.Option(help=f"One of {', '.join(options.PATTERNS)}.")] = "unstructured",
     target_modules: Annotated[list[str] | None, typer.Option(help="Kind, glob or name; may be repeated.")] = None,
     allocation: Annotated[str, typer.Option(help="uniform or sensitivity.")] = "uniform",
     out: Annotated[Path | None, typer.Option(help="Folder of the new artefact; named by its recipe without.")] = None,
     model: Model = "",
     profile: Profile = "laptop",
     seed: Seed = 0,
-    benchmark: Annotated[bool, typer.Option(help="Score and time the artefact, beside its base.")] = False,
+    benchmark: Benchmark = False,
 ) -> None:
     """Remove weights, heads, channels or layers; stopped, it goes on at the last finished block."""
     run = Run("avalab_prune", profile, seed, model)
-    one_of("score", method, SCORES)
-    one_of("pattern", pattern, PATTERNS)
-    one_of("allocation", allocation, ("uniform", "sensitivity"))
+    options.one_of("score", method, options.SCORES)
+    options.one_of("pattern", pattern, options.PATTERNS)
+    options.one_of("allocation", allocation, ("uniform", "sensitivity"))
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
-    new_folder(out)
-    known_model(model)
+    options.new_folder(out)
+    options.known_model(model)
     from avalab.compress import prune
     from avalab.models import checkpoint
 
-    pass
-
+    base = checkpoint.base_artifact(run)
     artifact = prune.prune_artifact(
-        checkpoint.base_artifact(run),
+        base,
         method,
         pattern,
         run=run,
@@ -158,9 +196,25 @@ def prune(
     if "sparse_bytes" in measured:
         print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
     if benchmark:
-        _score(run, {"bf16": checkpoint.base_artifact(run), artifact.name: artifact})
+        _quality_and_cost(run, base, artifact)
         if "sparse_bytes" in measured and measured["sparsity"]:
             _time_zeros(run, artifact)
+
+
+def _time_zeros(run: Run, artifact: Artifact) -> None:
+    """Whether any kernel here gains from an artefact's zeros, on the last layer that has some."""
+    from avalab.measure import cost
+    from avalab.models import checkpoint
+
+    layers = checkpoint.linear_layers(checkpoint.load_model(artifact, run.device)).values()
+    weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
+    for tokens in (1, run.profile.prompt_tokens):
+        timings = cost.record_sparse_speed(run, f"{artifact.name}, {tokens} tokens", artifact, weight, tokens=tokens)
+        ratio = cost.best_ratio(timings)
+        print(
+            f"{tokens} tokens: {'faster' if ratio < 1 else 'no faster'}, the best sparse kernel takes {ratio:.2f} "
+            "times the best dense one's time"
+        )
 
 
 def recover(
@@ -179,46 +233,43 @@ def recover(
 ) -> None:
     """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
     run = Run("avalab_recover", profile, seed)
-    one_of("kind", kind, (*TRAINED, "both"))
-    new_folder(out)
+    options.one_of("kind", kind, (*options.TRAINED, "both"))
+    options.new_folder(out)
     start = artifacts.load_artifact(artifact)
     whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
     from avalab.models import checkpoint
     from avalab.train import qat
-    from avalab.train.loop.loop import Schedule
-    from avalab.train.loop.qat import Blocks
-
-    pass
-    pass
+    from avalab.train.loop import Schedule
 
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
-    schedule, blocks = Schedule(learning_rate=learning_rate), Blocks(steps=steps)
+    schedule, blocks = Schedule(learning_rate=learning_rate), qat.Blocks(steps=steps)
     if kind == "both":
         recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
-        start = qat.train_quantized(
-            start, whole, read, run=run, out=run.artifacts_dir / f"{start.name}+blocks", recipe=recipe
-        )
+        between = run.artifacts_dir / f"{start.name}+blocks"
+        start = qat.train_quantized(start, whole, read, run=run, out=between, recipe=recipe)
     recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
     found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
     qat.record_recovery(run, out.name, found)
-    print_records(run, as_json)
+    options.print_records(run, as_json)
     if not as_json:
         print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")
+
+
+def _written(made: Artifact, engines: str) -> str:
+    return f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.format}\nload it with the engine {engines}"
 
 
 def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; GenAI's if packed."""
     from avalab import engines
-    from avalab.engines import onnxruntime as onnxruntime_engine
-
-    pass
+    from avalab.engines import onnxruntime
 
     if weights == "kept" or (not weights and engines.kind(artifact.path) == "compressed-tensors"):
         return _onnx_genai(artifact, out, "kept", windows)
     if weights == "int8" or windows is not None:
         mode = "dynamic" if windows is None else "static"
-        return _written(onnxruntime_engine.write_int8(artifact, mode, windows=windows, out=out), "onnxruntime")
-    made = onnxruntime_engine.write(artifact, out, weights=weights or "dense")
+        return _written(onnxruntime.write_int8(artifact, mode, windows=windows, out=out), "onnxruntime")
+    made = onnxruntime.write(artifact, out, weights=weights or "dense")
     found = made.card["measured"]
     return (
         f"{made.path}: {found['onnx_bytes'] / 1e6:.1f} MB, weights {weights or 'dense'}\n"
@@ -229,50 +280,34 @@ def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
 
 def _onnx_genai(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """A folder for ONNX Runtime GenAI, by its own model builder; a packed artefact's layers as they are."""
-    from avalab.engines import onnx as genai_folder
+    from avalab.engines import onnx
 
     if windows is not None:
         raise ValueError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
-    made = genai_folder.write(artifact, weights or "int4", out=out)
-    told = made.card["measured"].get("note", "")
-    return _written(made, "onnx") + (f"\n{told}" if told else "")
+    made = onnx.write(artifact, weights or "int4", out=out)
+    note = made.card["measured"].get("note", "")
+    return _written(made, "onnx") + (f"\n{note}" if note else "")
 
 
 def _gguf(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """A GGUF file with tokenizer and chat template, and Ollama's Modelfile; K types by llama.cpp's quantiser."""
-    from avalab.engines import gguf as gguf_file
-    from avalab.engines import llamacpp
+    from avalab.engines import gguf, llamacpp
 
     if weights in llamacpp.MIXTURES:
         return _written(llamacpp.write(artifact, weights, windows=windows, out=out), "llamacpp or torch")
     if windows is not None:
         raise ValueError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
-    return _written(gguf_file.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
+    return _written(gguf.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
 
 
-def _openvino(artifact: Artifact, out: Path, weights: str, _windows) -> str:
-    """A folder for OpenVINO GenAI, weights compressed by NNCF."""
-    from avalab.engines import openvino as openvino_engine
+def _by_engine(engine: str, default: str) -> Callable[..., str]:
+    """The export of an engine that needs no calibration text and has one format."""
 
-    return _written(openvino_engine.write(artifact, weights or "int8", out=out), "openvino")
+    def write(artifact: Artifact, out: Path, weights: str, _windows) -> str:
+        module = importlib.import_module(f"avalab.engines.{engine}")
+        return _written(module.write(artifact, weights or default, out=out), engine)
 
-
-def _executorch(artifact: Artifact, out: Path, weights: str, _windows) -> str:
-    """A program for phones with XNNPACK kernels; every size fixed."""
-    from avalab.engines import executorch
-
-    return _written(executorch.write(artifact, weights or "fp32", out=out), "executorch")
-
-
-def _aot(artifact: Artifact, out: Path, weights: str, _windows) -> str:
-    """A package of machine code and a program that runs it with torch alone."""
-    from avalab.engines import aot
-
-    return _written(aot.write(artifact, weights or "bf16", out=out), "aot")
-
-
-def _written(made, engines: str) -> str:
-    return f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.format}\nload it with the engine {engines}"
+    return write
 
 
 @dataclass(frozen=True)
@@ -285,27 +320,22 @@ class Exporter:
 
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "kept")
-
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
-
 EXPORTERS: dict[str, Exporter] = {
     "onnx": Exporter(_onnx, ("dense", "sparse", "bitmask", "int8", "kept"), calibrated=True),
     "onnx-genai": Exporter(_onnx_genai, ("fp32", "int8", "int4", "kept")),
     "gguf": Exporter(_gguf, (*BLOCKS, *MIXTURES), calibrated=True),
-    "openvino": Exporter(_openvino, ("f16", "int8", "int4")),
-    "executorch": Exporter(_executorch, ("fp32",)),
-    "aot": Exporter(_aot, ("bf16", "fp32")),
+    "openvino": Exporter(_by_engine("openvino", "int8"), ("f16", "int8", "int4")),
+    "executorch": Exporter(_by_engine("executorch", "fp32"), ("fp32",)),
+    "aot": Exporter(_by_engine("aot", "bf16"), ("bf16", "fp32")),
 }
 
-PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
-
 WEIGHTS_HELP = "How weights are stored. " + "; ".join(f"{n}: {', '.join(row.weights)}" for n, row in EXPORTERS.items())
-
 CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matrix (gguf's K types)."
 
 
 def export(
-    artifact: ArtifactFolder,
+    artifact: options.ArtifactFolder,
     to: Annotated[str, typer.Option(help="Format: " + ", ".join(EXPORTERS) + ".")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
@@ -314,22 +344,20 @@ def export(
     seed: Seed = 0,
 ) -> None:
     """Write an artefact in the format of another engine and check it there."""
-    one_of("format", to, EXPORTERS)
+    options.one_of("format", to, EXPORTERS)
     row, run = EXPORTERS[to], Run("avalab_export", profile, seed)
     if weights and weights not in row.weights:
         raise ValueError(f"no weights {weights!r} for {to}; choose one of {', '.join(row.weights)}")
     if calibrate and not row.calibrated:
         able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
         raise ValueError(f"{to} takes no calibration text; {able} do")
-    found = artifacts.load_artifact(artifact)
-    print(row.write(found, out, weights, _windows(found, run) if calibrate else None))
+    found, windows = artifacts.load_artifact(artifact), None
+    if calibrate:
+        from avalab.data import corpora
+        from avalab.models import checkpoint
 
-
-def _windows(artifact: Artifact, run: Run):
-    from avalab.data import corpora
-    from avalab.models import checkpoint
-
-    return corpora.calibration_windows(run, checkpoint.load_tokenizer(artifact))
+        windows = corpora.calibration_windows(run, checkpoint.load_tokenizer(found))
+    print(row.write(found, out, weights, windows))
 
 
 def compile_(
@@ -340,12 +368,12 @@ def compile_(
     profile: Profile = "laptop",
 ) -> None:
     """Compile a model ahead of time into machine code that runs without its Python; any prompt length."""
-    one_of("weights", weights, EXPORTERS["aot"].weights)
+    options.one_of("weights", weights, EXPORTERS["aot"].weights)
     run = Run("avalab_compile", profile, 0, model)
-    _checked_source(model)
+    options.known_model(model)
     from avalab.engines import aot
 
-    made = aot.write(_dense(model, run), weights, dynamic=dynamic, out=out)
+    made = aot.write(options.source_artifact(model, run), weights, dynamic=dynamic, out=out)
     print(_written(made, "aot"))
     print(f"without the lab: python {made.path / aot.PROGRAM} {made.path / 'model.pt2'} 16 TOKEN_IDS")
 
@@ -360,104 +388,16 @@ def tensorrt(
     if precision not in PRECISIONS:
         raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     run = Run("avalab_compile", profile, 0, model)
-    _checked_source(model)
+    options.known_model(model)
     from avalab.engines import tensorrt
     from avalab.measure import cell
     from avalab.models import checkpoint
 
-    pass
-
     tensorrt.require(precision)
-    artifact = _dense(model, run)
+    artifact = options.source_artifact(model, run)
     loaded, tokenizer = tensorrt.load(artifact, precision=precision), checkpoint.load_tokenizer(artifact)
     ids = tokenizer(prompt).input_ids
     print(tokenizer.decode(loaded.generate(ids, 32)))
-    told = cell.time_tokens(loaded, ids, 32)
-    print(f"{precision}: {31 / (told[-1] - told[0]):.1f} token/s after {told[0] * 1000:.0f} ms")
+    seconds = cell.time_tokens(loaded, ids, 32)
+    print(f"{precision}: {31 / (seconds[-1] - seconds[0]):.1f} token/s after {seconds[0] * 1000:.0f} ms")
     loaded.close()
-
-
-def _checked_source(model: str) -> None:
-    """Raise ValueError for what is neither an artefact folder nor a model."""
-    if not (Path(model) / artifacts.CARD).is_file():
-        known_model(model)
-
-
-def _dense(model: str, run: Run) -> Artifact:
-    """An artefact folder as it is; any other name is the base artefact of that model."""
-    from avalab.models import checkpoint
-
-    return (
-        artifacts.load_artifact(model)
-        if model and (Path(model) / artifacts.CARD).is_file()
-        else checkpoint.base_artifact(run)
-    )
-
-
-def _predicted_and_measured(run, base, artifact) -> None:
-    """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
-    from avalab.data import corpora
-    from avalab.lab import statistics
-    from avalab.measure import quality
-    from avalab.models import checkpoint, predict
-
-    tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
-    text = corpora.text(run.profile.eval_texts[0], tokenizer)
-    against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
-    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
-    found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
-    print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
-    print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
-    if artifact.card["measured"]["note"]:
-        print(artifact.card["measured"]["note"])
-
-
-def _engine(artifact) -> str:
-    """The engine that scores an artefact: torch where it can."""
-    engines = artifact.card["engines"]
-    return "torch" if "torch" in engines else engines[0]
-
-
-def byte_count(size: str) -> int:
-    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = size.rstrip(ascii_letters)
-    try:
-        return int(float(number) * units[size[len(number) :].upper()])
-    except (ValueError, KeyError):
-        raise ValueError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
-
-
-def _time_zeros(run, artifact) -> None:
-    """Whether any kernel here gains from an artefact's zeros, on the last layer that has some."""
-    from avalab.measure import cost
-    from avalab.models import checkpoint
-
-    layers = checkpoint.linear_layers(checkpoint.load_model(artifact, run.device)).values()
-    weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
-    for tokens in (1, run.profile.prompt_tokens):
-        timings = cost.record_sparse_speed(run, f"{artifact.name}, {tokens} tokens", artifact, weight, tokens=tokens)
-        ratio = cost.best_ratio(timings)
-        print(
-            f"{tokens} tokens: {'faster' if ratio < 1 else 'no faster'}, the best sparse kernel takes {ratio:.2f} "
-            "times the best dense one's time"
-        )
-
-
-def _score(run, subjects: dict) -> None:
-    """Quality and cost of each artefact on the profile's evaluation texts."""
-    from avalab.data import corpora
-    from avalab.measure import cost, quality
-    from avalab.models import checkpoint, predict
-
-    base = next(iter(subjects.values()))
-    tokenizer = checkpoint.load_tokenizer(base)
-    for text in corpora.evaluation_texts(run, tokenizer):
-        against = predict.make_reference(
-            base, corpora.profile_windows(run, text, tokenizer), run.artifacts_dir / "cache", run.device
-        )
-        for subject, artifact in subjects.items():
-            quality.record_quality(run, subject, artifact, against, text)
-    for subject, artifact in subjects.items():
-        cost.record_cost(run, subject, artifact)
-    print_records(run, as_json=False)

@@ -5,9 +5,9 @@
     bfcl    the same function-calling cases, McNemar's exact test
     text    the same windows of text, paired bootstrap of the loss
     speed   the same prompts in the same engine, both artefacts loaded, generations in turn: each round is a ratio of
-            seconds, ours over theirs; the interval of their median is one of order statistics (see `cost`), which
-            takes no shape of the noise for granted. Whoever goes first changes from round to round, so that neither
-            profits from what the other left in a cache, and what disturbs the machine meets both.
+            seconds, ours over theirs; the interval of their median is one of order statistics, which takes no shape of
+            the noise for granted. Whoever goes first changes from round to round, so that neither profits from what
+            the other left in a cache, and what disturbs the machine meets both.
 """
 
 from __future__ import annotations
@@ -19,19 +19,10 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli.options import (
-    CALL_MODES,
-    ENGINES,
-    ArtifactFolder,
-    AsJson,
-    Limit,
-    Mode,
-    Profile,
-    Seed,
-    one_of,
-    print_records,
-)
+from avalab.cli import options
+from avalab.cli.options import ArtifactFolder, AsJson, Limit, Mode, Profile, Seed
 from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
 
 TASKS = ("bfcl", "text", "speed")
@@ -50,24 +41,17 @@ def bench(
     """Load and run an artefact in a process of its own: bytes, memory, load time, prefill, decode, latency."""
     run = Run("avalab_bench", profile, seed)
     if engine:
-        one_of("engine", engine, ENGINES)
+        options.one_of("engine", engine, options.ENGINES)
     found = artifacts.load_artifact(artifact)
-    from avalab.measure import cost
+    from avalab.measure import cell, cost
 
     if engine:
-        _bench_in(run, found, engine, threads)
+        work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
+        measured = cell.measure_cell(found, engine, work=work)
+        cell.record_cell(run, found, engine=engine, work=work, cell=measured)
     else:
         cost.record_cost(run, found.name, found)
-    print_records(run, as_json)
-
-
-def _bench_in(run, artifact, engine: str, threads: int) -> None:
-    """One cell of the benchmark; what the engine refuses is the caller's error."""
-    from avalab.measure import cell
-
-    work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
-    found = cell.measure_cell(artifact, engine, work=work)
-    cell.record_cell(run, artifact, engine=engine, work=work, cell=found)
+    options.print_records(run, as_json)
 
 
 def evaluate(
@@ -82,7 +66,7 @@ def evaluate(
 ) -> None:
     """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
     run, wanted = Run("avalab_eval", profile, seed), tasks.split(",")
-    one_of("mode", mode, CALL_MODES)
+    options.one_of("mode", mode, options.CALL_MODES)
     found = artifacts.load_artifact(artifact)
     from avalab.measure import answers, harness
 
@@ -96,7 +80,7 @@ def evaluate(
         answers.record_pass_at_1(run, found.name, respondent, answers.code_problems(run, limit))
     if others:
         harness.record_tasks(found, others, run=run, limit=limit)
-    print_records(run, as_json)
+    options.print_records(run, as_json)
 
 
 def compare(
@@ -114,9 +98,9 @@ def compare(
 ) -> None:
     """Say whether the first artefact is better than the second, worse, or not distinguishable, on the same items."""
     run = Run("avalab_compare", profile, seed)
-    one_of("task", task, TASKS)
-    one_of("mode", mode, CALL_MODES)
-    one_of("engine", engine, ENGINES)
+    options.one_of("task", task, TASKS)
+    options.one_of("mode", mode, options.CALL_MODES)
+    options.one_of("engine", engine, options.ENGINES)
     pair = [artifacts.load_artifact(ours), artifacts.load_artifact(theirs)]
     if task == "bfcl":
         _compare_calls(run, pair, mode, limit)
@@ -126,24 +110,28 @@ def compare(
         _compare_speed(run, pair, engine=engine, threads=threads, rounds=limit or SPEED_ROUNDS)
 
 
-def _compare_calls(run, pair: list, mode: str, limit: int | None) -> None:
+def _compare_calls(run: Run, pair: list[Artifact], mode: str, limit: int | None) -> None:
     from avalab.lab import statistics
     from avalab.measure import answers
 
-    answered = [answers.Respondent(artifact, run.device) for artifact in pair]
-    every: list[list[bool]] = [[], []]
+    respondents = [answers.Respondent(artifact, run.device) for artifact in pair]
+    all_ours: list[bool] = []
+    all_theirs: list[bool] = []
     for category in answers.answerable(run.profile.call_categories, mode):
-        verdicts = [
-            answers.record_calls(run, each.artifact.name, each, category=category, mode=mode, limit=limit)
-            for each in answered
-        ]
-        right = [[verdict.correct for verdict in found] for found in verdicts]
-        print(f"{answers.call_metric(category, mode):44} {statistics.mcnemar(*right)}")
-        every = [known + new for known, new in zip(every, right, strict=True)]
-    print(f"{'all':44} {statistics.mcnemar(*every)}")
+        ours, theirs = (
+            [
+                v.correct
+                for v in answers.record_calls(run, r.artifact.name, r, category=category, mode=mode, limit=limit)
+            ]
+            for r in respondents
+        )
+        print(f"{answers.call_metric(category, mode):44} {statistics.mcnemar(ours, theirs)}")
+        all_ours += ours
+        all_theirs += theirs
+    print(f"{'all':44} {statistics.mcnemar(all_ours, all_theirs)}")
 
 
-def _compare_loss(run, pair: list, limit: int | None) -> None:
+def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
     from avalab.data import corpora
     from avalab.lab import statistics
     from avalab.measure import quality
@@ -164,7 +152,7 @@ def _compare_loss(run, pair: list, limit: int | None) -> None:
         print(f"{'loss, ' + text.name:44} {statistics.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
 
 
-def _compare_speed(run, pair: list, *, engine: str, threads: int, rounds: int) -> None:
+def _compare_speed(run: Run, pair: list[Artifact], *, engine: str, threads: int, rounds: int) -> None:
     from avalab import engines
 
     loaded: list = []
@@ -197,10 +185,10 @@ def paired_timings(
     for number in range(rounds + 1):
         prompt = [draw.randrange(vocabulary) for _ in range(sizes[0])]
         for index in (0, 1) if number % 2 else (1, 0):
-            told = cell.time_tokens((ours, theirs)[index], prompt, sizes[1])
+            seconds = cell.time_tokens((ours, theirs)[index], prompt, sizes[1])
             if number:
-                first[index].append(told[0])
-                further[index].append((told[-1] - told[0]) / (len(told) - 1))
+                first[index].append(seconds[0])
+                further[index].append((seconds[-1] - seconds[0]) / (len(seconds) - 1))
     return {"time to first token": first, "time a token": further}
 
 
@@ -209,10 +197,9 @@ def speed_verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     from avalab.lab import statistics
 
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    middle = statistics.quantile(ratios)
-    value, low, high = middle.value, middle.low, middle.high
-    known = low is not None and high is not None
-    ends = (low - 1, high - 1) if known else (None, None)
-    verdict = statistics.verdict(statistics.Estimate(value - 1, *ends, len(ratios)))
-    interval = f" [{low:.3f}, {high:.3f}]" if known else " (too few rounds for an interval)"
-    return f"{verdict}: {value:.3f}{interval} of the other's time, {len(ratios)} rounds"
+    median = statistics.quantile(ratios)
+    ends, interval = (None, None), " (too few rounds for an interval)"
+    if median.low is not None and median.high is not None:
+        ends, interval = (median.low - 1, median.high - 1), f" [{median.low:.3f}, {median.high:.3f}]"
+    verdict = statistics.verdict(statistics.Estimate(median.value - 1, *ends, len(ratios)))
+    return f"{verdict}: {median.value:.3f}{interval} of the other's time, {len(ratios)} rounds"

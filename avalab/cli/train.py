@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from avalab.cli.options import (
-    KINDS,
-    TARGETS,
-    AsJson,
-    Model,
-    Profile,
-    Seed,
-    known_model,
-    new_folder,
-    one_of,
-    print_records,
-)
+from avalab.cli import options
+from avalab.cli.options import AsJson, Model, Profile, Seed
 from avalab.lab import artifacts
+from avalab.lab.artifacts import Artifact
 from avalab.lab.run import ROOT, Run, slug
+
+TeacherModel = Annotated[str, typer.Option(help="The model's name at the base URL.")]
+
+Cost = Annotated[float, typer.Option(min=0, help="Most that a URL's answers may cost in all.")]
 
 
 def synthesize(
@@ -32,8 +26,8 @@ def synthesize(
     count: Annotated[int, typer.Option(min=1, help="Accepted examples.")] = 400,
     kinds: Annotated[str, typer.Option(help="Kinds with commas, such as single_call,no_function; all without.")] = "",
     teacher: Annotated[str, typer.Option(help="Who rewords: OpenAI-compatible base URL or artefact folder.")] = "",
-    teacher_model: Annotated[str, typer.Option(help="The model's name at the base URL.")] = "",
-    cost: Annotated[float, typer.Option(min=0, help="Most that a URL's answers may cost in all.")] = inf,
+    teacher_model: TeacherModel = "",
+    cost: Cost = inf,
     price: Annotated[str, typer.Option(help="Its prices a million tokens: in,out.")] = "0,0",
     per_minute: Annotated[float, typer.Option(min=0.1, help="Most requests a minute to a URL.")] = 60,
     overlap: Annotated[str, typer.Option(help="Compare with evaluation sets: here, all (fetched) or none.")] = "here",
@@ -45,14 +39,12 @@ def synthesize(
         raise ValueError(f"unknown overlap {overlap!r}; choose here, all or none")
     chosen = tuple(kind for kind in kinds.split(",") if kind)
     for kind in chosen:
-        one_of("kind", kind, KINDS)
-    asked = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
+        options.one_of("kind", kind, options.KINDS)
+    rewriter = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
     from avalab.data import repeats, synthesize
 
-    pass
-
     sets = [] if overlap == "none" else repeats.evaluation_sets(fetch=overlap == "all")
-    report = synthesize.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=asked, sets=sets)
+    report = synthesize.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=rewriter, sets=sets)
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -63,10 +55,14 @@ def synthesize(
     print(f"compared with {', '.join(report['evaluation']) or 'no evaluation set'}")
 
 
+def _is_url(teacher: str) -> bool:
+    return teacher.startswith(("http://", "https://"))
+
+
 def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_minute: float = 60):
     """The teacher at a base URL or in an artefact folder; its answers are kept below artifacts/teachers."""
     cache = ROOT / "artifacts" / "teachers"
-    if not address.startswith(("http://", "https://")):
+    if not _is_url(address):
         artifacts.load_artifact(Path(address), verify=False)  # refuses a folder without one
         from avalab.data import synthesize, teachers
 
@@ -77,7 +73,7 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
         price_in, price_out = map(float, price.split(","))
     except ValueError:
         raise ValueError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
-    pass
+    from avalab.data import teachers
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
     return teachers.endpoint(address, model, cache=cache / f"{slug(model)}.jsonl", limits=limits)
@@ -110,18 +106,15 @@ def finetune(
         raise ValueError(f"unknown method {method!r}; choose lora or qlora")
     if rank < 1:
         raise ValueError(f"rank is {rank}; an adapter needs 1 or more")
-    new_folder(out)
-    known_model(model)
+    options.new_folder(out)
+    options.known_model(model)
     if data and not data.exists():
         raise FileNotFoundError(f"no examples at {data}")
     from avalab.compress import quantize
     from avalab.data import packing, synthesize
     from avalab.models import adapters, checkpoint
     from avalab.train import finetune
-    from avalab.train.loop.loop import Schedule
-
-    pass
-    pass
+    from avalab.train.loop import Schedule
 
     examples = synthesize.load_examples(data or ROOT / "data" / "synthetic_datasets")
     base = checkpoint.base_artifact(run)
@@ -130,24 +123,22 @@ def finetune(
     chosen, held_out = split(fitting, limit or run.profile.train_examples, run.profile.held_out_examples, seed)
     print(f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {row_tokens} tokens and are left out")
     start = base if method == "lora" else quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
-    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2)
     tokens = sum(len(packing.encode_chat(tokenizer, example["messages"]).ids) for example in chosen)
-    rehearsed = int(rehearsal * tokens)
     recipe = finetune.Recipe(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
         target_modules=tuple(target_modules.split()),
         row_tokens=row_tokens,
-        rehearsal_tokens=rehearsed,
-        schedule=schedule,
+        rehearsal_tokens=int(rehearsal * tokens),
+        schedule=Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2),
     )
-    print(f"{tokens:,} tokens of examples, {rehearsed:,} of rehearsal")
+    print(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal")
     name = f"{base.name}+{method}-{out.name}"
     adapter = finetune.train_adapter(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
     merged = adapters.merge_adapters(adapter, name=out.name, directory=out.resolve().parent)
     finetune.record_training(run, out.name, adapter)
-    print_records(run, as_json)
+    options.print_records(run, as_json)
     print(f"adapter {adapter.path}\nmerged  {merged.path}")
 
 
@@ -183,103 +174,82 @@ def distill(
     rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains the weights.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 1e-3,
     row_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row; longer chats are left out.")] = 512,
-    teacher_model: Annotated[str, typer.Option(help="The model's name at the base URL.")] = "",
-    cost: Annotated[float, typer.Option(min=0, help="Most that a URL's answers may cost in all.")] = inf,
+    teacher_model: TeacherModel = "",
+    cost: Cost = inf,
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train a smaller model towards a larger one; stopped, it goes on from its last checkpoint when run again."""
-    run, by_text = Run("avalab_distill", profile, seed), teacher.startswith(("http://", "https://"))
-    one_of("targets", targets, TARGETS)
+    run, by_text = Run("avalab_distill", profile, seed), _is_url(teacher)
+    options.one_of("targets", targets, options.TARGETS)
     if by_text and not teacher_model:
         raise ValueError("a teacher behind a URL needs --teacher-model")
     if data is None and (by_text or own_answers):
         raise ValueError("answers need prompts: give --data with chats")
-    for model in (student,) if by_text else (student, teacher):
-        if not (Path(model) / artifacts.CARD).is_file():
-            known_model(model)
+    options.known_model(student)
+    if not by_text:
+        options.known_model(teacher)
     from avalab.models import adapters
-    from avalab.train import distill
-    from avalab.train.loop.distill import Recipe
+    from avalab.train import distill, finetune
+    from avalab.train.loop import Schedule
 
-    pass
-    pass
-
-    learner = _artifact(student, run)
+    learner = options.source_artifact(student, run)
     name = _adapter_name(learner, out, rank)
-    training = _training(rank=rank, row_tokens=row_tokens, learning_rate=learning_rate, epochs=epochs)
-    recipe = Recipe(
-        temperature=temperature,
-        training=training,
-        teacher=targets,
-        count=count,
-        reverse=reverse,
-        cross_entropy=cross_entropy,
-        hidden=hidden,
-        attention=attention,
-    )
+    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
+    training = finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
     if by_text:  # its words are labels
-        recipe = Recipe(temperature=temperature, training=training, kl=0.0, cross_entropy=1.0)
-    told = _teacher(teacher, teacher_model, cost=cost) if by_text else None
-    rows = _rows(run, learner, data, told=told, own_answers=own_answers, size=(row_tokens, tokens))
-    taught = distill.train_student(
-        learner, None if by_text else _artifact(teacher, run), rows, run=run, name=name, recipe=recipe
+        text_teacher = _teacher(teacher, teacher_model, cost=cost)
+        recipe = distill.Recipe(temperature=temperature, training=training, kl=0.0, cross_entropy=1.0)
+    else:
+        text_teacher = None
+        recipe = distill.Recipe(
+            temperature=temperature,
+            training=training,
+            teacher=targets,
+            count=count,
+            reverse=reverse,
+            cross_entropy=cross_entropy,
+            hidden=hidden,
+            attention=attention,
+        )
+    rows = _rows(
+        run, learner, data, text_teacher=text_teacher, own_answers=own_answers, row_tokens=row_tokens, tokens=tokens
     )
+    reader = None if by_text else options.source_artifact(teacher, run)
+    taught = distill.train_student(learner, reader, rows, run=run, name=name, recipe=recipe)
     distill.record_distillation(run, out.name, taught)
     if taught.format == "peft" and learner.format == "bf16":
         taught = adapters.merge_adapters(taught, name=out.name, directory=out.resolve().parent)
-    print_records(run, as_json)
+    options.print_records(run, as_json)
     print(f"student {taught.path}")
 
 
-def _training(*, rank: int, row_tokens: int, learning_rate: float, epochs: float):
-    from avalab.train import finetune
-    from avalab.train.loop.loop import Schedule
-
-    pass
-
-    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
-    return finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
-
-
-def _artifact(name: str, run):
-    """The artefact in a folder, or the base made of a model folder, an embedded model or a hub id."""
-    from avalab.models import checkpoint
-
-    folder = Path(name)
-    return (
-        artifacts.load_artifact(folder)
-        if (folder / artifacts.CARD).is_file()
-        else checkpoint.base_artifact(replace(run, model=name))
-    )
-
-
-def _adapter_name(student, out: Path, rank: int) -> str:
+def _adapter_name(student: Artifact, out: Path, rank: int) -> str:
     """Where training writes, beside the student; ValueError where the result could not be `out`."""
-    new_folder(out)
-    beside = student.path.resolve().parent == out.resolve().parent
+    options.new_folder(out)
     if student.format == "bf16" and rank:
         return f"{out.name}-adapter"
-    if not beside:
+    if student.path.resolve().parent != out.resolve().parent:
         raise ValueError(f"what is trained of {student.name} belongs beside it; use --out {student.path.parent}/NAME")
     return out.name
 
 
-def _rows(run, student, data: Path | None, *, told, own_answers: bool, size: tuple[int, int]) -> list:
+def _rows(
+    run: Run, student: Artifact, data: Path | None, *, text_teacher, own_answers: bool, row_tokens: int, tokens: int
+) -> list:
     """General text, or whole chats; answers of a teacher by text are scored alone, without their prompts."""
     from avalab.data import packing, synthesize
     from avalab.models import checkpoint
 
-    tokenizer, (row_tokens, tokens) = checkpoint.load_tokenizer(student), size
+    tokenizer = checkpoint.load_tokenizer(student)
     if data is None:
         return packing.text_rows(run, tokenizer, tokens=tokens, row_tokens=row_tokens)
     fitting = packing.fitting(tokenizer, synthesize.load_examples(data), row_tokens)
     chosen = packing.sample_examples(tokenizer, fitting, tokens=tokens, seed=run.seed)
     if own_answers:
         chosen = packing.own_answers(student, chosen, run=run)
-    if told:
-        chosen = packing.answered(chosen, told)
-        kept = packing.fitting(tokenizer, chosen, row_tokens)
+    if text_teacher:
+        kept = packing.fitting(tokenizer, packing.answered(chosen, text_teacher), row_tokens)
         return packing.pack_chats(tokenizer, kept, row_tokens=row_tokens, context=row_tokens, seed=run.seed)
     return packing.chat_rows(tokenizer, chosen, row_tokens=row_tokens, seed=run.seed)

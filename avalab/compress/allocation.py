@@ -1,15 +1,13 @@
 """Which format each tensor gets: the least expected loss under a budget of bytes. Policy only, no tensors.
 
-Every tensor has a few options, each with a size in bytes and an expected increase of the KL divergence. These are taken
-to add up, so the choice is a multiple-choice knapsack. Options that another one beats in both size and cost, and those
-that a bound excludes, are dropped; what is left is solved exactly as an integer program (HiGHS through scipy).
-
-Source: Kellerer, Pferschy and Pisinger (2004), Knapsack Problems, ch. 11.
+Expected increases of the KL divergence are taken to add up, so the choice is a multiple-choice knapsack. Options that
+another one beats in both size and cost, and those that a bound excludes, are dropped; what is left is solved exactly as
+an integer program (HiGHS through scipy). Source: Kellerer, Pferschy and Pisinger (2004), Knapsack Problems, ch. 11.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,25 +41,23 @@ class Allocation:
         return sum(option.cost for option in self.chosen.values())
 
 
-def allocate(options: Mapping[str, list[Option]], budget_bytes: int) -> Allocation:
-    """The allocation of least summed cost whose bytes do not exceed the budget; exact.
+def allocate(
+    options: Mapping[str, list[Option]], budget_bytes: int, *, fixed_bytes: int = 0, file: str = "allocation"
+) -> Allocation:
+    """The allocation of least summed cost that fits the budget beside the fixed bytes; exact.
 
     Raises ValueError for no tensors, a tensor without options, costs that are not finite, or a budget below the
-    smallest allocation, naming that.
+    smallest allocation, naming that as what `file` says.
     """
     kept = {name: undominated(name, row) for name, row in options.items()}
-    smallest = sum(row[0].bytes for row in kept.values())
+    smallest = fixed_bytes + sum(row[0].bytes for row in kept.values())
     if not kept or budget_bytes < smallest:
-        raise ValueError(f"a budget of {budget_bytes:,} bytes is below the smallest allocation, {smallest:,} bytes")
+        raise ValueError(f"a budget of {budget_bytes:,} bytes is below the smallest {file}, {smallest:,} bytes")
+    budget_bytes -= fixed_bytes
     if budget_bytes >= sum(row[-1].bytes for row in kept.values()):
         return Allocation({name: row[-1] for name, row in kept.items()})
     rows = without_hopeless(list(kept.values()), budget_bytes)
     return Allocation(dict(zip(kept, _solve(rows, budget_bytes), strict=True)))
-
-
-def curve(options: Mapping[str, list[Option]], budgets: Iterable[int]) -> list[Allocation]:
-    """One allocation a budget, in the order given."""
-    return [allocate(options, budget) for budget in budgets]
 
 
 def undominated(name: str, options: list[Option]) -> list[Option]:

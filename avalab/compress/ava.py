@@ -9,7 +9,7 @@ The outline is the same wherever the model goes; a row of `TARGETS` says what di
 3. Rounding: embedding and head first, then block by block, each layer aiming at the original outputs (`rounding`).
 4. Writing. For targets that hold out the last calibration windows, the finished model is measured on them.
 
-What it does not do: train, choose text, change norms or biases; round an untied head outside of GGUF.
+Norms and biases stay as they are, and an untied head outside of GGUF.
 """
 
 from __future__ import annotations
@@ -22,20 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from avalab.compress import allocation, ava_targets, equivalence, rounding, sensitivity
 from avalab.compress.allocation import Allocation, Option
-from avalab.compress.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Options, Target, Work
+from avalab.compress.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Target, Work
 from avalab.compress.libraries import Job
 from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16
 from avalab.engines.onnx_graph import OnnxModel
-from avalab.kernels.block_types import BlockRounded
-from avalab.kernels.formats import Rounded
 from avalab.lab import artifacts
 from avalab.models import checkpoint, packed, predict
 from avalab.models.packed import Packed
@@ -49,11 +46,8 @@ DEFAULTS = {
     "engine": "any",
     "transform": equivalence.NONE,
 }
-
 BUDGET = ("bits_per_weight", "bytes")
-
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # where only avalab reads the file
-
 EMBEDDINGS = ("any", BF16, PACKED)
 
 
@@ -76,7 +70,9 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
     model = checkpoint.load_model(job.folder, job.device)
     budget = budget_bytes(checkpoint.parameter_count(model), parameters)
     if _holds_whole(parameters, budget, job.folder):
-        return _unchanged(model, budget)
+        note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
+        model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
+        return model
     windows, held_out = split_windows(job.calibration, target.held_out)
     reference = ava_targets.predictions(model, held_out) if target.held_out else None
     equivalence.apply_transform(model, windows, parameters["transform"])
@@ -84,96 +80,67 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
         work = Work(job, model, target.prepare(job, model, Path(scratch)), held_out, reference)
         found = sensitivities(job, model)
         fixed = target.fixed_bytes(work, found.options)
-        chosen = choose_formats(found.options, budget, fixed, file=target.file)
-        rounded, damped = round_model(model, windows, chosen, target=target, tables=found.tables)
-        notes = target.notes(work, found.options, chosen)
-        notes += [f"{damped} second moments were singular and got more damping"] if damped else []
-        if all(option.format == BF16 for option in chosen.chosen.values()):
-            notes.append(f"the budget holds the whole bf16 model: {target.whole}")
+        chosen = allocation.allocate(found.options, budget, fixed_bytes=fixed, file=target.file)
         about = {
             "budget_bytes": budget,
             "predicted_bytes": chosen.bytes + fixed,
             "predicted_kl_divergence": chosen.cost,
             "sensitivity_seconds": found.seconds,
-            "damped_moments": damped,
             "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
             "embedding": chosen.chosen[ava_targets.embedding_name(model)].format,
-            "note": "; ".join(notes),
         }
-        return target.write(work, chosen, rounded, about)
+        formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
+        rounded, damped = rounding.round_model(model, windows, formats, target.round, tables=found.tables)
+        notes = target.notes(work, found.options, chosen)
+        if damped:
+            notes.append(f"{damped} second moments were singular and got more damping")
+        if about["formats"].keys() == {BF16}:
+            notes.append(f"the budget holds the whole bf16 model: {target.whole}")
+        return target.write(work, chosen, rounded, about | {"damped_moments": damped, "note": "; ".join(notes)})
 
 
 def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitivities:
     """Options of every tensor with their bytes and expected increase of the KL divergence, nats a token.
 
     `model` is that of the job with its transform applied, and is left as it was; without one it is loaded. The last
-    result is kept, so that many budgets need one pass.
+    result is kept under all that it depends on (everything but the budget), so that many budgets need one pass.
     """
     target, parameters = TARGETS[job.parameters["format"]], job.parameters
     windows, _ = split_windows(job.calibration, target.held_out)
-    key = _key(job, windows)
+    files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
+    others = sorted((name, value) for name, value in parameters.items() if name not in BUDGET)
+    key = json.dumps([files, predict.windows_sha256(windows), others, job.device, list(job.skipped)])
     if key not in _kept:
         if model is None:
             model = checkpoint.load_model(job.folder, job.device)
             equivalence.apply_transform(model, windows, parameters["transform"])
         start = time.perf_counter()
+        layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name not in job.skipped}
+        sizes = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
+        embedding = ava_targets.embedding_name(model)
         found = sensitivity.expected_increases(
-            model,
-            windows,
-            lambda rows, columns: target.sizes(rows, columns, parameters),
-            target.nearest,
-            skipped=job.skipped,
-            damped_by_tokens=target.damped_by_tokens,
+            model, windows, sizes, target.nearest, damped_by_tokens=target.damped_by_tokens
         )
-        tables, posed = _table_options(target, model, windows, found, parameters)
+        options, problems = {}, {}
+        for name in found.moments if target.rounds_head else [embedding]:
+            options[name], posed = sensitivity.table_options(
+                model,
+                windows,
+                name,
+                found,
+                sizes=target.sizes(*model.get_submodule(name).weight.shape, parameters, is_table=True),
+                round=target.round,
+                measured=target.tables_measured,
+                damping=target.table_damping,
+                int8_rows=target.int8_rows and parameters["embedding"] != BF16,
+            )
+            problems |= {name: posed} if posed else {}
         _kept.clear()
-        _kept[key] = Sensitivities(tables | found.layers, posed, time.perf_counter() - start)
+        _kept[key] = Sensitivities(options | found.layers, problems, time.perf_counter() - start)
     return _kept[key]
 
 
 _kept: dict[str, Sensitivities] = {}
-
-
-def _key(job: Job, windows: Tensor) -> str:
-    """What sensitivities depend on: the model's files, the tokens, and all of the job but its budget."""
-    files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
-    parameters = {name: value for name, value in job.parameters.items() if name not in BUDGET}
-    about = [files, predict.windows_sha256(windows), sorted(parameters.items()), job.device, list(job.skipped)]
-    return artifacts.sha256_of_text(json.dumps(about))
-
-
-def _table_options(
-    target: Target, model: PreTrainedModel, windows: Tensor, found: sensitivity.LossIncreases, parameters: Mapping
-) -> tuple[dict[str, list[Option]], dict[str, Problem]]:
-    """Options of the embedding, and of a head that is not tied if the target rounds it; and their problems."""
-    options: dict[str, list[Option]] = {}
-    problems: dict[str, Problem] = {}
-    for name in found.moments if target.rounds_head else [ava_targets.embedding_name(model)]:
-        rows, columns = model.get_submodule(name).weight.shape
-        options[name] = [Option(BF16, 2 * rows * columns, 0.0)]
-        if target.int8_rows and parameters["embedding"] != BF16:
-            options[name].append(ava_targets.int8_rows_option(model, windows))
-        if sizes := target.table_sizes(rows, columns, parameters):
-            damping = target.table_damping or rounding.damping_for(columns, found.tokens)
-            problems[name] = rounding.problem(found.moments[name], damping=damping)
-            options[name] += sensitivity.table_options(
-                model,
-                windows,
-                name,
-                problems[name],
-                sizes=sizes,
-                round=target.round,
-                measured=target.tables_measured,
-            )
-    return options, problems
-
-
-def choose_formats(options: Options, budget: int, fixed: int, *, file: str = "file") -> Allocation:
-    """The best allocation within the budget less what cannot be chosen; raises ValueError naming the smallest file."""
-    smallest = fixed + sum(min(option.bytes for option in row) for row in options.values())
-    if budget < smallest:
-        raise ValueError(f"a budget of {budget:,} bytes is below the smallest {file}, {smallest:,} bytes")
-    return allocation.allocate(options, budget - fixed)
 
 
 def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:
@@ -184,28 +151,8 @@ def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int,
         fixed = target.fixed_bytes(work, found.options)
     least, most = (fixed + sum(end(o.bytes for o in row) for row in found.options.values()) for end in (min, max))
     budgets = [round(least + (most - least) * step / steps) for step in range(steps + 1)]
-    return [(one.bytes + fixed, one) for one in (choose_formats(found.options, budget, fixed) for budget in budgets)]
-
-
-@torch.no_grad()
-def round_model(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "window time"],
-    chosen: Allocation,
-    *,
-    target: Target,
-    tables: Mapping[str, Problem],
-) -> tuple[dict[str, Rounded | BlockRounded], int]:
-    """Replace, in place, chosen tensors by rounded ones, `tables` first; also how many moments needed more damping."""
-    formats = {n: o.format for n, o in chosen.chosen.items() if o.format not in (BF16, packed.INT8_ROWS)}
-    rounded = {}
-    for name, posed in tables.items():
-        if name in formats:
-            table = model.get_submodule(name).weight
-            rounded[name] = target.round(table.detach(), posed, formats[name])
-            table.data = rounded[name].decode(table.dtype)
-    layers, damped = rounding.round_layers(model, windows, formats, target.round)
-    return rounded | layers, damped
+    best = [allocation.allocate(found.options, budget, fixed_bytes=fixed) for budget in budgets]
+    return [(one.bytes + fixed, one) for one in best]
 
 
 def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
@@ -214,9 +161,6 @@ def split_windows(windows: Int[Tensor, "window time"], held_out: int = HELD_OUT)
     if kept or not held_out:
         return windows[: len(windows) - kept], windows[len(windows) - kept :]
     return windows, windows
-
-
-# --- parameters --------------------------------------------------------------------------------------------------
 
 
 def checked_target(parameters: Mapping) -> Target:
@@ -271,9 +215,3 @@ def _holds_whole(parameters: Mapping, budget: int, folder: Path) -> bool:
     return parameters["format"] == "transformers" and budget >= sum(
         file.stat().st_size for file in folder.glob("*.safetensors")
     )
-
-
-def _unchanged(model: PreTrainedModel, budget: int) -> PreTrainedModel:
-    note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
-    model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
-    return model

@@ -6,10 +6,8 @@
 | `gguf` | GGUF's block types whose blocks divide the columns | one .gguf file, header and tokenizer in it |
 | `onnx` | grids that ONNX Runtime's operators store without waste | a folder for ONNX Runtime GenAI (`onnx_mixed`) |
 
-With `embedding="packed"` a checkpoint's embedding and tied head are offered the grids of linear layers. Below 5 bits a
-parameter most is won there, but only `avalab.models.checkpoint.load_model` reads the file: transformers and vLLM refuse
-a packed embedding. With `engine` a .gguf file holds only types that this engine reads as they are written
-(`GGUF_TYPES`).
+With `embedding="packed"` a checkpoint's embedding and tied head are offered the grids of linear layers: most is won
+there below 5 bits a parameter, but only `checkpoint.load_model` reads the file, transformers and vLLM refuse it.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from avalab.compress import block_rounding, equivalence, rounding, sensitivity
 from avalab.compress.allocation import Allocation, Option
 from avalab.compress.libraries import Job
-from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16, Sizes
 from avalab.engines import gguf as gguf_file
 from avalab.engines import onnx_graph
@@ -42,13 +39,9 @@ from avalab.models import checkpoint, packed, predict
 from avalab.models.packed import Packed
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 7, 8), (32, 64, 128)
-
 ONNX_GRIDS = ((2, False), (4, False), (4, True), (8, True))  # bits, and whether there are no zero points
-
 ONNX_INPUTS = "int8"  # what products read: the only fast kernels for 2 and 8 bits
-
 ALL_TYPES = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-
 GGUF_TYPES = {  # read as they are written, by engine
     "any": ALL_TYPES,
     "llamacpp": ALL_TYPES,
@@ -57,15 +50,10 @@ GGUF_TYPES = {  # read as they are written, by engine
 }
 
 HEADER_BYTES = 130  # of a tensor in a safetensors header, at most
-
 ENTRY_BYTES = 8 + 4 + 2 * 8 + 4 + 8 + 32  # of a tensor in GGUF's, and up to 32 of alignment; its name comes on top
-
 TABLE_DAMPING = 0.03  # of an embedding's moment; 0.003 and 0.01 were worse on other text
-
 HELD_OUT = 2  # calibration windows
-
 PACKED = "packed"
-
 PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and vLLM need embedding='any'"
 
 Options = Mapping[str, list[Option]]  # of every tensor
@@ -89,8 +77,7 @@ class Target:
     format: str  # of the artefact
     engines: tuple[str, ...]
     file: str  # what the budget is for
-    sizes: Callable[[int, int, Mapping], Sizes]  # rows, columns, parameters
-    table_sizes: Callable[[int, int, Mapping], Sizes]  # the same for embedding and head
+    sizes: Callable[..., Sizes]  # rows, columns, parameters; `is_table`: of embedding and head
     nearest: sensitivity.Nearest
     round: rounding.Round
     fixed_bytes: Callable[[Work, Options], int]  # that no choice changes
@@ -118,7 +105,7 @@ def predictions(model: PreTrainedModel, windows: Tensor) -> Tensor:
     return predict.log_probabilities(predict.hidden_states(model, windows).flatten(0, 1), head, softcap)
 
 
-# --- grids: checkpoints and ONNX ---------------------------------------------------------------------------------
+# --- grids: checkpoints and ONNX
 
 
 def group_sizes(columns: int, group_size: int = 0) -> list[int]:
@@ -140,46 +127,20 @@ def onnx_grids(columns: int, group_size: int = 0) -> list[Grid]:
     return [Grid(bits, size, symmetric) for bits, symmetric in ONNX_GRIDS for size in group_sizes(columns, group_size)]
 
 
-def _packed_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
+def _packed_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: bool = False) -> Sizes:
+    if is_table and parameters["embedding"] != PACKED:
+        return {}
     offered = grids(columns, parameters["group_size"])
     return {grid.name: packed.stored_bytes(rows, columns, grid) for grid in offered}
 
 
-def _packed_table_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
-    return _packed_sizes(rows, columns, parameters) if parameters["embedding"] == PACKED else {}
-
-
-def _onnx_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
-    offered = onnx_grids(columns, parameters["group_size"])
-    return {grid.name: block_types.onnx_stored_bytes(rows, columns, grid) for grid in offered}
-
-
-def _onnx_table_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
-    """Also 8 bits with a scale a row."""
-    if parameters["embedding"] == BF16:
+def _onnx_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: bool = False) -> Sizes:
+    """Embedding and head also in 8 bits with a scale a row."""
+    if is_table and parameters["embedding"] == BF16:
         return {}
-    row = Grid(8, columns, symmetric=True)
-    return _onnx_sizes(rows, columns, parameters) | {row.name: block_types.onnx_stored_bytes(rows, columns, row)}
-
-
-def _nearest_on_grid(sample: Tensor, cost: Tensor, format: str) -> Tensor:
-    grid = formats.grid_named(format)
-    return rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
-
-
-def _round_to_grid(weight: Tensor, posed: Problem, format: str) -> Rounded:
-    return rounding.round_weight(weight, posed, formats.grid_named(format))
-
-
-def int8_rows_option(model: PreTrainedModel, windows: Tensor) -> Option:
-    """int8 with a scale a row: there is only one way to round it, so it is measured. A tied head repeats the scales."""
-    table = model.get_input_embeddings().weight
-    rows, columns = table.shape
-    tied = model.get_output_embeddings().weight is table
-    codes, scales = packed.int8_rows(table.detach())
-    values = (codes.to(table.dtype) * scales).to(table.dtype)
-    increase = sensitivity.increase_of_replacement(model, windows[: sensitivity.TABLE_WINDOWS], table, values)
-    return Option(packed.INT8_ROWS, rows * columns + 2 * rows * (2 if tied else 1), increase)
+    offered = onnx_grids(columns, parameters["group_size"])
+    offered += [Grid(8, columns, symmetric=True)] if is_table else []
+    return {grid.name: block_types.onnx_stored_bytes(rows, columns, grid) for grid in offered}
 
 
 def _packed_fixed_bytes(work: Work, options: Options) -> int:
@@ -231,7 +192,7 @@ def _write_onnx(work: Work, chosen: Allocation, rounded: dict[str, Rounded], abo
     return onnx_graph.finished(work.prepared, blocks, embedding, inputs=ONNX_INPUTS, check=check, measured=about)
 
 
-# --- GGUF --------------------------------------------------------------------------------------------------------
+# --- GGUF
 
 
 @dataclass(frozen=True)
@@ -260,21 +221,10 @@ def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedC
         ) from error
 
 
-def _gguf_sizes(rows: int, columns: int, parameters: Mapping) -> Sizes:
+def _gguf_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: bool = False) -> Sizes:
     types = [block_types.FORMATS[name] for name in GGUF_TYPES[parameters["engine"]]]
-    return {
-        type.name: block_types.stored_bytes(rows, columns, type) for type in types if block_types.fits(type, columns)
-    }
-
-
-def _nearest_in_blocks(sample: Tensor, cost: Tensor, format: str) -> Tensor:
-    type = block_types.FORMATS[format]
-    scales, offsets, _ = block_rounding.stored(*block_rounding.search(sample, cost, type), type)
-    return block_rounding.nearest(sample, type, scales, offsets)
-
-
-def _round_to_blocks(weight: Tensor, posed: Problem, format: str) -> BlockRounded:
-    return block_rounding.round_weight(weight, posed, block_types.FORMATS[format])
+    fitting = [type for type in types if block_types.fits(type, columns)]
+    return {type.name: block_types.stored_bytes(rows, columns, type) for type in fitting}
 
 
 def _gguf_fixed_bytes(work: Work, options: Options) -> int:
@@ -298,28 +248,20 @@ def _gguf_notes(work: Work, options: Options, chosen: Allocation) -> list[str]:
 def _write_gguf(work: Work, chosen: Allocation, rounded: dict[str, BlockRounded], about: dict) -> GgufModel:
     # Where nothing was rounded, the model is copied as it was before the transform.
     model = work.model if rounded else checkpoint.load_model(work.job.folder, work.job.device)
+    increases = predict.kl_divergence(work.reference, predictions(model, work.held_out))
     about |= {
-        "measured_kl_divergence": float(
-            predict.kl_divergence(work.reference, predictions(model, work.held_out)).mean()
-        ),
+        "measured_kl_divergence": float(increases.mean()),
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens",
         "types": {name: option.format for name, option in chosen.chosen.items()},
     }
-    return GgufModel(work.job.folder, _gguf_rows(model, work.prepared, rounded), work.prepared, about)
-
-
-def _gguf_rows(
-    model: PreTrainedModel, config: PreTrainedConfig, rounded: Mapping[str, BlockRounded]
-) -> list[tuple[str, str, np.ndarray]]:
-    """A rounded tensor brings its bytes along, any other one stays bf16, or float32 if it is a vector."""
-    names, found = gguf_file.file_names(config), []
+    names, rows = gguf_file.file_names(work.prepared), []
     for name, parameter in model.named_parameters():
-        part = rounded.get(name.removesuffix(".weight"))
+        part = rounded.get(name.removesuffix(".weight"))  # brings its bytes along; other vectors are float32
         kind = part.format.name if part else ("f32" if parameter.ndim == 1 else BF16)
         content = part.packed() if part else parameter.detach().cpu()
-        content = gguf_file.in_file_order(name, content, config)
-        found.append((names(name), kind, content.numpy() if part else gguf_file.encoded(content, kind)))
-    return found
+        content = gguf_file.in_file_order(name, content, work.prepared)
+        rows.append((names(name), kind, content.numpy() if part else gguf_file.encoded(content, kind)))
+    return GgufModel(work.job.folder, rows, work.prepared, about)
 
 
 TARGETS: dict[str, Target] = {
@@ -328,9 +270,8 @@ TARGETS: dict[str, Target] = {
         ("torch",),
         "file",
         sizes=_packed_sizes,
-        table_sizes=_packed_table_sizes,
-        nearest=_nearest_on_grid,
-        round=_round_to_grid,
+        nearest=lambda weight, cost, format: rounding.nearest(weight, cost, formats.grid_named(format)),
+        round=lambda weight, posed, format: rounding.round_weight(weight, posed, formats.grid_named(format)),
         fixed_bytes=_packed_fixed_bytes,
         notes=_packed_notes,
         write=_write_packed,
@@ -345,9 +286,8 @@ TARGETS: dict[str, Target] = {
         gguf_file.ENGINES,
         "GGUF file",
         sizes=_gguf_sizes,
-        table_sizes=_gguf_sizes,
-        nearest=_nearest_in_blocks,
-        round=_round_to_blocks,
+        nearest=lambda weight, cost, format: block_rounding.nearest(weight, cost, block_types.FORMATS[format]),
+        round=lambda weight, posed, format: block_rounding.round_weight(weight, posed, block_types.FORMATS[format]),
         prepare=_gguf_config,
         fixed_bytes=_gguf_fixed_bytes,
         notes=_gguf_notes,
@@ -359,9 +299,8 @@ TARGETS: dict[str, Target] = {
         onnx_graph.ENGINES,
         "ONNX graph and weights",
         sizes=_onnx_sizes,
-        table_sizes=_onnx_table_sizes,
-        nearest=_nearest_on_grid,
-        round=_round_to_grid,
+        nearest=lambda weight, cost, format: rounding.nearest(weight, cost, formats.grid_named(format)),
+        round=lambda weight, posed, format: rounding.round_weight(weight, posed, formats.grid_named(format)),
         prepare=_onnx_graph,
         fixed_bytes=lambda work, options: onnx_graph.unchosen_bytes(
             work.prepared, options, embedding=embedding_name(work.model)

@@ -26,11 +26,8 @@ from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import NumberFormat
 
 SMALLEST = 6e-8  # of a scale: float16's smallest number
-
 MULTIPLIERS = {"q2_k": (1, 15), "q3_k": (-32, 31), "q4_k": (1, 63), "q5_k": (1, 63), "q6_k": (-128, 127)}
-
 SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # of a group's range
-
 STRETCHES = tuple(0.92 + 0.05 * step for step in range(10))  # where the largest magnitude goes, over the last code
 
 
@@ -53,6 +50,14 @@ def round_weight(
     return BlockRounded(format, codes.to(torch.int8), scales, offsets, fields)
 
 
+def nearest(weight: Tensor, cost: Tensor, format: NumberFormat) -> Float[Tensor, "rows cols"]:
+    """The weight with scales and offsets of least cost-weighted error, as stored, each value at its nearest point."""
+    scales, offsets, _ = stored(*search(weight, cost, format), format)
+    groups = weight.unflatten(1, (-1, format.group_size))
+    codes = rounding.snap((groups - offsets[..., None]) / scales[..., None], format)
+    return (codes * scales[..., None] + offsets[..., None]).flatten(1)
+
+
 def search(weight: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
     """Scales and offsets of least cost-weighted error, one a row and group, before they are stored."""
     groups = weight.unflatten(1, (-1, format.group_size))
@@ -61,13 +66,6 @@ def search(weight: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, 
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
     parts = [one(part, weights, format) for part in groups.split(rows)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def nearest(weight: Tensor, format: NumberFormat, scales: Tensor, offsets: Tensor) -> Float[Tensor, "rows cols"]:
-    """The weight rounded to the nearest points, without compensation."""
-    groups = weight.unflatten(1, (-1, format.group_size))
-    codes = rounding.snap((groups - offsets[..., None]) / scales[..., None], format)
-    return (codes * scales[..., None] + offsets[..., None]).flatten(1)
 
 
 def stored(scales: Tensor, offsets: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -88,17 +86,6 @@ def stored(scales: Tensor, offsets: Tensor, format: NumberFormat) -> tuple[Tenso
         fields["minimum"], found = least.half(), -(lows * least).view_as(offsets)
     whole = [None if part is None else part.to(torch.int32) for part in (steps, lows)]
     return kept, found, fields | {"multipliers": block_types.joined_multipliers(format, *whole)}
-
-
-def refit(
-    weight: Tensor, moment: Tensor, codes: Tensor, scales: Tensor, *, offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Scales, and offsets if there are any, of least error for given codes: one linear system a row."""
-    rows = max(1, CHUNK_WEIGHTS // (weight.shape[1] * scales.shape[1]))
-    kept = torch.zeros_like(scales) if offsets is None else offsets
-    parts = zip(*(tensor.split(rows) for tensor in (weight, codes, scales, kept)), strict=True)
-    found = [_refit_rows(*part, moment=moment, has_offsets=offsets is not None) for part in parts]
-    return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
 def _search_scales(groups: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
@@ -160,27 +147,34 @@ def _away_from_zero(scales: Tensor) -> Tensor:
     return torch.where(scales.abs() < SMALLEST, SMALLEST, scales)
 
 
-def _refit_rows(
-    weight: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, *, moment: Tensor, has_offsets: bool
+def refit(
+    weight: Tensor, moment: Tensor, codes: Tensor, scales: Tensor, *, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Changes of scales and offsets that solve the normal equations for the error that is left."""
-    count = scales.shape[1]
-    levels = codes.unflatten(1, (count, -1))
-    left = weight - (levels * scales[..., None] + offsets[..., None]).flatten(1)
-    blocks = moment.unflatten(0, (count, -1))
-    spread = torch.einsum("rgw,gwc->rgc", levels, blocks)
-    normal = torch.einsum("rgkw,rkw->rgk", spread.unflatten(2, (count, -1)), levels)
-    wanted = torch.einsum("rgc,rc->rg", spread, left)
-    if has_offsets:
-        summed = blocks.sum(1)  # group cols
-        mixed = spread.unflatten(2, (count, -1)).sum(-1)
-        ones = summed.unflatten(1, (count, -1)).sum(-1).expand(len(weight), -1, -1)
-        normal = torch.cat((torch.cat((normal, mixed), 2), torch.cat((mixed.mT, ones), 2)), 1)
-        wanted = torch.cat((wanted, left @ summed.T), 1)
-    ridge = normal.diagonal(dim1=1, dim2=2) * 1e-4 + 1e-12
-    change, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge), wanted[..., None])
-    change = torch.where((failed == 0)[:, None], change.squeeze(-1), 0.0)
-    found = scales + change[:, :count]
-    kept = (found / scales > 0.5) & (found / scales < 2)
-    moved = offsets + change[:, count:] if has_offsets else offsets
-    return torch.where(kept, found, scales), torch.where(kept, moved, offsets)
+    """Scales, and offsets if there are any, of least error for given codes: one linear system a row.
+
+    What is solved for is their change, from the error that is left.
+    """
+    count, found = scales.shape[1], []
+    blocks = moment.unflatten(0, (count, -1))  # group width cols
+    rows = max(1, CHUNK_WEIGHTS // (weight.shape[1] * count))
+    lows = torch.zeros_like(scales) if offsets is None else offsets
+    for part, points, scale, low in zip(*(t.split(rows) for t in (weight, codes, scales, lows)), strict=True):
+        levels = points.unflatten(1, (count, -1))
+        left = part - (levels * scale[..., None] + low[..., None]).flatten(1)
+        spread = torch.einsum("rgw,gwc->rgc", levels, blocks)
+        normal = torch.einsum("rgkw,rkw->rgk", spread.unflatten(2, (count, -1)), levels)
+        wanted = torch.einsum("rgc,rc->rg", spread, left)
+        if offsets is not None:
+            summed = blocks.sum(1)  # group cols
+            mixed = spread.unflatten(2, (count, -1)).sum(-1)
+            ones = summed.unflatten(1, (count, -1)).sum(-1).expand(len(part), -1, -1)
+            normal = torch.cat((torch.cat((normal, mixed), 2), torch.cat((mixed.mT, ones), 2)), 1)
+            wanted = torch.cat((wanted, left @ summed.T), 1)
+        ridge = normal.diagonal(dim1=1, dim2=2) * 1e-4 + 1e-12
+        change, failed = torch.linalg.solve_ex(normal + torch.diag_embed(ridge), wanted[..., None])
+        change = torch.where((failed == 0)[:, None], change.squeeze(-1), 0.0)
+        new = scale + change[:, :count]
+        kept = (new / scale > 0.5) & (new / scale < 2)
+        moved = low if offsets is None else low + change[:, count:]
+        found.append((torch.where(kept, new, scale), torch.where(kept, moved, low)))
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))

@@ -1,26 +1,21 @@
 """The same function, easier to round: transforms of decoder blocks that cancel, so that nothing is left to do later.
 
-Norms, weights and biases change, the architecture does not: every container holds the result, and no engine needs to
-know. Both come before sensitivities and rounding.
+Norms, weights and biases change, the architecture does not: every container holds the result, no engine needs to know.
 
 `scale`: what a channel carries is divided by s, the columns that read it are multiplied by s,
 
     input norm -> q, k, v      norm before the MLP -> gate, up      v -> o      up -> down
 
-(a key-value head's factors serve every query head that shares it; SwiGLU is linear in up, attention in v). As in AWQ
-(Lin et al. 2024, arXiv 2306.00978) s = (size of the inputs)^a / (size of the columns' weights)^b with a and b from a
-small grid; (0, 0), which changes nothing, is in it. The choice is that of least rounding error, on a sample of rows, at
-`BITS` bits; errors of a column count by what they cost once later columns have made up for them (`rounding`). Sizes are
-root mean squares, and factors are rounded to powers of two: folding one into bf16 numbers is exact.
+(a key-value head's factors serve every query head that shares it). As in AWQ (Lin et al. 2024, arXiv 2306.00978)
+s = (size of the inputs)^a / (size of the columns' weights)^b, sizes as root mean squares, a and b from a small grid
+with (0, 0), which changes nothing. The choice is that of least rounding error at `BITS` bits on a sample of rows,
+columns weighted as in `rounding`. Factors are powers of two: folding one into bf16 numbers is exact.
 
 `rotate`: an orthogonal Hadamard matrix for each key-value head, into the rows of v and the columns of o (QuaRot,
-Ashkboos et al. 2024, arXiv 2404.00456), which spreads large channels over a head. A width that is no power of two is
-rotated in parts as large as the greatest power of two that divides it. Rounding to bf16 is all that it costs.
+Ashkboos et al. 2024, arXiv 2404.00456), which spreads large channels over a head. It costs a rounding to bf16.
 
-On SmolLM2-135M neither gains at 4.5 bits a parameter once rounding compensates: both are for a caller to ask for.
-
-What it does not do: rotate the residual stream. That would fold the final norm into the head, which a tied embedding
-does not allow. Nor q and k (rotary embeddings stand between) nor the MLP's inside (the product with gate).
+On SmolLM2-135M neither gains at 4.5 bits a parameter once rounding compensates: both are for a caller to ask for. The
+residual stream is not rotated: that would fold the final norm into the head, which a tied embedding does not allow.
 """
 
 from __future__ import annotations
@@ -43,13 +38,9 @@ NONE, SCALE, ROTATE = "none", "scale", "rotate"
 TRANSFORMS = (NONE, SCALE, ROTATE, f"{SCALE}+{ROTATE}")
 
 BITS = 3  # of the grid that judges factors: what is easier there is so at 2 and 4
-
 GROUP_SIZES = (64, 32, 128)
-
 EXPONENTS = tuple((a, b) for a in (0.0, 0.25, 0.5, 0.75) for b in (0.0, 0.25, 0.5))  # of inputs, of weights
-
 WINDOWS = 16  # of calibration text, at most
-
 SAMPLED_ROWS = 32  # of a layer
 
 
@@ -170,10 +161,9 @@ def _pair(model: PreTrainedModel, site: walk.Site) -> Pair:
     block, readers = model.base_model.layers[site.block], list(site.layers.values())
     kind = next(iter(site.layers)).rpartition(".")[2]
     if kind == "o_proj":
-        sharing = block.self_attn.num_key_value_groups
-        return Pair(
-            block.self_attn.v_proj, readers, readers[0].in_features // sharing // block.self_attn.head_dim, sharing
-        )
+        attention, sharing = block.self_attn, block.self_attn.num_key_value_groups
+        heads = readers[0].in_features // sharing // attention.head_dim
+        return Pair(attention.v_proj, readers, heads, sharing)
     if kind == "down_proj":
         return Pair(block.mlp.up_proj, readers)
     norm = "input_layernorm" if kind == "q_proj" else checkpoint.MLP_NORMS[model.config.model_type]
@@ -211,5 +201,4 @@ def _error(sample: Tensor, cost: Tensor) -> float:
     """Cost-weighted error of rounding rows to the nearest points of the grid that judges."""
     columns = sample.shape[1]
     grid = Grid(BITS, next((size for size in GROUP_SIZES if columns % size == 0), columns))
-    rounded = rounding.nearest(sample, grid, *rounding.search(sample, cost, grid))
-    return float(((rounded - sample).square() * cost).sum())
+    return float(((rounding.nearest(sample, cost, grid) - sample).square() * cost).sum())

@@ -1,27 +1,11 @@
 """Other people's compressors, one function a library, each from a `Job` to a compressed model in memory.
 
-| function | methods |
-|---|---|
-| `bitsandbytes_4bit`, `bitsandbytes_8bit` | `nf4`, `fp4`; `int8` |
-| `torchao` | `torchao-int8`, `torchao-int8-dynamic`, `torchao-int4` |
-| `llmcompressor` | `rtn`, `gptq`, `awq`, `smoothquant` |
-| `autoround`, `hqq` | of the same name |
+A function may also fill `job.out` itself and return what it measured: so do the quantisers that come with an inference
+engine, which write a folder for that engine. What each method does, and where it is published, is said in `quantize`.
 
-`quantize` says what each does, and where it is published.
-A function may also fill `job.out` itself and return what it measured. What a library cannot do on this device is worked
-around only where the result is the same (pinned memory), or named in the artefact's card (torchao's byte-sized 4-bit
-codes on a CPU). Embeddings, norms and the head stay in bf16; quantisers that come with an engine are in `runtimes`.
-
-Quantisers that come with an inference engine, each from a `Job` to a folder that the engine of that name loads.
-
-| function | what the library does | embedding and head |
-|---|---|---|
-| `openvino_int4` | NNCF without data, as `avalab export` writes it | int8 |
-| `nncf_int4` | activation-aware scales, then scales re-estimated on the windows; asymmetric, groups of 64 | int8 |
-| `onnx_k_quant` | the search for scale and minimum of llama.cpp's k-quants, groups of 32, no data | int4 |
-| `llama_cpp` | a mixture of block types, importance matrix from the windows (`gguf_quantizer`) | 8 bits or fewer |
-
-Each fills `job.out` and returns what it measured. A linear layer that stays in bf16 is not among their options.
+What a library cannot do on this device is worked around only where the result is the same (pinned memory), or named in
+the artefact's card (torchao's byte-sized 4-bit codes on a CPU). Embeddings, norms and the head stay in bf16, but for
+engines' quantisers: NNCF keeps embedding and head in int8, ONNX Runtime in int4, llama.cpp in 8 bits or fewer.
 """
 
 from __future__ import annotations
@@ -30,8 +14,6 @@ import contextlib
 import io
 import logging
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TorchAoConfig,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from avalab import engines, kernels
@@ -61,10 +37,11 @@ from avalab.models import checkpoint, packed, stored
 from avalab.models.packed import Packed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 AUTOROUND_BATCH = 8  # windows; the library's own
-
 HQQ_BITS = (2, 3, 4, 8)
+NNCF_GROUP_SIZE = 64
+K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
+GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
 
 
 @dataclass(frozen=True)
@@ -92,9 +69,6 @@ def _load(job: Job, quantization_config: object = None) -> PreTrainedModel:
         device_map=job.device if job.device != "cpu" else None,
         quantization_config=quantization_config,
     )
-
-
-# bitsandbytes
 
 
 def bitsandbytes_4bit(job: Job) -> PreTrainedModel:
@@ -126,48 +100,41 @@ def bitsandbytes_4bit(job: Job) -> PreTrainedModel:
 def four_bit_layer(plain: nn.Linear, weight: Weight4, levels: str, compute_dtype: torch.dtype) -> nn.Module:
     """bitsandbytes' layer holding the weight and the plain layer's bias."""
     import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
 
-    nested = isinstance(weight.scales, NestedScales)
+    scales, inner = weight.scales, None
+    if isinstance(scales, NestedScales):
+        inner = QuantState(absmax=scales.absmax, blocksize=NESTED_GROUP, code=scales.levels, dtype=torch.float32)
+    state = QuantState(
+        absmax=scales.codes if inner else scales.reshape(-1),
+        shape=torch.Size(weight.shape),
+        code=weight.levels + 0.0,  # FP4 has a zero below zero, which bitsandbytes writes without its sign
+        blocksize=weight.group_size,
+        quant_type=levels,
+        dtype=plain.weight.dtype,
+        offset=scales.offset if inner else None,
+        state2=inner,
+    )
     made = bnb.nn.Linear4bit(
         plain.in_features,
         plain.out_features,
         plain.bias is not None,
         compute_dtype=compute_dtype,
-        compress_statistics=nested,
+        compress_statistics=inner is not None,
         quant_type=levels,
         device="meta",
     )
-    state = _quant_state(weight, levels, plain.weight.dtype)
     made.weight = bnb.nn.Params4bit(
         weight.codes.view(-1, 1),
         quant_state=state,
         blocksize=state.blocksize,
-        compress_statistics=nested,
+        compress_statistics=inner is not None,
         quant_type=levels,
         module=made,
         bnb_quantized=True,
     )
     made.quant_state, made.bias = state, plain.bias
     return made
-
-
-def _quant_state(weight: Weight4, levels: str, dtype: torch.dtype):
-    """What bitsandbytes keeps beside the codes of a weight that was stored in `dtype`."""
-    from bitsandbytes.functional import QuantState
-
-    scales, inner = weight.scales, None
-    if isinstance(scales, NestedScales):
-        inner = QuantState(absmax=scales.absmax, blocksize=NESTED_GROUP, code=scales.levels, dtype=torch.float32)
-    return QuantState(
-        absmax=scales.codes if inner else scales.reshape(-1),
-        shape=torch.Size(weight.shape),
-        code=weight.levels + 0.0,  # FP4 has a zero below zero, which bitsandbytes writes without its sign
-        blocksize=weight.group_size,
-        quant_type=levels,
-        dtype=dtype,
-        offset=scales.offset if inner else None,
-        state2=inner,
-    )
 
 
 def bitsandbytes_8bit(job: Job) -> PreTrainedModel:
@@ -180,29 +147,20 @@ def bitsandbytes_8bit(job: Job) -> PreTrainedModel:
     return _load(job, config)
 
 
-# torchao
-
-
 def torchao(job: Job) -> PreTrainedModel:
     """torchao's int8 (weights only), int8-dynamic (activations too, a scale a token) or int4 (groups)."""
-    return _load(job, TorchAoConfig(_torchao_config(job), modules_to_not_convert=["lm_head", *job.skipped]))
-
-
-def _torchao_config(job: Job):
     from torchao import quantization as ao
 
     if job.method == "torchao-int8":
-        return ao.Int8WeightOnlyConfig(version=2)
-    if job.method == "torchao-int8-dynamic":
-        return ao.Int8DynamicActivationInt8WeightConfig(version=2)
-    if job.device.startswith("cuda"):
-        return ao.Int4WeightOnlyConfig(group_size=job.parameters["group_size"])
-    # Packed int4 needs a GPU kernel; on a CPU torchao keeps each 4-bit code in a byte of its own.
-    granularity = ao.PerGroup(job.parameters["group_size"])
-    return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
-
-
-# llmcompressor
+        config = ao.Int8WeightOnlyConfig(version=2)
+    elif job.method == "torchao-int8-dynamic":
+        config = ao.Int8DynamicActivationInt8WeightConfig(version=2)
+    elif job.device.startswith("cuda"):
+        config = ao.Int4WeightOnlyConfig(group_size=job.parameters["group_size"])
+    else:  # packed int4 needs a GPU kernel; on a CPU torchao keeps each 4-bit code in a byte of its own
+        granularity = ao.PerGroup(job.parameters["group_size"])
+        config = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+    return _load(job, TorchAoConfig(config, modules_to_not_convert=["lm_head", *job.skipped]))
 
 
 def llmcompressor(job: Job) -> PreTrainedModel:
@@ -236,42 +194,29 @@ def _modifiers(job: Job) -> list:
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    smooth = job.method == "smoothquant"
-    groups = _activation_scheme(job.parameters["static"]) if smooth else _weight_scheme(job.parameters)
-    ignore = ["lm_head", *job.skipped]
-    if job.method == "gptq":
-        return [GPTQModifier(config_groups=groups, ignore=ignore)]
-    rounding = QuantizationModifier(config_groups=groups, ignore=ignore)
-    if smooth:
+    kind = GPTQModifier if job.method == "gptq" else QuantizationModifier
+    rounding = kind(config_groups=_scheme(job), ignore=["lm_head", *job.skipped])
+    if job.method == "smoothquant":
         return [SmoothQuantModifier(smoothing_strength=job.parameters["smoothing_strength"]), rounding]
     return [AWQModifier(n_grid=job.parameters["grid_points"]), rounding] if job.method == "awq" else [rounding]
 
 
-def _weight_scheme(parameters: dict) -> dict:
+def _scheme(job: Job) -> dict:
+    """Weights in groups or by rows; for SmoothQuant both weights and activations in 8 bits."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    grouped = parameters["group_size"] > 0
-    weights = QuantizationArgs(
-        num_bits=parameters["bits"],
-        symmetric=parameters["symmetric"],
-        strategy="group" if grouped else "channel",
-        group_size=parameters["group_size"] if grouped else None,
-    )
+    parameters = job.parameters
+    if job.method == "smoothquant":
+        weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
+        static = parameters["static"]
+        strategy = "tensor" if static else "token"
+        activations = QuantizationArgs(num_bits=8, dynamic=not static, strategy=strategy, symmetric=not static)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
+        return {"weights_and_activations": scheme}
+    group = parameters["group_size"] or None  # none: by rows
+    strategy, symmetric = "group" if group else "channel", parameters["symmetric"]
+    weights = QuantizationArgs(num_bits=parameters["bits"], symmetric=symmetric, strategy=strategy, group_size=group)
     return {"weights": QuantizationScheme(targets=["Linear"], weights=weights)}
-
-
-def _activation_scheme(static: bool) -> dict:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    activations = QuantizationArgs(
-        num_bits=8, dynamic=not static, strategy="tensor" if static else "token", symmetric=not static
-    )
-    weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
-    return {"weights_and_activations": scheme}
-
-
-# AutoRound
 
 
 def autoround(job: Job) -> Packed:
@@ -281,15 +226,33 @@ def autoround(job: Job) -> Packed:
     in bf16, as the file keeps them) and zero points give every weight's integer back: they are read off the rounded
     model, not rounded again, so that one loader and one count of bytes serve this file as the lab's own.
     """
-    model, tokenizer = checkpoint.load_model(job.folder, job.device), checkpoint.load_tokenizer(job.folder)
-    grid = Grid(job.parameters["bits"], job.parameters["group_size"])
+    windows, parameters = job.calibration, job.parameters
+    grid = Grid(parameters["bits"], parameters["group_size"])
     _restore_logger_class("autoround")
     logging.getLogger("autoround").setLevel(logging.CRITICAL)
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():  # bars
-        tuned = _tuned(model, tokenizer, job)
+        from auto_round import AutoRound
+
+        rounder = AutoRound(
+            checkpoint.load_model(job.folder, job.device),
+            checkpoint.load_tokenizer(job.folder),
+            dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows],
+            nsamples=len(windows),
+            seqlen=windows.shape[1],
+            batch_size=min(AUTOROUND_BATCH, len(windows)),
+            bits=grid.bits,
+            group_size=grid.group_size,
+            sym=False,
+            layer_config={name: {"bits": 16, "data_type": "float"} for name in job.skipped} or None,
+            iters=parameters["iterations"],
+            scale_dtype="bf16",
+            seed=job.seed,
+            device_map=job.device,
+        )
+        tuned = rounder.quantize()[0]
     layers = checkpoint.linear_layers(tuned).items()
     rounded = {name: autoround_integers(layer, grid) for name, layer in layers if name not in job.skipped}
-    return packed.pack_model(tuned, rounded, measured={"iterations": job.parameters["iterations"]})
+    return packed.pack_model(tuned, rounded, measured={"iterations": parameters["iterations"]})
 
 
 def autoround_integers(layer: nn.Linear, grid: Grid) -> Rounded:
@@ -307,38 +270,12 @@ def autoround_integers(layer: nn.Linear, grid: Grid) -> Rounded:
     return Rounded(grid, (steps - offset).flatten(1).to(torch.int8), scales, (zeros - offset).to(torch.int8))
 
 
-def _tuned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> PreTrainedModel:
-    from auto_round import AutoRound
-
-    windows = job.calibration
-    rounder = AutoRound(
-        model,
-        tokenizer,
-        dataset=[{"input_ids": window[None], "attention_mask": torch.ones_like(window[None])} for window in windows],
-        nsamples=len(windows),
-        seqlen=windows.shape[1],
-        batch_size=min(AUTOROUND_BATCH, len(windows)),
-        bits=job.parameters["bits"],
-        group_size=job.parameters["group_size"],
-        sym=False,
-        layer_config={name: {"bits": 16, "data_type": "float"} for name in job.skipped} or None,
-        iters=job.parameters["iterations"],
-        scale_dtype="bf16",
-        seed=job.seed,
-        device_map=job.device,
-    )
-    return rounder.quantize()[0]
-
-
 def _restore_logger_class(name: str) -> None:
     """Give a library's logger the standard class back: NNCF, once imported, makes all new loggers its own.
 
     Its `warning_once` takes one argument where AutoRound passes two.
     """
     logging.getLogger(name).__class__ = logging.Logger
-
-
-# HQQ
 
 
 def hqq(job: Job) -> dict:
@@ -352,27 +289,14 @@ def hqq(job: Job) -> dict:
     if parameters["embedding"] == "int8":
         table = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
         others[table], others[f"{table}_scale"] = packed.int8_rows(others[table])
-    stored.write_hqq(
-        model, layers, job.out, bits=parameters["bits"], group_size=parameters["group_size"], others=others
-    )
+    bits, group_size = parameters["bits"], parameters["group_size"]
+    stored.write_hqq(model, layers, job.out, bits=bits, group_size=group_size, others=others)
     checkpoint.load_tokenizer(job.folder).save_pretrained(job.out)
     return {}
 
 
-# --- quantisers that come with an inference engine, each from a `Job` to a folder that the engine of that name loads
-
-
-GROUP_SIZE = 64
-
-LIMIT_SECONDS = 3600
-
-K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
-
-GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
-
-
 def openvino_int4(job: Job) -> dict:
-    """NNCF's int4 without data."""
+    """NNCF's int4 without data, as `avalab export` writes it."""
     openvino_engine.export(job.folder, job.out, "int4")
     return {}
 
@@ -391,7 +315,7 @@ def nncf_int4(job: Job) -> dict:
         model = nncf.compress_weights(
             runtime.Core().read_model(str(Path(temporary) / graph)),
             mode=nncf.CompressWeightsMode.INT4_ASYM,
-            group_size=GROUP_SIZE,
+            group_size=NNCF_GROUP_SIZE,
             ratio=1.0,
             dataset=nncf.Dataset([_inputs(window) for window in job.calibration]),
             subset_size=len(job.calibration),
@@ -405,33 +329,6 @@ def nncf_int4(job: Job) -> dict:
     return {}
 
 
-def onnx_k_quant(job: Job) -> dict:
-    """ONNX Runtime's k-quant by its GenAI model builder.
-
-    Raises RuntimeError with the builder's last line when it fails.
-    """
-    for module in ("onnxruntime_genai", "onnx_ir"):
-        engines.require("onnx", module, onnx_graph.INSTALL)
-    with tempfile.TemporaryDirectory() as cache:
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", "int4", "-c", cache]
-        folders = ["-i", str(job.folder.resolve()), "-o", str(job.out.resolve())]
-        command = [*builder, *folders, "--extra_options", *K_QUANT]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, timeout=LIMIT_SECONDS)
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise RuntimeError(f"the ONNX model builder failed on {job.folder.name}: {last}")
-    for name in ("config.json", "generation_config.json"):
-        if (job.folder / name).is_file():
-            shutil.copyfile(job.folder / name, job.out / name)
-    return {}
-
-
-def llama_cpp(job: Job) -> dict:
-    """llama.cpp's own quantisation into the mixture that the method names."""
-    base = artifacts.load_artifact(job.folder, verify=False)
-    return llamacpp.quantise(base, job.out, job.method.removeprefix(GGUF), job.calibration)
-
-
 def _inputs(window: Tensor) -> dict[str, np.ndarray]:
     """One window as the stateful graph reads it, from an empty cache."""
     tokens = window.numpy()[None]
@@ -441,3 +338,15 @@ def _inputs(window: Tensor) -> dict[str, np.ndarray]:
         "attention_mask": np.ones_like(tokens),
         "beam_idx": np.zeros(1, np.int32),
     }
+
+
+def onnx_k_quant(job: Job) -> dict:
+    """ONNX Runtime's k-quant, groups of 32, by its GenAI model builder; raises as `onnx_graph.run_builder` does."""
+    onnx_graph.run_builder(job.folder, job.out, "int4", options=K_QUANT)
+    return {}
+
+
+def llama_cpp(job: Job) -> dict:
+    """llama.cpp's own quantisation into the mixture that the method names."""
+    base = artifacts.load_artifact(job.folder, verify=False)
+    return llamacpp.quantise(base, job.out, job.method.removeprefix(GGUF), job.calibration)

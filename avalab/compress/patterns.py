@@ -1,19 +1,14 @@
-"""Patterns of sparsity: which weights go, and how many each layer loses.
+"""Patterns of sparsity: which weights go (masks are True there), and how many each layer loses.
 
-A mask is True where a weight goes. `lowest` takes the lowest scores of a layer, or of each row alike; `n_of_m` takes
-the lowest n of every m neighbours in a row, the pattern that sparse tensor cores read (Mishra et al. 2021, arXiv
-2104.08378). `keep` takes whole structures by their summed scores, in steps that keep what is left a round number.
-`structured` patterns leave a smaller dense model (`avalab.models.smaller`); the others leave zeros.
+`lowest` takes the lowest scores of a layer, or of each row alike; `n_of_m` the lowest n of every m neighbours in a row,
+which sparse tensor cores read (Mishra et al. 2021, arXiv 2104.08378). `keep` takes whole structures by their summed
+scores: `structured` patterns leave a smaller dense model (`avalab.models.smaller`), the others zeros.
 
-Layers lose the same share (`uniform_counts`), or more where the model minds less (`cheapest_counts`): for every layer
-and a row of sparsities, the weights that the score would remove cost
-
-    1/2 sum E[(dL/dw)^2] w^2,
-
-the second-order increase of the loss with the Fisher information taken as diagonal (LeCun et al. 1990, Optimal Brain
-Damage). One price on a removed weight is then sought at which the layers, each at its own best level, lose as many as
-asked: Lagrange's condition for the least sum (Everett 1963). Costs are estimated on a sample of rows, so that an exact
-integer program would solve noise; updates of the weights that stay are not counted.
+Layers lose the same share, or more where the model minds less (`cheapest_counts`). The weights that
+the score would remove cost 1/2 sum E[(dL/dw)^2] w^2, the second-order increase of the loss with a diagonal Fisher
+information (LeCun et al. 1990, Optimal Brain Damage). One price on a removed weight is sought at which the layers, each
+at its own best level, lose as many as asked: Lagrange's condition for the least sum (Everett 1963). Costs come from a
+sample of rows, so that an exact integer program would solve noise; updates of the weights that stay are not counted.
 """
 
 from __future__ import annotations
@@ -27,9 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 LARGEST_STEP = 64  # channels: what kernels and quantization groups like to divide
-
 LEVELS = torch.linspace(0, 1, 21, dtype=torch.float64)  # shares of a layer that may go
-
 SAMPLED_ROWS = 64  # of a layer
 
 
@@ -84,7 +77,7 @@ def refuse_ragged(columns: int, group: int, name: str) -> None:
         raise ValueError(f"groups of {group} do not divide the {columns} columns of {name}")
 
 
-def step(count: int, *, of_heads: int = 1) -> int:
+def step_size(count: int, *, of_heads: int = 1) -> int:
     """The granularity at which `count` channels shrink: a multiple of the largest power of two, up to 64, that fits.
 
     Steps are at most a quarter of the channels. Hidden channels also stay a multiple of the number of heads, which
@@ -112,11 +105,6 @@ def removed(count: int, sparsity: float, *, of: str, granularity: int = 1) -> in
 def keep(scores: Float[Tensor, "item"], gone: int) -> Int[Tensor, "kept"]:
     """Indices of what stays when the `gone` lowest scores go, ascending."""
     return scores.argsort(stable=True)[gone:].sort().values
-
-
-def uniform_counts(layers: Mapping[str, nn.Linear], sparsity: float) -> dict[str, int]:
-    """How many weights each layer loses when all lose the same share."""
-    return {name: round(sparsity * layer.weight.numel()) for name, layer in layers.items()}
 
 
 def cheapest_counts(
@@ -158,12 +146,8 @@ def counts_at_one_price(increases: Float[Tensor, "layer level"], sizes: Int[Tens
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if int(at(middle).sum()) >= count else (middle, high)
-    found = at(high)
-    return _without_surplus(found.tolist(), int(found.sum()) - count)
-
-
-def _without_surplus(counts: list[int], surplus: int) -> list[int]:
-    """Levels are coarse: give back what was removed beyond the share, to the layers that lose most."""
+    counts = at(high).tolist()
+    surplus = sum(counts) - count  # levels are coarse: it goes back to the layers that lose most
     for layer in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
         given = min(surplus, counts[layer])
         counts[layer] -= given

@@ -1,6 +1,6 @@
 """Pruning: a score, a pattern and a share in, one artefact out.
 
-`write(base, score, pattern, run=run, sparsity=0.5)` prunes the base by one row of `SCORES` and one of `PATTERNS`:
+`prune_artifact(base, score, pattern, run=run, sparsity=0.5)` prunes by a row of `SCORES` and one of `PATTERNS`:
 
 | pattern | what goes | what is left |
 |---|---|---|
@@ -10,16 +10,12 @@
 | `layers` | whole blocks | a smaller model |
 
 1. Calibrate once: `walk.measure_moments` keeps what every score needs in one file a block; later calls only read it.
-2. Carry the plan out block by block. A killed run goes on at the first block that is not finished. Zeros: every
-   targeted linear layer loses its lowest weights (`apply_zeros`). Structures (`kept_structures`): a structure's score
-   is the sum of the squared scores of the weights that read it: a head's columns of the output projection, an MLP
-   channel's column of the down projection, a hidden channel's columns in all that reads the residual stream (each layer
-   with one vote), all linear layers of a block. SparseGPT also changes the weights that stay.
-3. Save. Zeros are stored as zeros, since every engine here reads dense weights, and once more in a compressed layout
-   (`sparse_storage`), which tells what they save on disk. Structures are cut out (`structured`).
-
-Either way the artefact is an ordinary bf16 one that can be quantised next. Embeddings and norms stay, but for the
-hidden width; what is quantised already is not pruned.
+2. Zeros (`apply_zeros`): every targeted linear layer loses its lowest weights, block by block; a killed run goes on at
+   the first block that is not finished. Structures (`kept_structures`) are scored by the squared scores of the weights
+   that read them: a head's columns of the output projection, an MLP channel's of the down projection, a hidden
+   channel's in all that reads the residual stream (each layer with one vote), all of a block.
+3. Save an ordinary bf16 artefact, which can be quantised next. Zeros are stored as zeros, since every engine here reads
+   dense weights, and once more in a compressed layout (`stored.write_sparse`), which tells what they save on disk.
 """
 
 from __future__ import annotations
@@ -37,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from avalab.compress import patterns, quantize, saliency
-from avalab.compress.patterns import PATTERNS, keep, lowest, n_of_m, removed, step
+from avalab.compress.patterns import PATTERNS, keep, lowest, n_of_m, removed, step_size
 from avalab.compress.saliency import SCORES, Evidence
 from avalab.data import corpora
 from avalab.lab import artifacts, cache
@@ -49,9 +45,7 @@ from avalab.models.smaller import Kept, Sizes
 from avalab.models.walk import block_index
 
 ALLOCATIONS = ("uniform", "sensitivity")
-
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the residual stream
-
 # A configuration has one size for all blocks: these layers have to be among the targets.
 CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": READERS}
 
@@ -110,21 +104,17 @@ def prune_artifact(
         allocation=allocation,
         seed=run.seed,
     )
-    recipe = [*base.card["recipe"], _step(plan, run)]
-    out = artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{pruning_label(plan, base.path)}"
-    found = artifacts.find_artifact(out.name, out.parent, recipe, base.sha256)
-    if found:
-        return found
-    identity = artifacts.sha256_of_text(f"{base.sha256} {recipe[-1]} {run.device}")[:16]
+    # The code's hash: an artefact that an older version of it made is made again, not trusted.
+    step = {"step": "prune", **vars(plan), "code": code_of(_prune_into)[:12]}
+    step |= {"calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]} if plan.needs else {}
+    identity = artifacts.sha256_of_text(f"{base.sha256} {step} {run.device}")[:16]
     progress = run.artifacts_dir / "cache" / f"pruning-{identity}"
-    artifact = artifacts.write_artifact(
-        out.name,
-        out.parent,
+    artifact = artifacts.make_artifact(
+        artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{pruning_label(plan, base.path)}",
         lambda folder: _prune_into(folder, base, plan, run=run, progress=progress),
-        base={"name": base.name, "sha256": base.sha256},
-        recipe=recipe,
+        base=base,
+        step=step,
         format="bf16",
-        licence=base.card["licence"],
     )
     shutil.rmtree(progress, ignore_errors=True)
     return artifact
@@ -146,8 +136,7 @@ def planned(
     [0, 1), one that a pattern cannot have, or one that removes every structure or none; columns that a pattern's groups
     do not divide; targets that match nothing or leave out what the pattern cuts.
     """
-    _refuse_unknown(score, pattern, allocation)
-    _refuse_sparsity(pattern, sparsity)
+    _refuse_mismatch(score, pattern, allocation, sparsity)
     skeleton = checkpoint.skeleton(folder)
     layers = checkpoint.linear_layers(skeleton)
     wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
@@ -158,6 +147,44 @@ def planned(
     for name in targets:
         patterns.refuse_ragged(layers[name].in_features, PATTERNS[pattern].group, name)
     return plan
+
+
+def _refuse_mismatch(score: str, pattern: str, allocation: str, sparsity: float) -> None:
+    tables = {"score": (score, SCORES), "pattern": (pattern, PATTERNS), "allocation": (allocation, ALLOCATIONS)}
+    for kind, (name, known) in tables.items():
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+    if allocation == "sensitivity" and pattern != "unstructured":
+        raise ValueError(f"pattern {pattern!r} takes the same share of every layer; allocation has to be 'uniform'")
+    if SCORES[score].compute is None and pattern != "layers":
+        raise ValueError(f"score {score!r} belongs to whole blocks; use it with pattern 'layers', not {pattern!r}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
+    fixed = PATTERNS[pattern].fixed_sparsity
+    if fixed is not None and sparsity != fixed:
+        raise ValueError(f"pattern {pattern!r} removes exactly {fixed}; got sparsity {sparsity}")
+
+
+def _refuse_structures(plan: Plan, names: list[str], of: Sizes) -> None:
+    """Raise where nothing or everything of a kind would go, or targets leave out some of what is cut everywhere."""
+    endings = CUT.get(plan.pattern, ())
+    if left_out := [n for n in names if n.rpartition(".")[2] in endings and n not in plan.targets]:
+        raise ValueError(f"pattern {plan.pattern!r} cuts all blocks alike, but the targets leave out {left_out[0]}")
+    if plan.pattern == "hidden":
+        _hidden_channels_gone(plan, of)
+    elif plan.pattern == "layers":
+        gone = removed(of.blocks, plan.sparsity, of="blocks")
+        candidates = {block_index(name) for name in plan.targets}
+        if gone > len(candidates):
+            raise ValueError(f"sparsity {plan.sparsity} removes {gone} blocks; the targets are in {len(candidates)}")
+    else:
+        columns = of.channels if plan.pattern == "mlp_channels" else of.heads * of.head_dim
+        left = len(chosen_structures(plan.pattern, torch.zeros(columns), plan.sparsity, of))
+        if plan.pattern != "mlp_channels" and of.hidden % left:
+            raise ValueError(
+                f"sparsity {plan.sparsity} leaves {left} of {of.heads} heads; a Llama configuration needs a number "
+                f"that divides the hidden size {of.hidden}"
+            )
 
 
 def pruning_label(plan: Plan, folder: Path) -> str:
@@ -210,7 +237,11 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
         apply_zeros(model, plan, known, progress)
         checkpoint.save_model(model, tokenizer, folder)
         after = sum(int(layer.weight.count_nonzero()) for layer in checkpoint.linear_layers(model).values())
-        sizes = {"sparse_bytes": _save_compressed(model, plan, folder)}
+        tensors = model.state_dict()
+        if model.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        names, layout = [f"{name}.weight" for name in plan.targets], "2:4" if plan.pattern == "2:4" else "bitmask"
+        sizes = {"sparse_bytes": stored.write_sparse(tensors, names, folder / stored.FILE, layout=layout)}
     own = time.perf_counter() - start - waited
     seconds = {"compress_seconds": own + calibration_seconds, "calibration_seconds": calibration_seconds}
     return seconds | sizes | {"sparsity": 1 - after / before}
@@ -232,85 +263,88 @@ def _calibrated(model, base: Artifact, plan: Plan, run: Run) -> tuple[Known, flo
     return known, walk.stored_seconds(files), time.perf_counter() - start
 
 
-def _save_compressed(model, plan: Plan, folder: Path) -> int:
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    layout = "2:4" if plan.pattern == "2:4" else "bitmask"
-    names = [f"{name}.weight" for name in plan.targets]
-    return stored.write_sparse(tensors, names, folder / stored.FILE, layout=layout)
-
-
-def _step(plan: Plan, run: Run) -> dict:
-    """The recipe's step. The code's own hash: an artefact that an older version made is made again, not trusted."""
-    code = code_of(_prune_into)[:12]
-    sizes = {"calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]} if plan.needs else {}
-    return {"step": "prune", **vars(plan), "code": code} | sizes
-
-
-def _refuse_unknown(score: str, pattern: str, allocation: str) -> None:
-    tables = {"score": (score, SCORES), "pattern": (pattern, PATTERNS), "allocation": (allocation, ALLOCATIONS)}
-    for kind, (name, known) in tables.items():
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
-    if allocation == "sensitivity" and pattern != "unstructured":
-        raise ValueError(f"pattern {pattern!r} takes the same share of every layer; allocation has to be 'uniform'")
-    if SCORES[score].compute is None and pattern != "layers":
-        raise ValueError(f"score {score!r} belongs to whole blocks; use it with pattern 'layers', not {pattern!r}")
-
-
-def _refuse_sparsity(pattern: str, sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
-    fixed = PATTERNS[pattern].fixed_sparsity
-    if fixed is not None and sparsity != fixed:
-        raise ValueError(f"pattern {pattern!r} removes exactly {fixed}; got sparsity {sparsity}")
-
-
-def _refuse_structures(plan: Plan, names: list[str], of: smaller.Sizes) -> None:
-    """Raise where nothing or everything of a kind would go, or targets leave out some of what is cut everywhere."""
-    endings = CUT.get(plan.pattern, ())
-    if left := [n for n in names if n.rpartition(".")[2] in endings and n not in plan.targets]:
-        raise ValueError(f"pattern {plan.pattern!r} cuts all blocks alike, but the targets leave out {left[0]}")
-    _refuse_impossible(plan, of)
-
-
 @torch.no_grad()
 def apply_zeros(model: PreTrainedModel, plan: Plan, known: Known, progress: Path) -> None:
     """Set the plan's weights to zero, in place. Finished blocks of calibrated scores are kept in `progress`."""
     layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name in plan.targets}
-    counts = _counts(layers, plan, known)
-    for block, names in tqdm(_by_block(layers).items(), desc=f"prune {plan.score}", leave=False):
-        prune = functools.partial(_pruned_block, model, plan, known, {name: counts[name] for name in names})
+    if plan.allocation == "uniform":
+        counts = {name: round(plan.sparsity * layer.weight.numel()) for name, layer in layers.items()}
+    else:
+        counts = patterns.cheapest_counts(
+            layers,
+            plan.sparsity,
+            score=lambda name: scored(name, layers[name], plan, known),
+            squared_gradient=lambda name: walk.stored_squared_gradient(known.gradients, name).to(model.device),
+        )
+    blocks: dict[int, dict[str, int]] = {}
+    for name in layers:
+        blocks.setdefault(block_index(name), {})[name] = counts[name]
+    for block, counted in tqdm(blocks.items(), desc=f"prune {plan.score}", leave=False):
+        prune = functools.partial(_pruned_block, model, plan, known, counted)
         pruned = cache.cached_tensors(walk.block_file(progress, block), prune) if plan.needs else prune()
         for name, weight in pruned.items():
             layers[name].weight.data = weight.to(layers[name].weight)
 
 
+def _pruned_block(model: PreTrainedModel, plan: Plan, known: Known, counts: dict[str, int]) -> dict[str, Tensor]:
+    """The new weights of some layers of one block; layers with one input share its factorised moment."""
+    pattern, score = PATTERNS[plan.pattern], SCORES[plan.score]
+    posed, last, found = None, (), {}
+    for name, count in counts.items():
+        layer = model.get_submodule(name)
+        if score.updates:
+            readers = walk.stored_readers(known.moments, name)
+            if readers != last:
+                moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
+                posed, last = saliency.surgery_problem(moment, pattern.group), readers
+            weight = saliency.remove_weights(layer.weight, posed, pattern, count=count)
+        else:
+            scores = scored(name, layer, plan, known)
+            if pattern.zeros:
+                mask = n_of_m(scores, pattern.zeros, pattern.group)
+            else:
+                mask = lowest(scores, count, compared=score.compared)
+            weight = layer.weight.masked_fill(mask, 0)
+        found[name] = weight.to(layer.weight.dtype)
+    return found
+
+
+def scored(name: str, layer: nn.Linear, plan: Plan, known: Known) -> Tensor:
+    """The plan's score of every weight of a layer."""
+    needs, device = SCORES[plan.score].needs, layer.weight.device
+    moment = walk.stored_moment(known.moments, name).to(device) if needs == "moments" else None
+    squared = walk.stored_squared_gradient(known.gradients, name).to(device) if needs == "gradients" else None
+    seen = Evidence(moment, squared, saliency.layer_seed(plan.seed, name))
+    return saliency.of_layer(plan.score, layer.weight.detach(), seen)
+
+
 @torch.no_grad()
 def kept_structures(model: PreTrainedModel, plan: Plan, known: Known) -> Kept:
     """What the plan keeps. A score with an update changes, in place, the layers that read what goes."""
-    of = smaller.structure_sizes(model)
+    of, layers = smaller.structure_sizes(model), checkpoint.linear_layers(model)
     if plan.pattern == "layers":
-        return Kept(blocks=_kept_blocks(model, plan, known, of))
+        return Kept(blocks=_kept_blocks(layers, plan, known, of))
+    readers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in CUT[plan.pattern]}
+    scores = {name: scored(name, layer, plan, known).square().sum(0) for name, layer in readers.items()}
+    if plan.pattern == "hidden":  # one choice, by the mean share that channels have in the scores of what reads them
+        shares = sum((columns.cpu() / columns.cpu().sum() for columns in scores.values()), torch.zeros(of.hidden))
+        kept = dict.fromkeys(readers, keep(shares, _hidden_channels_gone(plan, of)))
+    else:
+        kept = {n: chosen_structures(plan.pattern, columns, plan.sparsity, of) for n, columns in scores.items()}
+    if SCORES[plan.score].updates:
+        width = 1 if plan.pattern in ("hidden", "mlp_channels") else of.head_dim
+        for name, layer in readers.items():
+            moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
+            columns = smaller.channels_of(kept[name], width).to(moment.device)
+            layer.weight.data = saliency.remove_columns(layer.weight, moment, columns).to(layer.weight)
     if plan.pattern == "hidden":
-        return _kept_hidden(model, plan, known, of)
-    kept: list[Tensor] = []
-    reader = "mlp.down_proj" if plan.pattern == "mlp_channels" else "self_attn.o_proj"
-    for name, layer in checkpoint.linear_layers(model).items():
-        if not name.endswith(reader):
-            continue
-        columns = scored(name, layer, plan, known).square().sum(0)
-        chosen = chosen_structures(plan.pattern, columns, plan.sparsity, of)
-        width = 1 if plan.pattern == "mlp_channels" else of.head_dim
-        _apply_refit(name, layer, smaller.channels_of(chosen, width), plan, known)
-        kept.append(chosen)
+        return Kept(hidden=next(iter(kept.values())))
     if plan.pattern == "mlp_channels":
-        return Kept(channels=kept)
+        return Kept(channels=list(kept.values()))
     if plan.pattern == "heads" and of.heads > of.kv_heads:
-        return Kept(heads=kept)
+        return Kept(heads=list(kept.values()))
     shared = of.heads // of.kv_heads
-    return Kept(heads=kept, kv_heads=[heads[::shared] // shared for heads in kept])
+    return Kept(heads=list(kept.values()), kv_heads=[heads[::shared] // shared for heads in kept.values()])
 
 
 def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes) -> Tensor:
@@ -319,7 +353,7 @@ def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes)
     "heads": equally many of each KV group; where every head has its own keys, and for "kv_groups", whole groups.
     """
     if pattern == "mlp_channels":
-        gone = removed(of.channels, sparsity, of="MLP channels", granularity=step(of.channels))
+        gone = removed(of.channels, sparsity, of="MLP channels", granularity=step_size(of.channels))
         return keep(columns, gone).cpu()
     groups = columns.view(of.kv_heads, of.heads // of.kv_heads, of.head_dim).sum(2).cpu()
     shared = groups.shape[1]
@@ -330,112 +364,20 @@ def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes)
     return smaller.query_heads(keep(groups.sum(1), gone), of)
 
 
-def _refuse_impossible(plan: Plan, of: Sizes) -> None:
-    """Raise ValueError where a structured plan would remove every structure, or none though some were asked for."""
-    if plan.pattern == "hidden":
-        removed(of.hidden, plan.sparsity, of="hidden channels", granularity=step(of.hidden, of_heads=of.heads))
-    elif plan.pattern == "layers":
-        gone = removed(of.blocks, plan.sparsity, of="blocks")
-        candidates = {block_index(name) for name in plan.targets}
-        if gone > len(candidates):
-            raise ValueError(f"sparsity {plan.sparsity} removes {gone} blocks; the targets are in {len(candidates)}")
-    else:
-        columns = of.channels if plan.pattern == "mlp_channels" else of.heads * of.head_dim
-        left = len(chosen_structures(plan.pattern, torch.zeros(columns), plan.sparsity, of))
-        if plan.pattern != "mlp_channels" and of.hidden % left:
-            raise ValueError(
-                f"sparsity {plan.sparsity} leaves {left} of {of.heads} heads; a Llama configuration needs a number "
-                f"that divides the hidden size {of.hidden}"
-            )
-
-
-def scored(name: str, layer: nn.Linear, plan: Plan, known: Known) -> Tensor:
-    """The plan's score of every weight of a layer."""
-    needs = SCORES[plan.score].needs
-    moment = walk.stored_moment(known.moments, name).to(layer.weight.device) if needs == "moments" else None
-    squared = (
-        walk.stored_squared_gradient(known.gradients, name).to(layer.weight.device) if needs == "gradients" else None
-    )
-    seen = Evidence(moment, squared, saliency.layer_seed(plan.seed, name))
-    return saliency.of_layer(plan.score, layer.weight.detach(), seen)
-
-
-def _counts(layers: dict[str, nn.Linear], plan: Plan, known: Known) -> dict[str, int]:
-    if plan.allocation == "uniform":
-        return patterns.uniform_counts(layers, plan.sparsity)
-    return patterns.cheapest_counts(
-        layers,
-        plan.sparsity,
-        score=lambda name: scored(name, layers[name], plan, known),
-        squared_gradient=lambda name: walk.stored_squared_gradient(known.gradients, name).to(
-            layers[name].weight.device
-        ),
-    )
-
-
-def _by_block(layers: dict[str, nn.Linear]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    for name in layers:
-        found.setdefault(block_index(name), []).append(name)
-    return found
-
-
-def _pruned_block(model: PreTrainedModel, plan: Plan, known: Known, counts: dict[str, int]) -> dict[str, Tensor]:
-    """The new weights of some layers of one block; layers with one input share its factorised moment."""
-    pattern, updates = PATTERNS[plan.pattern], SCORES[plan.score].updates
-    posed, last, found = None, (), {}
-    for name, count in counts.items():
-        layer = model.get_submodule(name)
-        if updates:
-            readers = walk.stored_readers(known.moments, name)
-            if readers != last:
-                moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
-                posed, last = saliency.surgery_problem(moment, pattern.group), readers
-            weight = saliency.remove_weights(layer.weight, posed, pattern, count=count)
-        else:
-            scores = scored(name, layer, plan, known)
-            compared = SCORES[plan.score].compared
-            mask = n_of_m(scores, pattern.zeros, pattern.group) if pattern.zeros else None
-            weight = layer.weight.masked_fill(lowest(scores, count, compared=compared) if mask is None else mask, 0)
-        found[name] = weight.to(layer.weight.dtype)
-    return found
-
-
-def _kept_blocks(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> list[int]:
+def _kept_blocks(layers: dict[str, nn.Linear], plan: Plan, known: Known, of: Sizes) -> list[int]:
     """Blocks in order, without the least important of those that hold a target."""
-    layers = checkpoint.linear_layers(model)
-    candidates = sorted({block_index(name) for name in plan.targets})
+    scores = dict.fromkeys(sorted({block_index(name) for name in plan.targets}), 0.0)
     if plan.score == "influence":
-        scores = [walk.stored_influence(known.moments, block) for block in candidates]
+        scores = {block: walk.stored_influence(known.moments, block) for block in scores}
     else:
-        energy = dict.fromkeys(candidates, 0.0)
         for name, layer in layers.items():
-            if block_index(name) in energy:
-                energy[block_index(name)] += float(scored(name, layer, plan, known).square().sum())
-        scores = list(energy.values())
+            if block_index(name) in scores:
+                scores[block_index(name)] += float(scored(name, layer, plan, known).square().sum())
     gone = removed(of.blocks, plan.sparsity, of="blocks")
-    lowest_first = sorted(zip(scores, candidates, strict=True))
-    going = {block for _, block in lowest_first[:gone]}
+    going = sorted(scores, key=lambda block: (scores[block], block))[:gone]
     return [block for block in range(of.blocks) if block not in going]
 
 
-def _kept_hidden(model: PreTrainedModel, plan: Plan, known: Known, of: Sizes) -> Kept:
-    """Hidden channels by the mean share that they have in the scores of what reads them."""
-    readers = {n: m for n, m in checkpoint.linear_layers(model).items() if n.rpartition(".")[2] in READERS}
-    shares = torch.zeros(of.hidden)
-    for name, layer in readers.items():
-        columns = scored(name, layer, plan, known).square().sum(0).cpu()
-        shares += columns / columns.sum()
-    kept = keep(
-        shares, removed(of.hidden, plan.sparsity, of="hidden channels", granularity=step(of.hidden, of_heads=of.heads))
-    )
-    for name, layer in readers.items():
-        _apply_refit(name, layer, kept, plan, known)
-    return Kept(hidden=kept)
-
-
-def _apply_refit(name: str, layer: nn.Linear, kept: Tensor, plan: Plan, known: Known) -> None:
-    """Solve a reader, in place, for the columns that stay; nothing for a score without an update."""
-    if SCORES[plan.score].updates:
-        moment = walk.stored_moment(known.moments, name).to(layer.weight.device)
-        layer.weight.data = saliency.remove_columns(layer.weight, moment, kept.to(moment.device)).to(layer.weight)
+def _hidden_channels_gone(plan: Plan, of: Sizes) -> int:
+    granularity = step_size(of.hidden, of_heads=of.heads)
+    return removed(of.hidden, plan.sparsity, of="hidden channels", granularity=granularity)

@@ -1,8 +1,7 @@
 """Every way to put a number format into a model, ours and other people's: one table, one call, one artefact.
 
-`compress_artifact(base, method, run=run, **parameters)` compresses the base artefact by one row of `METHODS` and
-returns the new artefact. A model in memory is thrown away: whoever wants a number loads the artefact back. A row has a
-function (of `libraries`, `runtimes` or `ava`), the parameters it takes, and what it needs.
+`compress_artifact(base, method, run=run, **parameters)` compresses the base by one row of `METHODS`. A model in memory
+is thrown away: whoever wants a number loads the artefact back.
 
 | method | library | what it does |
 |---|---|---|
@@ -31,12 +30,13 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from avalab import engines
 from avalab.compress import ava, libraries
 from avalab.compress.libraries import Job
 from avalab.data import corpora
@@ -50,10 +50,13 @@ from avalab.lab.run import Run
 from avalab.models import checkpoint, packed
 
 LAB = 'pip install -e ".[lab]"'
-
 HQQ = "pip install hqq==0.2.8.post1"
-
 INT8_EMBEDDING = "int8, a scale a row"
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
+NUMBERS = ("threshold", "grid_points", "smoothing_strength", "iterations")  # that a label shows where not the default
+CHOICES = {"compute_dtype": tuple(libraries.DTYPES), "embedding": ("bf16", "int8")}
 
 
 @dataclass(frozen=True)
@@ -90,39 +93,34 @@ def compress_artifact(
     if base.format != "bf16":
         raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     row, parameters = checked_method(method, parameters)
-    skipped = _expand(skip, base.path)
+    layers = checkpoint.linear_layers(checkpoint.skeleton(base.path))
+    skipped = _expand(skip, list(layers))
     if skipped and not row.skips:
         raise ValueError(f"method {method!r} keeps no single layer in bf16; leave out skip")
-    _refuse_ragged_groups(base.path, row, parameters, skipped)
+    if not row.ragged:
+        _refuse_ragged_groups(row, parameters, {n: m.in_features for n, m in layers.items() if n not in skipped})
     # The code's hash: an artefact that an older version of it made is made again, not trusted.
     step = {"step": method, **parameters, "skip": skipped, "code": _code(row)}
-    step |= {"seed": run.seed, "calibration": _sizes(run)} if row.calibrated else {}
-    recipe = [*base.card["recipe"], step]
-    name = f"{base.name}+{method_label(method, parameters, skipped)}"
-    out = artifacts.checked_target(out) or run.artifacts_dir / name
-    found = artifacts.find_artifact(out.name, out.parent, recipe, base.sha256)
-    if found:
-        return found
-    if row.library and importlib.util.find_spec(row.library) is None:
-        raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
-    format, engines = row.format, row.engines
+    if row.calibrated:
+        step |= {"seed": run.seed, "calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]}
+    format, loaded_by = row.format, row.engines
     if row.compress is ava.compress_model:
         size = checkpoint.parameter_count(checkpoint.skeleton(base.path))
-        format, engines = ava.shipped_as(parameters, size, base.path)
-    calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
+        format, loaded_by = ava.shipped_as(parameters, size, base.path)
 
     def fill(folder: Path) -> dict:
+        if row.library and importlib.util.find_spec(row.library) is None:
+            raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
+        calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
         return _fill(row, Job(base.path, run.device, parameters, skipped, calibration, method, run.seed, folder))
 
-    return artifacts.write_artifact(
-        out.name,
-        out.parent,
+    return artifacts.make_artifact(
+        artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{method_label(method, parameters, skipped)}",
         fill,
-        base={"name": base.name, "sha256": base.sha256},
-        recipe=recipe,
+        base=base,
+        step=step,
         format=format,
-        engines=engines,
-        licence=base.card["licence"],
+        engines=loaded_by,
     )
 
 
@@ -146,9 +144,10 @@ def method_label(method: str, parameters: dict, skipped: list[str] | tuple[str, 
 
     Recipes that differ have names that differ; the suffix of `keep` is a hash of the layers' names.
     """
-    parts = [method]
+    kept = [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
     if "bits_per_weight" in parameters:
-        return "-".join([method, ava.budget_label(parameters), *_kept(skipped)])
+        return "-".join([method, ava.budget_label(parameters), *kept])
+    parts = [method]
     if "bits" in parameters:
         group = parameters["group_size"]
         parts.append(f"w{parameters['bits']}" + (f"g{group}" if group else "ch"))
@@ -162,7 +161,7 @@ def method_label(method: str, parameters: dict, skipped: list[str] | tuple[str, 
     parts += ["w8a8-static" if parameters["static"] else "w8a8-dynamic"] if "static" in parameters else []
     defaults = METHODS[method].defaults
     parts += [f"{n}{parameters[n]:g}" for n in NUMBERS if parameters.get(n, defaults.get(n)) != defaults.get(n)]
-    return "-".join([*parts, *_kept(skipped)])
+    return "-".join(parts + kept)
 
 
 def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
@@ -186,42 +185,30 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
     return row, merged
 
 
-def _sizes(run: Run) -> list[int]:
-    return [run.profile.calibration_samples, run.profile.calibration_tokens]
-
-
 def _code(row: Method) -> str:
     calibration = [corpora.calibration_windows] if row.calibrated else []
     return code_of(_fill, row.compress, *calibration)[:12]
 
 
-def _kept(skipped: list[str] | tuple[str, ...]) -> list[str]:
-    return [f"keep{len(skipped)}.{artifacts.sha256_of_text(','.join(skipped))[:4]}"] if skipped else []
-
-
-def _expand(globs: tuple[str, ...], folder: Path) -> list[str]:
-    names = list(checkpoint.linear_layers(checkpoint.skeleton(folder))) if globs else []
+def _expand(globs: tuple[str, ...], names: list[str]) -> list[str]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
-def _refuse_ragged_groups(folder: Path, row: Method, parameters: dict, skipped: list[str]) -> None:
+def _refuse_ragged_groups(row: Method, parameters: dict, columns: dict[str, int]) -> None:
     # bitsandbytes' blocks may run on into the next row, but its CPU kernels refuse such blocks at the first call.
     group = parameters.get("group_size") or parameters.get("block_size")
-    if not group or row.ragged:
+    if not group:
         return
     usual = BLOCK_SIZES if "block_size" in parameters else GROUP_SIZES
-    layers = {
-        name: m for name, m in checkpoint.linear_layers(checkpoint.skeleton(folder)).items() if name not in skipped
-    }
-    fits = [g for g in usual if all(m.in_features % g == 0 for m in layers.values())]
-    advice = f"sizes that fit every layer: {', '.join(map(str, fits)) or 'none'}"
+    fits = [str(size) for size in usual if all(count % size == 0 for count in columns.values())]
+    advice = f"sizes that fit every layer: {', '.join(fits) or 'none'}"
     advice += "" if row.smallest_group else ", or 0 for one group a row"
-    for name, layer in layers.items():
-        if layer.in_features % group:
-            raise ValueError(f"a group of {group} does not divide the {layer.in_features} columns of {name}; {advice}")
+    for name, count in columns.items():
+        if count % group:
+            raise ValueError(f"a group of {group} does not divide the {count} columns of {name}; {advice}")
     if "block_size" in parameters and group not in BLOCK_SIZES:
         raise ValueError(f"bitsandbytes has no blocks of {group}; {advice}")
 
@@ -243,64 +230,60 @@ def _fill(row: Method, job: Job) -> dict:
     } | (made if isinstance(made, dict) else getattr(made, "measured", {}))
 
 
-GROUP_SIZES = (16, 32, 64, 128, 256)
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
-
-NUMBERS = ("threshold", "grid_points", "smoothing_strength", "iterations")  # that a label shows where not the default
-
-CHOICES = {"compute_dtype": tuple(libraries.DTYPES), "embedding": ("bf16", "int8")}
-
-_FOUR_BIT = {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"}
-
 _GROUPS = {"bits": 4, "group_size": 64}
-
 _WEIGHTS = {**_GROUPS, "symmetric": False, "embedding": "bf16"}
 
-
-def _bitsandbytes(compress: Callable, defaults: dict) -> Method:
-    return Method(compress, "bitsandbytes", defaults, library="bitsandbytes")
-
-
-def _torchao(defaults: dict, note: str = "") -> Method:
-    return Method(libraries.torchao, "torchao", defaults, library="torchao", note=note)
-
-
-def _llmcompressor(defaults: dict, *, calibrated: bool = True) -> Method:
-    return Method(
-        libraries.llmcompressor,
-        "compressed-tensors",
-        defaults,
-        calibrated=calibrated,
-        library="llmcompressor",
-        smallest_group=0,
-    )
-
-
-def _openvino(compress: Callable, *, calibrated: bool) -> Method:
-    return Method(
-        compress,
-        "openvino-int4",
-        calibrated=calibrated,
-        library="nncf",
-        install=openvino_engine.INSTALL,
-        engines=("openvino",),
-        embedding=INT8_EMBEDDING,
-        skips=False,
-    )
-
+_NF4 = Method(
+    libraries.bitsandbytes_4bit,
+    "bitsandbytes",
+    {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"},
+    library="bitsandbytes",
+)
+_TORCHAO = Method(libraries.torchao, "torchao", library="torchao")
+_GPTQ = Method(
+    libraries.llmcompressor,
+    "compressed-tensors",
+    _WEIGHTS,
+    calibrated=True,
+    library="llmcompressor",
+    smallest_group=0,
+)
+_NNCF = Method(
+    libraries.nncf_int4,
+    "openvino-int4",
+    calibrated=True,
+    library="nncf",
+    install=openvino_engine.INSTALL,
+    engines=("openvino",),
+    embedding=INT8_EMBEDDING,
+    skips=False,
+)
+_LLAMA_CPP = Method(
+    libraries.llama_cpp,
+    "gguf",
+    calibrated=True,
+    library="llama_cpp",
+    install=llamacpp.INSTALL,
+    engines=llamacpp.READ_BY,
+    embedding="the mixture's choice",
+    skips=False,
+)
 
 METHODS: dict[str, Method] = {
-    "nf4": _bitsandbytes(libraries.bitsandbytes_4bit, _FOUR_BIT),
-    "fp4": _bitsandbytes(libraries.bitsandbytes_4bit, _FOUR_BIT),
-    "int8": _bitsandbytes(libraries.bitsandbytes_8bit, {"threshold": 6.0}),
-    "torchao-int8": _torchao({}),
-    "torchao-int8-dynamic": _torchao({}),
-    "torchao-int4": _torchao({"group_size": 64}, "torchao packs 4-bit codes only on a GPU: on a CPU each takes a byte"),
-    "rtn": _llmcompressor(_WEIGHTS, calibrated=False),
-    "gptq": _llmcompressor(_WEIGHTS),
-    "awq": _llmcompressor({**_WEIGHTS, "grid_points": 10}),
-    "smoothquant": _llmcompressor({"smoothing_strength": 0.5, "static": True}),
+    "nf4": _NF4,
+    "fp4": _NF4,
+    "int8": replace(_NF4, compress=libraries.bitsandbytes_8bit, defaults={"threshold": 6.0}),
+    "torchao-int8": _TORCHAO,
+    "torchao-int8-dynamic": _TORCHAO,
+    "torchao-int4": replace(
+        _TORCHAO,
+        defaults={"group_size": 64},
+        note="torchao packs 4-bit codes only on a GPU: on a CPU each takes a byte",
+    ),
+    "rtn": replace(_GPTQ, calibrated=False),
+    "gptq": _GPTQ,
+    "awq": replace(_GPTQ, defaults={**_WEIGHTS, "grid_points": 10}),
+    "smoothquant": replace(_GPTQ, defaults={"smoothing_strength": 0.5, "static": True}),
     "ava": Method(
         ava.compress_model, "compressed-tensors", ava.DEFAULTS, calibrated=True, smallest_group=0, ragged=True
     ),  # `ava` takes the next larger group that divides; 0 is its own choice
@@ -314,8 +297,8 @@ METHODS: dict[str, Method] = {
     "hqq": Method(
         libraries.hqq, "hqq", {**_GROUPS, "embedding": "bf16"}, library="hqq", install=HQQ, ragged=True
     ),  # its groups run on over the end of a row
-    "openvino-int4": _openvino(libraries.openvino_int4, calibrated=False),
-    "nncf-int4": _openvino(libraries.nncf_int4, calibrated=True),
+    "openvino-int4": replace(_NNCF, compress=libraries.openvino_int4, calibrated=False),
+    "nncf-int4": _NNCF,
     "onnx-k-quant": Method(
         libraries.onnx_k_quant,
         "onnx-int4",
@@ -325,17 +308,5 @@ METHODS: dict[str, Method] = {
         embedding="int4 in groups of 32",
         skips=False,
     ),
-    **{
-        f"{libraries.GGUF}{mixture}": Method(
-            libraries.llama_cpp,
-            "gguf",
-            calibrated=True,
-            library="llama_cpp",
-            install=llamacpp.INSTALL,
-            engines=llamacpp.READ_BY,
-            embedding="the mixture's choice",
-            skips=False,
-        )
-        for mixture in llamacpp.MIXTURES
-    },
+    **{f"{libraries.GGUF}{mixture}": _LLAMA_CPP for mixture in llamacpp.MIXTURES},
 }

@@ -4,17 +4,15 @@ The layer should still give R w (its original inputs R, original weights w) when
 
 1. Aim: w' = w + w (R - X)^T X (X^T X)^-1, the least-squares weights for the inputs X (GPTAQ's asymmetric calibration,
    Li et al. 2025, arXiv 2504.02692, in closed form), damped.
-2. Grid: per group of columns, the range that gives the least error is searched, each column weighted by what its error
-   costs once later columns have made up for it, D_j = 1 / U_jj^2.
+2. Grid: the range of each group of columns that gives the least error, each column weighted by what its error costs
+   once later columns have made up for it, D_j = 1 / U_jj^2.
 3. Rounding: columns in order of falling importance, each error handed on to the columns not yet rounded through
-   U = chol(H^-1) (GPTQ, Frantar et al. 2023, arXiv 2210.17323), in blocks, for all rows of all layers that share H.
+   U = chol(H^-1) (GPTQ, Frantar et al. 2023, arXiv 2210.17323), for all rows of all layers that share H.
 4. Repair, a few times: scales by least squares for the codes as they are, then each code moved to the best integer
    given all others (cyclic coordinate descent on the quadratic error).
 
-`round_layers` does so through a whole model, block by block, each layer seeing and making up for what was rounded
-before it, and takes whatever rounds: `round_weight` here, or that of `block_rounding`.
-
-A moment that is singular even with damping is damped more; how often is counted. Deterministic: no random number.
+`round_model` does so block by block, each layer making up for what was rounded before it, and takes whatever rounds:
+`round_weight` here, or that of `block_rounding`. Deterministic: no random number.
 """
 
 from __future__ import annotations
@@ -33,20 +31,16 @@ from avalab.models import walk
 from avalab.models.walk import Site
 
 DAMPING = 0.01  # of the moment's mean diagonal
-
 # Of a layer's usual damping, up to 1, in a walk: more of it fits the calibration text less closely, which is what other
 # text gains from. SmolLM2-135M at 4.5 bits a parameter on text like that of calibration, which the rounding had not
 # seen: 10, 30 and 100 times gave 0.80, 0.77, 0.79x the KL divergence, on GGUF's types 10 and 30 times 0.85 and 0.78x.
 DAMPING_TIMES = 30.0
-
 ENOUGH_TOKENS, FEW_TOKENS = 5, 3  # for each column
 
 SHRINKS = tuple(1 - 0.04 * step for step in range(12))  # of a group's range, tried in this order
 
 BLOCK_COLUMNS = 32
-
 CHUNK_WEIGHTS = 2**20  # worked on at a time: a few MiB, near the cores
-
 CHUNK_ROWS = 16384  # of an embedding, rounded at a time: some copies of them in float32
 
 Round = Callable[[Tensor, "Problem", str], Rounded | BlockRounded]  # weight, problem, format's name
@@ -79,49 +73,59 @@ def damping_for(columns: int, tokens: int) -> float:
     return DAMPING ** (1 - min(1.0, max(0.0, missing)))
 
 
+def damped_moment(moment: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
+    """The moment with a share of its mean diagonal added. Raises ValueError for NaN or infinity, naming how many."""
+    if not moment.isfinite().all():
+        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
+    unit = moment.diagonal().mean().clamp(min=1e-30)
+    return moment + torch.eye(len(moment), device=moment.device) * (unit * damping)
+
+
 def problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAMPING) -> Problem:
     """Damp a second moment and factorise its inverse, columns of large moment first.
 
-    Columns that never carry anything (a zero on the diagonal) cost nothing. Raises ValueError for a moment that holds
-    NaN or infinity, naming how many.
+    Columns that never carry anything (a zero on the diagonal) cost nothing. Raises ValueError as `damped_moment` does,
+    and for a moment that stays singular.
     """
-    if not moment.isfinite().all():
-        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
-    diagonal = moment.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    unit = diagonal.mean().clamp(min=1e-30)
+    order = moment.diagonal().argsort(descending=True, stable=True)
     for attempt in range(1, 12):
-        damped = moment + torch.eye(len(moment), device=moment.device) * (unit * damping * 4 ** (attempt - 1))
-        sorted_moment = damped[order][:, order]
-        lower, failed = torch.linalg.cholesky_ex(sorted_moment)
+        damped = damped_moment(moment, damping * 4 ** (attempt - 1))
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return Problem(damped, factor, order, attempt)
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return Problem(damped, factor, order, attempt)
     raise ValueError(f"a second moment of {len(moment)} columns stayed singular at damping {damping * 4**10:.3g}")
 
 
-def aim(weight: Tensor, moment: Tensor, cross: Tensor, *, share: float = 1.0, damping: float = DAMPING) -> Tensor:
-    """Weights that give the original outputs from the present inputs: w + share * w (cross - moment) moment^-1."""
-    unit = torch.eye(len(moment), device=moment.device) * (moment.diagonal().mean().clamp(min=1e-30) * damping)
-    lower, failed = torch.linalg.cholesky_ex(moment + unit)
+def aim(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = DAMPING) -> Tensor:
+    """Weights that give the original outputs from the present inputs: w + w (cross - moment) moment^-1."""
+    lower, failed = torch.linalg.cholesky_ex(damped_moment(moment, damping))
     if failed:
         return weight
-    return weight + share * torch.cholesky_solve((weight @ (cross - moment)).T, lower).T
+    return weight + torch.cholesky_solve((weight @ (cross - moment)).T, lower).T
 
 
 @torch.no_grad()
-def round_layers(
-    model: PreTrainedModel, windows: Int[Tensor, "window time"], formats: Mapping[str, str], round: Round
+def round_model(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    formats: Mapping[str, str],
+    round: Round,
+    *,
+    tables: Mapping[str, Problem],
 ) -> tuple[dict[str, Rounded | BlockRounded], int]:
-    """Replace, in place, the weights of the layers in `formats` by rounded ones.
+    """Replace, in place, the weights in `formats` by rounded ones: embedding and head by their problems, then layers.
 
     Layers of a site that get one format are rounded together, onto the weights that give the original outputs from the
-    present inputs. Returns what `round` made, by layer, and how many moments needed more than the usual damping.
+    present inputs. Returns what `round` made, by name, and how many moments needed more than the usual damping.
     """
     rounded: dict[str, Rounded | BlockRounded] = {}
     damped = 0
+    for name in [name for name in tables if name in formats]:
+        table = model.get_submodule(name).weight
+        rounded[name] = round(table.detach(), tables[name], formats[name])
+        table.data = rounded[name].decode(table.dtype)
     for site in walk.sites(model, windows):
         by_format: dict[str, list[str]] = {}
         for name in site.layers:
@@ -158,17 +162,16 @@ def round_weight(
     if weight.shape[1] % grid.group_size:
         raise ValueError(f"a group of {grid.group_size} does not divide {weight.shape[1]} columns")
     repairs = min(2, max(0, 6 - grid.bits)) if repairs is None else repairs
-    parts = [_round_rows(rows.float(), posed, grid, repairs) for rows in weight.split(CHUNK_ROWS)]
+    parts = []
+    for rows in weight.split(CHUNK_ROWS):
+        rows = rows.float()
+        scales, zeros = search(rows, posed.column_cost, grid)
+        codes = compensated(rows, posed, grid, scales, zeros)
+        for _ in range(repairs):
+            scales = refit(rows, posed.moment, grid, codes, scales, zeros)
+            codes = descended(rows, posed, grid, codes, scales=scales, zeros=zeros)
+        parts.append((codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8)))
     return Rounded(grid, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def _round_rows(weight: Tensor, posed: Problem, grid: Grid, repairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    scales, zeros = search(weight, posed.column_cost, grid)
-    codes = compensated(weight, posed, grid, scales, zeros)
-    for _ in range(repairs):
-        scales = refit(weight, posed.moment, grid, codes, scales, zeros)
-        codes = descended(weight, posed, grid, codes, scales=scales, zeros=zeros)
-    return codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8)
 
 
 def error(weight: Float[Tensor, "rows cols"], rounded: Rounded | BlockRounded, moment: Tensor) -> Float[Tensor, "rows"]:
@@ -177,40 +180,38 @@ def error(weight: Float[Tensor, "rows cols"], rounded: Rounded | BlockRounded, m
     return ((difference @ moment) * difference).sum(1)
 
 
+def nearest(weight: Tensor, cost: Tensor, grid: Grid) -> Float[Tensor, "rows cols"]:
+    """The weight on the grid of least cost-weighted error, each value at its nearest point: without compensation."""
+    scales, zeros = (part[..., None] for part in search(weight, cost, grid))
+    groups = weight.unflatten(1, (-1, grid.group_size))
+    codes = (groups / scales + zeros).round_().clamp_(grid.low, grid.high)
+    return ((codes - zeros) * scales).flatten(1)
+
+
 def search(weight: Tensor, cost: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scales (bfloat16 values in float32) and zero points of least cost-weighted error, one a row and group."""
-    groups = weight.unflatten(1, (-1, grid.group_size))
-    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
-    parts = [_search_rows(part, cost.view(1, -1, grid.group_size), grid) for part in groups.split(rows)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    cost, found = cost.view(1, -1, grid.group_size), []
+    for groups in weight.unflatten(1, (-1, grid.group_size)).split(max(1, CHUNK_WEIGHTS // weight.shape[1])):
+        least, greatest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        best = torch.full_like(least, torch.inf)
+        scales, zeros = torch.ones_like(least), torch.zeros_like(least)
+        for shrink in SHRINKS:
+            scale, zero = grid_of_range(least * shrink, greatest * shrink, grid)
+            codes = (groups / scale[..., None]).add_(zero[..., None]).round_().clamp_(grid.low, grid.high)
+            difference = codes.sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
+            error = difference.square_().mul_(cost).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        found.append((scales, zeros))
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
-def nearest(weight: Tensor, grid: Grid, scales: Tensor, zeros: Tensor) -> Float[Tensor, "rows cols"]:
-    """The weight rounded to the nearest points of the grid, without compensation."""
-    groups = weight.unflatten(1, (-1, grid.group_size))
-    codes = (groups / scales[..., None] + zeros[..., None]).round_().clamp_(grid.low, grid.high)
-    return ((codes - zeros[..., None]) * scales[..., None]).flatten(1)
-
-
-def _search_rows(groups: Tensor, cost: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    least, greatest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    best = torch.full_like(least, torch.inf)
-    scales, zeros = torch.ones_like(least), torch.zeros_like(least)
-    for shrink in SHRINKS:
-        scale, zero = _range_to_grid(least * shrink, greatest * shrink, grid)
-        codes = (groups / scale[..., None]).add_(zero[..., None]).round_().clamp_(grid.low, grid.high)
-        difference = codes.sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups)
-        found = difference.square_().mul_(cost).sum(-1)
-        better = found < best
-        best = torch.where(better, found, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return scales, zeros
-
-
-def _range_to_grid(least: Tensor, greatest: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def grid_of_range(least: Tensor, greatest: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale, as it is stored, and zero point of the grid from the least to the greatest value."""
     if grid.symmetric:
-        scale = torch.maximum(-least, greatest) / (2**grid.bits - 1) * 2
-        return _stored(scale), torch.zeros_like(scale)
+        scale = _stored(torch.maximum(-least, greatest) / (2**grid.bits - 1) * 2)
+        return scale, torch.zeros_like(scale)
     scale = _stored((greatest - least) / (2**grid.bits - 1))
     return scale, (grid.low - least / scale).round().clamp(grid.low, grid.high)
 
@@ -256,24 +257,21 @@ def compensated(
 
 def refit(weight: Tensor, moment: Tensor, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Scales that minimise the error for given codes: one small linear system a row, as large as its groups."""
-    rows = max(1, CHUNK_WEIGHTS // (weight.shape[1] * scales.shape[1]))
-    parts = zip(*(tensor.split(rows) for tensor in (weight, codes, scales, zeros)), strict=True)
-    return torch.cat([_refit_rows(*part, moment=moment, grid=grid) for part in parts])
-
-
-def _refit_rows(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, *, moment: Tensor, grid: Grid) -> Tensor:
-    count = scales.shape[1]
-    levels = codes.unflatten(1, (count, -1)) - zeros[..., None]  # row group width
+    count, found = scales.shape[1], []
     blocks = moment.unflatten(0, (count, -1))  # group width cols
-    spread = torch.einsum("rgw,gwc->rgc", levels, blocks)
-    normal = torch.einsum("rgkw,rkw->rgk", spread.unflatten(2, (count, -1)), levels)
-    wanted = torch.einsum("rgc,rc->rg", spread, weight)
-    ridge = normal.diagonal(dim1=1, dim2=2)
-    normal = normal + torch.diag_embed(ridge * 1e-4 + 1e-12)
-    found, failed = torch.linalg.solve_ex(normal, (wanted + ridge * 1e-4 * scales)[..., None])
-    found = found.squeeze(-1)
-    kept = (found > 0.5 * scales) & (found < 2 * scales) & (failed == 0)[:, None]
-    return torch.where(kept, _stored(found), scales)
+    rows = max(1, CHUNK_WEIGHTS // (weight.shape[1] * count))
+    for wanted_rows, points, old, zero in zip(*(t.split(rows) for t in (weight, codes, scales, zeros)), strict=True):
+        levels = points.unflatten(1, (count, -1)) - zero[..., None]  # row group width
+        spread = torch.einsum("rgw,gwc->rgc", levels, blocks)
+        normal = torch.einsum("rgkw,rkw->rgk", spread.unflatten(2, (count, -1)), levels)
+        wanted = torch.einsum("rgc,rc->rg", spread, wanted_rows)
+        ridge = normal.diagonal(dim1=1, dim2=2)
+        normal = normal + torch.diag_embed(ridge * 1e-4 + 1e-12)
+        new, failed = torch.linalg.solve_ex(normal, (wanted + ridge * 1e-4 * old)[..., None])
+        new = new.squeeze(-1)
+        kept = (new > 0.5 * old) & (new < 2 * old) & (failed == 0)[:, None]
+        found.append(torch.where(kept, _stored(new), old))
+    return torch.cat(found)
 
 
 def descended(

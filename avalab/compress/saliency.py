@@ -11,11 +11,9 @@ With w a weight in row r and column c, x the layer's input, L the loss of labels
 | `gradient` | abs(w) sqrt(E[(dL/dw)^2]) | Molchanov et al. 2019, arXiv 1906.10771, eq. 8 |
 | `influence` | of whole blocks only: 1 - E[cos(input, output)] | Men et al. 2024, arXiv 2403.03853 |
 
-A structure (head, channel) has the sum of the squares of its weights' scores. `sparsegpt` also changes what is left:
-
-Optimal brain surgery. Removing weights of a row changes the layer's mean squared output by (v - w) M (v - w)^T, M
-damped: stronger than for rounding, because half of a row moves further than a grid's step does. With M's inverse in
-Cholesky form U, one column after the other (Frantar and Alistarh; Hassibi and Stork 1993 for the exact step):
+`sparsegpt` also changes what is left (optimal brain surgery). Removing weights of a row changes the layer's mean
+squared output by (v - w) M (v - w)^T, M damped: stronger than for rounding, because half of a row moves further than a
+grid's step does. With M's inverse in Cholesky form U, column by column (Hassibi and Stork 1993 for the exact step):
 
 1. Columns go in order of falling importance. How many weights each block of columns loses follows from the scores w^2
    / U_cc^2 before anything is changed; which ones, from the weights as they are when the block is reached. A pattern
@@ -29,22 +27,18 @@ Whole columns are removed exactly: the kept ones are solved for (`remove_columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from avalab.compress.patterns import Pattern
-from avalab.compress.rounding import BLOCK_COLUMNS, Problem
+from avalab.compress.patterns import Pattern, lowest
+from avalab.compress.rounding import BLOCK_COLUMNS, Problem, damped_moment
 from avalab.lab import artifacts
 
-NEAR_COLUMNS = 32
-
 REFINEMENTS = 4  # steps of conjugate gradients
-
 DAMPING = 0.1  # of the moment's mean diagonal: what keeps the weights near where calibration text says too little
 
 
@@ -72,27 +66,12 @@ def random(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, 
     return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seen.seed)).to(weight.device)
 
 
-def magnitude(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
-    """abs(w)."""
-    return weight.abs()
-
-
-def wanda(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
-    """abs(w) times the root mean square of the weight's input."""
-    return weight.abs() * seen.moment.diagonal().sqrt()
-
-
 def sparsegpt(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
     """Root of the error that removing w causes once all other weights of its row have made up for it."""
     posed = surgery_problem(seen.moment)
     inverse = torch.empty_like(posed.order, dtype=posed.factor.dtype)
     inverse[posed.order] = posed.factor.square().sum(0)  # diagonal of U^T U, the inverse
     return weight.abs() / inverse.sqrt()
-
-
-def gradient(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
-    """abs(w) times the root mean square of the loss's gradient: the first-order change in loss when w goes."""
-    return weight.abs() * seen.squared_gradient.float().sqrt()
 
 
 def of_layer(score: str, weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
@@ -114,27 +93,26 @@ def surgery_problem(moment: Float[Tensor, "cols cols"], group: int = 1) -> Probl
     With a group size, neighbours stay together and groups are ordered by their summed moment.
     Raises ValueError for a moment that holds NaN or infinity, naming how many.
     """
-    posed = damped_moment(moment)
+    damped = damped_moment(moment, DAMPING)
     weight = moment.diagonal().unflatten(0, (-1, group)).sum(1)
     first = weight.argsort(descending=True, stable=True) * group
     order = (first[:, None] + torch.arange(group, device=first.device)).flatten()
-    return Problem(posed, _inverse_factor(posed[order][:, order]), order, 1)
+    # Read backwards, M = L L^T; the inverse of L, read backwards again, is the U with U^T U = M^-1: half the work of
+    # inverting and factorising M^-1, most of it in matrix products.
+    backwards = torch.linalg.cholesky(damped[order][:, order].flip(0, 1))
+    return Problem(damped, _inverse_triangle(backwards).flip(0, 1), order, 1)
 
 
-def damped_moment(moment: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """The moment with `DAMPING` of its mean diagonal added: definite. Raises as `surgery_problem` does."""
-    if not moment.isfinite().all():
-        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
-    return moment + torch.eye(len(moment), device=moment.device) * (moment.diagonal().mean().clamp(min=1e-30) * DAMPING)
-
-
-def _inverse_factor(moment: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """The upper U with U^T U = M^-1, without forming M^-1.
-
-    Read backwards, M = L L^T; the inverse of L, read backwards again, is U. Half the work of inverting and
-    factorising M^-1, most of it in matrix products.
-    """
-    return _inverted(torch.linalg.cholesky(moment.flip(0, 1))).flip(0, 1)
+def _inverse_triangle(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle, by halves."""
+    if len(lower) <= BLOCK_COLUMNS:
+        return torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
+    half = len(lower) // 2
+    first, second = _inverse_triangle(lower[:half, :half]), _inverse_triangle(lower[half:, half:])
+    result = torch.zeros_like(lower)
+    result[:half, :half], result[half:, half:] = first, second
+    result[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
+    return result
 
 
 def remove_weights(
@@ -147,51 +125,29 @@ def remove_weights(
 ) -> Float[Tensor, "rows cols"]:
     """The weight with `count` zeros (or those of an n:m pattern), what is left adapted to `posed.moment`."""
     original = weight.detach().float()
-    result, gone = _swept(original, posed, pattern, count)
-    return _refined(original, result, gone, posed.moment, steps=refinements)
-
-
-def _refined(
-    original: Float[Tensor, "rows cols"],
-    pruned: Float[Tensor, "rows cols"],
-    gone: Bool[Tensor, "rows cols"],
-    moment: Float[Tensor, "cols cols"],
-    *,
-    steps: int,
-) -> Float[Tensor, "rows cols"]:
-    """Kept weights nearer to the least-squares optimum for this mask, by conjugate gradients, all rows at once.
-
-    Products of bfloat16 parts with float32 sums, where the processor has them, end at the same error to six digits.
-    """
-    with _short_products():
-        return _descended(original, pruned, gone, moment, steps)
+    pruned, gone = _swept(original, posed, pattern, count)
+    before = torch.get_float32_matmul_precision()
+    # Products of bfloat16 parts with float32 sums, where the processor has them, end at the same error to six digits.
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return _refined(original, pruned, (~gone).float(), posed.moment, refinements)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def remove_columns(
     weight: Float[Tensor, "rows cols"], moment: Float[Tensor, "cols cols"], kept: Int[Tensor, "kept"]
 ) -> Float[Tensor, "rows cols"]:
     """The weight with all other columns zero and the kept ones at their optimum, w M_:K (M_KK)^-1; M as damped."""
-    posed = damped_moment(moment)
+    posed = damped_moment(moment, DAMPING)
     lower = torch.linalg.cholesky(posed[kept][:, kept])
     result = torch.zeros_like(weight, dtype=torch.float32)
     result[:, kept] = torch.cholesky_solve((weight.float() @ posed[:, kept]).T, lower).T
     return result
 
 
-def _inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangle, by halves."""
-    if len(lower) <= BLOCK_COLUMNS:
-        return torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
-    half = len(lower) // 2
-    first, second = _inverted(lower[:half, :half]), _inverted(lower[half:, half:])
-    result = torch.zeros_like(lower)
-    result[:half, :half], result[half:, half:] = first, second
-    result[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
-    return result
-
-
-def _descended(original: Tensor, pruned: Tensor, gone: Tensor, moment: Tensor, steps: int) -> Tensor:
-    kept = (~gone).float()
+def _refined(original: Tensor, pruned: Tensor, kept: Tensor, moment: Tensor, steps: int) -> Tensor:
+    """Kept weights nearer to the least-squares optimum for this mask, by conjugate gradients, all rows at once."""
     scale = kept / moment.diagonal()
     residual = ((original - pruned) @ moment) * kept
     direction = residual * scale
@@ -207,70 +163,39 @@ def _descended(original: Tensor, pruned: Tensor, gone: Tensor, moment: Tensor, s
     return pruned
 
 
-@contextmanager
-def _short_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _swept(weight: Tensor, posed: Problem, pattern: Pattern, count: int) -> tuple[Tensor, Tensor]:
-    """Steps 1 and 2; works on the transpose, whose rows are contiguous columns."""
+    """Steps 1 and 2, and what is gone; works on the transpose, whose rows are contiguous columns."""
     order, factor = posed.order, posed.factor
     left = weight.T[order].contiguous()
     gone = torch.zeros_like(left, dtype=torch.bool)
     penalty = factor.diagonal().square()[:, None]
-    quotas = _quotas(left.square() / penalty, count) if not pattern.zeros else None
     unit = pattern.group if pattern.zeros else BLOCK_COLUMNS
+    wanted = None if pattern.zeros else lowest(left.square() / penalty, count)
     factor = factor / factor.diagonal()[:, None]
-    for start, end in _blocks(len(order)):
+    for start in range(0, len(order), BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, len(order))
         errors = torch.empty_like(left[start:end])
-        for first in range(start, end, NEAR_COLUMNS):
-            near = min(first + NEAR_COLUMNS, end)  # errors go on to here one by one, and further in one product
-            for j in range(first, near):
-                if (j - start) % unit == 0:
-                    at = slice(j, min(j + unit, end))
-                    scores = left[at].square() / penalty[at]
-                    number = pattern.zeros if quotas is None else quotas[start // BLOCK_COLUMNS]
-                    gone[at] = _chosen(scores, number, by_row=quotas is None)
-                error = torch.mul(left[j], gone[j], out=errors[j - start])
-                left[j].sub_(error)
-                left[j + 1 : near].addr_(factor[j, j + 1 : near], error, alpha=-1)
-            left[near:end].addmm_(factor[first:near, near:end].T, errors[first - start : near - start], alpha=-1)
+        for j in range(start, end):
+            if (j - start) % unit == 0:
+                at = slice(j, min(j + unit, end))
+                scores = left[at].square() / penalty[at]
+                if wanted is None:
+                    gone[at].scatter_(0, scores.topk(pattern.zeros, dim=0, largest=False).indices, True)
+                else:
+                    gone[at] = lowest(scores, int(wanted[at].sum()))
+            error = torch.mul(left[j], gone[j], out=errors[j - start])
+            left[j].sub_(error)
+            left[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     back = order.argsort()
     return left[back].T.contiguous(), gone[back].T.contiguous()
 
 
-def _quotas(scores: Tensor, count: int) -> list[int]:
-    """How many weights each block of columns loses when the `count` lowest scores go."""
-    lowest = torch.zeros(scores.numel(), dtype=torch.int32, device=scores.device)
-    lowest[scores.flatten().topk(count, largest=False, sorted=False).indices] = 1
-    lowest = lowest.view_as(scores)
-    return [int(lowest[start:end].sum()) for start, end in _blocks(len(scores))]
-
-
-def _chosen(scores: Tensor, number: int, *, by_row: bool) -> Tensor:
-    """True at the `number` lowest scores of a few columns, of each row (here: dimension 1) or of all."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    if by_row:
-        return mask.scatter_(0, scores.topk(number, dim=0, largest=False).indices, True)
-    mask.view(-1)[scores.flatten().topk(number, largest=False, sorted=False).indices] = True
-    return mask
-
-
-def _blocks(columns: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + BLOCK_COLUMNS, columns)) for start in range(0, columns, BLOCK_COLUMNS))
-
-
 SCORES: dict[str, Score] = {
     "random": Score(random),
-    "magnitude": Score(magnitude),
-    "wanda": Score(wanda, needs="moments", compared="row"),
+    "magnitude": Score(lambda weight, seen: weight.abs()),
+    "wanda": Score(lambda weight, seen: weight.abs() * seen.moment.diagonal().sqrt(), needs="moments", compared="row"),
     "sparsegpt": Score(sparsegpt, needs="moments", updates=True),
-    "gradient": Score(gradient, needs="gradients"),
+    "gradient": Score(lambda weight, seen: weight.abs() * seen.squared_gradient.float().sqrt(), needs="gradients"),
     "influence": Score(None, needs="moments"),
 }

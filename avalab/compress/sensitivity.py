@@ -14,17 +14,15 @@ error of the format's best grid on a sample of rows. Gradients count as independ
 gradients with respect to an embedded token, and of the head's inputs, each weighted by the squared gradients of its
 token's logits. One or two formats are measured on a few windows, with the whole table rounded; the others follow from
 their errors on a sample of rows, as a power law. Compensation is what counts: alone in SmolLM2-135M, at 3 bits in
-groups of 64, the table costs 0.78 nats rounded to nearest in the best range, 0.38 with columns weighted by their cost,
-0.09 compensated (the plain moment of the head's inputs does as well, that of the gradients alone far worse: 0.38).
+groups of 64, the table costs 0.78 nats rounded to nearest, 0.38 with columns weighted by their cost, 0.09 compensated.
 
-**Measured.** `layer_by_layer` rounds one layer at a time to nearest and runs the model on from the block that holds it:
-a map of where errors hurt. `measure_choices_alone` does so with compensation for choices drawn at random; their rank
-correlation with the expectations (Spearman 1904) says whether the order is right, `level_factor` by how much the level
-is off. Increases do not quite add up; the notebook on mixed precision measures by how much.
+**Measured.** `layer_by_layer` rounds one layer at a time to nearest: a map of where errors hurt;
+`measure_choices_alone` rounds with compensation what was drawn at random, to be compared with expectations.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -44,20 +42,16 @@ from avalab.kernels import formats
 from avalab.kernels.formats import NumberFormat
 from avalab.lab import statistics
 from avalab.lab.run import Run
-from avalab.models import checkpoint, predict, walk
+from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.predict import Reference
 
 BF16 = "bf16"
 
 FISHER_WINDOWS = 8
-
 LAYER_ROWS = 64  # of a layer, sampled for its expected errors
-
 TABLE_ROWS, TABLE_WINDOWS = 2048, 2  # of embedding and head: sampled for their errors, and to measure on
 
-
 Sizes = dict[str, int]  # the formats that a tensor may get, and its bytes in each
-
 Nearest = Callable[[Tensor, Tensor, str], Tensor]  # what a format makes of rows, given the costs of their columns
 
 
@@ -73,17 +67,16 @@ class LossIncreases:
 def expected_increases(
     model: PreTrainedModel,
     windows: Int[Tensor, "window time"],
-    sizes_of: Callable[[int, int], Sizes],
+    sizes: Mapping[str, Sizes],
     nearest: Nearest,
     *,
-    skipped: Sequence[str] = (),
-    damped_by_tokens: bool = False,
+    damped_by_tokens: bool,
 ) -> LossIncreases:
-    """Expected increases of all linear layers but the skipped ones, in the formats of `sizes_of(rows, columns)`.
+    """Expected increases of the linear layers in `sizes`, which has the bytes of each in every format.
 
     With `damped_by_tokens` columns' costs allow for how few tokens they come from (`rounding.damping_for`).
     """
-    names = {layer: name for name, layer in checkpoint.linear_layers(model).items() if name not in skipped}
+    names = {model.get_submodule(name): name for name in sizes}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found: dict[str, list[Option]] = {}
     tables: dict[nn.Module, Tensor] = {}
@@ -98,29 +91,24 @@ def expected_increases(
             damping = rounding.damping_for(rows.shape[1], len(rows)) if damped_by_tokens else rounding.DAMPING
             posed = rounding.problem(walk.second_moment(rows) / len(rows), damping=damping)
             last[:] = inputs, posed.column_cost
+        weight, cost = module.weight.detach(), last[1]
         step = max(1, module.out_features // LAYER_ROWS)
         squared = gradients.flatten(0, -2)[:, ::step].float().square()
-        weights = torch.outer(squared.mean(0), last[1]) * (module.out_features / squared.shape[1])
-        sizes = sizes_of(*module.weight.shape)
-        found[names[module]] = _options(module.weight.detach(), weights, last[1], sizes, nearest)
+        weights = torch.outer(squared.mean(0), cost) * (module.out_features / squared.shape[1])
+        sample = weight[::step].float()
+        options = [Option(BF16, 2 * weight.numel(), 0.0)]
+        for format, size in sizes[names[module]].items():
+            error = (nearest(sample, cost, format) - sample).square_()
+            options.append(Option(format, size, 0.5 * float((error * weights).sum())))
+        found[names[module]] = options
 
     others = [name for name, module in model.named_modules() if module in (embedding, head)]
-    walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*names.values(), *others], listen)
+    walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*sizes, *others], listen)
     by_name = {name: tables[model.get_submodule(name)] for name in others}
     if head.weight is embedding.weight:
         first, *rest = by_name
         by_name = {first: sum((by_name[name] for name in rest), by_name[first])}
-    return LossIncreases({name: found[name] for name in names.values()}, by_name, windows[:FISHER_WINDOWS].numel())
-
-
-def _options(weight: Tensor, weights: Tensor, cost: Tensor, sizes: Sizes, nearest: Nearest) -> list[Option]:
-    """A layer's formats; `weights` are those of squared errors in the sampled rows."""
-    sample = weight[:: max(1, len(weight) // LAYER_ROWS)].float()
-    found = [Option(BF16, 2 * weight.numel(), 0.0)]
-    for format, size in sizes.items():
-        squared = (nearest(sample, cost, format) - sample).square_()
-        found.append(Option(format, size, 0.5 * float((squared * weights).sum())))
-    return found
+    return LossIncreases({name: found[name] for name in sizes}, by_name, windows[:FISHER_WINDOWS].numel())
 
 
 def _table_moment(inputs: Tensor, gradients: Tensor, *, is_head: bool) -> Tensor:
@@ -162,25 +150,39 @@ def table_options(
     model: PreTrainedModel,
     windows: Int[Tensor, "window time"],
     name: str,
-    posed: Problem,
+    found: LossIncreases,
     *,
     sizes: Sizes,
     round: Round,
     measured: int,
-) -> list[Option]:
-    """Formats of embedding or head, `sizes` their bytes, with the increase of the KL divergence; the model is kept.
+    damping: float,
+    int8_rows: bool,
+) -> tuple[list[Option], Problem | None]:
+    """Formats of embedding or head with the increase of the KL divergence, and its problem; the model is kept.
 
-    Of the formats by falling error `measured` many are measured: the coarsest, and with 2 the one in the middle.
+    Of `sizes` (bytes by format) by falling error `measured` many are measured: the coarsest, and with 2 the one in the
+    middle. `damping` 0 is that for the tokens seen.
     """
-    table = model.get_submodule(name).weight
+    table, windows = model.get_submodule(name).weight, windows[:TABLE_WINDOWS]
+    options = [Option(BF16, 2 * table.numel(), 0.0)]
+    if int8_rows:  # there is only one way to round to them, so they are measured; a tied head repeats the scales
+        codes, scales = packed.int8_rows(table.detach())
+        values = (codes.to(table.dtype) * scales).to(table.dtype)
+        scale_bytes = 2 * len(table) * (2 if model.get_output_embeddings().weight is table else 1)
+        increase = increase_of_replacement(model, windows, table, values)
+        options.append(Option(packed.INT8_ROWS, table.numel() + scale_bytes, increase))
+    if not sizes:
+        return options, None
+    damping = damping or rounding.damping_for(table.shape[1], found.tokens)
+    posed = rounding.problem(found.moments[name], damping=damping)
     sample = table.detach()[:: max(1, len(table) // TABLE_ROWS)].float()
     errors = {f: float(rounding.error(sample, round(sample, posed, f), posed.moment).sum()) for f in sizes}
-    ranked = sorted(sizes, key=errors.get)
-    known, anchors = {}, (ranked[-1], ranked[len(ranked) // 2])[:measured] if ranked else ()
-    for format in dict.fromkeys(anchors):
+    ranked, known = sorted(sizes, key=errors.get), {}
+    for format in dict.fromkeys((ranked[-1], ranked[len(ranked) // 2])[:measured]):
         values = round(table.detach(), posed, format).decode(table.dtype)
-        known[format] = increase_of_replacement(model, windows[:TABLE_WINDOWS], table, values)
-    return [Option(format, size, increase_by_error(errors, known, format)) for format, size in sizes.items()]
+        known[format] = increase_of_replacement(model, windows, table, values)
+    options += [Option(format, size, increase_by_error(errors, known, format)) for format, size in sizes.items()]
+    return options, posed
 
 
 def increase_by_error(errors: Mapping[str, float], known: Mapping[str, float], format: str) -> float:
@@ -198,8 +200,7 @@ def layer_by_layer(
 
     The model is left as it was. Layers whose columns the format's groups do not divide raise ValueError.
     """
-    blocks = model.base_model.layers
-    entering = _block_calls(model, blocks, against.windows)
+    entering = _block_calls(model, against.windows)
     for name, layer in tqdm(checkpoint.linear_layers(model).items(), desc="sensitivity", leave=False):
         kept = layer.weight.data
         layer.weight.data = formats.round_to_nearest(kept.float(), format).to(kept.dtype)
@@ -225,18 +226,17 @@ def layer_subject(name: str) -> str:
 
 
 @torch.inference_mode()
-def _block_calls(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> list[tuple[tuple, dict]]:
+def _block_calls(model: PreTrainedModel, windows: Tensor) -> list[tuple[tuple, dict]]:
     """Positional and keyword arguments of each block in one pass over the windows."""
     seen: list[tuple[tuple, dict]] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-        for block in blocks
-    ]
-    try:
+
+    def note(_block: nn.Module, args: tuple, keywords: dict) -> None:
+        seen.append((args, keywords))
+
+    with contextlib.ExitStack() as stack:
+        for block in model.base_model.layers:
+            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
         predict.hidden_states(model, windows)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 
@@ -245,9 +245,8 @@ def _kl_from(
     model: PreTrainedModel, start: int, entering: list[tuple[tuple, dict]], against: Reference
 ) -> Float[Tensor, "window token"]:
     (hidden, *_), _ = entering[start]
-    for block, (args, kwargs) in zip(model.base_model.layers[start:], entering[start:], strict=True):
-        output = block(hidden, *args[1:], **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
+    for block, (args, keywords) in zip(model.base_model.layers[start:], entering[start:], strict=True):
+        hidden, *_ = walk.next_call(block, ((hidden, *args[1:]), keywords))[0]
     return predict.score_hidden_states(model, model.base_model.norm(hidden), against).kl
 
 
@@ -273,7 +272,8 @@ def measure_choices_alone(
     round: Round,
 ) -> Iterator[float]:
     """The KL divergence of each choice with everything else as it was; the model is left unchanged."""
-    moments = input_moments(model, windows, [name for name, _ in choices])
+    names = {name for name, _ in choices}
+    moments = {name: site.moment for site in walk.sites(model, windows) for name in site.layers if name in names}
     for name, option in tqdm(choices, desc="single choices", leave=False):
         layer = model.get_submodule(name)
         kept = layer.weight.data
@@ -284,28 +284,6 @@ def measure_choices_alone(
             yield float(predict.score_model(model, against).kl.mean())
         finally:
             layer.weight.data = kept
-
-
-@torch.inference_mode()
-def input_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"], names: Sequence[str]) -> dict:
-    """X^T X / tokens of what the named layers read, all in one pass."""
-    sums: dict[str, Tensor] = {}
-
-    def listen(name: str):
-        def add(_layer, args: tuple) -> None:
-            found = walk.second_moment(args[0].flatten(0, -2))
-            sums[name] = sums[name] + found if name in sums else found
-
-        return add
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
-    try:
-        for batch in windows.split(walk.BATCH_WINDOWS):
-            predict.hidden_states(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / windows.numel() for name, total in sums.items()}
 
 
 def rank_correlation(expected: Sequence[float], measured: Sequence[float]) -> float:
@@ -325,9 +303,9 @@ def heat_rows(options: Mapping[str, list[Option]], formats: Sequence[str]) -> di
     found = {}
     for name, row in options.items():
         index, _, kind = name.partition(".layers.")[2].partition(".")
-        costs = {option.format: option.cost for option in row}
-        for format in formats:
-            if kind and format in costs:
-                found[f"layer {int(index):02d}/{kind.rpartition('.')[2]} {format}"] = costs[format]
-    rows = list(dict.fromkeys(subject.partition("/")[2].partition(" ")[0] for subject in found))
-    return dict(sorted(found.items(), key=lambda item: rows.index(item[0].partition("/")[2].partition(" ")[0])))
+        costs = {option.format: option.cost for option in row if kind}
+        for format in [format for format in formats if format in costs]:
+            found[f"layer {int(index):02d}/{kind.rpartition('.')[2]} {format}"] = costs[format]
+    kinds = [subject.partition("/")[2].partition(" ")[0] for subject in found]
+    order = sorted(zip(kinds, found, strict=True), key=lambda pair: kinds.index(pair[0]))
+    return {subject: found[subject] for _, subject in order}

@@ -7,17 +7,11 @@ engine's library is imported before that engine is loaded.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from avalab.engines import aot, executorch, llamacpp, tensorrt
-from avalab.engines import onnx as genai_folder
-from avalab.engines import onnxruntime as onnxruntime_engine
-from avalab.engines import openvino as openvino_engine
-from avalab.engines import torch as torch_engine
-from avalab.engines import vllm as vllm_engine
+from avalab.engines import aot, executorch, llamacpp, onnx, onnxruntime, openvino, tensorrt, torch, vllm
 from avalab.engines.engine import (
     OWN_FILES,
     READERS,
@@ -29,20 +23,22 @@ from avalab.engines.engine import (
     gguf_file,
     kind,
     require,
-    require_gpu,
     usable,
 )
 from avalab.lab.artifacts import Artifact
 
+__all__ = ["ENGINES", "OWN_FILES", "READERS", "Engine", "EngineUnavailable", "Facts", "NotSupported", "facts",
+           "gguf_file", "kind", "load", "require", "usable_options"]  # fmt: skip
+
 ENGINES: dict[str, Callable[..., Engine]] = {
-    "torch": torch_engine.load,
-    "openvino": openvino_engine.load,
-    "onnx": genai_folder.load,
+    "torch": torch.load,
+    "openvino": openvino.load,
+    "onnx": onnx.load,
     "llamacpp": llamacpp.load,
-    "onnxruntime": onnxruntime_engine.load,
+    "onnxruntime": onnxruntime.load,
     "aot": aot.load,
     "executorch": executorch.load,
-    "vllm": vllm_engine.load,
+    "vllm": vllm.load,
     "tensorrt": tensorrt.load,
 }
 
@@ -63,25 +59,4 @@ def usable_options(name: str, artifact: Artifact | Path, **options) -> tuple[dic
     """The options with which `load` would open the artefact, and a note, also logged, where they are others."""
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
-    found, note = usable(name, ENGINES[name], artifact, options)
-    if note:
-        logging.getLogger(__name__).warning(note)
-    return found, note
-
-
-__all__ = [
-    "ENGINES",
-    "OWN_FILES",
-    "READERS",
-    "Engine",
-    "EngineUnavailable",
-    "Facts",
-    "NotSupported",
-    "facts",
-    "gguf_file",
-    "kind",
-    "load",
-    "require",
-    "require_gpu",
-    "usable_options",
-]
+    return usable(name, ENGINES[name], artifact, options)

@@ -3,14 +3,11 @@
 1. `torch.export` traces `CachedStep`, the model as one function of tensors with its key-value cache an argument: any
    number of tokens after any number of earlier ones, and with `dynamic` any batch (else one sequence).
 2. AOTInductor generates C++ for the traced graph, compiles it with the machine's compiler for this processor, and packs
-   it with the weights into `model.pt2`. Matrix products go to the libraries that torch links.
+   it with the weights (32 bits, or bf16, in which it computes too) into `model.pt2`.
 3. Beside it: configuration, tokenizer, and `generate.py`, a program that needs torch only: the source of `opened`,
    `reader` and `main` below, which the engine runs too.
-4. `load` opens a package as the engine `aot`. The shared greedy loop chooses, so that grammars and end tokens are the
-   same as everywhere.
 
-Weights are stored in 32 bits or in bf16, in which it computes too. A package holds machine code for the kind of
-processor that it was compiled on: load only your own. What it does not do: quantise, or run on a GPU.
+A package holds machine code for the kind of processor that it was compiled on: load only your own.
 """
 
 from __future__ import annotations
@@ -26,9 +23,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from avalab.engines import engine
-from avalab.engines import gguf as gguf_file
-from avalab.engines.engine import Engine, Request
+from avalab.engines import engine, gguf
+from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
@@ -39,7 +35,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
 
     Raises ValueError for a package that torch cannot load.
     """
-    folder = engine.checked("aot", artifact)
+    folder = engine.folder_for("aot", artifact)
     if threads:
         torch.set_num_threads(threads)
     file = folder / engine.OWN_FILES["aot"]
@@ -47,26 +43,18 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
         package, sizes = opened(str(file))
     except RuntimeError as error:
         raise ValueError(f"torch cannot load the package {file}: {str(error).strip().splitlines()[0]}") from error
-    return Engine("aot", folder, engine.facts(folder), {"package": package, "sizes": sizes}, _new_tokens, _logits)
+    return engine.from_reader("aot", folder, engine.facts(folder), {"package": package, "sizes": sizes}, _reader)
 
 
-def _logits(state: dict, tokens: list[int]) -> Tensor:
-    step = reader(state["package"], state["sizes"], len(tokens))
-    return step(torch.tensor([tokens]), every=True)[0]
-
-
-def _new_tokens(state: dict, request: Request) -> list[int]:
-    capacity = len(request.prompt) + request.max_new_tokens
+def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
     step = reader(state["package"], state["sizes"], capacity)
-    return engine.greedy(lambda tokens: step(torch.tensor([tokens]))[0, -1], request)
+    return lambda tokens: step(torch.tensor([tokens]), every=every)[0]
 
 
 # --- what is compiled ------------------------------------------------------------------------------------------------
 
 PROGRAM = "generate.py"
-
 LARGEST_BATCH = 1024
-
 WAY_OUT = "install one (apt-get install g++; conda install gxx), name it in CXX, or use another engine such as torch"
 
 
@@ -85,44 +73,23 @@ def export(folder: Path, out: Path, weights: str = "bf16", *, dynamic: bool = Tr
     Raises ValueError for unknown weights or a model that is not dense, EngineUnavailable without a C++ compiler.
     """
     engine.check_dense(folder, weights, known=tuple(DTYPES), form="the compiled package")
-    require_compiler()
-    model = checkpoint.load_model(folder, dtype=DTYPES[weights]).eval()
-    shape = sizes(model)
-    told = {name: str(value) for name, value in shape.items()} | {"weights": weights}
-    out.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():  # torch's own deprecations, in its own code
-        warnings.simplefilter("ignore")
-        program = traced(model, shape, dynamic=dynamic)
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(out / engine.OWN_FILES["aot"]), inductor_configs={"aot_inductor.metadata": told}
-        )
-    (out / PROGRAM).write_text(program_text())
-    gguf_file.copy_beside(folder, out)
-
-
-@torch.no_grad()
-def traced(model, shape: dict[str, int], *, dynamic: bool) -> torch.export.ExportedProgram:
-    """The model's step as a graph whose sizes are free: time, past, logits kept and, with `dynamic`, the batch."""
-    arguments = example(shape, batch=2 if dynamic else 1, time=3, past=5, dtype=model.dtype)
-    time, past = Dim("time", max=shape["context"]), Dim("past", max=shape["context"])
-    batch = {"batch": Dim("batch", max=LARGEST_BATCH)} if dynamic else {}
-    cache = {0: past} | ({2: batch["batch"]} if dynamic else {})
-    sizes = {
-        "ids": {1: time} | ({0: batch["batch"]} if dynamic else {}),
-        "positions": {0: time},
-        "mask": {0: time, 1: Dim.AUTO},
-        "kept": {0: Dim("kept", max=shape["context"])},
-        "keys": cache,
-        "values": cache,
-    }
-    return torch.export.export(CachedStep(model), arguments, dynamic_shapes=sizes, strict=False)
-
-
-def require_compiler() -> None:
-    """Raise EngineUnavailable naming the C++ compiler that AOTInductor would use when it is not there."""
     wanted = [name for name in torch._inductor.config.cpp.cxx if name]
     if not any(shutil.which(name) for name in wanted):
         raise engine.EngineUnavailable(f"engine aot needs the C++ compiler {' or '.join(wanted)}, not found: {WAY_OUT}")
+    model = checkpoint.load_model(folder, dtype=DTYPES[weights]).eval()
+    shape = sizes(model)
+    out.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():  # torch's own deprecations, in its own code
+        warnings.simplefilter("ignore")
+        torch._inductor.aoti_compile_and_package(
+            traced(model, shape, dynamic=dynamic),
+            package_path=str(out / engine.OWN_FILES["aot"]),
+            inductor_configs={
+                "aot_inductor.metadata": {name: str(size) for name, size in shape.items()} | {"weights": weights}
+            },
+        )
+    (out / PROGRAM).write_text(program_text())
+    gguf.copy_beside(folder, out)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -143,7 +110,6 @@ from collections.abc import Callable
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}'''
-
 FOOTER = """if __name__ == "__main__":
     main(*sys.argv[1:])
 """
@@ -249,3 +215,21 @@ def example(shape: dict[str, int], *, batch: int, time: int, past: int, dtype: t
     ids, places = torch.zeros(batch, time, dtype=torch.int64), torch.arange(time)
     mask = torch.zeros(time, past + time, dtype=dtype)
     return ids, places + past, mask, places, cache, cache.clone()
+
+
+@torch.no_grad()
+def traced(model, shape: dict[str, int], *, dynamic: bool) -> torch.export.ExportedProgram:
+    """The model's step as a graph whose sizes are free: time, past, logits kept and, with `dynamic`, the batch."""
+    arguments = example(shape, batch=2 if dynamic else 1, time=3, past=5, dtype=model.dtype)
+    time, past, kept = (Dim(name, max=shape["context"]) for name in ("time", "past", "kept"))
+    batch = Dim("batch", max=LARGEST_BATCH)
+    cache = {0: past} | ({2: batch} if dynamic else {})
+    free = {
+        "ids": {1: time} | ({0: batch} if dynamic else {}),
+        "positions": {0: time},
+        "mask": {0: time, 1: Dim.AUTO},
+        "kept": {0: kept},
+        "keys": cache,
+        "values": cache,
+    }
+    return torch.export.export(CachedStep(model), arguments, dynamic_shapes=free, strict=False)

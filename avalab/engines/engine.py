@@ -1,25 +1,25 @@
-"""What every engine is, which artefact it reads, and how it says that it cannot.
+"""What every engine is, which artefacts it reads, and how it says that it cannot.
 
 1. An engine's file has one public function, `load(artifact, ...)`. It imports its library, opens the artefact and
-   returns an `Engine`: two functions over a `state`, which `close` empties.
-2. The verbs refuse alike: a closed engine, unknown tokens, more of them than the model's context. They take and give
-   token ids, so that what is compared between engines is never a tokenizer. Decoding is greedy.
-3. Engines that give the logits of one step share `greedy`: the mask of a grammar, the end tokens, the loop.
-4. `kind` looks at a folder's files: the engine's own ones first, else `quantization_config` of its config.json.
-   `READERS` is the one table of which engines read which kind; `checked` holds an engine to it.
-5. `facts` reads context, vocabulary and end tokens beside the weights, never from the engine's library, so that all
-   engines stop alike.
-6. A library's native crash ends the process that calls it. `usable` therefore lets a child process open an artefact of
+   returns an `Engine`: two functions over a `state`, which `close` empties. They take and give token ids, so that what
+   is compared between engines is never a tokenizer.
+2. `READERS` is the one table of which engines read which kind of artefact; `kind` finds it from a folder's files.
+   `facts` reads context, vocabulary and end tokens beside the weights, never from the engine's library.
+3. Most engines are a `load` and a reader of tokens (`from_reader`). `greedy` chooses from the logits of one step: the
+   mask of a grammar, the end tokens, the loop.
+4. A library's native crash ends the process that calls it. `usable` therefore lets a child process open an artefact of
    a format with some options first, and run a few tokens; a signal becomes EngineUnavailable, or other options that the
-   child survives. What was found is kept by processor, library version, format and options, so that it is paid for
-   once. A large GGUF file is stood in for by the tiny model in the same block type.
+   child survives. What was found is kept by processor, library version, format and options. The tiny model in the same
+   block type stands in for a large GGUF file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import platform
 import tempfile
@@ -98,7 +98,7 @@ def kind(folder: Path) -> str:
     return found
 
 
-def checked(engine: str, artifact: Artifact | Path) -> Path:
+def folder_for(engine: str, artifact: Artifact | Path) -> Path:
     """The artefact's folder. Raises NotSupported naming the engines that can load it when `engine` cannot."""
     folder = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
     found = kind(folder)
@@ -109,26 +109,24 @@ def checked(engine: str, artifact: Artifact | Path) -> Path:
     return folder
 
 
-def require(engine: str, module: str, install: str) -> None:
-    """Raise EngineUnavailable with the install command when a library cannot be imported."""
-    if importlib.util.find_spec(module) is None:
-        raise EngineUnavailable(f"engine {engine} needs the package {module}; install it: {install}")
-
-
-def require_gpu(engine: str) -> None:
-    """Raise EngineUnavailable on a machine without an NVIDIA GPU."""
-    if not torch.cuda.is_available():
+def require(engine: str, modules: str | Sequence[str], install: str, *, gpu: bool = False) -> None:
+    """Raise EngineUnavailable with the install command for a library that is missing, or where a GPU is needed."""
+    wanted = [modules] if isinstance(modules, str) else modules
+    if missing := [module for module in wanted if importlib.util.find_spec(module) is None]:
+        raise EngineUnavailable(f"engine {engine} needs the package {', '.join(missing)}; install it: {install}")
+    if gpu and not torch.cuda.is_available():
         raise EngineUnavailable(f"engine {engine} needs an NVIDIA GPU; on a processor use openvino, llamacpp or torch")
 
 
-def facts(folder: Path) -> Facts:
-    """Context, vocabulary and end tokens of an artefact; an adapter has its base's."""
+def facts(folder: Path, *, context: int | None = None) -> Facts:
+    """Context (at most the one given), vocabulary and end tokens of an artefact; an adapter has its base's."""
     if kind(folder) == "adapter":
-        return facts(checkpoint.base_of(artifacts.load_artifact(folder, verify=False)).path)
+        return facts(checkpoint.base_of(artifacts.load_artifact(folder, verify=False)).path, context=context)
     file = {} if (folder / "config.json").is_file() else {"gguf_file": gguf_file(folder).name}
     config = AutoConfig.from_pretrained(folder, **file).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-    return Facts(config.max_position_embeddings, config.vocab_size, tuple(grammars.stop_tokens(tokenizer)))
+    longest = min(context or config.max_position_embeddings, config.max_position_embeddings)
+    return Facts(longest, config.vocab_size, tuple(grammars.stop_tokens(tokenizer)))
 
 
 def gguf_file(folder: Path) -> Path:
@@ -217,6 +215,24 @@ class Engine:
             raise ValueError(f"{len(tokens)} + {more} tokens exceed the model's context of {self.facts.context}")
 
 
+def from_reader(name: str, folder: Path, facts: Facts, state: dict, reader: Callable) -> Engine:
+    """The engine whose library only reads tokens and gives logits.
+
+    `reader(state, capacity, every)` begins a sequence of at most `capacity` tokens. It returns a function that reads
+    tokens after those read before, and gives the logits of each of them, or, unless `every` one is asked for, at least
+    those of the last, which is the last row.
+    """
+
+    def new_tokens(state: dict, request: Request) -> list[int]:
+        read = reader(state, len(request.prompt) + request.max_new_tokens, False)
+        return greedy(lambda tokens: read(tokens)[-1], request)
+
+    def all_logits(state: dict, tokens: list[int]) -> Tensor:
+        return reader(state, len(tokens), True)(tokens)
+
+    return Engine(name, folder, facts, state, new_tokens, all_logits)
+
+
 def greedy(step: Callable[[list[int]], Float[Tensor, "vocab"]], request: Request) -> list[int]:
     """The most likely token at each step, within the grammar; `step` reads tokens and gives the last one's logits."""
     mask = grammars.constrain([request.grammar]) if request.grammar else None
@@ -246,43 +262,41 @@ NATIVE = {  # engines whose libraries are checked, and the distributions whose v
 }
 
 CHECKS = assets.CACHE / "engine-checks"
-
 CHECK_SECONDS = 900  # for the largest artefact that is opened
-
 SMALL_BYTES = 64 * 2**20  # an artefact up to this size is opened itself
-
 TINY = ROOT / "data" / "tiny-llama"
-
 OUT_OF_MEMORY = "SIGKILL"  # a matter of the moment: not kept
-
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def usable(
     name: str, load: Callable[..., Engine], artifact: Artifact | Path, options: Mapping[str, object]
 ) -> tuple[dict[str, object], str]:
-    """Options with which the engine opens an artefact of this format without a crash, and a note if they are others.
+    """Options with which the engine opens an artefact of this format without a crash; a note, also logged, on others.
 
     Threads are left to the engine where the number asked for crashes it. In a child process, whose end is its caller's
     to explain, nothing is checked. Raises EngineUnavailable with the signal's name where no options are left,
     NotSupported for an artefact that the engine does not read.
     """
-    folder, options = checked(name, artifact), dict(options)
-    if name not in NATIVE or multiprocessing.parent_process() or not (versions := _versions(name)):
+    folder, options = folder_for(name, artifact), dict(options)
+    if name not in NATIVE or multiprocessing.parent_process():
         return options, ""
     try:
+        versions = " ".join(f"{package} {metadata.version(package)}" for package in NATIVE[name])
         form = _format(folder)
-    except ValueError:  # a damaged file: `load` says so, once it has looked for its library
+    except (metadata.PackageNotFoundError, ValueError):  # no library, or a damaged file: `load` says so
         return options, ""
-    death = _death(name, load, folder, options, versions)
+    about = [_processor(), versions, name, form]
+    death = _death(load, folder, options, about)
     if not death:
         return options, ""
     shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "its own options"
     said = f"{versions} dies with {death} on this processor when it opens {form} with {shown}"
-    if options.get("threads"):
-        others = options | {"threads": 0}
-        if not _death(name, load, folder, others, versions):
-            return others, f"threads were left to {name}: {said}"
+    others = options | {"threads": 0}
+    if options.get("threads") and not _death(load, folder, others, about):
+        note = f"threads were left to {name}: {said}"
+        logging.getLogger(__name__).warning(note)
+        return others, note
     able = [other for other in READERS[kind(folder)] if other != name]
     way = f"use {' or '.join(able)}, or " if able else ""
     raise EngineUnavailable(f"{said}; {way}export the model in another format (what was found is kept in {CHECKS})")
@@ -299,17 +313,22 @@ def open_and_run(request: dict) -> dict:
     return {}
 
 
-def _death(name: str, load: Callable, folder: Path, options: dict, versions: str) -> str:
+def _death(load: Callable, folder: Path, options: dict, about: list[str]) -> str:
     """The signal that ends a child which opens the artefact with these options, or nothing; what was found is kept."""
-    about = [_processor(), versions, name, _format(folder), sorted(options.items())]
+    name, about = about[-2], [*about, sorted(options.items())]
     file = CHECKS / f"{name}-{artifacts.sha256_of_text(json.dumps(about, default=str))[:24]}.json"
-    if (found := _kept(file)) is not None:
-        return found
-    label = f"opening {folder.name} in {name}"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or damaged
+        return json.loads(file.read_text(encoding="utf-8"))["signal"]
+    found = ""
     try:
         with _stand_in(folder) as opened:
-            request = {"load": f"{load.__module__}:{load.__qualname__}", "folder": str(opened.resolve())}
-            request |= {"options": options, "logits": _bytes(opened) <= SMALL_BYTES}
+            request = {
+                "load": f"{load.__module__}:{load.__qualname__}",
+                "folder": str(opened.resolve()),
+                "options": options,
+                "logits": _bytes(opened) <= SMALL_BYTES,
+            }
+            label = f"opening {folder.name} in {name}"
             process.call(f"{__name__}:open_and_run", request, limit_seconds=CHECK_SECONDS, label=label)
     except process.Killed as error:
         found = error.signal
@@ -317,15 +336,8 @@ def _death(name: str, load: Callable, folder: Path, options: dict, versions: str
         return ""  # an error that the engine itself raises again, in this process
     if found != OUT_OF_MEMORY:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({"about": about, "signal": found or ""}, indent=1, default=str))
-    return found or ""
-
-
-def _kept(file: Path) -> str | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["signal"]
-    except (OSError, ValueError, KeyError):
-        return None
+        write_atomically(file, json.dumps({"about": about, "signal": found}, indent=1, default=str))
+    return found
 
 
 @contextlib.contextmanager
@@ -351,14 +363,6 @@ def _format(folder: Path) -> str:
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-
-
-def _versions(name: str) -> str:
-    """The engine's distributions with their versions; nothing where one is missing."""
-    try:
-        return " ".join(f"{package} {metadata.version(package)}" for package in NATIVE[name])
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _processor() -> str:

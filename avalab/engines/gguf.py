@@ -1,21 +1,19 @@
 """GGUF files of the Llama and Qwen families: what llama.cpp, Ollama and OpenVINO GenAI read, from an HF artefact.
 
-1. Header: sizes, rotary base and norm epsilon from config.json; tokens, merges, token types and chat template from the
-   tokenizer that lies beside the weights, so that the file needs nothing else. Readers know ways of cutting text by
-   name (`tokenizer.ggml.pre`), which is found from the pattern that the tokenizer splits by.
-2. Tensors under the names of gguf's own table. Llama's query and key rows are re-ordered: the file's rotary embedding
+1. `write` makes an artefact: the file, configuration and tokenizer, and a `Modelfile` for Ollama.
+2. Header: sizes, rotary base and norm epsilon from config.json; tokens, merges and chat template from the tokenizer
+   beside the weights. Readers know ways of cutting text by name (`tokenizer.ggml.pre`): it is found from the pattern.
+3. Tensors under the names of gguf's own table. Llama's query and key rows are re-ordered: the file's rotary embedding
    turns neighbouring channels, transformers' turns channel i with channel i + head_dim / 2.
-3. Linear weights in one block type (`BLOCKS`). Norms and biases stay float32, as every reader expects. Embedding and
+4. Linear weights in one block type (`BLOCKS`). Norms and biases stay float32, as every reader expects. Embedding and
    head have 8 bits where the linear weights have 4 or 5; a row that 32 does not divide stays float16.
-4. `kept` writes a mixed-grid checkpoint of `packing` without rounding again. A stored weight is a whole number of
-   steps, code less zero point, times the scale of its group; `block_of_steps` takes the smallest type of `RANGES` that
-   holds the steps. Scales go from bfloat16 to float16, which holds them unless they are tiny; a minimum, scale times
-   least step, is rounded to float16. GGUF has no groups of 64 or 128, and nothing between five and eight bits but
+5. `kept` writes a packed checkpoint without rounding again: each layer in the smallest type of `RANGES` that holds its
+   whole steps. Scales go from bfloat16 to float16, which holds them unless they are tiny; a minimum, scale times least
+   step, is rounded to float16. GGUF has no groups of 64 or 128, and nothing between five and eight bits but
    super-blocks of 256, so that grids of 6 and 7 bits take 8.5 bits a weight.
-5. `write` makes an artefact of it: the file, configuration and tokenizer, and a `Modelfile` for Ollama.
-6. `check` walks the header of a file and compares the end of each tensor with the end of the file: engines map a file
-   and trust it, and a truncated one ends a process or gives weights of zeros. (gguf's own reader takes 12 s for the
-   header of a vocabulary of 150,000 entries, this one 0.2 s.)
+6. `check` walks a file's header and compares the end of each tensor with the file's: engines map a file and trust it,
+   and a truncated one ends a process or gives weights of zeros. (gguf's own reader takes 12 s for the header of a
+   vocabulary of 150,000 entries, this one 0.2 s.)
 
 Source: the GGUF specification, versions 2 and 3; names and keys by the gguf package. What is refused by name: K types
 (see `llamacpp`), SentencePiece and unigram tokenizers, scaled rotary embeddings, experts.
@@ -28,8 +26,7 @@ import mmap
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,31 +35,25 @@ import numpy as np
 import torch
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from jaxtyping import Float, Int, Shaped, UInt8
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from avalab.data import grammars
 from avalab.kernels import block_types, formats
+from avalab.kernels.block_types import Steps
 from avalab.kernels.formats import Encoded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-
 KEPT = "kept"  # a mixed-grid artefact of `ava`: every layer in the smallest type that holds its own integers
-
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-
 BLOCK_WEIGHTS = 32
-
 ENGINES = ("torch", "openvino", "llamacpp")
-
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
 HEADS = ("token_embd.weight", "output.weight")
-
 CHATML = """TEMPLATE \"\"\"{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -92,7 +83,7 @@ def export(folder: Path, file: Path, block: str = "q8_0") -> None:
         known = ", ".join((*BLOCKS, KEPT))
         raise ValueError(f"no block type {block!r} is written; choose one of {known} (K types: llamacpp)")
     config = checked_config(folder, kept=block == KEPT)
-    write_tensors(folder, file, stored(folder, config, block), config=config, block=block)
+    write_tensors(folder, file, stored_tensors(folder, config, block), config=config, block=block)
 
 
 def write_tensors(
@@ -160,25 +151,23 @@ def encoded(tensor: Tensor, block: str) -> np.ndarray:
     return block_types.pack(formats.encode(tensor.float(), block_types.FORMATS[block])).numpy()
 
 
-def stored(folder: Path, config: PreTrainedConfig, block: str) -> Iterator[tuple[str, str, np.ndarray]]:
+def stored_tensors(folder: Path, config: PreTrainedConfig, block: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Name, block type and content of every tensor of the file, in the file's order of rows."""
     names = file_names(config)
-    for name, value in packed_tensors(folder) if block == KEPT else _parameters(folder, config):
+    if block == KEPT:
+        tensors, block = packed_tensors(folder), "bf16"  # what is not packed
+    else:
+        model = checkpoint.load_model(folder, dtype=config.dtype or torch.bfloat16)
+        tensors = model.named_parameters()  # each shared one once, under its first name
+    for name, value in tensors:
         found = names(name)
-        if isinstance(value, tuple):
-            steps, scales = (in_file_order(name, part, config) for part in value)
+        if isinstance(value, Steps):
+            steps, scales = (in_file_order(name, part, config) for part in (value.steps, value.scales))
             kind = block_of_steps(steps)
             yield found, kind, encoded_steps(steps, scales, kind).numpy()
         else:
-            kind = block_of(found, value, "bf16" if block == KEPT else block)
-            yield found, kind, encoded(in_file_order(name, value, config), kind)
-
-
-def _parameters(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """The dense model's parameters; a head tied to the embedding is not repeated."""
-    model = checkpoint.load_model(folder, dtype=config.dtype or torch.bfloat16)
-    for name, parameter in model.named_parameters():  # each shared one once, under its first name
-        yield name, parameter.detach().cpu()
+            kind = block_of(found, value, block)
+            yield found, kind, encoded(in_file_order(name, value.detach().cpu(), config), kind)
 
 
 def file_names(config: PreTrainedConfig) -> Callable[[str], str]:
@@ -196,7 +185,9 @@ def file_names(config: PreTrainedConfig) -> Callable[[str], str]:
     return file_name
 
 
-def in_file_order(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
+def in_file_order(
+    name: str, tensor: Shaped[Tensor, "rows *cols"], config: PreTrainedConfig
+) -> Shaped[Tensor, "rows *cols"]:
     """A parameter's rows, or their bytes, as the file's rotary embedding needs them."""
     if config.model_type != "llama" or not any(part in name for part in (".q_proj.", ".k_proj.")):
         return tensor
@@ -247,9 +238,7 @@ BYTE_LEVEL = "ByteLevel"
 
 # The part of a splitting pattern that tells the families apart: how many digits make one piece.
 PATTERNS = {r"\p{N}{1,3}": "llama-bpe", r"|\p{N}|": "qwen2"}
-
 DIGITS = set("0123456789")
-
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of gguf's TokenType
 
 
@@ -315,45 +304,37 @@ def split_name(pre_tokenizer: dict[str, Any], *, digits_stand_alone: bool = Fals
 # --- steps and scales that are kept ----------------------------------------------------------------------------------
 
 RANGES = (("q4_0", -8, 7), ("q4_1", None, 15), ("q5_0", -16, 15), ("q5_1", None, 31), ("q8_0", -127, 127))
-
-Steps = tuple[Tensor, Tensor]  # whole numbers `rows cols`, scales `rows groups`
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a packed layer
 
 
 def packed_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Steps]]:
-    """Every parameter by transformers' name: a dense tensor, or steps and scales. Raises ValueError without such."""
-    bits = {target: group["weights"]["num_bits"] for group in _groups(folder) for target in group["targets"]}
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-        for name in sorted(names):
-            layer, _, kind = name.rpartition(".")
-            if kind == "weight_packed":
-                parts = {k: file.get_tensor(f"{layer}.{k}") for k in PARTS if f"{layer}.{k}" in names}
-                yield f"{layer}.weight", _unpacked(parts, bits[layer])
-            elif kind == "weight" and f"{name}_scale" in names:
-                yield name, (file.get_tensor(name).int(), file.get_tensor(f"{name}_scale"))
-            elif kind not in (*PARTS, "weight_packed"):
-                yield name, file.get_tensor(name)
-
-
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-
-
-def _groups(folder: Path) -> list[dict]:
-    found = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    formats = {group.get("format") for group in found.get("config_groups", {}).values()}
+    """Every parameter by transformers' name. Raises ValueError for a checkpoint that holds no packed integers."""
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    formats = {group.get("format") for group in config.get("config_groups", {}).values()}
     if not formats or formats - {"pack-quantized", "int-quantized"}:
         raise ValueError(f"{folder.name} holds no packed integers to keep; export it with a block type instead")
-    return list(found["config_groups"].values())
+    tensors = load_file(folder / "model.safetensors")
+    for name in sorted(tensors):
+        layer, _, part = name.rpartition(".")
+        if part == "weight_packed" or (part == "weight" and f"{name}_scale" in tensors):
+            yield f"{layer}.weight", steps_of_layer(layer, tensors)
+        elif part not in PARTS:
+            yield name, tensors[name]
 
 
-def _unpacked(parts: dict[str, Tensor], bits: int) -> Steps:
-    rows, columns = parts["weight_shape"].tolist()
-    scales = parts["weight_scale"]
-    steps = unpack_from_int32(parts["weight_packed"], bits, torch.Size((rows, columns))).int()
-    if "weight_zero_point" in parts:
-        zeros = unpack_from_int32(parts["weight_zero_point"], bits, torch.Size(scales.shape), packed_dim=0).int()
+def steps_of_layer(layer: str, tensors: Mapping[str, Tensor]) -> Steps:
+    """The whole steps of a layer of compressed-tensors, packed or in bytes: codes less zero points."""
+    scales = tensors[f"{layer}.weight_scale"]
+    if f"{layer}.weight_packed" not in tensors:
+        return Steps(tensors[f"{layer}.weight"].int(), scales.view(len(scales), -1))
+    words = tensors[f"{layer}.weight_packed"]
+    rows, columns = tensors[f"{layer}.weight_shape"].tolist()
+    bits = words.shape[1] * 32 // columns
+    steps = unpack_from_int32(words, bits, torch.Size((rows, columns))).int()
+    if (zeros := tensors.get(f"{layer}.weight_zero_point")) is not None:
+        zeros = unpack_from_int32(zeros, bits, scales.shape, packed_dim=0).int()
         steps -= zeros.repeat_interleave(columns // scales.shape[1], dim=1)
-    return steps, scales
+    return Steps(steps, scales)
 
 
 def block_of_steps(steps: Int[Tensor, "rows cols"]) -> str:
@@ -386,16 +367,14 @@ def encoded_steps(
 # --- whether a file is whole -----------------------------------------------------------------------------------------
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
-
 STRING, ARRAY, ALIGNMENT = 8, 9, "general.alignment"
 
 
-@dataclass
-class _Reader:
-    """Bytes and where to read next."""
+class _Header:
+    """The header of a file, read from its beginning; `at` is where to read next. Raises struct.error for damage."""
 
-    data: mmap.mmap
-    at: int = 0
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at, self.alignment = data, 8, 32
 
     def number(self, form: str) -> int:
         """The next little-endian number, `I` of four bytes or `Q` of eight."""
@@ -413,7 +392,9 @@ class _Reader:
 
     def skip(self, kind: int) -> None:
         """Pass over a value of a type, lists and their members included."""
-        if kind == STRING:
+        if kind in SIZES:
+            self.at += SIZES[kind]
+        elif kind == STRING:
             self.text()
         elif kind == ARRAY:
             inner, count = self.number("I"), self.number("Q")
@@ -422,10 +403,26 @@ class _Reader:
             else:
                 for _ in range(count):
                     self.skip(inner)
-        elif kind in SIZES:
-            self.at += SIZES[kind]
         else:
             raise struct.error(f"a value of unknown type {kind}")
+
+    def tensors(self) -> list[tuple[str, int, int, int]]:
+        """(name, elements, type, first byte) of every tensor."""
+        if self.data[:4] != b"GGUF":
+            raise struct.error("it does not begin with GGUF")
+        count, pairs = self.number("Q"), self.number("Q")
+        for _ in range(pairs):
+            key, kind, at = self.text(), self.number("I"), self.at
+            self.skip(kind)
+            if key == ALIGNMENT:
+                (self.alignment,) = struct.unpack_from("<I", self.data, at)
+        found = []
+        for _ in range(count):
+            name, dimensions = self.text(), self.number("I")
+            elements = prod(self.number("Q") for _ in range(dimensions))
+            found.append((name, elements, self.number("I"), self.number("Q")))
+        start = -(-self.at // self.alignment) * self.alignment
+        return [(name, elements, kind, start + offset) for name, elements, kind, offset in found]
 
 
 def check(file: Path) -> Counter[str]:
@@ -438,18 +435,18 @@ def check(file: Path) -> Counter[str]:
     if not (size := file.stat().st_size):
         raise ValueError(f"{file} is damaged: it is empty")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        reader = _Reader(data)
+        header = _Header(data)
         try:
-            tensors, start = _entries(reader)
+            tensors = header.tensors()
         except struct.error as error:
-            raise ValueError(f"{file} is damaged: its header breaks off at byte {reader.at} ({error})") from error
+            raise ValueError(f"{file} is damaged: its header breaks off at byte {header.at} ({error})") from error
     types = Counter()
-    for name, elements, kind, offset in tensors:
+    for name, elements, kind, start in tensors:
         if kind not in list(gguf.GGMLQuantizationType):
-            raise ValueError(f"{file}: tensor {name} at byte {start + offset} has the unknown type {kind}")
+            raise ValueError(f"{file}: tensor {name} at byte {start} has the unknown type {kind}")
         types[gguf.GGMLQuantizationType(kind).name.lower()] += 1
         weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        if (end := start + offset + elements // weights * block_bytes) > size:
+        if (end := start + elements // weights * block_bytes) > size:
             raise ValueError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
     return types
 
@@ -459,22 +456,3 @@ def block_of_file(file: Path) -> str:
     types = check(file).keys() - {"f32"}
     eight = {"q8_0"} if any(kind.startswith("q") for kind in types) else set()
     return next((block for block in BLOCKS[1:] if {block} | eight == types | eight), "") if types else "f32"
-
-
-def _entries(reader: _Reader) -> tuple[list[tuple[str, int, int, int]], int]:
-    """(name, elements, type, offset) of every tensor, and where the first one's bytes begin."""
-    if reader.data[:4] != b"GGUF":
-        raise struct.error("it does not begin with GGUF")
-    reader.at, alignment = 8, 32
-    count, pairs = reader.number("Q"), reader.number("Q")
-    for _ in range(pairs):
-        key, kind, at = reader.text(), reader.number("I"), reader.at
-        reader.skip(kind)
-        if key == ALIGNMENT:
-            (alignment,) = struct.unpack_from("<I", reader.data, at)
-    tensors = []
-    for _ in range(count):
-        name, dimensions = reader.text(), reader.number("I")
-        elements = prod(reader.number("Q") for _ in range(dimensions))
-        tensors.append((name, elements, reader.number("I"), reader.number("Q")))
-    return tensors, -(-reader.at // alignment) * alignment

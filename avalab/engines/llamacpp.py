@@ -1,9 +1,8 @@
 """llama.cpp: the engine for GGUF files through llama-cpp-python's plain C functions, K types by its own quantiser, and
 how it is built for this machine.
 
-1. `load`: prompt and steps go through `llama_decode`; logits are copied out and the shared greedy loop chooses, so that
-   grammars and end tokens are the same as everywhere. The key-value cache is allocated whole: `context` tokens of it,
-   which is then the longest sequence. Layers go to a GPU if asked.
+1. `load`: prompt and steps go through `llama_decode`; logits are copied out and the shared greedy loop chooses. The
+   key-value cache is allocated whole: `context` tokens of it, which is then the longest sequence.
 2. `write`: the dense artefact becomes a GGUF file of 16-bit floats (`gguf`), and `llama_model_quantize` writes one of a
    mixture of block types, whose choice is its own. With windows of calibration tokens the importance of a column is the
    mean square of what it is multiplied with, which is what llama.cpp's imatrix tool averages, from one walk over the
@@ -12,8 +11,7 @@ how it is built for this machine.
    on x86 processors with AMX (release 0.3): there the build gets the instruction sets by name instead, those that
    /proc/cpuinfo lists and AMX left out. On other processors, or where that file is missing, the native build is right.
 
-What it does not do: batch sequences, llama.cpp's own tokenizer, importance of the embedding, GPU flags of the build
-(add -DGGML_CUDA=ON).
+For a GPU add -DGGML_CUDA=ON to the flags of the build.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import logging
 import platform
 import shutil
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +29,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab.engines import engine
-from avalab.engines import gguf as gguf_file
-from avalab.engines.engine import Engine, Request
+from avalab.engines import engine, gguf
+from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint, walk
 
 INSTALL = "make setup-llamacpp (it compiles llama.cpp and then the extra [llamacpp]; a C++ compiler is needed)"
-
 BATCH = 512  # tokens of a prompt that are read at once
 
 
@@ -51,74 +47,61 @@ def load(
     `cache_bits` 8 keeps keys and values as q8_0, which llama.cpp can only with its fused attention.
     Raises ValueError for a file that llama.cpp refuses (truncated, or with tensors of a type that it does not know).
     """
-    folder = engine.checked("llamacpp", artifact)
+    folder = engine.folder_for("llamacpp", artifact)
     engine.require("llamacpp", "llama_cpp", INSTALL)
     from llama_cpp import GGML_TYPE_F16, GGML_TYPE_Q8_0, Llama
 
-    facts = engine.facts(folder)
-    facts = replace(facts, context=min(context, facts.context))
-    file, sizes = engine.gguf_file(folder), {"n_ctx": facts.context, "n_batch": BATCH, "n_ubatch": BATCH}
-    threaded = {"n_threads": threads or None, "n_threads_batch": threads or None}
-    kept = GGML_TYPE_Q8_0 if cache_bits == 8 else GGML_TYPE_F16
-    cache = {"type_k": kept, "type_v": kept, "flash_attn": cache_bits == 8}
+    facts = engine.facts(folder, context=context)
+    file, kept = engine.gguf_file(folder), GGML_TYPE_Q8_0 if cache_bits == 8 else GGML_TYPE_F16
     try:
-        model = Llama(str(file), n_gpu_layers=gpu_layers, verbose=False, **cache, **sizes, **threaded)
+        model = Llama(
+            str(file),
+            n_ctx=facts.context,
+            n_batch=BATCH,
+            n_ubatch=BATCH,
+            n_threads=threads or None,
+            n_threads_batch=threads or None,
+            n_gpu_layers=gpu_layers,
+            type_k=kept,
+            type_v=kept,
+            flash_attn=cache_bits == 8,
+            verbose=False,
+        )
     except ValueError as error:
         raise ValueError(f"llama.cpp cannot read {file}: {error}") from error
-    return Engine("llamacpp", folder, facts, {"model": model}, _new_tokens, _logits)
+    return engine.from_reader("llamacpp", folder, facts, {"model": model}, _reader)
 
 
-def _logits(state: dict, tokens: list[int]) -> Tensor:
-    _forget(state)
-    parts = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
-    return torch.cat([_decode(state, part, index * BATCH, every=True) for index, part in enumerate(parts)])
+def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
+    import llama_cpp
 
+    model, read = state["model"], 0
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
 
-def _new_tokens(state: dict, request: Request) -> list[int]:
-    _forget(state)
-    read = 0
-
-    def step(tokens: list[int]) -> Tensor:
+    def decode(tokens: list[int]) -> Tensor:
         nonlocal read
-        for start in range(0, len(tokens), BATCH):
-            part = tokens[start : start + BATCH]
-            logits = _decode(state, part, read, every=False)
-            read += len(part)
-        return logits[-1]
+        size = len(tokens)
+        batch = llama_cpp.llama_batch_init(size, 0, 1)
+        batch.n_tokens = size
+        for index, token in enumerate(tokens):
+            batch.token[index], batch.pos[index] = token, read + index
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = every or index == size - 1
+        code = llama_cpp.llama_decode(model.ctx, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama.cpp stopped with code {code} while reading {size} tokens from position {read}")
+        read += size
+        rows = size if every else 1
+        found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(model.ctx), shape=(rows, model.n_vocab()))
+        return torch.from_numpy(found.copy())  # the library's own memory, overwritten by the next batch
 
-    return engine.greedy(step, request)
-
-
-def _forget(state: dict) -> None:
-    import llama_cpp
-
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(state["model"].ctx), True)
-
-
-def _decode(state: dict, tokens: list[int], first: int, *, every: bool) -> Tensor:
-    """Read tokens at positions from `first` on; the logits of every one, or of the last, copied out of the library."""
-    import llama_cpp
-
-    context, size = state["model"].ctx, len(tokens)
-    batch = llama_cpp.llama_batch_init(size, 0, 1)
-    batch.n_tokens = size
-    for index, token in enumerate(tokens):
-        batch.token[index], batch.pos[index] = token, first + index
-        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-        batch.logits[index] = every or index == size - 1
-    code = llama_cpp.llama_decode(context, batch)
-    llama_cpp.llama_batch_free(batch)
-    if code:
-        raise RuntimeError(f"llama.cpp stopped with code {code} while reading {size} tokens from position {first}")
-    rows = size if every else 1
-    found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(rows, state["model"].n_vocab()))
-    return torch.from_numpy(found.copy())
+    return lambda tokens: torch.cat([decode(tokens[at : at + BATCH]) for at in range(0, len(tokens), BATCH)])
 
 
 # --- K types by llama.cpp's quantiser --------------------------------------------------------------------------------
 
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
-
 READ_BY = ("torch", "llamacpp")  # OpenVINO GenAI reads no K types
 
 
@@ -148,19 +131,19 @@ def quantise(
     columns = {} if windows is None else importance(artifact, windows)
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "model.gguf"
-        gguf_file.export(artifact.path, source, "f16")
+        gguf.export(artifact.path, source, "f16")
         _quantise_file(source, target, mixture, columns)
         modelfile = (source.parent / "Modelfile").read_text()
     (out / "Modelfile").write_text(modelfile.replace(source.name, target.name))
-    gguf_file.copy_beside(artifact.path, out)
-    types = gguf_file.check(target)
+    gguf.copy_beside(artifact.path, out)
+    types = gguf.check(target)
     return {"formats": dict(sorted(types.items())), "calibration_tokens": 0 if windows is None else windows.numel()}
 
 
 def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[str, np.ndarray]:
     """Mean squared input of each column, float32, by the file's name of each linear layer."""
     model = checkpoint.load_model(artifact)
-    names = gguf_file.file_names(gguf_file.checked_config(artifact.path))
+    names = gguf.file_names(gguf.checked_config(artifact.path))
     found = {}
     for site in walk.sites(model, windows):
         column = site.moment.detach().diagonal().contiguous().float().numpy()  # read through a bare pointer
@@ -187,8 +170,7 @@ def _quantise_file(source: Path, target: Path, mixture: str, columns: dict[str, 
 
 # --- how llama.cpp is built for this machine -------------------------------------------------------------------------
 
-# The build's name of an instruction set: the processor's flags that it needs.
-SETS = {
+SETS = {  # the build's name of an instruction set: the processor's flags that it needs
     "SSE42": ("sse4_2",),
     "AVX": ("avx",),
     "AVX2": ("avx2",),
@@ -203,7 +185,6 @@ SETS = {
 }
 
 EITHER = {"AVX512_VBMI"}  # kernels name this flag one way or the other
-
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -219,14 +200,9 @@ def build_flags(cpuinfo: str) -> list[str]:
 
 def print_build_flags() -> None:
     """Print the flags for this machine, as CMAKE_ARGS takes them; exit with one line where a compiler is missing."""
-    if missing := missing_compiler():
-        raise SystemExit(missing)
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):  # pip brings cmake and ninja
+        raise SystemExit(
+            "no C++ compiler (c++, g++ or clang++); install one: apt-get install g++, or conda install gxx"
+        )
     x86_linux = platform.machine() in ("x86_64", "AMD64") and CPUINFO.is_file()
     print(" ".join(build_flags(CPUINFO.read_text() if x86_linux else "")))
-
-
-def missing_compiler() -> str:
-    """One line that names what a build lacks; empty where a C++ compiler is there (pip brings cmake and ninja)."""
-    if any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        return ""
-    return "no C++ compiler (c++, g++ or clang++); install one: apt-get install g++, or conda install gxx"

@@ -5,7 +5,7 @@
 2. `write`: a bf16 artefact, pruned or not, traced in float32 by torch's exporter with batch and time free. Weights that
    are bf16 exactly stay bf16, with a cast behind them, because ONNX Runtime has no bf16 products on a CPU; it folds the
    casts when it loads the file. What was pruned is stored as `weights` says: "dense"; "sparse", ONNX's own coordinates
-   (two bytes a kept weight and eight for its place); or "bitmask", the layout of `sparse_storage` with the few nodes
+   (two bytes a kept weight and eight for its place); or "bitmask", the layout of `models.stored` with the few nodes
    that unpack it (a bit a weight, which pays from one sixteenth of zeros). Both save bytes on disk, neither memory nor
    time: the runtime makes the matrices dense. The written file is run beside the model; one that differs is dropped.
 3. `write_int8`: weights and inputs of matrix products in whole numbers, by onnxruntime.quantization. `dynamic`: each
@@ -14,18 +14,16 @@
    outlier then costs every token resolution. Head and embedding stay in float32 there: the head's input has the largest
    outliers, and logits are read from it directly.
 
-What it does not do: batch, smooth outliers (see `quantize`, smoothquant), attention in integers. Above the 2 GB of a
-protobuf tensors go into a second file, which coordinates and 8-bit graphs cannot.
+Above the 2 GB of a protobuf tensors go into a second file, which coordinates and 8-bit graphs cannot.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +32,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab.engines import engine
-from avalab.engines import gguf as gguf_file
-from avalab.engines.engine import Engine, Request
+from avalab.engines import engine, gguf
+from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
 from avalab.models.stored import to_bitmask
 
 INSTALL = 'pip install -e ".[onnx]"'
-
-INPUTS = ["input_ids"]
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FILE = engine.OWN_FILES["onnx-graph"]
+INPUTS, HEAD = ["input_ids"], "logits"
 
 
 def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
@@ -52,51 +50,44 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
 
     Raises ValueError for a graph that ONNX Runtime cannot read, NotSupported for one with other inputs.
     """
-    folder = engine.checked("onnxruntime", artifact)
+    folder = engine.folder_for("onnxruntime", artifact)
     engine.require("onnxruntime", "onnxruntime", INSTALL)
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    file = folder / engine.OWN_FILES["onnx-graph"]
+    file = folder / FILE
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session = _session(file, threads)
     except Exception as error:  # each of its error classes derives from Exception alone
         raise ValueError(f"ONNX Runtime cannot read {file}: {error}") from error
     inputs = [given.name for given in session.get_inputs()]
     if inputs != INPUTS:
         raise engine.NotSupported(f"{file} takes {', '.join(inputs)}; onnxruntime runs graphs of {INPUTS[0]} alone")
-    return Engine("onnxruntime", folder, engine.facts(folder), {"session": session}, _new_tokens, _logits)
+    return engine.from_reader("onnxruntime", folder, engine.facts(folder), {"session": session}, _reader)
 
 
-def _logits(state: dict, tokens: list[int]) -> Tensor:
-    return torch.from_numpy(state["session"].run(None, {INPUTS[0]: np.array([tokens])})[0][0])
+def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
+    sequence: list[int] = []
+
+    def read(tokens: list[int]) -> Tensor:
+        sequence.extend(tokens)
+        return torch.from_numpy(state["session"].run(None, {INPUTS[0]: np.array([sequence])})[0][0])
+
+    return read
 
 
-def _new_tokens(state: dict, request: Request) -> list[int]:
-    read: list[int] = []
+def _session(model: Path | bytes, threads: int):
+    """A graph opened on the CPU; `threads` 0 leaves the library's choice."""
+    import onnxruntime
 
-    def step(tokens: list[int]) -> Tensor:
-        read.extend(tokens)
-        return _logits(state, read)[-1]
-
-    return engine.greedy(step, request)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 # --- graphs in float32, zeros stored apart ---------------------------------------------------------------------------
 
-FILE = engine.OWN_FILES["onnx-graph"]
-
 WEIGHTS = ("dense", "sparse", "bitmask")
-
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
 OPSET, IR_VERSION = 20, 10  # what torch's exporter writes too
-
 TOLERANCE = 1e-3  # of the largest logit: both sides compute in float32, in another order
-
 FILE_BYTES = 2**31 - 2**24  # what one protobuf can hold, with room for the graph
-
 SPARSE_FROM = 1 / 16  # share of zeros from which a matrix counts as pruned: where a bitmask begins to pay
 
 CONSTANTS = {
@@ -107,13 +98,13 @@ CONSTANTS = {
     "bitmask.corner": torch.tensor([0, 0]),
 }
 
-
-def require() -> None:
-    """Raise EngineUnavailable with the install command where a package is missing."""
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise engine.EngineUnavailable(
-            f"ONNX export needs {', '.join(missing)}; install it: pip install 'avalab[onnx]'"
-        )
+KINDS = {
+    torch.float32: "FLOAT",
+    torch.bfloat16: "BFLOAT16",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.uint8: "UINT8",
+}
 
 
 def write(artifact: Artifact, out: Path, *, weights: str = "dense") -> Artifact:
@@ -126,57 +117,66 @@ def write(artifact: Artifact, out: Path, *, weights: str = "dense") -> Artifact:
         raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}")
     if artifact.format != "bf16":
         raise ValueError(f"{artifact.name} is in format {artifact.format!r}; only bf16 artefacts become ONNX files")
-    require()
-    if out.exists() and not (out / artifacts.CARD).is_file():
-        raise ValueError(f"{out} exists and is not an artefact; name a new folder")
-    out = out.resolve()
-    return artifacts.write_artifact(
-        out.name,
-        out.parent,
-        lambda folder: _export_into(folder, artifact, weights),
-        base={"name": artifact.name, "sha256": artifact.sha256},
-        recipe=[*artifact.card["recipe"], {"step": "onnx", "weights": weights}],
-        format="onnx",
-        engines=["onnxruntime"],
-        licence=artifact.card["licence"],
+    engine.require("onnxruntime", PACKAGES, INSTALL)
+    about = artifacts.Export({"step": "onnx", "weights": weights}, "onnx", ("onnxruntime",))
+    out = artifacts.checked_target(out)
+    return artifacts.write_export(artifact, about, lambda folder: export(artifact, folder, weights), out=out)
+
+
+def export(artifact: Artifact, out: Path, weights: str) -> dict:
+    """Fill `out` with graph, tokenizer and configuration; how far ONNX Runtime's logits differ from the model's."""
+    import onnx
+
+    model, tokenizer = checkpoint.load_model(artifact, dtype=torch.float32), checkpoint.load_tokenizer(artifact)
+    proto = trace_graph(model)
+    replace_tensors(proto, weights)
+    sparse = sum(
+        len(tensor.values.raw_data) + len(tensor.indices.raw_data) for tensor in proto.graph.sparse_initializer
     )
-
-
-def logits(file: Path, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
-    """What ONNX Runtime computes for some tokens, on the CPU."""
-    return torch.from_numpy(_session(file).run(None, {"input_ids": tokens.numpy()})[0])
-
-
-def product(weight: Float[Tensor, "rows cols"], *, sparse: bool) -> Callable[[Tensor], Tensor]:
-    """The product of rows with one weight as ONNX Runtime computes it in float32, given as a sparse tensor or not."""
-    require()
-    from onnx import TensorProto, helper
-
-    right = weight.float().T.contiguous()
-    stored = {"sparse_initializer": [_coordinates(right, "w")]} if sparse else {"initializer": [_tensor(right, "w")]}
-    ends = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, size])
-        for n, size in zip("xy", right.shape, strict=True)
-    ]
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    proto = helper.make_model(
-        helper.make_graph(nodes, "linear", ends[:1], ends[1:], **stored),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-    )
-    session = _session(proto.SerializeToString())
-    return lambda rows: torch.from_numpy(session.run(None, {"x": rows.numpy()})[0])
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) + sparse
+    if sparse and size > FILE_BYTES:
+        raise ValueError(f"{artifact.name} takes {size:,} bytes; a file with sparse tensors ends at {FILE_BYTES:,}")
+    onnx.save_model(proto, out / FILE, save_as_external_data=size > FILE_BYTES, location=f"{FILE}.data")
+    tokenizer.save_pretrained(out)
+    model.config.save_pretrained(out)  # context and vocabulary, for the engine
+    # Of another shape than the traced tokens.
+    tokens = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    found = difference(model, out / FILE, tokens)
+    if not found["logit_difference"] <= TOLERANCE:
+        raise RuntimeError(f"ONNX Runtime's logits differ by {found['logit_difference']:.2g} of the largest one")
+    return {"onnx_bytes": sum(file.stat().st_size for file in out.glob(f"{FILE}*")), **found}
 
 
 @torch.inference_mode()
 def difference(model: PreTrainedModel, file: Path, tokens: Int[Tensor, "batch time"]) -> dict[str, float]:
     """Largest difference of logits, over the largest logit, and share of positions whose best token is the same."""
-    expected, found = model(input_ids=tokens, use_cache=False).logits, logits(file, tokens)
-    worst = float((found - expected).abs().max() / expected.abs().max())
+    expected = model(input_ids=tokens, use_cache=False).logits
+    found = torch.from_numpy(_session(file, torch.get_num_threads()).run(None, {INPUTS[0]: tokens.numpy()})[0])
     return {
-        "logit_difference": worst,
+        "logit_difference": float((found - expected).abs().max() / expected.abs().max()),
         "top1_agreement": float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
     }
+
+
+def product(weight: Float[Tensor, "rows cols"], *, sparse: bool) -> Callable[[Tensor], Tensor]:
+    """The product of rows with one weight as ONNX Runtime computes it in float32, given as a sparse tensor or not."""
+    engine.require("onnxruntime", PACKAGES, INSTALL)
+    from onnx import TensorProto, helper
+
+    right = weight.float().T.contiguous()
+    stored = {"sparse_initializer": [_coordinates(right, "w")]} if sparse else {"initializer": [_tensor(right, "w")]}
+    given, result = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, size])
+        for name, size in zip("xy", right.shape, strict=True)
+    )
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    proto = helper.make_model(
+        helper.make_graph([node], "linear", [given], [result], **stored),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+    )
+    session = _session(proto.SerializeToString(), torch.get_num_threads())
+    return lambda rows: torch.from_numpy(session.run(None, {"x": rows.numpy()})[0])
 
 
 class Logits(nn.Module):
@@ -191,26 +191,29 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-def graph(model: PreTrainedModel):
+def trace_graph(model: PreTrainedModel):
     """The float32 model as an `onnx.ModelProto` with free batch and time, without traces of where it was made."""
-    require()
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
-    how = {"dynamic_shapes": {"input_ids": axes}, "input_names": ["input_ids"], "output_names": ["logits"]}
+    engine.require("onnxruntime", PACKAGES, INSTALL)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # "torchvision is not installed"
     # The exporter's own deprecations and progress: nothing a reader can act on.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        example = (torch.arange(6).view(2, 3),)
-        program = torch.onnx.export(Logits(model).eval(), example, dynamo=True, verbose=False, **how)
+        program = torch.onnx.export(
+            Logits(model).eval(),
+            (torch.arange(6).view(2, 3),),
+            input_names=INPUTS,
+            output_names=[HEAD],
+            dynamic_shapes={INPUTS[0]: {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}},
+            dynamo=True,
+            verbose=False,
+        )
     proto = program.model_proto
-    for node in proto.graph.node:  # stack traces: paths of this machine
-        del node.metadata_props[:]
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        del value.metadata_props[:]
+    for part in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]  # stack traces: paths of this machine
     return proto
 
 
-def store(proto, weights: str) -> None:
+def replace_tensors(proto, weights: str) -> None:
     """Replace, in place, float32 tensors that are bf16 exactly by what the module says of `weights`."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -238,59 +241,12 @@ def store(proto, weights: str) -> None:
     proto.graph.node.extend(nodes)
 
 
-def _session(model: Path | bytes):
-    """ONNX Runtime on the CPU, with as many threads as torch."""
-    require()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _export_into(folder: Path, artifact: Artifact, weights: str) -> dict:
-    import onnx
-
-    model, tokenizer = checkpoint.load_model(artifact, dtype=torch.float32), checkpoint.load_tokenizer(artifact)
-    proto = graph(model)
-    store(proto, weights)
-    sparse = sum(
-        len(tensor.values.raw_data) + len(tensor.indices.raw_data) for tensor in proto.graph.sparse_initializer
-    )
-    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) + sparse
-    if sparse and size > FILE_BYTES:
-        raise ValueError(f"{artifact.name} takes {size:,} bytes; a file with sparse tensors ends at {FILE_BYTES:,}")
-    onnx.save_model(proto, folder / FILE, save_as_external_data=size > FILE_BYTES, location=f"{FILE}.data")
-    tokenizer.save_pretrained(folder)
-    model.config.save_pretrained(folder)  # context and vocabulary, for the engine onnxruntime
-    return {
-        "onnx_bytes": sum(file.stat().st_size for file in folder.glob(f"{FILE}*")),
-        **_checked(model, folder / FILE),
-    }
-
-
-def _checked(model: PreTrainedModel, file: Path) -> dict[str, float]:
-    """`difference` on random tokens of another shape than the traced one. Raises RuntimeError above the tolerance."""
-    generator = torch.Generator().manual_seed(0)
-    found = difference(model, file, torch.randint(model.config.vocab_size, (2, 64), generator=generator))
-    if not found["logit_difference"] <= TOLERANCE:
-        raise RuntimeError(f"ONNX Runtime's logits differ by {found['logit_difference']:.2g} of the largest one")
-    return found
-
-
 def _tensor(value: Tensor, name: str, shape: list[int] | None = None):
     """A tensor as ONNX keeps it."""
     from onnx import TensorProto, helper
 
-    kinds = {
-        torch.float32: "FLOAT",
-        torch.bfloat16: "BFLOAT16",
-        torch.int32: "INT32",
-        torch.int64: "INT64",
-        torch.uint8: "UINT8",
-    }
     raw = value.contiguous().view(torch.int16) if value.dtype == torch.bfloat16 else value.contiguous()
-    kind = TensorProto.DataType.Value(kinds[value.dtype])
+    kind = TensorProto.DataType.Value(KINDS[value.dtype])
     return helper.make_tensor(name, kind, shape or list(value.shape), raw.numpy().tobytes(), raw=True)
 
 
@@ -337,8 +293,6 @@ def _bitmask(weight: Tensor, name: str) -> tuple[list, list]:
 
 MODES = ("dynamic", "static")
 
-HEAD = "logits"  # the graph's output
-
 
 def write_int8(
     artifact: Artifact, mode: str, *, windows: Int[Tensor, "window time"] | None = None, out: Path | None = None
@@ -361,20 +315,25 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
     engine.check_dense(folder, mode, known=MODES, form="8-bit ONNX")
     if mode == "static" and windows is None:
         raise ValueError("static 8-bit ONNX needs windows of calibration tokens, such as corpora.calibration_windows")
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        engine.require("onnxruntime", module, INSTALL)
-    proto = graph(checkpoint.load_model(folder, dtype=torch.float32))
+    engine.require("onnxruntime", PACKAGES, INSTALL)
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    proto = trace_graph(checkpoint.load_model(folder, dtype=torch.float32))
     out.mkdir(parents=True, exist_ok=True)
-    file = out / engine.OWN_FILES["onnx-graph"]
     logging.getLogger().addFilter(_is_not_advice)
     try:
         if mode == "dynamic":
-            _dynamic(proto, file)
+            untie(proto)
+            quantize_dynamic(proto, out / FILE, weight_type=QuantType.QInt8, per_channel=True)
         else:
-            _static(proto, file, windows)
+            _quantise_static(proto, out / FILE, windows)
     finally:
         logging.getLogger().removeFilter(_is_not_advice)
-    gguf_file.copy_beside(folder, out)
+    gguf.copy_beside(folder, out)
+
+
+def _is_not_advice(record: logging.LogRecord) -> bool:
+    return "pre-processing before quantization" not in record.getMessage()
 
 
 def untie(proto) -> None:
@@ -389,30 +348,25 @@ def untie(proto) -> None:
         proto.graph.node.remove(node)
 
 
-def _dynamic(proto, file: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    untie(proto)
-    quantize_dynamic(proto, file, weight_type=QuantType.QInt8, per_channel=True)
-
-
-def _static(proto, file: Path, windows: Tensor) -> None:
+def _quantise_static(proto, file: Path, windows: Tensor) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Windows(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches: Iterator[dict] = iter({INPUTS[0]: window[None].numpy()} for window in windows)
+            self.batches = iter({INPUTS[0]: window[None].numpy()} for window in windows)
 
         def get_next(self) -> dict | None:
             return next(self.batches, None)
 
-    head = [node.name for node in proto.graph.node if HEAD in node.output]
-    kinds_of_numbers = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     quantize_static(
-        proto, file, Windows(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul"], nodes_to_exclude=head,
-        extra_options={"MatMulConstBOnly": True}, **kinds_of_numbers,
-    )  # fmt: skip
-
-
-def _is_not_advice(record: logging.LogRecord) -> bool:
-    return "pre-processing before quantization" not in record.getMessage()
+        proto,
+        file,
+        Windows(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=[node.name for node in proto.graph.node if HEAD in node.output],
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        extra_options={"MatMulConstBOnly": True},
+    )

@@ -1,9 +1,7 @@
 """The OpenVINO engine: GGUF files and exported folders through OpenVINO GenAI; the default on a CPU.
 
 1. GenAI's pipeline generates. It shows no logits and takes grammars as text only, so `logits` and grammars use the same
-   graph in plain OpenVINO, compiled at the first such call (the weights are then in memory twice). GenAI alone reads
-   GGUF: it writes what it made of the file into a temporary folder. `cut_head` puts a slice before the last matrix
-   product, so that only positions from the input `first_logit` on get logits.
+   graph in plain OpenVINO, compiled at the first such call (the weights are then in memory twice).
 2. `paged` uses GenAI's paged attention (what continuous batching needs). It keeps the cache of prompts that it has
    read, so that timing one prompt twice times nothing; hence not the default. `properties` are OpenVINO's own, such as
    `KV_CACHE_PRECISION`, `INFERENCE_PRECISION_HINT` or `DYNAMIC_QUANTIZATION_GROUP_SIZE`.
@@ -13,7 +11,7 @@
 
 GenAI 2026.4 reads GGUF tensors in F16, Q8_0, Q4_0 and Q4_1, and rounds the minimums of Q4_1 to whole steps: another
 model than the file's (LOG.md), unless they were whole. With one thread it dies with SIGFPE on F16 files where the
-processor has AMX (see `engine.usable`). What this engine does not do: sample or batch.
+processor has AMX (see `engine.usable`).
 """
 
 from __future__ import annotations
@@ -23,14 +21,14 @@ import io
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avalab.engines import engine
-from avalab.engines import gguf as gguf_file
+from avalab.engines import engine, gguf
 from avalab.engines.engine import Engine, Request
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -50,7 +48,7 @@ def load(
 
     Raises NotSupported for a GGUF file with tensors of a type that OpenVINO does not read.
     """
-    folder = engine.checked("openvino", artifact)
+    folder = engine.folder_for("openvino", artifact)
     engine.require("openvino", "openvino_genai", INSTALL)
     source = engine.gguf_file(folder) if engine.kind(folder) == "gguf" else folder
     options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
@@ -62,7 +60,8 @@ def load(
 
 def _new_tokens(state: dict, request: Request) -> list[int]:
     if request.grammar:
-        return engine.greedy(_stepper(state), request)
+        read = _reader(state, every=False)
+        return engine.greedy(lambda tokens: read(tokens)[-1], request)
     import openvino
     import openvino_genai
 
@@ -85,25 +84,28 @@ def _new_tokens(state: dict, request: Request) -> list[int]:
 
 
 def _logits(state: dict, tokens: list[int]) -> Tensor:
-    return _stepper(state, every=True)(tokens)
+    return _reader(state, every=True)(tokens)
 
 
-def _stepper(state: dict, *, every: bool = False):
-    """A function that reads tokens after those read before; logits of the last one, or of all of them."""
-    run = state["graph"] = state.get("graph") or compiled(state["source"], state["device"], state["options"])
-    run.reset_state()
-    read = 0
+def _reader(state: dict, *, every: bool) -> Callable[[list[int]], Tensor]:
+    """A function that reads tokens after those read before; logits of `every` one, or of the last."""
+    graph = state["graph"] = state.get("graph") or compiled(state["source"], state["device"], state["options"])
+    graph.reset_state()
+    past = 0
 
-    def step(tokens: list[int]) -> Tensor:
-        nonlocal read
-        positions = np.arange(read, read + len(tokens))[None]
-        read += len(tokens)
-        inputs = {"input_ids": np.array([tokens]), "position_ids": positions, "beam_idx": np.zeros(1, np.int32)}
-        inputs |= {"attention_mask": np.ones((1, read), np.int64), "first_logit": np.array([0 if every else -1])}
-        logits = torch.from_numpy(run.infer(inputs)[0][0].copy())
-        return logits if every else logits[-1]
+    def read(tokens: list[int]) -> Tensor:
+        nonlocal past
+        inputs = {
+            "input_ids": np.array([tokens]),
+            "position_ids": np.arange(past, past + len(tokens))[None],
+            "beam_idx": np.zeros(1, np.int32),
+            "attention_mask": np.ones((1, past + len(tokens)), np.int64),
+            "first_logit": np.array([0 if every else -1]),
+        }
+        past += len(tokens)
+        return torch.from_numpy(graph.infer(inputs)[0][0].copy())
 
-    return step
+    return read
 
 
 UNREAD = ("Unsupported quantization type", "gguf_tensor_to_f16 failed")
@@ -125,8 +127,12 @@ def pipeline(source: Path, device: str, **options):
 
 
 def compiled(source: Path, device: str, options: dict[str, str | int]):
-    """A request to the stateful graph of a GGUF file or a folder, with the input `first_logit` of `cut_head`."""
+    """A request to the stateful graph of a file or folder, with the input `first_logit` (a position, -1 the last).
+
+    A slice before the last matrix product leaves logits of the positions from that one on.
+    """
     import openvino
+    from openvino import opset13 as ops
 
     core = openvino.Core()
     with tempfile.TemporaryDirectory() as folder:
@@ -134,31 +140,22 @@ def compiled(source: Path, device: str, options: dict[str, str | int]):
             (Path(folder) / source.name).symlink_to(source.resolve())
             pipeline(Path(folder) / source.name, device, enable_save_ov_model=True)
             source = Path(folder)
-        model = cut_head(core.read_model(str(source / engine.OWN_FILES["openvino"])))
+        model = core.read_model(str(source / engine.OWN_FILES["openvino"]))
+        head = model.output("logits").node
+        while head.get_type_name() != "MatMul":
+            head = head.input_value(0).get_node()
+        first = ops.parameter([1], openvino.Type.i64, name="first_logit")
+        first.output(0).tensor.set_names({"first_logit"})
+        stop, one, axis = (ops.constant([n], openvino.Type.i64) for n in (2**31 - 1, 1, 1))
+        head.input(0).replace_source_output(ops.slice(head.input_value(0), first, stop, one, axis).output(0))
+        model.add_parameters([first])
+        model.validate_nodes_and_infer_types()
         return core.compile_model(model, device, options).create_infer_request()
-
-
-def cut_head(model):
-    """Add the input `first_logit` (a position, -1 the last) to a graph with an output `logits`, and return it."""
-    import openvino
-    from openvino import opset13 as ops
-
-    head = model.output("logits").node
-    while head.get_type_name() != "MatMul":
-        head = head.input_value(0).get_node()
-    first = ops.parameter([1], openvino.Type.i64, name="first_logit")
-    first.output(0).tensor.set_names({"first_logit"})
-    stop, one, axis = (ops.constant([n], openvino.Type.i64) for n in (2**31 - 1, 1, 1))
-    head.input(0).replace_source_output(ops.slice(head.input_value(0), first, stop, one, axis).output(0))
-    model.add_parameters([first])
-    model.validate_nodes_and_infer_types()
-    return model
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("f16", "int8", "int4")
-
 GROUP_SIZE = 64
 
 
@@ -174,28 +171,27 @@ def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = 
     Raises ValueError for unknown weights or a quantised model, EngineUnavailable without openvino-genai or nncf.
     """
     engine.check_dense(folder, weights, known=WEIGHTS, form="OpenVINO")
-    for module in ("openvino_genai", "nncf"):
-        engine.require("openvino", module, INSTALL)
+    engine.require("openvino", ("openvino_genai", "nncf"), INSTALL)
     import openvino
 
     out.mkdir(parents=True, exist_ok=True)
+    graph = engine.OWN_FILES["openvino"]
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
-        gguf_file.export(folder, file, "f16")
-        gguf_file.copy_beside(folder, file.parent)
-        engine.usable("openvino", load, Path(temporary), {})  # raises where reading the file would end this process
+        gguf.export(folder, file, "f16")
+        gguf.copy_beside(folder, file.parent)
+        engine.usable("openvino", load, file.parent, {})  # raises where reading the file would end this process
         pipeline(file, "CPU", enable_save_ov_model=True)
-        model = openvino.Core().read_model(str(Path(temporary) / engine.OWN_FILES["openvino"]))
-        model = _compressed(model, weights, group_size)
-        openvino.save_model(model, str(out / engine.OWN_FILES["openvino"]), compress_to_fp16=False)
-        for path in Path(temporary).glob("openvino_*tokenizer.*"):
+        model = openvino.Core().read_model(str(file.parent / graph))
+        if weights != "f16":
+            model = _compressed(model, weights, group_size)
+        openvino.save_model(model, str(out / graph), compress_to_fp16=False)
+        for path in file.parent.glob("openvino_*tokenizer.*"):
             shutil.copyfile(path, out / path.name)
-    gguf_file.copy_beside(folder, out)
+    gguf.copy_beside(folder, out)
 
 
 def _compressed(model, weights: str, group_size: int):
-    if weights == "f16":
-        return model
     import nncf
 
     mode = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_ASYM}[weights]

@@ -1,12 +1,11 @@
 """The TensorRT-LLM engine: dense artefacts on an NVIDIA GPU in fp16, bf16 or fp32.
 
 Written against TensorRT-LLM 1.x's `LLM`; never run by this project's tests, which have no such GPU: they check the
-refusals. What it does not do: FP8 or INT4 builds, grammars, or run without a GPU.
+refusals. It takes no grammars.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +15,6 @@ from avalab.engines.engine import Engine, Request
 from avalab.lab.artifacts import Artifact
 
 INSTALL = 'pip install -e ".[tensorrt]" (from NVIDIA\'s package index, in an environment of its own)'
-
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -31,13 +29,12 @@ def load(
 
     Raises ValueError for another precision, EngineUnavailable without TensorRT-LLM or without a GPU.
     """
-    folder = engine.checked("tensorrt", artifact)
+    folder = engine.folder_for("tensorrt", artifact)
     require(precision)
     from tensorrt_llm import LLM
     from tensorrt_llm.llmapi import KvCacheConfig
 
-    facts = engine.facts(folder)
-    facts = replace(facts, context=min(context, facts.context))
+    facts = engine.facts(folder, context=context)
     cache = KvCacheConfig(enable_block_reuse=False)  # timing one prompt twice would time nothing
     model = LLM(model=str(folder), dtype=PRECISIONS[precision], max_seq_len=facts.context, kv_cache_config=cache)
     return Engine("tensorrt", folder, facts, {"model": model}, _new_tokens, _logits)
@@ -47,8 +44,7 @@ def require(precision: str) -> None:
     """Raise what `load` raises for another precision, without the library, or without a GPU."""
     if precision not in PRECISIONS:
         raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    engine.require("tensorrt", "tensorrt_llm", INSTALL)
-    engine.require_gpu("tensorrt")
+    engine.require("tensorrt", "tensorrt_llm", INSTALL, gpu=True)
 
 
 def _logits(state: dict, tokens: list[int]) -> Tensor:

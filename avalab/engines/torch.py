@@ -1,20 +1,16 @@
 """The torch engine: an artefact in transformers, eager or compiled; the reference that other engines are held to.
 
-Eager decoding grows a dynamic key-value cache. `compiled` sends single-token steps through torch.compile over a static
-cache, whose length is the next power of two, so that one graph serves every generation of that length; reading the
-prompt stays eager, as its shape changes with every call. On a GPU the compiled step is recorded as a CUDA graph, so
-that launching kernels does not decide the time of a small model's token. In eager mode a static cache only costs time:
-attention reads all of it at each step.
+1. Eager decoding grows a dynamic key-value cache. `compiled` sends single-token steps through torch.compile over a
+   static cache, whose length is the next power of two: one graph serves every generation of that length. Reading the
+   prompt stays eager, as its shape changes with every call. On a GPU the step is recorded as a CUDA graph. In eager
+   mode a static cache only costs time: attention reads all of it at each step.
+2. A GGUF file is decoded to dense weights of `dtype`.
+3. `apply_kernels` puts a `FourBitLinear` in the place of every 4-bit layer of bitsandbytes: the stored codes and
+   scales, and a second copy of the codes in a faster kernel's order where there is one (`kernels.prepare`).
+   `kernels.dispatch` chooses anew for every call which form computes it.
 
-A GGUF file is decoded to dense weights of `dtype`.
-
-`apply_kernels` puts a `FourBitLinear` in the place of every 4-bit layer of bitsandbytes: the stored codes and scales as
-they are, and beside them, where a library here has a kernel for few rows of activations, a second copy of the codes in
-that kernel's order (`kernels.prepare`). Which form computes a call is `kernels.dispatch`'s choice, made anew for every
-call: device, rows, the form's own check, AVALAB_KERNELS (reference: the definition).
-
-What it does not do: gradients of these layers (`adapters.apply_fused`), or compile a layer that bitsandbytes has to
-keep (a group that does not divide the columns, 8 bits): their kernels hold state that the compiler cannot follow.
+These layers have no gradients (`adapters.apply_fused` has). A layer that bitsandbytes has to keep (a group that does
+not divide the columns, 8 bits) is not compiled: its kernels hold state that the compiler cannot follow.
 """
 
 from __future__ import annotations
@@ -54,19 +50,17 @@ def load(
 
     Without `own_kernels`, 4-bit layers stay those of their library.
     """
-    folder = engine.checked("torch", artifact)
-    found = engine.kind(folder)
+    folder = engine.folder_for("torch", artifact)
+    found, facts = engine.kind(folder), engine.facts(folder)
     if threads:
         torch.set_num_threads(threads)
-    facts = engine.facts(folder)
     if found == "gguf":
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             decoded, _ = checkpoint.from_gguf(engine.gguf_file(folder))
         model = torch.nn.Module.to(decoded, device, dtype)
     else:
-        model = checkpoint.load_model(
-            artifacts.load_artifact(folder, verify=False) if found == "adapter" else folder, device, dtype
-        )
+        source = artifacts.load_artifact(folder, verify=False) if found == "adapter" else folder
+        model = checkpoint.load_model(source, device, dtype)
     if own_kernels:
         apply_kernels(model)
     state = {"model": model, "step": _compiled(model, folder) if compiled else None}
@@ -85,7 +79,10 @@ def _compiled(model: PreTrainedModel, folder: Path) -> Callable:
             "load it with compiled=False"
         )
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the kernels' checks run outside the compiler
-    mark_static(model)
+    for layer in model.modules():
+        if isinstance(layer, FourBitLinear):
+            for tensor in layer.weight4.tensors():
+                torch._dynamo.mark_static_address(tensor)  # a CUDA graph then reads the weights in place
     on_gpu = model.device.type == "cuda"
     return torch.compile(model.forward, dynamic=False, mode="reduce-overhead" if on_gpu else None)
 
@@ -99,8 +96,10 @@ def _logits(state: dict, tokens: list[int]) -> Tensor:
 @torch.inference_mode()
 def _new_tokens(state: dict, request: Request) -> list[int]:
     model, compiled = state["model"], state["step"]
-    cache = _cache(model, len(request.prompt) + request.max_new_tokens, fixed=compiled is not None)
-    read = 0
+    cache, read = DynamicCache(config=model.config), 0
+    if compiled is not None:
+        tokens = len(request.prompt) + request.max_new_tokens
+        cache = StaticCache(config=model.config, max_cache_len=max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length()))
 
     def step(tokens: list[int]) -> Tensor:
         nonlocal read
@@ -108,17 +107,9 @@ def _new_tokens(state: dict, request: Request) -> list[int]:
         ids = torch.tensor([tokens], device=model.device)
         positions = torch.arange(read, read + len(tokens), device=model.device)[None]
         read += len(tokens)
-        output = forward(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1)
-        return output.logits[0, -1]
+        return forward(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits[0, -1]
 
     return engine.greedy(step, request)
-
-
-def _cache(model: PreTrainedModel, tokens: int, *, fixed: bool) -> DynamicCache | StaticCache:
-    if not fixed:
-        return DynamicCache(config=model.config)
-    length = max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length())
-    return StaticCache(config=model.config, max_cache_len=length)
 
 
 # --- bitsandbytes' 4-bit layers through the lab's kernels ------------------------------------------------------------
@@ -150,26 +141,13 @@ def apply_kernels(model: PreTrainedModel) -> int:
     """
     replaced = 0
     for name, layer in checkpoint.linear_layers(model).items():
-        weight = _packed(name, layer)
-        if weight is not None:
-            checkpoint.replace_linear(model, name, FourBitLinear(weight, layer.bias))
-            replaced += 1
+        if getattr(layer.weight, "quant_state", None) is None:
+            continue
+        try:
+            weight = kernels.prepare(adapters.frozen_weight(layer, decoded=False))
+        except ValueError as error:
+            logging.getLogger(__name__).warning("%s stays with bitsandbytes: %s", name, error)
+            continue
+        checkpoint.replace_linear(model, name, FourBitLinear(weight, layer.bias))
+        replaced += 1
     return replaced
-
-
-def _packed(name: str, layer: nn.Module) -> Weight4 | None:
-    if getattr(layer.weight, "quant_state", None) is None:
-        return None
-    try:
-        return kernels.prepare(adapters.frozen_weight(layer, decoded=False))
-    except ValueError as error:
-        logging.getLogger(__name__).warning("%s stays with bitsandbytes: %s", name, error)
-        return None
-
-
-def mark_static(model: PreTrainedModel) -> None:
-    """Tell the compiler that the packed weights stay where they are: a CUDA graph then reads them in place."""
-    for layer in model.modules():
-        if isinstance(layer, FourBitLinear):
-            for tensor in layer.weight4.tensors():
-                torch._dynamo.mark_static_address(tensor)

@@ -4,12 +4,10 @@ Logits are vLLM's log-probabilities of the prompt: equal to logits up to a const
 choice depends on. A grammar is handed over as text in EBNF, which vLLM's own xgrammar compiles.
 
 Written against vLLM 0.32's interface; never run by this project's tests, which have no GPU: they check the refusals.
-What it does not do: serve, batch, or run without a GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,13 +32,11 @@ def load(
 
     Raises EngineUnavailable without vLLM or without a GPU.
     """
-    folder = engine.checked("vllm", artifact)
-    engine.require("vllm", "vllm", INSTALL)
-    engine.require_gpu("vllm")
+    folder = engine.folder_for("vllm", artifact)
+    engine.require("vllm", "vllm", INSTALL, gpu=True)
     import vllm
 
-    facts = engine.facts(folder)
-    facts = replace(facts, context=min(context, facts.context))
+    facts = engine.facts(folder, context=context)
     model = vllm.LLM(
         model=str(folder),
         max_model_len=facts.context,

@@ -1,32 +1,27 @@
-"""GGUF's block types: rows of number formats, and the bytes that llama.cpp and its relatives read.
+"""Block layouts: the bytes of GGUF's block types, and weights on a grid as ONNX Runtime's operators store them.
 
-A row of a weight is cut into blocks of 32 weights (Q4_0 to Q8_0) or super-blocks of 256 (the K types). `LAYOUTS` lists
-the fields of a block in the order of their bytes; low and high bits of the codes have fields of their own. Each run of
-`width` bytes of such a field holds the first `width` codes in its bytes' lowest bits, the next ones in the bits above.
+GGUF. A row of a weight is cut into blocks of 32 weights (Q4_0 to Q8_0) or super-blocks of 256 (the K types). `LAYOUTS`
+lists the fields of a block in the order of their bytes; low and high bits of the codes have fields of their own. Each
+run of `width` bytes of such a field holds the first `width` codes in its bytes' lowest bits, the next in the bits
+above. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `formats.encode` with the rules below, then packed: byte for byte
+what gguf-py writes, but for the sign of a minimum that is zero. In the K types a group's scale is a small integer times
+the super-block's float16; for them and IQ4_NL, whose steps are unequal, `compress.block_rounding` chooses codes and
+scales, and `join` makes the bytes. The gguf package decodes them all.
 
-Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `numerics.encode` with the rules below, then packed: byte for byte what
-gguf-py writes, but for the sign of a minimum that is zero. In the K types a group's scale is a small integer times the
-super-block's float16. For them and IQ4_NL, whose steps are unequal, `block_rounding` chooses codes and scales, `join`
-makes the bytes of those. The gguf package decodes them all (`gguf.quants.dequantize`).
-
-Source: ggml's block structures (ggml-common.h) and the format's description in the GGUF documentation.
-What it does not do: searches for scales, the other I types, GGUF files (headers, names, alignment).
-
-Whole steps and scales in the blocks of ONNX Runtime's MatMulNBits and GatherBlockQuantized, without rounding again.
-
-A stored weight is a whole number of steps times the scale of its group. MatMulNBits keeps unsigned codes of 2, 4 or 8
-bits, a scale a block and, where steps do not lie around zero, a zero point a block; `blocks` takes the smallest that
-holds the steps as they are:
+ONNX Runtime. A weight is a whole number of steps times the scale of its group. MatMulNBits keeps unsigned codes of 2, 4
+or 8 bits, a scale a block and, where steps do not lie around zero, a zero point a block; `blocks` takes the smallest
+that holds the steps as they are:
 
     steps from -2^(b-1) to 2^(b-1) - 1            b bits, no zero points
     at most 2^b - 1 steps between any two         b bits and zero points of b bits
 
 Hence grids of 3 bits take 4 and those of 5, 6 and 7 take 8, whose signed range holds them, so that their zero points
-are not stored. A block has 16, 32, 64, 128 or 256 columns. Larger groups are several blocks of one scale, stored once
-(see `onnx_graph`), and a group of a whole row may end in a padded block; any other group has to be a multiple of 16.
-Two bits are used in blocks of 32, 64 and 128 only: with others this runtime decodes the weight at every call.
+are not stored. A block has 16, 32, 64, 128 or 256 columns. Larger groups are several blocks of one scale, stored once,
+and a group of a whole row may end in a padded block; any other group has to be a multiple of 16. Two bits are used in
+blocks of 32, 64 and 128 only: with others this runtime decodes the weight at every call.
 
-Source: ONNX Runtime 1.31, contrib operators, and trying them. What it does not do: write graphs, choose grids.
+Sources: ggml's block structures (ggml-common.h) and the GGUF documentation; ONNX Runtime 1.31, contrib operators, and
+trying them.
 """
 
 from __future__ import annotations
@@ -38,6 +33,7 @@ from math import ceil
 import torch
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from avalab.kernels.formats import Encoded, Grid, Groups, NumberFormat, Rounded
 
@@ -192,7 +188,7 @@ def least_to_greatest(groups: Groups, format: NumberFormat) -> tuple[Tensor, Ten
 
 
 def largest_magnitude(groups: Groups, format: NumberFormat) -> tuple[Tensor, None]:
-    """The largest magnitude becomes the highest integer (Q8_0); unlike `numerics.absmax`, not rounded before use."""
+    """The largest magnitude becomes the highest integer (Q8_0); unlike `formats.absmax`, not rounded before use."""
     return groups.abs().amax(1) / format.high, None
 
 
@@ -209,8 +205,8 @@ def half_away(values: Tensor, low: int) -> Tensor:
 
 def _simple(name: str, bits: int, rule: Callable, low: int, high: int, rounding: Callable = half_up) -> NumberFormat:
     offset, scale_bits = ("minimum", 32) if rule is least_to_greatest else ("", 16)
-    stored = {"scale_dtype": torch.float16, "offset": offset, "rounding": rounding}
-    return NumberFormat(name, bits, 32, scale_bits, rule, low, high, **stored)
+    half = torch.float16
+    return NumberFormat(name, bits, 32, scale_bits, rule, low, high, scale_dtype=half, offset=offset, rounding=rounding)
 
 
 def _super(name: str, bits: int, group_size: int, scale_bits: int, low: int = 0) -> NumberFormat:
@@ -240,14 +236,12 @@ FORMATS: dict[str, NumberFormat] = {row.name: row for row in _ROWS}
 
 _SIMPLE = [row.name for row in _ROWS if row.scale_rule]
 
-# --- whole steps and scales in the blocks of ONNX Runtime's MatMulNBits and GatherBlockQuantized, without rounding aga
+# --- ONNX Runtime ------------------------------------------------------------------------------------------------
 
 
-BITS = (2, 4, 8)
+BITS, BLOCK_SIZES = (2, 4, 8), (16, 32, 64, 128, 256)
 
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-
-FAST_TWO_BIT = (32, 64, 128)
+FAST_TWO_BIT = (32, 64, 128)  # sizes of blocks
 
 
 @dataclass(frozen=True)
@@ -329,25 +323,17 @@ def blocks(weight: Steps) -> Blocks:
         if centred or spread < 2**bits:
             zeros = torch.full_like(low, 2 ** (bits - 1)) if centred else -low
             size = block_size(columns, group_size, bits=bits)
-            codes = (groups + zeros[..., None]).reshape(rows, columns)
-            return Blocks(bits, size, columns, *_packed(codes, weight.scales, zeros, bits, size, not centred))
+            count = ceil(columns / size)
+            codes = pad((groups + zeros[..., None]).reshape(rows, columns), (0, count * size - columns))
+            stored = None if centred else _bytes(zeros.repeat_interleave(count // zeros.shape[1], dim=1), bits)
+            return Blocks(bits, size, columns, _bytes(codes, bits).view(rows, count, -1), weight.scales, stored)
     raise ValueError(f"steps from {least} to {most} do not fit into 8 bits")
-
-
-def _packed(
-    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size: int, stored: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows, columns = codes.shape
-    count = ceil(columns / size)
-    padded = torch.nn.functional.pad(codes, (0, count * size - columns))
-    kept = _bytes(zeros.repeat_interleave(count // zeros.shape[1], dim=1), bits) if stored else None
-    return _bytes(padded, bits).view(rows, count, -1), scales, kept
 
 
 def _bytes(codes: Tensor, bits: int) -> UInt8[Tensor, "rows bytes"]:
     """Codes of a row one after the other, the first one in the lowest bits."""
     each = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).to(torch.uint8)
+    padded = pad(codes, (0, -codes.shape[1] % each)).to(torch.uint8)
     parts = padded.unflatten(1, (-1, each)).unbind(-1)
     found = parts[0]
     for at, part in enumerate(parts[1:], start=1):

@@ -7,7 +7,7 @@ Method of `choose`:
 3. the first time a form is about to be used on a device, its `check` runs there: the form against the reference on
    small cases. One that fails, or raises, is not used again in this process, and a warning says so once.
 
-What it does not do: time the forms. Thresholds between them are constants beside the forms.
+Thresholds of size between forms are constants beside the forms; nothing is timed here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Form:
 
     name: str
     run: Callable
-    serves: Callable[..., bool]  # the operation's arguments -> can this form compute them
+    serves: Callable[..., bool] = lambda *arguments, **options: True  # whether it can compute these arguments
     check: Callable[[str], None] | None = None  # device -> raises when the form disagrees; None: the reference
 
 

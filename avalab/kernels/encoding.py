@@ -1,14 +1,14 @@
 """A weight rounded to the nearest codes of a 4-bit format and packed: what `quantize` puts into NF4 and FP4 files.
 
 Forms, best first:
-- `triton`: one pass on a GPU for levels, absolute maximum, codes and packing (`triton_encode`);
+- `triton`: one pass on a GPU for levels, absolute maximum, codes and packing;
 - `tiles`: on any device, parts of a weight that stay in cache. The code of a value among 16 ascending levels is the
   number of midpoints below it: fifteen vectorised comparisons, where a binary search a value takes six times as long;
 - `reference`: `avalab.kernels.formats.encode`, the definition, which knows every format and is bit-equal to
   bitsandbytes. All give the same bytes; groups of nothing but zeros keep the scale zero, as in bitsandbytes.
 
-Scales that are quantized themselves (double quantization) are a 64th of the weights: numerics serves them in all forms.
-What it does not do: search for better scales, compensate for errors.
+Scales that are quantized themselves (double quantization) are a 64th of the weights: `formats` serves them in all
+forms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from avalab.kernels.dispatch import Form, choose
@@ -26,8 +26,6 @@ from avalab.kernels.formats import encode as encode_by_definition
 from avalab.kernels.weight import Weight4, check_groups, from_encoded, nested_scales
 
 TILE_WEIGHTS = 2**17  # half a MiB of float32
-
-BYTE_CODES = 2
 
 
 def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:
@@ -45,7 +43,7 @@ def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:
 
 
 def encode_reference(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:
-    """`numerics.encode`, packed."""
+    """`formats.encode`, packed."""
     return from_encoded(encode_by_definition(weight, format), zero_scales=True)
 
 
@@ -53,27 +51,22 @@ def encode_tiles(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> We
     """Some groups at a time, all work of a group while it is in cache."""
     size = format.group_size or weight.shape[1]
     groups = weight.detach().reshape(-1, size)
-    codes = torch.empty(len(groups), size // BYTE_CODES, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(len(groups), size // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(len(groups), device=weight.device)
     middles = midpoints(format)
     step = max(1, TILE_WEIGHTS // size)
     for first in range(0, len(groups), step):
         part = slice(first, first + step)
-        scales[part], found = _tile(groups[part].float(), middles)
-        torch.bitwise_or(found[:, ::2] << 4, found[:, 1::2], out=codes[part])
-    return assembled(weight, format, codes, scales)
-
-
-def _tile(groups: Float32[Tensor, "group size"], middles: list[float]) -> tuple[Tensor, UInt8[Tensor, "group size"]]:
-    """Absolute maximum of each group, and the codes of its values."""
-    scales = groups.abs().amax(1)
-    # The reciprocal, as numerics takes it: the last bit decides ties.
-    scaled = groups * (1 / scales.clamp_min(1e-38)[:, None])
-    codes = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
-    above = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
-    for middle in middles:
-        codes += torch.gt(scaled, middle, out=above).view(torch.uint8)
-    return scales, codes
+        tile = groups[part].float()
+        scales[part] = tile.abs().amax(1)
+        # The reciprocal, as `formats` takes it: the last bit decides ties.
+        scaled = tile * (1 / scales[part].clamp_min(1e-38)[:, None])
+        codes = torch.zeros(tile.shape, dtype=torch.uint8, device=tile.device)
+        above = torch.empty(tile.shape, dtype=torch.bool, device=tile.device)
+        for middle in middles:
+            codes += torch.gt(scaled, middle, out=above).view(torch.uint8)
+        torch.bitwise_or(codes[:, ::2] << 4, codes[:, 1::2], out=packed[part])
+    return assembled(weight, format, packed, scales)
 
 
 def midpoints(format: NumberFormat) -> list[float]:
@@ -85,13 +78,13 @@ def midpoints(format: NumberFormat) -> list[float]:
 def assembled(weight: Tensor, format: NumberFormat, codes: UInt8[Tensor, "group half"], scales: Tensor) -> Weight4:
     """Codes and absolute maxima as a weight, the scales quantized where the format says so.
 
-    Raises ValueError for weights that are NaN or infinite, as numerics words it.
+    Raises ValueError for weights that are NaN or infinite, as `formats.encode` words it.
     """
     rows, cols = weight.shape
     if not scales.isfinite().all():
         encode_by_definition(weight, format)  # refuses, naming the first
     levels = torch.tensor(format.levels, device=weight.device)
-    packed = Weight4(codes.view(rows, cols // BYTE_CODES), levels, scales.view(rows, -1))
+    packed = Weight4(codes.view(rows, cols // 2), levels, scales.view(rows, -1))
     if format.nested is None:
         return packed
     return replace(packed, scales=nested_scales(*encode_scales(scales, format.nested), count=len(scales)))
@@ -101,11 +94,11 @@ def serves_ascending(weight: Tensor, format: NumberFormat) -> bool:
     """Whether a code is the number of midpoints below a value: levels that ascend, nothing added, float32 scales."""
     size = format.group_size or weight.shape[1]
     ascend = bool(format.levels) and list(format.levels) == sorted(format.levels)
-    return ascend and not format.grid_steps and not format.offset and size % BYTE_CODES == 0
+    return ascend and not format.grid_steps and not format.offset and size % 2 == 0
 
 
 def encode_triton(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:
-    """One pass on a GPU; see `triton_encode`."""
+    """One pass on a GPU."""
     from avalab.kernels import triton as triton_kernels
 
     codes, scales = triton_kernels.codes_and_scales(weight.detach(), midpoints(format), format.group_size)
@@ -133,12 +126,8 @@ def encode_check(run: Callable[[Tensor, NumberFormat], Weight4]) -> Callable[[st
     return check
 
 
-def _any(*_arguments) -> bool:
-    return True
-
-
 ENCODE = (
     Form("triton", encode_triton, _serves_triton, encode_check(encode_triton)),
     Form("tiles", encode_tiles, serves_ascending, encode_check(encode_tiles)),
-    Form("reference", encode_reference, _any),
+    Form("reference", encode_reference),
 )

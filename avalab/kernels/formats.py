@@ -6,13 +6,12 @@ Method, the same for every format:
 3. divide by the scale and take the nearest code: the nearest level (NF4, FP4) or the nearest integer;
 4. keep codes and scales; double quantization codes the scales, less their mean, in an 8-bit format of the same kind.
 
-A new format is a new row: those of GGUF are in `gguf_blocks.FORMATS` and go through the same functions. `Grid` and
-`Rounded` are the integers of compressed-tensors, whose codes a search chooses (`rounding`).
+A new format is a new row: those of GGUF are in `block_types.FORMATS` and go through the same functions. `Grid` and
+`Rounded` are the integers of compressed-tensors, whose codes a search chooses (`compress.rounding`).
 
 Sources: NF4 and double quantization, Dettmers et al. 2023 (QLoRA), section 3; the 8-bit dynamic levels, Dettmers 2016
 ("8-bit approximations for parallelism"); int8 by row, Dettmers et al. 2022 (LLM.int8()); integers with a zero point,
 Jacob et al. 2018, eq. 1. NF4 and FP4 agree with the CPU build of bitsandbytes 0.50 bit for bit.
-What it does not do: search for better scales, compensate for errors, know modules or files.
 """
 
 from __future__ import annotations
@@ -66,14 +65,6 @@ class NumberFormat:
         """Stored bits of a weight, scales included; with a scale a row, for rows too long for it to count."""
         return self.bits + (self.scale_bits / self.group_size if self.group_size else 0.0)
 
-    def stored_bits(self, rows: int, cols: int) -> int:
-        """Bits of a weight of this shape, with everything that decoding needs."""
-        groups = rows * cols // (self.group_size or cols)
-        scale_bits = groups * self.scale_bits
-        if self.nested:  # the last group of scales may be a short one, and their mean is kept too
-            scale_bits = groups * self.nested.bits + ceil(groups / self.nested.group_size) * 32 + 32
-        return rows * cols * self.bits + int(scale_bits)
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -85,11 +76,6 @@ class Encoded:
     offsets: Tensor | None = None  # integer zero points or float minimums, one a group
     nested: "Encoded | None" = None  # stored instead of `scales`: these less their mean, in rows filled with zeros
     scale_mean: Float32[Tensor, ""] | None = None
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of a weight of this shape, scales included."""
-        return self.format.stored_bits(*self.codes.shape) / self.codes.numel()
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,7 @@ class Grid:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """None: the points are all whole numbers of the range, as in `NumberFormat`."""
+        """None, as in a `NumberFormat` of integers."""
         return ()
 
 
@@ -152,13 +138,25 @@ def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Encoded:
     Raises ValueError for NaN or infinite weights (how many, where the first is), a group size that does not divide the
     columns (and those that do), scales beyond the range of the format's, or a format that is only decoded.
     """
-    groups = _grouped(weight, format)
-    parts = [_encode_groups(part.float(), format) for part in groups.split(ceil(CHUNK_WEIGHTS / groups.shape[1]))]
+    if format.scale_rule is None:
+        raise ValueError(f"{format.name} is only decoded here; encode to a format with a scale rule instead")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
+    cols, size = weight.shape[1], format.group_size or weight.shape[1]
+    if cols % size:
+        fitting = ", ".join(str(g) for g in (16, 32, 64, 128, 256) if cols % g == 0) or "none of the usual ones"
+        raise ValueError(f"group size {size} of {format.name} does not divide {cols} columns; these do: {fitting}")
+    groups = weight.detach().reshape(-1, size)
+    parts = [_encode_groups(part.float(), format) for part in groups.split(ceil(CHUNK_WEIGHTS / size))]
     codes, scales, offsets = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
     if not (scales if offsets is None else scales.float() + offsets).isfinite().all():
         _refuse_unbounded(weight, format)
     encoded = Encoded(format, codes.view(weight.shape), scales, offsets)
-    return _double_quantized(encoded) if format.nested else encoded
+    if format.nested is None:
+        return encoded
+    nested, mean = encode_scales(scales, format.nested)
+    scales = decode(nested).flatten()[: len(scales)] + mean  # what their codes stand for; the weights' codes stay
+    return replace(encoded, scales=scales, nested=nested, scale_mean=mean)
 
 
 def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows cols"]:
@@ -212,25 +210,6 @@ def encode_scales(scales: Float32[Tensor, "group"], format: NumberFormat) -> tup
     """Scales less their mean in the `nested` format of another, in rows filled up with zeros; and the mean."""
     mean, width = scales.mean(), format.group_size
     return encode(pad(scales - mean, (0, -len(scales) % width)).view(-1, width), format), mean
-
-
-def _double_quantized(encoded: Encoded) -> Encoded:
-    """Replace the scales by what their 8-bit codes stand for; the codes of the weights stay as they are."""
-    nested, mean = encode_scales(encoded.scales, encoded.format.nested)
-    scales = decode(nested).flatten()[: len(encoded.scales)] + mean
-    return replace(encoded, scales=scales, nested=nested, scale_mean=mean)
-
-
-def _grouped(weight: Tensor, format: NumberFormat) -> Tensor:
-    if format.scale_rule is None:
-        raise ValueError(f"{format.name} is only decoded here; encode to a format with a scale rule instead")
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
-    cols, size = weight.shape[1], format.group_size or weight.shape[1]
-    if cols % size:
-        fitting = ", ".join(str(g) for g in (16, 32, 64, 128, 256) if cols % g == 0) or "none of the usual ones"
-        raise ValueError(f"group size {size} of {format.name} does not divide {cols} columns; these do: {fitting}")
-    return weight.detach().reshape(-1, size)
 
 
 def _refuse_unbounded(weight: Tensor, format: NumberFormat) -> None:
@@ -306,8 +285,17 @@ def integer(bits: int, group_size: int | None = None, *, symmetric: bool = True,
     if symmetric:
         high, name = 2 ** (bits - 1) - 1, name + ("-full" if full else "")
         return NumberFormat(name, bits, group_size, size, absmax, -high - full, high, scale_dtype=dtype)
-    stored = {"scale_dtype": dtype, "offset": "zero_point"}
-    return NumberFormat(f"{name}-asym", bits, group_size, size + bits, zero_point, 0, 2**bits - 1, **stored)
+    return NumberFormat(
+        f"{name}-asym",
+        bits,
+        group_size,
+        size + bits,
+        zero_point,
+        0,
+        2**bits - 1,
+        scale_dtype=dtype,
+        offset="zero_point",
+    )
 
 
 _ROWS = [four_bit(k, g, double_quantization=d) for k in LEVELS for g in (64, 32, 128) for d in (False, True)]

@@ -10,7 +10,7 @@ Method:
 What autograd keeps is x, A, B and x A^T: no decoded weight, no dense update.
 
 Sources: Hu et al. 2021 (LoRA), eq. 3; Dettmers et al. 2023 (QLoRA), eq. 5.
-What it does not do: dropout on the adapter's input (apply it to x's branch outside), merge (`avalab.models.adapters`).
+What it does not do: dropout on the adapter's input (apply it to x's branch outside).
 """
 
 from __future__ import annotations
@@ -75,16 +75,14 @@ class _Lora(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
         outer = None if b is None else ctx.scaling * (g @ b)
-        dx = _times(g, ctx.weight) if wants_x else None
-        if wants_x and a is not None:
-            dx.addmm_(outer, a)
+        dx = None
+        if wants_x:
+            dx = multiply_transposed(g, ctx.weight) if isinstance(ctx.weight, Weight4) else g @ ctx.weight
+            if a is not None:
+                dx.addmm_(outer, a)
         da = outer.T @ x if wants_a else None
         db = ctx.scaling * (g.T @ inner) if wants_b else None
         return dx, None, da, db, None
-
-
-def _times(g: Tensor, weight: Weight4 | Tensor) -> Tensor:
-    return multiply_transposed(g, weight) if isinstance(weight, Weight4) else g @ weight
 
 
 def lora_fused(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
@@ -96,22 +94,18 @@ def lora_fused(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor 
 def _check(device: str) -> None:
     packed = sample(device, kind="int4_zero_point", rows=32, cols=64)
     for weight in (packed, decode(packed, torch.float64)):
-        _check_one(device, weight)
-
-
-def _check_one(device: str, weight: Weight4 | Tensor) -> None:
-    generator = torch.Generator().manual_seed(2)
-    parts = [torch.randn(s, generator=generator).double().to(device) for s in ((5, 64), (4, 64), (32, 4))]
-    found = []
-    for run in (lora_fused, lora_reference):
-        x, a, b = (part.clone().requires_grad_() for part in parts)
-        with torch.enable_grad():
-            y = run(x, weight, a, b, 0.5)
-            found.append([y, *torch.autograd.grad(y.square().sum(), (x, a, b))])
-    torch.testing.assert_close(*found)
+        generator = torch.Generator().manual_seed(2)
+        parts = [torch.randn(s, generator=generator).double().to(device) for s in ((5, 64), (4, 64), (32, 4))]
+        found = []
+        for run in (lora_fused, lora_reference):
+            x, a, b = (part.clone().requires_grad_() for part in parts)
+            with torch.enable_grad():
+                y = run(x, weight, a, b, 0.5)
+                found.append([y, *torch.autograd.grad(y.square().sum(), (x, a, b))])
+        torch.testing.assert_close(*found)
 
 
 LORA = (
-    Form("tiles", lora_fused, lambda x, weight: True, _check),
-    Form("reference", lora_reference, lambda x, weight: True),
+    Form("tiles", lora_fused, check=_check),
+    Form("reference", lora_reference),
 )

@@ -1,26 +1,20 @@
-"""Loss and gradient of rows of logits, the gradient in the logits' own memory.
+"""Linear head and loss by chunks of tokens: logits in one buffer, their gradient in the same memory.
 
-Some rows at a time are widened to float32 (float64 stays), so the wide copies are a few MiB whatever the vocabulary.
-With p = softmax(z / T), V words and c the weight of a row:
+Method, for hidden states h [token, width] and head weights W [vocab, width]:
+1. the logits of some tokens, z = h W^T, are written into one buffer of about `LOGIT_BYTES`;
+2. a function of rows takes the loss of each and overwrites the buffer with its gradient dloss/dz, some rows widened to
+   float32 at a time (float64 stays), so that the wide copies are a few MiB whatever the vocabulary;
+3. dh = dz W is final for these tokens; dW += dz^T h is summed in float32 (one chunk: in its own dtype), and only when W
+   wants a gradient; that sum takes 4 bytes a weight, which `loss_trained_head` spares for a quarter more time;
+4. the backward pass multiplies the two by the incoming number.
+
+With p = softmax(z / T), V vocabulary entries and c the weight of a row:
 - cross-entropy, smoothing e: loss = logsumexp(z/T) - (1-e) z_y/T - e mean(z/T); gradient = c/T (p - (1-e) onehot_y -
   e/V);
 - KL(t || p) T^2: gradient = c T (p - t);
 - KL(p || t) T^2: gradient = c T p (d - KL) with d = log p - log t.
-
-What it does not do: sum over rows, leave tokens out. The logarithm of the normalizer comes from the largest
-probability, at least 1/V and so never rounded away: logsumexp = max - log(max p).
-
-Linear head and loss by chunks of tokens, both gradients computed in the forward pass.
-
-Method, for hidden states h [token, width] and head weights W [vocab, width]:
-1. the logits of some tokens, z = h W^T, are written into one buffer of about `LOGIT_BYTES`;
-2. the loss of each row is taken and the buffer overwritten with its gradient, dloss/dz (`loss_rows`, `triton_loss`);
-3. dh = dz W is final for these tokens; dW += dz^T h is summed in float32 (one chunk: in its own dtype), and only when W
-   wants a gradient;
-4. the backward pass multiplies the two by the incoming number.
-
-What it does not do: keep dW small: while it is summed it takes 4 bytes a weight. `loss_words` does, for a quarter more
-time.
+The logarithm of the normalizer comes from the largest probability, at least 1/V and so never rounded away: logsumexp =
+max - log(max p).
 """
 
 from __future__ import annotations
@@ -32,7 +26,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from avalab.kernels.weight import DTYPES
+
+LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of the buffer: about the CPU's cache; enough to fill a GPU
+FEWEST_TOKENS = 16  # a chunk: fewer make the matrix products slow
 WIDE_VALUES = 2**19  # widened at a time
+PANEL_VALUES = 2**21  # of the head's gradient, added at a time
+
+Hidden, Head = Float[Tensor, "token width"], Float[Tensor, "vocab width"]
+Logits, Labels = Float[Tensor, "token vocab"], Int[Tensor, "token"]
+PerToken = Float[Tensor, "token"]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,14 +43,85 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def tokens_that_count(
+    hidden: Tensor, weight: Tensor, keep: Tensor | None, temperature: float
+) -> tuple[Float[Tensor, "kept width"], Int[Tensor, "kept"]]:
+    """Hidden states, flat, and numbers of the tokens that `keep` keeps; None keeps all.
+
+    Raises ValueError for widths, dtypes or counts that differ, or a temperature that is not positive.
+    """
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden states of width {hidden.shape[-1]} do not match a head of width {weight.shape[1]}")
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        allowed = ", ".join(str(d) for d in DTYPES)
+        raise ValueError(
+            f"hidden states are {hidden.dtype}, the head {weight.dtype}; both must be the same of {allowed}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if keep is None:
+        return flat, torch.arange(len(flat), device=flat.device)
+    if keep.numel() != len(flat):
+        raise ValueError(f"{len(flat)} hidden states, but targets or a mask for {keep.numel()}")
+    kept = keep.reshape(-1).nonzero().squeeze(1)
+    return (flat if len(kept) == len(flat) else flat[kept]), kept
+
+
+def refuse_outside_vocabulary(entries: Int[Tensor, "..."], vocab: int) -> None:
+    """Raise ValueError, naming the range, when a vocabulary entry is none."""
+    if entries.numel() and not 0 <= int(entries.min()) <= int(entries.max()) < vocab:
+        raise ValueError(f"targets run from {entries.min()} to {entries.max()}; the vocabulary has {vocab} entries")
+
+
+def by_tokens(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The form of a loss, `(hidden, head, target, **options)` -> its mean, that takes `rows` of some tokens at a time.
+
+    `rows(logits, *target, weight of a row, **options)` gives each row's loss and overwrites the logits. The target, or
+    each of a tuple of them, is indexed by the tokens.
+    """
+
+    def run(hidden: Tensor, weight: Tensor, target: object, **options: float | bool) -> Float[Tensor, ""]:
+        parts = target if isinstance(target, tuple) else (target,)
+
+        def losses(logits: Tensor, tokens: slice, row_weight: float) -> Tensor:
+            return rows(logits, *(part[tokens] for part in parts), row_weight, **options)
+
+        return _ByTokens.apply(hidden, weight, losses)
+
+    return run
+
+
+def loss_check(
+    reference: Callable, *runs: Callable, target: Callable[[Tensor], object], **options: float | bool
+) -> Callable[[str], None]:
+    """A check for `Form`: loss and both gradients in float32, on 21 tokens and 67 vocabulary entries.
+
+    `target` makes what the loss is measured against from a teacher's logits.
+    """
+
+    def check(device: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shapes = ((21, 8), (67, 8), (21, 67))
+        h, w, teacher = (torch.randn(s, generator=generator).to(device) for s in shapes)
+        found = []
+        for run in (reference, *runs):
+            inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+            with torch.enable_grad():
+                loss = run(*inputs, target(teacher), **options)
+            found.append([loss, *torch.autograd.grad(loss, inputs)])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+    return check
+
+
+# --- loss and gradient of rows -----------------------------------------------------------------------------------
+
+
 def cross_entropy_rows(
-    logits: Float[Tensor, "token vocab"],
-    targets: Int[Tensor, "token"],
-    row_weight: float,
-    *,
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-) -> Float[Tensor, "token"]:
+    logits: Logits, targets: Labels, row_weight: float, *, label_smoothing: float = 0.0, temperature: float = 1.0
+) -> PerToken:
     """Cross-entropy of each row in nats; `logits` become the gradient of their sum times `row_weight`."""
     losses = logits.new_empty(len(logits), dtype=working_dtype(logits.dtype))
     spread = label_smoothing / logits.shape[1]
@@ -67,13 +141,8 @@ def cross_entropy_rows(
 
 
 def kl_rows(
-    logits: Float[Tensor, "token vocab"],
-    teacher: Float[Tensor, "token vocab"],
-    row_weight: float,
-    *,
-    reverse: bool = False,
-    temperature: float = 1.0,
-) -> Float[Tensor, "token"]:
+    logits: Logits, teacher: Logits, row_weight: float, *, reverse: bool = False, temperature: float = 1.0
+) -> PerToken:
     """KL divergence of each row in nats times T^2; `logits` become the gradient of their sum times `row_weight`."""
     losses = logits.new_empty(len(logits), dtype=working_dtype(logits.dtype))
     for part, x in wide(logits, temperature):
@@ -101,23 +170,7 @@ def wide(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
         yield part, x / temperature if temperature != 1 else x
 
 
-# --- linear head and loss by chunks of tokens, both gradients computed in the forward pass --------------------------
-
-
-LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of the buffer: about the CPU's cache; enough to fill a GPU
-
-FEWEST_TOKENS = 16  # a chunk: fewer make the matrix products slow
-
-PANEL_VALUES = 2**21  # of the head's gradient, added at a time
-
-Rows = Callable[[Tensor, slice, float], Tensor]  # logits of some tokens, weight of a row -> losses; overwrites them
-
-
-def mean_loss(
-    hidden: Float[Tensor, "token width"], weight: Float[Tensor, "vocab width"], rows: Rows
-) -> Float[Tensor, ""]:
-    """Mean over tokens of what `rows` returns, differentiable in both tensors; zero without tokens."""
-    return _ByTokens.apply(hidden, weight, rows)
+# --- chunks of tokens ----------------------------------------------------------------------------------------------
 
 
 @staticmethod
@@ -131,21 +184,22 @@ def scaled_gradients(ctx, outer: Tensor) -> tuple[Tensor | None, Tensor | None, 
 
 
 class _ByTokens(torch.autograd.Function):
-    """Mean over tokens of what `rows` returns, with both gradients computed in the forward pass."""
+    """Mean over tokens of `losses(logits, tokens, weight of a row)`; zero without tokens."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, losses: Callable[..., Tensor]) -> Tensor:
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         dh = torch.zeros_like(hidden) if wants_hidden else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        chunk = min(tokens_in_chunk(weight), max(1, len(hidden)))
+        chunk = tokens_in_chunk(weight.device.type, len(weight) * weight.element_size())
+        chunk = min(chunk, max(1, len(hidden)))
         summed = working_dtype(weight.dtype) if len(hidden) > chunk else weight.dtype
         dw = torch.zeros_like(weight, dtype=summed) if wants_weight else None
         buffer = hidden.new_empty(chunk, len(weight))
         for first in range(0, len(hidden), chunk):
             part = slice(first, min(first + chunk, len(hidden)))
             logits = torch.mm(hidden[part], weight.T, out=buffer[: part.stop - first])
-            total += rows(logits, part, 1 / len(hidden)).sum(dtype=torch.float64)
+            total += losses(logits, part, 1 / len(hidden)).sum(dtype=torch.float64)
             if wants_hidden:
                 dh[part] = logits @ weight
             if wants_weight:
@@ -156,16 +210,14 @@ class _ByTokens(torch.autograd.Function):
     backward = scaled_gradients
 
 
-def tokens_in_chunk(weight: Float[Tensor, "vocab width"]) -> int:
-    """Tokens whose logits fill the buffer: a multiple of 16, at least 16."""
-    room = LOGIT_BYTES.get(weight.device.type, LOGIT_BYTES["cuda"])
-    return max(FEWEST_TOKENS, room // (len(weight) * weight.element_size()) // FEWEST_TOKENS * FEWEST_TOKENS)
+def tokens_in_chunk(device: str, token_bytes: int) -> int:
+    """Tokens whose logits, of so many bytes each, fill the buffer: a multiple of 16, at least 16."""
+    room = LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"])
+    return max(FEWEST_TOKENS, room // token_bytes // FEWEST_TOKENS * FEWEST_TOKENS)
 
 
-def _add_outer(
-    dw: Float[Tensor, "vocab width"], dz: Float[Tensor, "chunk vocab"], h: Float[Tensor, "chunk width"]
-) -> None:
-    """dw += dz^T h, some words at a time: the product's dtype is the inputs', the sum's is dw's."""
+def _add_outer(dw: Head, dz: Logits, h: Hidden) -> None:
+    """dw += dz^T h, some vocabulary entries at a time: the product's dtype is the inputs', the sum's is dw's."""
     if dw.dtype == dz.dtype:
         dw.addmm_(dz.T, h)
         return

@@ -1,13 +1,12 @@
-"""Divergence from a teacher of whom a few words a token are known: head and loss in one, full logits never held.
+"""Divergence from a teacher of whom a few vocabulary entries a token are known, by chunks of tokens (`loss_chunks`).
 
-With q = softmax(z / T), ids and weights w of a token's known words, W = sum(w) and c the weight of a row:
+With q = softmax(z / T), ids and weights w of a token's known entries, W = sum(w) and c the weight of a row:
 - whole targets (`tail` False; W is 1 for sampled ones): loss = -sum(w log q); gradient of z = c T (W q - w);
-- `tail` (the k most probable words, and the mass 1 - W of all others together): loss = -sum(w log q) - (1 - W)
-  log(1 - Q) with Q = q's mass on the known words; gradient = c T (q - w) on them and c T q (W - Q) / (1 - Q) elsewhere.
-  All other words are one event: nothing is taught about their shares, and the loss is least at the teacher's w.
+- `tail` (the k most probable entries, and the mass 1 - W of all others together): loss = -sum(w log q) - (1 - W)
+  log(1 - Q) with Q = q's mass on the known entries; gradient = c T (q - w) on them and c T q (W - Q) / (1 - Q)
+  elsewhere. All others are one event: nothing is taught about their shares, and the loss is least at the teacher's w.
 
-Losses are cross-entropies times T^2: subtract the teacher's entropy times T^2 and they are divergences. Rows come by
-chunks of tokens, the gradient in the logits' own memory, as in `loss_tokens`.
+Losses are cross-entropies times T^2: subtract the teacher's entropy times T^2 and they are divergences.
 
 Sources: targets of sampled words: Anshumann et al. 2025, arXiv 2503.16870, section 3; the tail as one event is the
 divergence of coarsened distributions, never above the whole one (Cover and Thomas 2006, theorem 2.8.1 applied to sums).
@@ -22,10 +21,9 @@ from torch import Tensor
 
 from avalab.kernels import loss_chunks
 from avalab.kernels.dispatch import Form, choose
-from avalab.kernels.loss import _selected
-from avalab.kernels.loss_chunks import wide, working_dtype
+from avalab.kernels.loss_chunks import Head, Hidden, Logits, PerToken, wide, working_dtype
 
-LEAST_TAIL = 1e-6  # what is left beside the known words counts as at least this: float32 knows no less
+LEAST_TAIL = 1e-6  # what is left beside the known entries counts as at least this: float32 knows no less
 
 
 def linear_sparse(
@@ -40,29 +38,23 @@ def linear_sparse(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats of `hidden @ weight.T / temperature` from sparse targets, times temperature squared.
 
-    Unused places of `ids` hold any word with weight 0; with `tail`, no word stands in a token's `ids` twice with a
+    Unused places of `ids` hold any entry with weight 0; with `tail`, no entry stands in a token's `ids` twice with a
     weight above 0. Tokens where `keep` is False do not count. Raises ValueError for shapes or dtypes that do not match,
-    a word outside the vocabulary or a temperature that is not positive.
+    an id outside the vocabulary or a temperature that is not positive.
     """
-    keep = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if keep is None else keep
-    flat, kept = _selected(hidden, weight, keep.reshape(-1), temperature)
-    if ids.shape != weights.shape or ids.shape[:-1].numel() != keep.numel():
+    flat, kept = loss_chunks.tokens_that_count(hidden, weight, keep, temperature)
+    tokens = hidden.shape[:-1].numel()
+    if ids.shape != weights.shape or ids.shape[:-1].numel() != tokens:
         shapes = f"{tuple(ids.shape)} and {tuple(weights.shape)}"
-        raise ValueError(f"words and weights of shapes {shapes} do not fit {keep.numel()} hidden states")
+        raise ValueError(f"ids and weights of shapes {shapes} do not fit {tokens} hidden states")
     known, shares = (t.reshape(-1, t.shape[-1])[kept] for t in (ids, weights))
-    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < len(weight):
-        raise ValueError(f"targets run from {known.min()} to {known.max()}; the vocabulary has {len(weight)} words")
+    loss_chunks.refuse_outside_vocabulary(known, len(weight))
     form = choose("linear_sparse", SPARSE, weight.device, flat)
     return form.run(flat, weight, (known, shares.to(working_dtype(flat.dtype))), tail=tail, temperature=temperature)
 
 
 def sparse_reference(
-    hidden: Float[Tensor, "token width"],
-    weight: Float[Tensor, "vocab width"],
-    targets: tuple[Tensor, Tensor],
-    *,
-    tail: bool = False,
-    temperature: float = 1.0,
+    hidden: Hidden, weight: Head, targets: tuple[Tensor, Tensor], *, tail: bool = False, temperature: float = 1.0
 ) -> Float[Tensor, ""]:
     """Full logits, then the definition."""
     ids, weights = targets
@@ -77,14 +69,14 @@ def sparse_reference(
 
 
 def sparse_rows(
-    logits: Float[Tensor, "token vocab"],
+    logits: Logits,
     ids: Int[Tensor, "token known"],
     weights: Float[Tensor, "token known"],
     row_weight: float,
     *,
     tail: bool = False,
     temperature: float = 1.0,
-) -> Float[Tensor, "token"]:
+) -> PerToken:
     """Loss of each row; `logits` become the gradient of their sum times `row_weight`."""
     losses = weights.new_empty(len(logits))
     for part, x in wide(logits, temperature):
@@ -107,35 +99,21 @@ def sparse_rows(
     return losses.mul_(temperature**2)
 
 
-def sparse_tokens(
-    hidden: Tensor, weight: Tensor, targets: tuple[Tensor, Tensor], **options: float | bool
-) -> Float[Tensor, ""]:
-    """`sparse_reference` by chunks of tokens."""
-    ids, weights = targets
+sparse_tokens = loss_chunks.by_tokens(sparse_rows)
 
-    def rows(logits: Tensor, part: slice, row_weight: float) -> Tensor:
-        return sparse_rows(logits, ids[part], weights[part], row_weight, **options)
 
-    return loss_chunks.mean_loss(hidden, weight, rows)
+def _five_known(logits: Tensor) -> tuple[Tensor, Tensor]:
+    shares, ids = logits.softmax(-1).topk(5)
+    shares[:, -1] = 0  # an unused place
+    return ids, shares
 
 
 def _check(device: str) -> None:
-    """Loss and both gradients against the reference, in float32, on 21 tokens, 67 words and five known ones."""
-    generator = torch.Generator().manual_seed(1)
-    h, w, p = (torch.randn(shape, generator=generator).to(device) for shape in ((21, 8), (67, 8), (21, 67)))
-    shares, ids = p.softmax(-1).topk(5)
-    shares[:, -1] = 0  # an unused place
     for tail in (True, False):
-        found = []
-        for run in (sparse_reference, sparse_tokens):
-            inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
-            with torch.enable_grad():
-                loss = run(*inputs, (ids, shares), tail=tail, temperature=1.5)
-            found.append([loss, *torch.autograd.grad(loss, inputs)])
-        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+        loss_chunks.loss_check(sparse_reference, sparse_tokens, target=_five_known, tail=tail, temperature=1.5)(device)
 
 
 SPARSE = (
-    Form("tiles", sparse_tokens, lambda hidden: True, _check),
-    Form("reference", sparse_reference, lambda hidden: True),
+    Form("tiles", sparse_tokens, check=_check),
+    Form("reference", sparse_reference),
 )

@@ -1,32 +1,20 @@
 """Activations times a 4-bit weight: y = x W^T, and its transpose g W, with W decoded a tile at a time.
 
 Forms of the product, best first:
-- `library`: few rows of activations on a CPU and a weight from `library.prepare`, at the speed of reading the codes;
-- `triton`: up to `triton_product.FEW_ROWS` rows on a GPU, decoding inside the product;
+- `library`: few rows of activations on a CPU, at the speed of reading the codes, by kernels that libraries bring:
+  bitsandbytes' for NF4 (AVX-512 bf16) and torch's own for int4. Each reads codes and bf16 scales in an order of its
+  own: `prepare` makes that second copy, half a byte a weight. Without it, or those instructions, the tiled form serves;
+- `triton`: up to `triton.FEW_ROWS` rows on a GPU, decoding inside the product;
 - `tiles`: W is decoded to the activations' dtype some 2^20 weights at a time, into memory that stays in cache, and the
   matrix library (oneDNN, cuBLAS) multiplies the tile. Decoding costs the same for any number of activations: this is
   the form for prefill and training. A tile holds whole rows (for x W^T) or whole columns (for g W): no sum is split;
 - `reference`: decode everything, multiply. The definition.
-The decoding of a tile has forms of its own (`DECODE`), all bit-equal to the reference.
+The decoding of a tile has forms of its own (`DECODE`), all bit-equal to the reference; bitsandbytes' native code is
+about three times as fast as torch's operators.
 
+Checks: a product may differ from its float64 value by four roundings of every term (`error_bound`), a decoded weight
+not by a bit.
 What it does not do: gradients (`lora`), quantize the activations, or use more threads than torch was given.
-
-Kernels for few rows of activations that installed libraries bring for a CPU, and what they read.
-
-At batch 1 a product takes as long as reading its codes. Two libraries' native kernels run at that speed, so they are
-called rather than written again: bitsandbytes' for NF4 (AVX-512 bf16) and torch's own `_weight_int4pack_mm_for_cpu` for
-int4. Each reads codes and bf16 scales in an order of its own: `prepare` makes that second copy, half a byte a weight.
-bitsandbytes also decodes NF4 in native code, to the reference's bits, about three times as fast as torch's operators.
-
-What it does not do: need bitsandbytes. Without it, or on a CPU without those instructions, the tiled form serves, and a
-log message says so once.
-
-What the forms of the 4-bit product are checked against before they are used, and by the tests.
-
-A product may differ from its float64 value by four roundings of every term (`error_bound`); a decoded weight not by a
-bit.
-
-What it does not do: cover every shape; the tests draw those.
 """
 
 from __future__ import annotations
@@ -55,12 +43,91 @@ from avalab.kernels.weight import (
     take,
 )
 
+TILE_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}  # a few MiB of cache; few launches
+PANEL_COLS = 256  # fewer columns a panel make the matrix library slow
+
 # Rows of activations up to which each beats the tiled form, on 4096 x 4096, one thread of a Zen 5.
 SMALL_BATCH = {"bitsandbytes": 64, "int4pack": 48}
-
 INT4PACK_GROUPS = (32, 64, 128, 256)
-
 LANES = 32  # rows of the weight that the kernels take together
+
+KINDS = ("nf4", "nf4_nested", "int4", "int4_zero_point", "int4_minimum")  # of samples
+
+
+def multiply(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
+    """The product: x times the transposed weight, in x's dtype and on its device, by the best form there is.
+
+    Raises ValueError for a dtype or device without a form, columns that differ, or an x that wants a gradient.
+    """
+    _refuse(x, weight, weight.shape[1], "columns")
+    return choose("product", PRODUCT, x.device, x, weight).run(x, weight)
+
+
+def multiply_transposed(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
+    """g times the weight: the gradient of `product` with respect to x. Raises what `multiply` raises."""
+    _refuse(g, weight, weight.shape[0], "rows")
+    return choose("product_transposed", TRANSPOSED, g.device, g, weight).run(g, weight)
+
+
+def _refuse(x: Tensor, weight: Weight4, width: int, name: str) -> None:
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"activations of {x.shape[-1]} values do not match the {width} {name} of a {weight.shape} weight"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(f"activations are {x.dtype}; the product takes {', '.join(str(d) for d in DTYPES)}")
+    if x.device != weight.device:
+        raise ValueError(f"activations are on {x.device}, the weight on {weight.device}; move one (Weight4.to)")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("activations want a gradient, which this product does not give; use avalab.kernels.linear")
+
+
+def product_reference(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
+    """Decode, multiply."""
+    return x @ decode(weight, x.dtype).T
+
+
+def transposed_reference(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
+    """Decode, multiply."""
+    return g @ decode(weight, g.dtype)
+
+
+def product_tiles(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
+    """The product, some rows of the weight at a time."""
+    (rows, cols), flat = weight.shape, x.reshape(-1, x.shape[-1])
+    step = max(1, _tile_weights(x) // cols)
+    if step >= rows:
+        return x @ decoded(weight, x.dtype).T
+    out, room = x.new_empty(len(flat), rows), x.new_empty(len(flat) * step)
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        # Into contiguous memory, then copied: oneDNN writes a slice of a wider matrix at half its speed.
+        y = room[: len(flat) * (part.stop - first)].view(len(flat), -1)
+        out[:, part] = torch.mm(flat, decoded(take(weight, part), x.dtype).T, out=y)
+    return out.view(*x.shape[:-1], rows)
+
+
+def transposed_tiles(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
+    """The transposed product, some groups of columns at a time."""
+    (rows, cols), flat, size = weight.shape, g.reshape(-1, g.shape[-1]), weight.group_size
+    out = g.new_empty(len(flat), cols)
+    step = max(PANEL_COLS, _tile_weights(g) // rows) // size * size or size
+    for first in range(0, cols, step):
+        part = slice(first, min(first + step, cols))
+        out[:, part] = flat @ decoded(take(weight, slice(None), part), g.dtype)
+    return out.view(*g.shape[:-1], cols)
+
+
+def _tile_weights(x: Tensor) -> int:
+    return TILE_WEIGHTS.get(x.device.type, TILE_WEIGHTS["cuda"])
+
+
+def decoded(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
+    """The weight in `dtype`, by the fastest form that gives the reference's bits."""
+    return choose("decode", DECODE, weight.device, weight, dtype).run(weight, dtype)
+
+
+# --- kernels of libraries for few rows --------------------------------------------------------------------------
 
 
 def prepare(weight: Weight4) -> Weight4:
@@ -184,10 +251,7 @@ def serves_decode(weight: Weight4, dtype: torch.dtype) -> bool:
     return wanted and is_nf4(weight) and native_code() != ""
 
 
-# --- what the forms of the 4-bit product are checked against before they are used, and by the tests -----------------
-
-
-KINDS = ("nf4", "nf4_nested", "int4", "int4_zero_point", "int4_minimum")
+# --- checks ------------------------------------------------------------------------------------------------------
 
 
 def error_bound(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float64[Tensor, "*batch rows"]:
@@ -212,16 +276,12 @@ def sample(device: str | torch.device, *, kind: str, rows: int = 96, cols: int =
     offsets = torch.randint(0, 16, scales.shape, generator=generator).float()
     levels = nf4_levels() if kind.startswith("nf4") else torch.arange(16.0) - (8 if kind == "int4" else 0)
     if kind == "nf4_nested":
-        scales = _nested(scales, generator)
+        nested = torch.randint(0, 256, (scales.numel(),), generator=generator).to(torch.uint8)
+        absmax = torch.rand(-(-scales.numel() // NESTED_GROUP), generator=generator) + 0.5
+        scales = NestedScales(nested, torch.linspace(-1, 1, 256), absmax, torch.tensor(2.0))
     zero_points = offsets if kind == "int4_zero_point" else None
     minimums = -offsets if kind == "int4_minimum" else None
     return Weight4(codes, levels, scales, zero_points=zero_points, minimums=minimums).to(device)
-
-
-def _nested(scales: Tensor, generator: torch.Generator) -> NestedScales:
-    codes = torch.randint(0, 256, (scales.numel(),), generator=generator).to(torch.uint8)
-    absmax = torch.rand(-(-scales.numel() // NESTED_GROUP), generator=generator) + 0.5
-    return NestedScales(codes, torch.linspace(-1, 1, 256), absmax, torch.tensor(2.0))
 
 
 def product_check(run: Callable, *batches: int, kinds: tuple[str, ...] = KINDS) -> Callable[[str], None]:
@@ -242,16 +302,11 @@ def product_check(run: Callable, *batches: int, kinds: tuple[str, ...] = KINDS) 
     return check
 
 
-def transposed_check(run: Callable) -> Callable[[str], None]:
-    """A check for `Form`: `run` equals g times the decoded weight in float64."""
-
-    def check(device: str) -> None:
-        for kind in KINDS:
-            weight = sample(device, kind=kind)
-            g = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(3)).double().to(device)
-            torch.testing.assert_close(run(g, weight), g @ decode(weight, torch.float64))
-
-    return check
+def _check_transposed(device: str) -> None:
+    for kind in KINDS:
+        weight = sample(device, kind=kind)
+        g = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(3)).double().to(device)
+        torch.testing.assert_close(transposed_tiles(g, weight), g @ decode(weight, torch.float64))
 
 
 def decode_check(run: Callable, kinds: tuple[str, ...] = KINDS) -> Callable[[str], None]:
@@ -266,105 +321,13 @@ def decode_check(run: Callable, kinds: tuple[str, ...] = KINDS) -> Callable[[str
     return check
 
 
-# --- activations times a 4-bit weight -------------------------------------------------------------------------------
-
-
-TILE_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}  # a few MiB of cache; few launches
-
-PANEL_COLS = 256  # fewer columns a panel make the matrix library slow
-
-
-def multiply(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
-    """The product: x times the transposed weight, in x's dtype and on its device, by the best form there is.
-
-    Raises ValueError for a dtype or device without a form, columns that differ, or an x that wants a gradient.
-    """
-    _check(x, weight, weight.shape[1], "columns")
-    return choose("product", PRODUCT, x.device, x, weight).run(x, weight)
-
-
-def multiply_transposed(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
-    """g times the weight: the gradient of `product` with respect to x. Raises what `multiply` raises."""
-    _check(g, weight, weight.shape[0], "rows")
-    return choose("product_transposed", TRANSPOSED, g.device, g, weight).run(g, weight)
-
-
-def _check(x: Tensor, weight: Weight4, width: int, name: str) -> None:
-    if x.shape[-1] != width:
-        raise ValueError(
-            f"activations of {x.shape[-1]} values do not match the {width} {name} of a {weight.shape} weight"
-        )
-    if x.dtype not in DTYPES:
-        raise ValueError(f"activations are {x.dtype}; the product takes {', '.join(str(d) for d in DTYPES)}")
-    if x.device != weight.device:
-        raise ValueError(f"activations are on {x.device}, the weight on {weight.device}; move one (Weight4.to)")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("activations want a gradient, which this product does not give; use avalab.kernels.linear")
-
-
-def product_reference(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
-    """Decode, multiply."""
-    return x @ decode(weight, x.dtype).T
-
-
-def transposed_reference(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
-    """Decode, multiply."""
-    return g @ decode(weight, g.dtype)
-
-
-def product_tiles(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
-    """The product, some rows of the weight at a time."""
-    (rows, cols), flat = weight.shape, x.reshape(-1, x.shape[-1])
-    step = max(1, _tile_weights(x) // cols)
-    if step >= rows:
-        return x @ decoded(weight, x.dtype).T
-    out, room = x.new_empty(len(flat), rows), x.new_empty(len(flat) * step)
-    for first in range(0, rows, step):
-        part = slice(first, min(first + step, rows))
-        # Into contiguous memory, then copied: oneDNN writes a slice of a wider matrix at half its speed.
-        y = room[: len(flat) * (part.stop - first)].view(len(flat), -1)
-        out[:, part] = torch.mm(flat, decoded(take(weight, part), x.dtype).T, out=y)
-    return out.view(*x.shape[:-1], rows)
-
-
-def transposed_tiles(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
-    """The transposed product, some groups of columns at a time."""
-    (rows, cols), flat, size = weight.shape, g.reshape(-1, g.shape[-1]), weight.group_size
-    out = g.new_empty(len(flat), cols)
-    step = max(PANEL_COLS, _tile_weights(g) // rows) // size * size or size
-    for first in range(0, cols, step):
-        part = slice(first, min(first + step, cols))
-        out[:, part] = flat @ decoded(take(weight, slice(None), part), g.dtype)
-    return out.view(*g.shape[:-1], cols)
-
-
-def _tile_weights(x: Tensor) -> int:
-    return TILE_WEIGHTS.get(x.device.type, TILE_WEIGHTS["cuda"])
-
-
-def decoded(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
-    """The weight in `dtype`, by the fastest form that gives the reference's bits."""
-    return choose("decode", DECODE, weight.device, weight, dtype).run(weight, dtype)
-
-
-# --- a GPU's kernels, imported only where there is one -----------------------------------------------------------
-
-
-def product_triton(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:
-    """The product of a few rows of activations, decoded inside it; see `triton_product`."""
+def _product_triton(x: Tensor, weight: Weight4) -> Tensor:
     from avalab.kernels import triton as triton_kernels
 
     return triton_kernels.product(x, weight)
 
 
-def decode_triton(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
-    """The decoded weight in one pass; see `triton_product`."""
-    from avalab.kernels import triton as triton_kernels
-
-    return triton_kernels.decode(weight, dtype)
-
-
-def _serves_triton(x: Tensor, weight: Weight4) -> bool:
+def _serves_product_triton(x: Tensor, weight: Weight4) -> bool:
     if x.device.type != "cuda" or x.dtype == torch.float64:
         return False
     from avalab.kernels import triton as triton_kernels
@@ -372,29 +335,31 @@ def _serves_triton(x: Tensor, weight: Weight4) -> bool:
     return triton_kernels.serves(weight) and 0 < x.numel() <= triton_kernels.FEW_ROWS * x.shape[-1]
 
 
-def _serves_triton_decode(weight: Weight4, dtype: torch.dtype) -> bool:
+def _decode_triton(weight: Weight4, dtype: torch.dtype) -> Tensor:
+    from avalab.kernels import triton as triton_kernels
+
+    return triton_kernels.decode(weight, dtype)
+
+
+def _serves_decode_triton(weight: Weight4, dtype: torch.dtype) -> bool:
     return weight.device.type == "cuda" and dtype != torch.float64
-
-
-def _any(*_arguments) -> bool:
-    return True
 
 
 PRODUCT = (
     Form("library", product_library, serves_product, product_check(product_library, 1, 3, 16)),
-    Form("triton", product_triton, _serves_triton, product_check(product_triton, 1, 3)),
-    Form("tiles", product_tiles, _any, product_check(product_tiles, 5)),
-    Form("reference", product_reference, _any),
+    Form("triton", _product_triton, _serves_product_triton, product_check(_product_triton, 1, 3)),
+    Form("tiles", product_tiles, check=product_check(product_tiles, 5)),
+    Form("reference", product_reference),
 )
 
 TRANSPOSED = (
-    Form("tiles", transposed_tiles, _any, transposed_check(transposed_tiles)),
-    Form("reference", transposed_reference, _any),
+    Form("tiles", transposed_tiles, check=_check_transposed),
+    Form("reference", transposed_reference),
 )
 
 DECODE = (
     Form("library", decode_library, serves_decode, decode_check(decode_library, ("nf4", "nf4_nested"))),
-    Form("triton", decode_triton, _serves_triton_decode, decode_check(decode_triton)),
-    Form("tiles", decode_by_pairs, _any, decode_check(decode_by_pairs)),
-    Form("reference", decode, _any),
+    Form("triton", _decode_triton, _serves_decode_triton, decode_check(_decode_triton)),
+    Form("tiles", decode_by_pairs, check=decode_check(decode_by_pairs)),
+    Form("reference", decode),
 )

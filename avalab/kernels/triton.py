@@ -1,48 +1,39 @@
-"""Loss and gradient of rows of logits for a GPU, in Triton: the same signatures as `loss_rows`, a program a row.
+"""The GPU forms of encoding, loss and product, in Triton; imported only where there is a GPU or the interpreter.
 
-The row is read twice, whatever the loss: the first reading keeps the running maximum, the sum of exponentials rescaled
-to it, and one more running sum (of the logits, or of probability times the gap between the two models); the second
-writes the gradient in the logits' place. Nothing of the size of a row is held.
+- `codes_and_scales`: absolute maximum, nearest of ascending levels and packing in one pass. A program takes some
+  groups, one a row: their even and odd columns become the high and low halves of the bytes. A code is the number of
+  midpoints below the value times the reciprocal of the group's maximum, whose last bit decides ties.
+- `cross_entropy_rows`, `kl_rows`: as those of `loss_chunks`, a program a row, read twice: first the running maximum,
+  the sum of exponentials rescaled to it and one more running sum (of the logits, or of probability times the gap
+  between the two models), then the gradient in the logits' place. Nothing of the size of a row is held.
+- `product`: some rows of the weight for up to 16 rows of activations. It walks the columns a part of a group at a time:
+  bytes are split in halves, looked up in the 16 levels and multiplied with the even and the odd columns of x by the
+  matrix units, so nothing is interleaved. Scale, zero point and minimum act on the partial sums, in float32: sum over
+  groups of scale * (x . level - zero_point * sum(x)) + minimum * sum(x).
+- `decode`: a byte becomes two weights, without fused multiply-adds, so that the bits are the reference's. Quantized
+  scales are decoded in both kernels and never stored.
 
+None takes float64. Without a GPU the interpreter (TRITON_INTERPRET=1) checks results, not time.
 Source: the running form of the softmax: Milakov and Gimelshein 2018, algorithm 3.
-What it does not do: float64. Without a GPU the interpreter (TRITON_INTERPRET=1) checks the results only.
-
-The 4-bit product for a GPU, in Triton: decoding inside the product for few rows, or the decoded weight in one pass.
-
-`product`: a program computes some rows of the weight for up to 16 rows of activations. It walks the columns a part of a
-group at a time: bytes are split in halves, the halves looked up in the 16 levels, and multiplied with the even and the
-odd columns of x by the matrix units, so nothing is interleaved. Scale, zero point and minimum act on the partial sums,
-in float32: sum over groups of scale * (x . level - zero_point * sum(x)) + minimum * sum(x).
-`decode`: a byte becomes two weights, without fused multiply-adds, so that the bits are the reference's.
-Quantized scales are decoded in both kernels and never stored.
-
-What it does not do: float64, groups that 32 does not divide (the tiled form takes those). Time without a GPU: the
-interpreter (TRITON_INTERPRET=1) checks the results only.
-
-Four-bit codes on a GPU, in Triton: absolute maximum, nearest level and packing in one pass over the weight.
-
-A program takes some groups, one a row: their even and their odd columns, which become the high and the low halves of
-the bytes. A code is the number of midpoints below the value times the reciprocal of the group's maximum; the reciprocal
-is rounded to nearest, because its last bit decides ties.
-
-What it does not do: levels that do not ascend, group sizes that are no power of two, double quantization. Time without
-a GPU: the interpreter (TRITON_INTERPRET=1) checks the results only.
 """
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from avalab.kernels.loss_chunks import Labels, Logits, PerToken
 from avalab.kernels.weight import NESTED_GROUP, NestedScales, Weight4
 
 BLOCK_BYTES = 1024  # made by a program
-
+BLOCK = 4096  # logits read at a time
+FEW_ROWS = 16  # of activations: one tile of the matrix units
+BLOCK_ROWS = 16  # of the weight, a program
 SMALLEST = 1e-38  # a scale below is taken for this: the reciprocal must not overflow
 
 
@@ -57,8 +48,10 @@ def codes_and_scales(
     middles = torch.tensor(midpoints, device=flat.device)
     block = max(1, BLOCK_BYTES // half)
     grid = (triton.cdiv(count, block),)
-    sizes = {"MIDDLES": len(midpoints), "HALF": half, "BLOCK": block, "LEAST": SMALLEST}
-    _encode[grid](flat, middles, codes, scales, count, **sizes, enable_fp_fusion=False)
+    _encode[grid](
+        flat, middles, codes, scales, count,
+        MIDDLES=len(midpoints), HALF=half, BLOCK=block, LEAST=SMALLEST, enable_fp_fusion=False,
+    )  # fmt: skip
     return codes, scales
 
 
@@ -88,47 +81,32 @@ def _encode(
     tl.store(scales + group, scale, group < count)
 
 
-# --- loss and gradient of rows of logits for a GPU, in Triton -------------------------------------------------------
-
-
-BLOCK = 4096  # logits read at a time
+# --- loss and gradient of rows of logits -------------------------------------------------------------------------
 
 
 def cross_entropy_rows(
-    logits: Float[Tensor, "token vocab"],
-    targets: Int[Tensor, "token"],
-    row_weight: float,
-    *,
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-) -> Float[Tensor, "token"]:
-    """As `loss_rows.cross_entropy_rows`."""
-    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    logits: Logits, targets: Labels, row_weight: float, *, label_smoothing: float = 0.0, temperature: float = 1.0
+) -> PerToken:
+    """As `loss_chunks.cross_entropy_rows`."""
     numbers = (logits.stride(0), logits.shape[1], row_weight, label_smoothing, 1 / temperature)
-    if len(logits):
-        _cross_entropy[(len(logits),)](logits, targets.contiguous(), losses, *numbers, BLOCK=_block(logits))
-    return losses
+    return _launch_rows(_cross_entropy, logits, targets.contiguous(), numbers)
 
 
 def kl_rows(
-    logits: Float[Tensor, "token vocab"],
-    teacher: Float[Tensor, "token vocab"],
-    row_weight: float,
-    *,
-    reverse: bool = False,
-    temperature: float = 1.0,
-) -> Float[Tensor, "token"]:
-    """As `loss_rows.kl_rows`."""
-    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    logits: Logits, teacher: Logits, row_weight: float, *, reverse: bool = False, temperature: float = 1.0
+) -> PerToken:
+    """As `loss_chunks.kl_rows`."""
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     numbers = (logits.stride(0), teacher.stride(0), logits.shape[1], row_weight, temperature)
+    return _launch_rows(_kl, logits, teacher, numbers, REVERSE=reverse)
+
+
+def _launch_rows(kernel: Any, logits: Tensor, other: Tensor, numbers: tuple, **constants: bool) -> PerToken:
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        _kl[(len(logits),)](logits, teacher, losses, *numbers, REVERSE=reverse, BLOCK=_block(logits))
+        block = min(BLOCK, triton.next_power_of_2(logits.shape[1]))
+        kernel[(len(logits),)](logits, other, losses, *numbers, BLOCK=block, **constants)
     return losses
-
-
-def _block(logits: Tensor) -> int:
-    return min(BLOCK, triton.next_power_of_2(logits.shape[1]))
 
 
 @triton.jit
@@ -182,7 +160,7 @@ def _kl(
         x_part, t_part = tl.exp(x - x_top), tl.exp(t - t_top)
         x_mass = x_mass * x_shrink + tl.sum(x_part, 0)
         t_mass = t_mass * t_shrink + tl.sum(t_part, 0)
-        # A word of no probability adds nothing, even where the other model's logit is infinite too.
+        # An entry of no probability adds nothing, even where the other model's logit is infinite too.
         if REVERSE:
             gap_sum = gap_sum * x_shrink + tl.sum(tl.where(x_part == 0, 0.0, x_part * (x - t)), 0)
         else:
@@ -199,12 +177,7 @@ def _kl(
         tl.store(start + first + at, (gradient * (row_weight * temperature)).to(logits.dtype.element_ty), ok)
 
 
-# --- the 4-bit product for a GPU, in Triton -------------------------------------------------------------------------
-
-
-FEW_ROWS = 16  # of activations: one tile of the matrix units
-
-BLOCK_ROWS = 16  # of the weight, a program
+# --- the 4-bit product -------------------------------------------------------------------------------------------
 
 
 def serves(weight: Weight4) -> bool:
@@ -219,9 +192,11 @@ def product(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "
     part = next(size for size in (128, 64, 32) if weight.group_size % size == 0)
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(len(flat), FEW_ROWS))
     codes = weight.codes.contiguous()
-    sizes = {"PART": part, "GROUP": weight.group_size, "BLOCK_M": FEW_ROWS, "BLOCK_N": BLOCK_ROWS}
     exact = x.dtype == torch.float32  # not tf32
-    _product[grid](flat, codes, out, len(flat), rows, cols, *_arguments(weight), *_kinds(weight), exact, **sizes)
+    _product[grid](
+        flat, codes, out, len(flat), rows, cols, *_arguments(weight), exact,
+        PART=part, GROUP=weight.group_size, BLOCK_M=FEW_ROWS, BLOCK_N=BLOCK_ROWS,
+    )  # fmt: skip
     return out.view(*x.shape[:-1], rows)
 
 
@@ -230,21 +205,21 @@ def decode(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
     codes = weight.codes.contiguous()
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     grid = (triton.cdiv(codes.numel(), BLOCK_BYTES),)
-    arguments = (codes, out, codes.numel(), *_arguments(weight), *_kinds(weight))
-    _decode[grid](*arguments, GROUP=weight.group_size, BLOCK=BLOCK_BYTES, enable_fp_fusion=False)
+    _decode[grid](
+        codes, out, codes.numel(), *_arguments(weight),
+        GROUP=weight.group_size, BLOCK=BLOCK_BYTES, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 
-def _arguments(weight: Weight4) -> list[Tensor]:
-    """Levels, scales and offsets; where there is none, the levels stand in and are not read."""
+def _arguments(weight: Weight4) -> list[Tensor | bool]:
+    """Levels, scales and offsets, where there is none the levels, which are not read; then which of them there are."""
     scales, nothing = weight.scales, weight.levels
-    parts = list(vars(scales).values()) if isinstance(scales, NestedScales) else [scales, *[nothing] * 3]
+    nested = isinstance(scales, NestedScales)
+    parts = list(vars(scales).values()) if nested else [scales, *[nothing] * 3]
     offsets = [nothing if t is None else t for t in (weight.zero_points, weight.minimums)]
-    return [tensor.contiguous() for tensor in (weight.levels, *parts, *offsets)]
-
-
-def _kinds(weight: Weight4) -> tuple[bool, bool, bool]:
-    return isinstance(weight.scales, NestedScales), weight.zero_points is not None, weight.minimums is not None
+    tensors = [tensor.contiguous() for tensor in (weight.levels, *parts, *offsets)]
+    return [*tensors, nested, weight.zero_points is not None, weight.minimums is not None]
 
 
 @triton.jit

@@ -6,24 +6,19 @@ minimum). Two codes share a byte, the first in the high half, rows one after ano
 artefacts load as they are, the scales' own quantization (double quantization) included. Arithmetic is float32, rounded
 once at the end.
 
+`decode` is the definition; `decode_by_pairs` gives its bits in few passes over memory: two codes of a byte are looked
+up together in a table of 256 pairs of levels, levels that are consecutive integers are unpacked by torch's operator for
+embedding tables of 4 bits, the rest acts in place on float32, and one copy rounds to the wanted dtype (an operator that
+reads one dtype and writes another costs three times as much).
+
 Source of the layouts: bitsandbytes' 4-bit state dictionary; `avalab.kernels.formats` for the formats.
-What it does not do: quantize (`encoding`), multiply (`product`).
-
-A packed weight decoded on a CPU by torch's own operators, to the reference's bits, in few passes over memory.
-
-Two codes of a byte are looked up together in a table of 256 pairs of levels; levels that are consecutive integers are
-unpacked by torch's operator for embedding tables of 4 bits. Zero points, scales and minimums then act in place on
-float32, whose broadcast operators are vectorised, and one copy rounds to the wanted dtype: an operator that reads one
-dtype and writes another costs three times as much.
-
-What it does not do: use native code of other libraries (`library`), or serve a GPU well (`triton_product`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -80,16 +75,21 @@ class Weight4:
 
     def tensors(self) -> list[Tensor]:
         """All tensors held, the second copy of `prepare` included."""
-        return _tensors(self)
+        found = []
+        for value in vars(self).values():
+            fields = vars(value).values() if isinstance(value, NestedScales | SmallBatch) else (value,)
+            found += [field for field in fields if isinstance(field, Tensor)]
+        return found
 
     def to(self, device: str | torch.device) -> Weight4:
         """The same weight on another device; the second copy, which belongs to the machine, is dropped."""
-        scales = self.scales
-        if isinstance(scales, NestedScales):
-            scales = NestedScales(*(tensor.to(device) for tensor in vars(scales).values()))
-        parts = [None if t is None else t.to(device) for t in (self.zero_points, self.minimums)]
-        moved = scales if isinstance(scales, NestedScales) else scales.to(device)
-        return Weight4(self.codes.to(device), self.levels.to(device), moved, *parts)
+
+        def moved(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(device)
+
+        nested = isinstance(self.scales, NestedScales)
+        scales = NestedScales(*map(moved, vars(self.scales).values())) if nested else moved(self.scales)
+        return Weight4(moved(self.codes), moved(self.levels), scales, moved(self.zero_points), moved(self.minimums))
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,6 @@ class SmallBatch:
     scales: Tensor
 
 
-def _tensors(part: Weight4 | NestedScales | SmallBatch) -> list[Tensor]:
-    found = []
-    for value in vars(part).values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, NestedScales | SmallBatch):
-            found += _tensors(value)
-    return found
-
-
 def from_encoded(encoded: Encoded, *, zero_scales: bool = False) -> Weight4:
     """The packed form of what `avalab.kernels.formats.encode` made in a 4-bit format.
 
@@ -120,14 +110,18 @@ def from_encoded(encoded: Encoded, *, zero_scales: bool = False) -> Weight4:
     if form.bits != 4:
         raise ValueError(f"{form.name} has {form.bits} bits a code; this product takes 4")
     check_groups(cols, cols if form.group_size is None else form.group_size)
-    levels = torch.tensor(form.levels) if form.levels else _integers(form.low)
+    unsigned = torch.arange(16.0)  # an integer code by its low four bits: 0..15, or in two's complement
+    integers = unsigned if form.low >= 0 else torch.where(unsigned < 8, unsigned, unsigned - 16)
+    levels = torch.tensor(form.levels) if form.levels else integers
     offsets = None if encoded.offsets is None else encoded.offsets.view(rows, -1)
+    if encoded.nested:
+        scales = nested_scales(encoded.nested, encoded.scale_mean, len(encoded.scales))
+    else:
+        scales = encoded.scales.to(form.scale_dtype).view(rows, -1)
     weight = Weight4(
         pack_nibbles((encoded.codes & 15).to(torch.uint8)).view(rows, cols // 2),
         levels.to(encoded.codes.device),
-        nested_scales(encoded.nested, encoded.scale_mean, len(encoded.scales))
-        if encoded.nested
-        else encoded.scales.to(form.scale_dtype).view(rows, -1),
+        scales,
         zero_points=offsets if form.offset == "zero_point" else None,
         minimums=offsets if form.offset == "minimum" else None,
     )
@@ -135,16 +129,10 @@ def from_encoded(encoded: Encoded, *, zero_scales: bool = False) -> Weight4:
 
 
 def nested_scales(nested: Encoded, mean: Float32[Tensor, ""], count: int) -> NestedScales:
-    """The first `count` scales of what `numerics.encode_scales` made; they were filled up to whole groups."""
+    """The first `count` scales of what `formats.encode_scales` made; they were filled up to whole groups."""
     codes = nested.codes.flatten()[:count].clone()
     levels = torch.tensor(nested.format.levels, device=codes.device)
     return NestedScales(codes, levels, nested.scales.float(), mean)
-
-
-def _integers(low: int) -> Float32[Tensor, "16"]:
-    """Levels of an integer code by its low four bits: 0..15, or in two's complement."""
-    unsigned = torch.arange(16.0)
-    return unsigned if low >= 0 else torch.where(unsigned < 8, unsigned, unsigned - 16)
 
 
 def from_bitsandbytes(state: Mapping[str, Tensor], prefix: str = "weight") -> Weight4:
@@ -214,11 +202,9 @@ def take(weight: Weight4, rows: slice, cols: slice = slice(None)) -> Weight4:
     if first % size or last % size:
         raise ValueError(f"columns {first} to {last} do not begin and end with a group of {size}")
     groups = slice(first // size, last // size)
-    parts = [None if t is None else t[rows, groups] for t in (weight.zero_points, weight.minimums)]
+    zero_points, minimums = (None if t is None else t[rows, groups] for t in (weight.zero_points, weight.minimums))
     codes = weight.codes[rows, first // 2 : last // 2]
-    return replace(
-        Weight4(codes, weight.levels, group_scales(weight, rows)[:, groups]), zero_points=parts[0], minimums=parts[1]
-    )
+    return Weight4(codes, weight.levels, group_scales(weight, rows)[:, groups], zero_points, minimums)
 
 
 def decode(weight: Weight4, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows cols"]:
@@ -233,14 +219,15 @@ def decode(weight: Weight4, dtype: torch.dtype = torch.float32) -> Float[Tensor,
     return values.view(weight.shape).to(dtype)
 
 
-# --- a packed weight decoded on a CPU by torch's own operators, to the reference's bits, in few passes over memory --
-
-
 def decode_by_pairs(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
-    """`weight.decode`, bit for bit."""
+    """`decode`, bit for bit."""
     values = _by_unpacking(weight)
     if values is None:
-        values = _by_table(weight).view(-1, weight.group_size)
+        byte = torch.arange(256, device=weight.device)
+        # A pair of float32 travels as one float64, which `index_select` copies at memory speed without looking inside.
+        pairs = torch.stack((weight.levels[byte >> 4], weight.levels[byte & 15]), -1).view(torch.float64).view(-1)
+        found = pairs.index_select(0, weight.codes.reshape(-1).int())
+        values = found.view(torch.float32).view(-1, weight.group_size)
         if weight.zero_points is not None:
             values.sub_(weight.zero_points.reshape(-1, 1).float())
     values.mul_(group_scales(weight).reshape(-1, 1))
@@ -255,7 +242,8 @@ def _by_unpacking(weight: Weight4) -> Float32[Tensor, "group size"] | None:
     The operator reads a row's codes, the low half of a byte first, then its scale and offset in float16: a group is
     taken for a row, its scale is 1 and its offset, a whole number, exact.
     """
-    if weight.device.type != "cpu" or not _ascend(weight.levels):
+    ascending = torch.arange(16.0, device=weight.device) + weight.levels[0].round()
+    if weight.device.type != "cpu" or not torch.equal(weight.levels, ascending):
         return None
     codes, lowest = weight.codes.reshape(-1, weight.group_size // 2), weight.levels[0]
     offsets = lowest.expand(len(codes)) if weight.zero_points is None else lowest - weight.zero_points.reshape(-1)
@@ -266,18 +254,3 @@ def _by_unpacking(weight: Weight4) -> Float32[Tensor, "group size"] | None:
     torch.bitwise_or(codes << 4, codes >> 4, out=rows[:, :-4])
     rows[:, -4:] = facts.view(torch.uint8)
     return torch.ops.quantized.embedding_bag_4bit_unpack(rows)
-
-
-def _ascend(levels: Float32[Tensor, "16"]) -> bool:
-    """Whether the levels are consecutive whole numbers, ascending."""
-    return torch.equal(levels, torch.arange(16.0) + levels[0].round())
-
-
-def _by_table(weight: Weight4) -> Float32[Tensor, "value"]:
-    """Levels from one table of 256 pairs of them: a byte is looked up once, as 8 bytes.
-
-    A pair of float32 travels as one float64, which `index_select` copies at memory speed without looking inside.
-    """
-    byte = torch.arange(256, device=weight.device)
-    pairs = torch.stack((weight.levels[byte >> 4], weight.levels[byte & 15]), -1).view(torch.float64).view(-1)
-    return pairs.index_select(0, weight.codes.reshape(-1).int()).view(torch.float32).view(-1)

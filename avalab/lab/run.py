@@ -1,14 +1,12 @@
 """What a run is: its profile, seed, paths and machine, and the records it leaves behind.
 
 A `Run` is made once at the top of a notebook and handed to whatever measures. It knows where things are
-(`results/<name>`, `artifacts/<name>`), how big things are (its `Profile`), and it turns a measured number
-into a `Record` that carries its uncertainty, its hardware and its commit.
+(`results/<name>`, `artifacts/<name>`) and how big they are (its `Profile`), and it turns a measured number into a
+`Record` that carries its uncertainty, its hardware and its commit.
 
-The profile is the one dial: it decides sizes, never which code runs. A run of another model or another
-seed than the profile's own gets folders of its own, so that committed results are never overwritten.
-
-What it does not do: choose a device behind the caller's back after `Run.device` was read, or import torch
-before it must (importing the package stays fast).
+The profile is the one dial: it decides sizes, never which code runs. A run of another model or another seed than the
+profile's own gets folders of its own, so that committed results are never overwritten. torch is imported only where a
+device is asked for: the package starts fast.
 """
 
 from __future__ import annotations
@@ -60,9 +58,9 @@ def _read_profiles() -> dict[str, Profile]:
     """The rows of profiles.toml; one that is `like` another takes over what it does not say itself."""
     rows = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
     for name, row in rows.items():
-        rows[name] = {**rows.get(row.pop("like", ""), {}), **row, "name": name}
-    tuples = {field.name for field in fields(Profile) if field.type.startswith("tuple")}
-    return {name: Profile(**{k: tuple(v) if k in tuples else v for k, v in row.items()}) for name, row in rows.items()}
+        merged = {**rows.get(row.pop("like", ""), {}), **row, "name": name}
+        rows[name] = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+    return {name: Profile(**row) for name, row in rows.items()}
 
 
 PROFILES = _read_profiles()
@@ -147,21 +145,23 @@ class Run:
         """`cuda` when there is a GPU (or AVALAB_DEVICE says so), else `cpu`; applies the profile's memory cap."""
         import torch
 
+        from avalab.lab import trackers
+
         device = os.environ.get("AVALAB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and self.profile.memory_cap_gib:
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.profile.memory_cap_gib * 2**30 / total))
+        trackers.limit_gpu_memory(device, self.profile.memory_cap_gib)
         return device
 
     def record(self, subject: str, metric: str, value: float | None, unit: str, **more) -> Record:
         """Append one `Record`; profile, model, machine and time are filled in."""
+        import torch
+
         facts = {
             "notebook": self.notebook,
             "seed": self.seed,
             "profile": self.profile_name,
             "model": self.model,
             "device": device_name(self.device),
-            "threads": thread_count(),
+            "threads": torch.get_num_threads(),
             "commit": commit(),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -244,20 +244,16 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed else "")
 
 
-def thread_count() -> int:
-    """Threads that torch computes with."""
-    import torch
-
-    return torch.get_num_threads()
-
-
 def device_name(device: str) -> str:
     """`cuda: NVIDIA RTX A2000` or `cpu: AMD EPYC, 2 cores, avx512_bf16`; no host name."""
     if device.startswith("cuda"):
         import torch
 
         return f"cuda: {torch.cuda.get_device_name(0)}"
-    return f"cpu: {_processor()}, {os.cpu_count()} cores{_matrix_units()}"
+    processor = _cpuinfo("model name") or platform.processor() or platform.machine()
+    flags = _cpuinfo("flags").split()
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
+    return ", ".join([f"cpu: {processor}", f"{os.cpu_count()} cores", *units[-1:]])
 
 
 def _cpuinfo(key: str) -> str:
@@ -267,16 +263,6 @@ def _cpuinfo(key: str) -> str:
         return ""
     found = re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else ""
-
-
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _matrix_units() -> str:
-    flags = _cpuinfo("flags").split()
-    found = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
-    return f", {found[-1]}" if found else ""
 
 
 def load_average() -> float:

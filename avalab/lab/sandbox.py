@@ -1,7 +1,7 @@
-"""Run model-written Python where it can do no harm, and judge HumanEval answers with it.
+"""A process in which model-written Python can do no harm, and HumanEval answers judged with it.
 
-The code runs in a process of its own with an empty environment, closed input and a temporary folder. Around it lie the
-layers that the machine allows; `layers()` names the active ones and every `Outcome` carries them:
+The code runs with an empty environment, closed input and a temporary folder. Around it lie the layers that the machine
+allows; `layers()` names the active ones and every `Outcome` carries them:
 
 - `limits`: resource limits for CPU time, address space, file size, open files, processes (setrlimit), and wall time.
 - `namespaces`: own process tree (all of it ends with its first process), network without interfaces, IPC, host name
@@ -14,14 +14,11 @@ layers that the machine allows; `layers()` names the active ones and every `Outc
 - `audit`: Python's own events for the same; easily evaded, it explains and covers systems without the rest.
 
 Each layer is tried alone: one that the system refuses is left out, not an error, so look at `layers()` before running
-code that might be hostile: one of `namespaces` and `seccomp` and one of `root` and `landlock` is the least.
+code that might be hostile: one of `namespaces` and `seccomp` and one of `root` and `landlock` is the least. Outside
+Linux there are `limits` and `audit` only. Not covered: bugs in the kernel or in Python; side channels; reading /usr and
+Python's library; without `root`, a disk full of many small files; without `namespaces` and `seccomp`, processes that
+detach themselves; code that inspects its own interpreter to report success (a HumanEval pass means "no accident").
 Sources: the manual pages bwrap(1), landlock(7), seccomp(2), namespaces(7), capabilities(7); Chen et al. (2021).
-
-What is not covered: bugs in the kernel or in Python; timing and cache side channels; reading /usr and Python's library
-(no secrets are expected there); without `root`, filling the disk with many files of the allowed size until the time is
-up; without `namespaces` and `seccomp`, processes that detach themselves; code that inspects its own interpreter to
-report success (a HumanEval pass means "no accident", not "no cheating"); other systems than Linux beyond `limits` and
-`audit`. Only the standard library is on offer, no installed packages.
 """
 
 from __future__ import annotations
@@ -44,21 +41,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 FILE_BYTES = 4 << 20  # of one file, standard output included
-
 SMALL = f"size={16 << 20},nr_inodes=2000"  # the temporary folder, where `root` is active
-
 OUTPUT_CHARACTERS = 20_000
-
 STARTUP_SECONDS = 10  # on top of the time limit, for a busy machine to start the process
-
 NOBODY = 65534
-
 # Exit codes of the confined process; FINISHED is not 0, so that a stray exit() is no success.
 FINISHED, FAILED, OUT_OF_MEMORY = 113, 1, 114
-
 # x86-64 numbers. Processes and threads (56, 435) are treated apart.
 DENIED_CALLS = {
     "network": (41, 42, 43, 44, 46, 49, 50, 53, 288, 307),
@@ -69,11 +59,8 @@ DENIED_CALLS = {
     "shared memory, queues, io_uring, keys": (29, 30, 64, 68, 240, 248, 249, 250, 319, 425, 426, 427, 447),
     "system": (103, 135, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 227, 246, 305, 313, 320),
 }
-
 DENIED_EVENTS = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.system")
-
 INSIDE = "/sandbox.py"  # this file, where bubblewrap shows it
-
 LAYERS = ("limits", "namespaces", "root", "landlock", "user", "seccomp", "audit")
 
 
@@ -114,7 +101,8 @@ def run_code(code: str, *, seconds: float = 5.0, memory_bytes: int = 1 << 30, wi
 
 def _run(code: str, around: Sequence[str], *, seconds: float, memory_bytes: int, without: Collection[str]) -> Outcome:
     """Run in a new process, which another program confines where `around` is its command line."""
-    with tempfile.TemporaryDirectory() as folder, _file() as out, _file() as err, _file() as report:
+    file = tempfile.TemporaryFile
+    with tempfile.TemporaryDirectory() as folder, file() as out, file() as err, file() as report:
         settings = json.dumps([folder, seconds, memory_bytes, sorted(without), report.fileno(), bool(around)])
         python, program = (sys._base_executable, INSIDE) if around else (sys.executable, __file__)
         process = subprocess.Popen(
@@ -122,7 +110,11 @@ def _run(code: str, around: Sequence[str], *, seconds: float, memory_bytes: int,
             env={}, cwd=folder, start_new_session=True, pass_fds=[report.fileno()],
         )  # fmt: skip
         status = _wait(process, code, seconds + STARTUP_SECONDS)
-        return Outcome(status, _text(out), _text(err), tuple(_text(report).split()))
+        texts = []
+        for written in (out, err, report):
+            written.seek(0)
+            texts.append(written.read(OUTPUT_CHARACTERS).decode("utf-8", "replace"))
+        return Outcome(status, texts[0], texts[1], tuple(texts[2].split()))
 
 
 @cache
@@ -177,15 +169,6 @@ def passes(problem: Problem, completion: str, *, seconds: float = 5.0, memory_by
     return run_code(code, seconds=seconds, memory_bytes=memory_bytes)
 
 
-def _file() -> IO[bytes]:
-    return tempfile.TemporaryFile()
-
-
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read(OUTPUT_CHARACTERS).decode("utf-8", "replace")
-
-
 def _wait(process: subprocess.Popen, source: str, seconds: float) -> str:
     """Hand over the code, wait, end whatever is left of the process group, and say how it ended."""
     try:
@@ -202,7 +185,7 @@ def _wait(process: subprocess.Popen, source: str, seconds: float) -> str:
     return endings.get(code, "killed" if code > 128 else "error")
 
 
-# --- inside the new process ------------------------------------------------------------------------------------------
+# Inside the new process
 
 libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
@@ -243,19 +226,16 @@ def _main(settings: str) -> None:
         ("seccomp", _filter_calls),
         ("audit", lambda: sys.addaudithook(_refuse_event)),
     ]
-    active = [name for name, step in steps if name not in without and _succeeds(step)]
+    active = set()
+    for name, step in steps:
+        if name not in without:
+            with suppress(OSError, AttributeError, ValueError):  # refused, or no such call on this system
+                step()
+                active.add(name)
     os.write(report, " ".join(name for name in LAYERS if name in active).encode())
     os.close(report)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     _execute(source)
-
-
-def _succeeds(step: Callable[[], None]) -> bool:
-    try:
-        step()
-    except (OSError, AttributeError, ValueError):  # refused, or no such call on this system
-        return False
-    return True
 
 
 def _execute(source: bytes) -> None:
@@ -343,7 +323,8 @@ def _enter_root(folder: str) -> None:
 def _drop_user() -> None:
     """Become nobody when root, if Python's library stays readable; give up every capability."""
     try:
-        if os.geteuid() == 0 and _readable_by_all(sys.base_prefix):
+        library = Path(sys.base_prefix)
+        if os.geteuid() == 0 and all(each.stat().st_mode & 0o005 == 0o005 for each in (library, *library.parents)):
             os.chown(".", NOBODY, NOBODY)
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -351,10 +332,6 @@ def _drop_user() -> None:
             _die_with_parent()  # forgotten when the user changes
     finally:
         _system("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
-
-
-def _readable_by_all(path: str) -> bool:
-    return all(p.stat().st_mode & 0o005 == 0o005 for p in (Path(path), *Path(path).parents))
 
 
 def _enter_landlock() -> None:

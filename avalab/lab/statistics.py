@@ -30,9 +30,7 @@ from scipy import stats
 from avalab.lab.run import Run
 
 TAIL = 0.99
-
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"perplexity": np.exp, "mean": lambda mean: mean}
-
 LEVELS = ("nominal", "ordinal", "interval")
 
 
@@ -61,9 +59,6 @@ class Comparison:
         return f"{self.verdict}: {flips} (p = {self.p_value:.2g})"
 
 
-# ------------------------------------------------------------------------------------------------- values over windows
-
-
 def mean(values: Float[Any, "window token"], *, resamples: int, seed: int) -> Estimate:
     """Mean over all tokens with a 95 % percentile-bootstrap interval that resamples windows.
 
@@ -71,19 +66,14 @@ def mean(values: Float[Any, "window token"], *, resamples: int, seed: int) -> Es
     but the interval's Monte-Carlo noise, which sorting removes. Source: Efron and Tibshirani (1993), ch. 13.
     """
     per_window = np.sort(_doubles(values).mean(-1))
-    value = float(per_window.mean())
-    if len(per_window) < 2:
-        return Estimate(value, None, None, len(per_window))
-    if np.ptp(per_window) == 0:
-        return Estimate(value, value, value, len(per_window))
-    return Estimate(value, *_bootstrap((per_window,), np.mean, resamples, seed), len(per_window))
+    return _bootstrapped((per_window,), np.mean, resamples, seed)
 
 
 def perplexity(nll: Float[Any, "window token"], *, resamples: int, seed: int) -> Estimate:
     """exp(mean negative log-likelihood over all tokens), never a mean of perplexities; interval over windows."""
-    estimate = mean(nll, resamples=resamples, seed=seed)
-    ends = (None if end is None else float(np.exp(end)) for end in (estimate.low, estimate.high))
-    return Estimate(float(np.exp(estimate.value)), *ends, estimate.n)
+    found = mean(nll, resamples=resamples, seed=seed)
+    value, low, high = (None if each is None else float(np.exp(each)) for each in (found.value, found.low, found.high))
+    return Estimate(value, low, high, found.n)
 
 
 def tail(values: Float[Any, "window token"], *, resamples: int, seed: int, share: float = TAIL) -> Estimate:
@@ -104,7 +94,8 @@ def paired_difference(
 
     Raises ValueError when the two were not measured on windows of the same shape.
     """
-    _check_pairs(ours, theirs)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
     return mean(ours - theirs, resamples=resamples, seed=seed)
 
 
@@ -115,15 +106,12 @@ def paired_ratio(
 
     Raises ValueError when the two were not measured on windows of the same shape, or `theirs` has no mean to divide by.
     """
-    _check_pairs(ours, theirs)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
     a, b = _doubles(ours).mean(-1), _doubles(theirs).mean(-1)
     if b.mean() <= 0:
         raise ValueError(f"the mean to divide by is {b.mean():.3g}; it has to be positive")
-    value = float(a.mean() / b.mean())
-    if len(a) < 2:
-        return Estimate(value, None, None, len(a))
-    ends = _bootstrap((a, b), lambda x, y, axis: x.mean(axis) / y.mean(axis), resamples, seed)
-    return Estimate(value, *ends, len(a))
+    return _bootstrapped((a, b), lambda x, y, axis: x.mean(axis) / y.mean(axis), resamples, seed)
 
 
 def verdict(difference: Estimate, *, lower_is_better: bool = True) -> str:
@@ -133,8 +121,14 @@ def verdict(difference: Estimate, *, lower_is_better: bool = True) -> str:
     return "better" if (difference.value < 0) == lower_is_better else "worse"
 
 
-def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, resamples: int, seed: int) -> tuple[float, float]:
-    found = stats.bootstrap(
+def _bootstrapped(samples: tuple[np.ndarray, ...], statistic: Callable, resamples: int, seed: int) -> Estimate:
+    """A statistic of samples that belong together item by item; no interval for one item, no width for equal ones."""
+    value, n = float(statistic(*samples, axis=-1)), len(samples[0])
+    if n < 2:
+        return Estimate(value, None, None, n)
+    if all(np.ptp(each) == 0 for each in samples):
+        return Estimate(value, value, value, n)
+    ends = stats.bootstrap(
         samples,
         statistic,
         paired=len(samples) > 1,
@@ -143,28 +137,21 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable, resamples: 
         rng=np.random.default_rng(seed),
         vectorized=True,
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return Estimate(value, float(ends.low), float(ends.high), n)
 
 
 def _doubles(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
-def _check_pairs(ours: Any, theirs: Any) -> None:
-    if ours.shape != theirs.shape:
-        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
-
-
-# --------------------------------------------------------------------------------------------------- draws and shares
-
-
 def over_draws(values: Float[Any, "draw"]) -> Estimate:
     """The mean of a value over independent draws with Student's 95 % interval; one draw has none."""
     drawn, n = _doubles(values), len(values)
+    value = float(drawn.mean())
     if n < 2:
-        return Estimate(float(drawn.mean()), None, None, n)
-    mean, half = float(drawn.mean()), float(stats.t.ppf(0.975, n - 1) * drawn.std(ddof=1) / n**0.5)
-    return Estimate(mean, mean - half, mean + half, n)
+        return Estimate(value, None, None, n)
+    half = float(stats.t.ppf(0.975, n - 1) * drawn.std(ddof=1) / n**0.5)
+    return Estimate(value, value - half, value + half, n)
 
 
 def quantile(samples: Sequence[float], q: float = 0.5) -> Estimate:
@@ -176,6 +163,11 @@ def quantile(samples: Sequence[float], q: float = 0.5) -> Estimate:
     low, high = int(stats.binom.ppf(0.025, n, q)), int(stats.binom.ppf(0.975, n, q)) + 1
     ends = ordered[low - 1] if low >= 1 else None, ordered[high - 1] if high <= n else None
     return Estimate(float(np.quantile(ordered, q)), *ends, n)
+
+
+def median_and_range(samples: Sequence[float]) -> Estimate:
+    """The median of a few timed rounds; its ends are not an interval but the smallest and the largest of them."""
+    return Estimate(float(np.median(samples)), min(samples), max(samples), len(samples))
 
 
 def wilson(right: int, n: int) -> Estimate:
@@ -214,23 +206,19 @@ def newcombe(both: int, first: int, second: int, neither: int) -> Estimate:
     is positive. Source: Newcombe, "Improved confidence intervals for the difference between binomial proportions based
     on paired data" (1998), method 10. Raises ValueError when there is no pair.
     """
+
+    def joined(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0))
+
     n = both + first + second + neither
     a, b = wilson(both + first, n), wilson(both + second, n)
     covariance = both * neither - first * second
     covariance = max(covariance - n / 2, 0) if covariance > 0 else covariance
     margins = (both + first) * (second + neither) * (both + second) * (first + neither)
     phi = covariance / math.sqrt(margins) if margins else 0.0
-    low = _joined(a.value - a.low, b.high - b.value, phi)
-    high = _joined(a.high - a.value, b.value - b.low, phi)
+    low, high = joined(a.value - a.low, b.high - b.value), joined(a.high - a.value, b.value - b.low)
     value = (first - second) / n
     return Estimate(value, value - low, value + high, n)
-
-
-def _joined(one: float, other: float, correlation: float) -> float:
-    return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0))
-
-
-# ----------------------------------------------------------------------------------------------- what training recovers
 
 
 def recovered_share(
@@ -255,12 +243,16 @@ def recovered_share(
     if values[0].mean() == values[2].mean():
         raise ValueError("nothing was damaged: the damaged and the whole model have the same mean")
     transform, n = TRANSFORMS[of], values.shape[1]
-    point = float(_share(transform(values.mean(1))))
+
+    def share(three: np.ndarray) -> Any:
+        return (three[0] - three[1]) / (three[0] - three[2])
+
+    point = float(share(transform(values.mean(1))))
     drawn = transform(values[:, np.random.default_rng(seed).integers(0, n, (resamples, n))].mean(-1))
     damage = np.sign(values[0].mean() - values[2].mean()) * (drawn[0] - drawn[2])
     if n < 2 or np.quantile(damage, 0.025) <= 0:
         return Estimate(point, None, None, n)
-    low, high = np.quantile(_share(drawn[:, damage > 0]), [0.025, 0.975])
+    low, high = np.quantile(share(drawn[:, damage > 0]), [0.025, 0.975])
     return Estimate(point, float(low), float(high), n)
 
 
@@ -284,14 +276,6 @@ def record_recovered(
         run.record(subject, f"recovered:{part}", None, "1", n=found.n, note=note, details={"point": found.value})
         return
     run.record(subject, f"recovered:{part}", unit="1", **vars(found))
-
-
-def _share(three: np.ndarray) -> np.ndarray | np.floating:
-    damaged, taught, whole = three
-    return (damaged - taught) / (damaged - whole)
-
-
-# -------------------------------------------------------------------------------------------------- agreement of raters
 
 
 def alpha(values: Float[np.ndarray, "rater unit"], *, level: str = "ordinal") -> float:

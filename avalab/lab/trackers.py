@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 Arms = dict[str, Callable[[], object]]
 COLD_BYTES = 2**27  # more than the last cache holds
@@ -32,6 +31,8 @@ POWERCAP = Path("/sys/class/powercap")
 def synchronize(device: str) -> None:
     """Wait for the device, so that a clock reading covers what was launched."""
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.synchronize()
 
 
@@ -40,6 +41,8 @@ def interleaved(arms: Arms, samples: int, device: str = "cpu") -> dict[str, list
 
     Before each arm another buffer is read, so that none finds the weight in cache because of the arm before it.
     """
+    import torch
+
     found, cold = {name: [] for name in arms}, torch.ones(COLD_BYTES // 4, device=device)
     for number in range(samples + 2):
         for name, arm in arms.items():
@@ -51,9 +54,6 @@ def interleaved(arms: Arms, samples: int, device: str = "cpu") -> dict[str, list
             if number >= 2:
                 found[name].append((time.perf_counter() - started) * 1e3)
     return found
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def process_memory() -> dict[str, int]:
@@ -76,17 +76,23 @@ def reset_peak_memory(device: str) -> None:
     if Path("/proc/self/clear_refs").exists() and os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gpu_memory(device: str) -> int | None:
     """Peak bytes of a GPU's memory since `reset_peak_memory`; None on a CPU."""
+    import torch
+
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
 
 
 def limit_gpu_memory(device: str, gib: float | None) -> None:
-    """Enforce a profile's cap on GPU memory in this process too."""
+    """Enforce a profile's cap on GPU memory in this process."""
     if gib and device.startswith("cuda"):
+        import torch
+
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
@@ -102,6 +108,8 @@ def set_malloc_threshold(size: int) -> None:
 
 def memory_read_rate(footprint: int, *, device: str = "cpu", seconds: float = 0.4) -> float:
     """Bytes a second at which this process sums a float32 buffer of `footprint` bytes: the best of 5 passes or more."""
+    import torch
+
     buffer = torch.ones(max(footprint // 4, 1), dtype=torch.float32, device=device)
     best, passes, stop = float("inf"), 0, time.perf_counter() + seconds
     while passes < 5 or time.perf_counter() < stop:
@@ -115,15 +123,14 @@ def memory_read_rate(footprint: int, *, device: str = "cpu", seconds: float = 0.
 
 def best_memory_read_rate(footprint: int, *, threads: int, seconds: float = 0.2) -> float:
     """`memory_read_rate` of one thread or of `threads` (0: torch's choice), whichever is faster."""
+    import torch
+
     every, rates = torch.get_num_threads(), []
     for count in {1, threads or every}:
         torch.set_num_threads(count)
         rates.append(memory_read_rate(footprint, seconds=seconds))
     torch.set_num_threads(every)
     return max(rates)
-
-
-# --- energy -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,8 @@ def why_no_energy(device: str = "cpu", *, root: Path = POWERCAP) -> str:
         return ""
     if device.startswith("cuda"):
         return "not measured: the GPU's driver shows no energy counter"
-    if not list(root.glob("intel-rapl:*")):
-        return f"not measured: no RAPL counter in {root}"
-    return f"not measured: no right to read energy_uj below {root}"
+    known = list(root.glob("intel-rapl:*"))
+    return f"not measured: no {'right to read energy_uj below' if known else 'RAPL counter in'} {root}"
 
 
 def read_counters(counters: Sequence[Counter]) -> list[int]:
@@ -167,11 +173,8 @@ def read_counters(counters: Sequence[Counter]) -> list[int]:
 
 def joules_between(counters: Sequence[Counter], before: list[int], after: list[int]) -> float:
     """Joules between two readings, summed over the counters; a counter that started anew once is allowed for."""
-    total = 0.0
-    for counter, first, last in zip(counters, before, after, strict=True):
-        steps = last - first
-        total += counter.joules * (steps + counter.range if steps < 0 else steps)
-    return total
+    steps = [last - first for first, last in zip(before, after, strict=True)]
+    return sum(c.joules * (n + c.range if n < 0 else n) for c, n in zip(counters, steps, strict=True))
 
 
 def _readable(file: Path) -> bool:
@@ -184,6 +187,8 @@ def _readable(file: Path) -> bool:
 
 def _gpu_counters() -> list[Counter]:
     """The first GPU's counter, found through its identity: NVML counts GPUs that this process may not see."""
+    import torch
+
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

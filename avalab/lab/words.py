@@ -2,9 +2,7 @@
 
 A line of a pool file is `name=value; value => said one / said two`: what stands behind an arrow is how people say the
 value before it. Where the pool's name begins with `#`, its values are numbers: `7 => a week / seven days`. Lines that
-begin with `&` are records (`arguments`).
-
-What it does not do: draw or say values.
+begin with `&` are records (`data.arguments`).
 """
 
 from __future__ import annotations
@@ -54,8 +52,8 @@ def pools() -> dict[str, dict[str, list[str]]]:
 @cache
 def said_forms() -> dict[str, list[str]]:
     """The values of all pools that are said in other words than they are passed."""
-    words = [pool for name, pool in pools().items() if not name.startswith("#")]
-    return {value: forms for pool in words for value, forms in pool.items() if forms != [value]}
+    named = [pool for name, pool in pools().items() if not name.startswith("#")]
+    return {value: forms for pool in named for value, forms in pool.items() if forms != [value]}
 
 
 @cache

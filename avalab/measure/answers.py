@@ -2,23 +2,20 @@
 
 1. A case becomes a chat: the tools in a system message, then the question. The artefact answers greedily, in one of
    three modes: `free` (any text), `grammar` (calls that fit the schemas, or a plain-text refusal) and `forced` (calls
-   only, which says how well it fills arguments in, and cannot refuse).
+   only, which says how well it fills arguments in, and cannot refuse). Outside the parallel categories the grammar
+   allows one call an answer, as a caller does who switches parallel calls off.
 2. torch answers in batches, and reads a beginning that the grammar leaves no choice about with the prompt. Any other
    engine answers one question after another, in a process of its own with a time limit, and chooses the tokens of that
    beginning too: the same text, perhaps in other tokens.
 3. Every answer is appended to a file of the cache as soon as it is there, under a key of prompt and grammar, in a file
-   named after artefact, engine, task and decoding code: a killed run goes on, a longer one begins with what is known.
-4. `calls.check` judges the answers, `sandbox.passes` the programs. Judging is quick and never cached.
+   named after artefact, engine, task and decoding code: a killed run goes on. With bf16 arithmetic, another batch can
+   turn a near-tie of two tokens, and what is cached decides the batches.
+4. `calls.check_calls` judges the answers, `sandbox.passes` the programs. Judging is quick and never cached. HumanEval
+   is completion, not chat: the prompt as it stands, cut where the function ends (Chen et al. 2021).
 5. The loss of right answers moves long before the share of right calls does, which needs hundreds of cases to show ten
    points. It is the mean negative log-likelihood of the answer's tokens, split off as in training. What a training set
    is worth is a mean over draws of the set: each draw trains an artefact of its own, and the increase over a baseline
    is paired by draw, because chance in the set and in training moves the loss more than the choice of examples does.
-
-Outside the parallel categories the grammar allows one call an answer, as a caller does who switches parallel calls off.
-HumanEval is completion, not chat: the prompt as it stands, cut where the function ends (Chen et al. 2021).
-
-What it does not do: sampling, multi-turn cases, or the same batches whatever was cached: with bf16 arithmetic, another
-batch can turn a near-tie of two tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -40,22 +37,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avalab import engines
 from avalab.data import calls, grammars, packing
 from avalab.data.calls import Case, Verdict, cases
-from avalab.lab import artifacts, assets, process, sandbox, statistics
+from avalab.lab import artifacts, assets, sandbox, statistics
 from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_lines, cached_tensors, known_lines, seconds_of_lines
 from avalab.lab.code import code_of
 from avalab.lab.run import ROOT, Run
 from avalab.lab.sandbox import Problem
 from avalab.lab.statistics import Estimate
-from avalab.measure.quality import ENGINE_ERRORS, LIMIT_SECONDS, TORCH, engine_code
+from avalab.measure import cell
+from avalab.measure.quality import LIMIT_SECONDS, TORCH, engine_code
 from avalab.models import checkpoint, predict
 
 MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
-
 CALL_TOKENS, CODE_TOKENS = 128, 256
-
 SECONDS_PER_ANSWER = 60.0  # an engine that answers slower than that is stopped; what it answered is kept
-
 _END_OF_FUNCTION = re.compile(r"\n(?=\S)|<\|")
 
 
@@ -98,9 +93,6 @@ class Question:
         return artifacts.sha256_of_text(json.dumps(asdict(self)))[:16]
 
 
-# ------------------------------------------------------------------------------------------------------- any questions
-
-
 def answer(
     respondent: Respondent, questions: Sequence[Question], cache: Path, *, task: str, tokens: int, progress: str = ""
 ) -> list[str]:
@@ -116,46 +108,34 @@ def answer(
             return _in_batches(respondent, [questions[i] for i in wanted], tokens)
 
         return cached_lines(path, keys, generate, progress=progress)
-    missing = [question for question, key in zip(questions, keys, strict=True) if key not in known_lines(path)]
-    if missing:
-        process.call(
-            f"{__name__}:answer_questions",
-            {
-                "folder": str(respondent.artifact.path.resolve()),
-                "engine": respondent.engine,
-                "questions": [asdict(question) for question in missing],
-                "tokens": tokens,
-                "path": str(path),
-            },
-            limit_seconds=max(LIMIT_SECONDS, SECONDS_PER_ANSWER * len(missing)),
-            errors=ENGINE_ERRORS,
-            label=f"{respondent.artifact.name} in {respondent.engine}",
-        )
     known = known_lines(path)
+    missing = [asdict(question) for question, key in zip(questions, keys, strict=True) if key not in known]
+    if missing:
+        request = {"questions": missing, "tokens": tokens, "path": str(path)}
+        limit = max(LIMIT_SECONDS, SECONDS_PER_ANSWER * len(missing))
+        target = "avalab.measure.answers:answer_questions"
+        cell.ask_engine(target, respondent.artifact, respondent.engine, request, limit)
+        known = known_lines(path)
     return [known[key]["text"] for key in keys]
 
 
 def answer_questions(request: dict) -> dict:
-    """Append an engine's answers to the file `path`, one after another, in this process; returns how many."""
+    """In a process of its own: append an engine's answers to the file `path`, one after another; returns how many."""
     questions = [Question(**question) for question in request["questions"]]
 
     def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
-        return _one_by_one(request, [questions[i] for i in wanted])
+        opened = engines.load(request["engine"], Path(request["folder"]))
+        tokenizer = checkpoint.load_tokenizer(Path(request["folder"]))
+        compiler = grammars.compiler(tokenizer, opened.facts.vocabulary)
+        try:
+            for position, index in enumerate(wanted):
+                prompt = tokenizer(questions[index].prompt, add_special_tokens=False).input_ids
+                new = opened.generate(prompt, request["tokens"], _grammar(compiler, questions[index]))
+                yield position, tokenizer.decode(new, skip_special_tokens=True)
+        finally:
+            opened.close()
 
     return {"answers": len(cached_lines(Path(request["path"]), [q.key for q in questions], generate))}
-
-
-def _one_by_one(request: dict, questions: list[Question]) -> Iterator[tuple[int, str]]:
-    opened = engines.load(request["engine"], Path(request["folder"]))
-    tokenizer = checkpoint.load_tokenizer(Path(request["folder"]))
-    compiler = grammars.compiler(tokenizer, opened.facts.vocabulary)
-    try:
-        for position, question in enumerate(questions):
-            tokens = tokenizer(question.prompt, add_special_tokens=False).input_ids
-            new = opened.generate(tokens, request["tokens"], _grammar(compiler, question))
-            yield position, tokenizer.decode(new, skip_special_tokens=True)
-    finally:
-        opened.close()
 
 
 def _in_batches(respondent: Respondent, questions: list[Question], tokens: int) -> Iterator[tuple[int, str]]:
@@ -179,25 +159,18 @@ def _answers_file(respondent: Respondent, cache: Path, task: str, tokens: int) -
     chosen = (_in_batches, type(respondent))  # answers that older code gave are not trusted
     if respondent.engine != TORCH:
         chosen = (answer_questions, engine_code(respondent.engine))
-    code = code_of(*chosen)
-    settings = artifacts.sha256_of_text(f"{code} {tokens} {respondent.device}")[:8]
+    settings = artifacts.sha256_of_text(f"{code_of(*chosen)} {tokens} {respondent.device}")[:8]
     return cache_path(cache, "answers", respondent.artifact.sha256, respondent.engine, task, settings, suffix=".jsonl")
 
 
-# ------------------------------------------------------------------------------------------------------ function calls
+# --- function calls ---------------------------------------------------------------------------------------------------
 
 
 def answer_calls(respondent: Respondent, asked: list[Case], mode: str, cache: Path, *, progress: str = "") -> list[str]:
     """The answers to cases of one category, in their order. Raises as `answer` and `call_metric` do."""
     call_metric(asked[0].category, mode)  # refuses such a mode
-    return answer(
-        respondent,
-        _questions(respondent, asked, mode),
-        cache,
-        task=f"{asked[0].category}-{mode}",
-        tokens=CALL_TOKENS,
-        progress=progress,
-    )
+    questions, task = _questions(respondent, asked, mode), f"{asked[0].category}-{mode}"
+    return answer(respondent, questions, cache, task=task, tokens=CALL_TOKENS, progress=progress)
 
 
 def items_per_s(respondent: Respondent, asked: list[Case], mode: str, cache: Path) -> float | None:
@@ -261,45 +234,25 @@ def record_calls(
     if not asked:
         raise ValueError(f"skip {skip} leaves no case of {category}; it has {len(cases(category, skip))}")
     cache, metric = run.artifacts_dir / "cache", call_metric(category, mode)
+    record = partial(
+        run.record, subject, metric, unit="1", artifact_sha256=respondent.artifact.sha256, engine=respondent.engine
+    )
     try:
         texts = answer_calls(respondent, asked, mode, cache, progress=f"{subject} {category} {mode}")
     except (RuntimeError, ValueError) as error:  # EngineUnavailable is the one, NotSupported the other
         if respondent.engine == TORCH:
             raise
-        _record_share(run, subject, respondent, metric, None, note=str(error))
+        record(value=None, note=str(error))
         return []
     verdicts = judge_calls(asked, texts)
     details = {"errors": count_errors(verdicts), "mode": mode, "skipped": skip, "max_calls": _max_calls(category)}
     details["items_per_s"] = items_per_s(respondent, asked, mode, cache)
     share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
-    _record_share(run, subject, respondent, metric, share, details=details)
+    record(details=details, **vars(share))
     return verdicts
 
 
-def _record_share(
-    run: Run,
-    subject: str,
-    respondent: Respondent,
-    metric: str,
-    share: Estimate | None,
-    *,
-    details: dict | None = None,
-    note: str = "",
-) -> None:
-    """Append a share of right answers, or without one a note that says why."""
-    run.record(
-        subject,
-        metric,
-        unit="1",
-        **({"value": None} if share is None else vars(share)),
-        artifact_sha256=respondent.artifact.sha256,
-        engine=respondent.engine,
-        details=details or {},
-        note=note,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- code
+# --- code -------------------------------------------------------------------------------------------------------------
 
 
 def code_problems(run: Run, limit: int | None = None) -> list[Problem]:
@@ -307,13 +260,6 @@ def code_problems(run: Run, limit: int | None = None) -> list[Problem]:
     source = run.profile.code_problems
     path = ROOT / source if (ROOT / source).is_file() else assets.fetch(source)
     return sandbox.load_problems(path)[: limit or run.profile.humaneval_items]
-
-
-def answer_code(respondent: Respondent, problems: list[Problem], cache: Path, *, progress: str = "") -> list[str]:
-    """Completions of HumanEval prompts, cut where the function ends. Raises as `answer` does."""
-    questions = [Question(problem.prompt) for problem in problems]
-    texts = answer(respondent, questions, cache, task="humaneval", tokens=CODE_TOKENS, progress=progress)
-    return [_END_OF_FUNCTION.split(text, maxsplit=1)[0] for text in texts]
 
 
 def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: list[Problem]) -> list[bool]:
@@ -324,24 +270,34 @@ def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: l
     active = set(sandbox.layers())
     if active.isdisjoint({"namespaces", "seccomp"}) or active.isdisjoint({"root", "landlock"}):
         raise ValueError(f"the sandbox of this machine has only {', '.join(sorted(active))}; code is not run in it")
-    texts = answer_code(respondent, problems, run.artifacts_dir / "cache", progress=f"{subject} humaneval")
+    questions, cache = [Question(problem.prompt) for problem in problems], run.artifacts_dir / "cache"
+    progress = f"{subject} humaneval"
+    texts = answer(respondent, questions, cache, task="humaneval", tokens=CODE_TOKENS, progress=progress)
+    texts = [_END_OF_FUNCTION.split(text, maxsplit=1)[0] for text in texts]
     bar = tqdm(zip(problems, texts, strict=True), total=len(texts), desc="sandbox", leave=False)
     endings = [sandbox.passes(problem, text).status for problem, text in bar]
     share = statistics.wilson(endings.count("finished"), len(endings))
-    _record_share(run, subject, respondent, "pass_at_1", share, details={"endings": dict(Counter(endings))})
+    run.record(
+        subject,
+        "pass_at_1",
+        unit="1",
+        artifact_sha256=respondent.artifact.sha256,
+        engine=respondent.engine,
+        details={"endings": dict(Counter(endings))},
+        **vars(share),
+    )
     return [ending == "finished" for ending in endings]
 
 
-# ---------------------------------------------------------------------------------------------- loss of right answers
+# --- loss of right answers --------------------------------------------------------------------------------------------
 
 
 def answer_losses(respondent: Respondent, examples: Sequence[dict], cache: Path) -> Float[Tensor, "example"]:
     """Mean loss of each example's answer tokens in nats, in torch; read from `cache` when it was scored before."""
     encoded = [packing.encode_chat(respondent.tokenizer, example["messages"]) for example in examples]
     identity = artifacts.sha256_of_text(str([(e.ids, e.labels) for e in encoded]))
-    code = code_of(answer_losses)
-    device = torch.device(respondent.device).type
-    path = cache_path(cache, "answer-loss", respondent.artifact.sha256, identity, device, code[:8])
+    parts = (respondent.artifact.sha256, identity, torch.device(respondent.device).type, code_of(answer_losses)[:8])
+    path = cache_path(cache, "answer-loss", *parts)
 
     def compute() -> dict[str, Tensor]:
         bar = tqdm(encoded, desc=f"score {respondent.artifact.name}", leave=False)
@@ -375,11 +331,11 @@ def record_answer_loss(
     """
     if losses.shape != baseline.shape:
         raise ValueError(f"cannot pair losses of shape {tuple(losses.shape)} with {tuple(baseline.shape)}")
+    loss = statistics.over_draws(losses.mean(-1))
     increase = statistics.over_draws((losses - baseline).mean(-1))
     told = {"examples": losses.shape[1], **(details or {})}
-    for metric, estimate, more in (
-        ("answer_loss", statistics.over_draws(losses.mean(-1)), {}),
-        ("answer_loss_rise", increase, {"verdict": statistics.verdict(increase)}),
-    ):
-        run.record(subject, f"{metric}:{part}", **vars(estimate), unit="nats/token", engine=TORCH, details=told | more)
+    record = partial(run.record, subject, unit="nats/token", engine=TORCH)
+    record(f"answer_loss:{part}", details=told, **vars(loss))
+    verdict = statistics.verdict(increase)
+    record(f"answer_loss_rise:{part}", details=told | {"verdict": verdict}, **vars(increase))
     return increase

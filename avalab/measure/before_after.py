@@ -5,11 +5,11 @@
    weight whole at every call. In each round every arm reads a long prompt (prefill: prompt tokens over the time to the
    first token) and continues a short one (decode: further tokens over their time), the same tokens for all; the first
    round warms up, and the slow reference takes part in few. `top1_agreement`: the same next token before and after.
-2. Training. `peft-bitsandbytes` is the usual QLoRA step (padded batch, logits of every position), `avalab` what
-   `finetune` does: packed rows, fused layers, loss by chunks; the same examples, adapters, seed and optimizer.
+2. Training. `peft-bitsandbytes` is the usual QLoRA step, `avalab` what `finetune` does: the arms `peft` and `decoded`
+   of `training`, on the same examples.
 3. Peak memory: each decoding arm alone, in a process of its own. The peaks of training, which need longer runs, are
-   `train_bench`'s; `longer_runs` reads those that `make bench-train` left for the same results folder and says which
-   file, commit and day they are from, so that no number is taken for this run's.
+   those that `make bench-train` left for the same results folder; `longer_runs` reads them and says which file, commit
+   and day they are from, so that no number is taken for this run's.
 Records: tokens a second with samples, and every arm's ratio to the first one, with the range of the rounds;
 `speed_rows` and `longer_runs` are the lines of a table under `HEADER`.
 """
@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import os
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,23 +35,17 @@ from avalab.kernels import dispatch
 from avalab.lab import process, trackers
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import ROOT, Record, Run, load_average, load_records
+from avalab.lab.statistics import median_and_range
 from avalab.measure import cell, training
-from avalab.models import adapters, checkpoint
-from avalab.models.attention import apply_packed_attention
-from avalab.train import loop, losses
+from avalab.models import checkpoint
 
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s")
-
 PEAKS = ("peak_rss_bytes:engine", "peak_rss_bytes", "peak_vram_bytes")
-
+PEAK_SECONDS = 300  # at most, of a process that measures a peak
 HEADER = ("work", "form", "tokens/s", "of the first form [rounds]", "peak memory [MB]")
-
 BEFORE, AFTER, REFERENCE, PEFT = "transformers-bitsandbytes", "avalab", "reference", "peft-bitsandbytes"
 
-PEAK_SECONDS = 300  # at most, of a process that measures a peak
-
 Told = Callable[[list[int], int], list[float]]  # prompt, new tokens -> seconds from the call to each token
-
 Rows = tuple[tuple[str, ...], ...]
 
 
@@ -73,7 +66,6 @@ SIZES = {
     "laptop": Sizes(5, 32, (2, 2), 2, 16),
     "a2000": Sizes(11, 64, (3, 8), 7, 16),
 }
-
 SIZES["long"] = SIZES["laptop"]
 
 
@@ -82,33 +74,42 @@ def nf4_base(run: Run) -> Artifact:
     return quantize.compress_artifact(checkpoint.base_artifact(run), "nf4", run=run, double_quantization=True)
 
 
-# --- decoding ----------------------------------------------------------------------------------------------------
-
-
 def record_decoding(run: Run, sizes: Sizes | None = None) -> None:
     """Append speed of reading and of decoding, agreement and peak memory of the arms to the run's records."""
     sizes, artifact = sizes or SIZES[run.profile_name], nf4_base(run)
+    record = partial(run.record, artifact_sha256=artifact.sha256, details={"load_average": load_average()})
     model, engine = checkpoint.load_model(artifact, run.device), engines.load("torch", artifact, device=run.device)
     arms = {BEFORE: generating(model), AFTER: telling(engine), REFERENCE: telling(engine, form="reference")}
-    found = _rounds(arms, sizes, engine.facts.vocabulary)
-    about = {"artifact_sha256": artifact.sha256, "details": {"load_average": load_average()}}
-    for metric, by_arm in found.items():
-        work = f"{metric.partition('_')[0]} {artifact.name}"
-        for arm in arms:
-            engine_name = "transformers" if arm == BEFORE else "torch"
-            _record_rate(run, f"{work}:{arm}", metric, by_arm[arm], by_arm[BEFORE], engine=engine_name, **about)
-    _agreement(run, f"decode {artifact.name}:{AFTER}", model, engine, **about)
+    for metric, by_arm in _rounds(arms, sizes, engine.facts.vocabulary).items():
+        for arm, rates in by_arm.items():
+            subject = f"{metric.partition('_')[0]} {artifact.name}:{arm}"
+            name = "transformers" if arm == BEFORE else "torch"
+            _record_rates(partial(record, subject, engine=name), metric, rates, by_arm[BEFORE])
+    same = _agreement(model, engine, SIZES[run.profile_name].prompts[1])
+    subject, share = f"decode {artifact.name}:{AFTER}", same.float().mean().item()
+    record(subject, "top1_agreement", share, "1", n=len(same), engine="torch")
     engine.close()
+    metric = "peak_vram_bytes" if run.device.startswith("cuda") else "peak_rss_bytes:engine"
     for arm in (BEFORE, AFTER):
-        _peak(run, f"decode {artifact.name}:{arm}", artifact, sizes, **about)
+        subject = f"decode {artifact.name}:{arm}"
+        request = {"folder": str(artifact.path), "arm": arm, "device": run.device, "prompts": list(sizes.prompts)}
+        target = "avalab.measure.before_after:measure_peak"
+        found = process.call(target, request, limit_seconds=PEAK_SECONDS, label=subject)
+        record(subject, metric, found["peak_bytes"], "byte", n=1)
 
 
 def telling(engine: Engine, *, form: str = "") -> Told:
     """An engine's generation, with `form` as the only form of the kernels."""
 
     def told(prompt: list[int], new_tokens: int) -> list[float]:
-        with _only(form):
+        before = os.environ.get(dispatch.SWITCH, "")
+        if form:
+            os.environ[dispatch.SWITCH] = form
+        try:
             return cell.time_tokens(engine, prompt, new_tokens)
+        finally:
+            if form:
+                os.environ[dispatch.SWITCH] = before
 
     return told
 
@@ -133,18 +134,6 @@ def generating(model: PreTrainedModel) -> Told:
     return told
 
 
-@contextmanager
-def _only(form: str) -> Iterator[None]:
-    """AVALAB_KERNELS is `form` in the block; empty: what it was."""
-    before = os.environ.get(dispatch.SWITCH)
-    if form:
-        os.environ[dispatch.SWITCH] = form
-    try:
-        yield
-    finally:
-        os.environ.pop(dispatch.SWITCH, None) if before is None else os.environ.update({dispatch.SWITCH: before})
-
-
 def _rounds(arms: dict[str, Told], sizes: Sizes, vocabulary: int) -> dict[str, dict[str, list[float]]]:
     """metric -> arm -> tokens a second, one a round; the first round warms up."""
     draw, (short, long) = random.Random(0), sizes.prompts
@@ -162,22 +151,13 @@ def _rounds(arms: dict[str, Told], sizes: Sizes, vocabulary: int) -> dict[str, d
     return found
 
 
-def _agreement(run: Run, subject: str, model: PreTrainedModel, engine: Engine, **about) -> None:
-    """How often before and after find the same token the most likely, over a prompt of random tokens."""
-    draw = random.Random(1)
-    prompt = [draw.randrange(engine.facts.vocabulary) for _ in range(SIZES[run.profile_name].prompts[1])]
+def _agreement(model: PreTrainedModel, engine: Engine, length: int) -> torch.Tensor:
+    """Where before and after find the same token the most likely, over a prompt of random tokens."""
+    draw, vocabulary = random.Random(1), engine.facts.vocabulary
+    prompt = [draw.randrange(vocabulary) for _ in range(length)]
     with torch.inference_mode():
         before = model(torch.tensor([prompt], device=model.device)).logits[0].float().cpu()
-    same = before[:, : engine.facts.vocabulary].argmax(-1) == engine.logits(prompt).argmax(-1)
-    run.record(subject, "top1_agreement", same.float().mean().item(), "1", n=len(prompt), engine="torch", **about)
-
-
-def _peak(run: Run, subject: str, artifact: Artifact, sizes: Sizes, **about) -> None:
-    arm = subject.rpartition(":")[2]
-    request = {"folder": str(artifact.path), "arm": arm, "device": run.device, "prompts": list(sizes.prompts)}
-    found = process.call("avalab.measure.before_after:measure_peak", request, limit_seconds=PEAK_SECONDS, label=subject)
-    metric = "peak_vram_bytes" if run.device.startswith("cuda") else "peak_rss_bytes:engine"
-    run.record(subject, metric, found["peak_bytes"], "byte", n=1, **about)
+    return before[:, :vocabulary].argmax(-1) == engine.logits(prompt).argmax(-1)
 
 
 def measure_peak(request: dict) -> dict:
@@ -194,65 +174,38 @@ def measure_peak(request: dict) -> dict:
     return {"peak_bytes": trackers.peak_gpu_memory(device) or above}
 
 
-# --- training ----------------------------------------------------------------------------------------------------
-
-
 def record_training(run: Run, sizes: Sizes | None = None) -> None:
     """Append the speed of a QLoRA step, before and after, and how far the losses are apart at the last step."""
     sizes, artifact = sizes or SIZES[run.profile_name], nf4_base(run)
-    steps = {arm: training_step(arm, artifact, run.device, sizes) for arm in (PEFT, AFTER)}
-    rates, losses = ({arm: [] for arm in steps} for _ in range(2))
-    for number in tqdm(range(sizes.train_rounds + 1), desc="training step"):
-        for arm, one in steps.items():
-            rate, loss = one()
-            losses[arm].append(loss)
-            if number:
-                rates[arm].append(rate)
-    about = {"artifact_sha256": artifact.sha256, "details": {"load_average": load_average(), "rank": sizes.rank}}
-    for arm in steps:
-        _record_rate(run, f"train {artifact.name}:{arm}", RATES[2], rates[arm], rates[PEFT], engine="torch", **about)
+    count = sizes.train_rounds + 1
+    steps = {
+        name: training.training_step(arm, artifact.path, run.device, rank=sizes.rank, steps=count)
+        for name, arm in ((PEFT, "peft"), (AFTER, "decoded"))
+    }
+    rates, losses = ({name: [] for name in steps} for _ in range(2))
+    for _ in tqdm(range(count), desc="training step"):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            tokens, loss = step()
+            rates[name].append(tokens / (time.perf_counter() - start))
+            losses[name].append(loss)
+    details = {"load_average": load_average(), "rank": sizes.rank}
+    record = partial(run.record, artifact_sha256=artifact.sha256, details=details)
+    for name in steps:
+        one = partial(record, f"train {artifact.name}:{name}", engine="torch")
+        _record_rates(one, RATES[2], rates[name][1:], rates[PEFT][1:])  # the first round warms up
     gap = abs(losses[AFTER][-1] - losses[PEFT][-1])
-    run.record(f"train {artifact.name}:{AFTER}", "loss_gap:last", gap, "nats/token", n=len(losses[AFTER]), **about)
+    record(f"train {artifact.name}:{AFTER}", "loss_gap:last", gap, "nats/token", n=count)
 
 
-def training_step(arm: str, artifact: Artifact, device: str, sizes: Sizes) -> Callable[[], tuple[float, float]]:
-    """One training step of an arm: tokens a second, and the loss in nats a token."""
-    model = checkpoint.load_model(artifact, device)
-    adapters.attach_adapters(model, rank=sizes.rank, alpha=2 * sizes.rank, seed=0)
-    if arm != PEFT:
-        adapters.apply_fused(model)
-        apply_packed_attention(model)
-    student = loop.Student(model.train(), losses.next_token)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
-    batches = training.batches("peft" if arm == PEFT else arm, artifact.path, device, sizes.train_rounds + 1)
-
-    def one() -> tuple[float, float]:
-        batch, tokens = next(batches)
-        start = time.perf_counter()
-        loss = model(**batch, use_cache=False).loss if arm == PEFT else student(**batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        value = loss.item()  # on a GPU: wait for it
-        trackers.synchronize(device)
-        return tokens / (time.perf_counter() - start), value
-
-    return one
-
-
-# --- records --------------------------------------------------------------------------------------------
-
-
-def _record_rate(run: Run, subject: str, metric: str, rates: list[float], baseline: list[float], **about) -> None:
-    """Tokens a second of an arm, and the ratio to the baseline: its median and range over the rounds."""
-    middle, more = statistics.median(rates), {"n": len(rates), **about}
-    run.record(subject, metric, middle, "token/s", low=min(rates), high=max(rates), samples=rates, **more)
+def _record_rates(record: Callable, metric: str, rates: list[float], baseline: list[float]) -> None:
+    """Tokens a second of an arm, and the ratio to the baseline round by round; `record` knows their subject."""
+    record(metric, unit="token/s", samples=rates, **vars(median_and_range(rates)))
     ratios = [a / b for a, b in zip(rates, baseline[: len(rates)], strict=True)]
-    ratio = statistics.median(ratios)
-    run.record(subject, f"{metric}/before", ratio, "1", low=min(ratios), high=max(ratios), samples=ratios, **more)
+    record(f"{metric}/before", unit="1", samples=ratios, **vars(median_and_range(ratios)))
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def speed_rows(records: list[Record]) -> Rows:

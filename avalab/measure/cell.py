@@ -6,18 +6,18 @@
 2. Samples: prompts of random tokens, another one each time (an engine that remembers prompts gains nothing), lengths
    interleaved, exactly `new_tokens` greedy tokens each. The first token ends the time to first token, each further one
    is a latency. Prefill speed is the prompt over the time to first token, one head product included.
-3. Peaks of resident memory, while loading and while generating, are reset in between. What the engine and the artefact
-   need is the peak above the runtime: it holds the engine's library, which `load` imports; the `torch` engine's is in
-   the runtime already, as far as its pages were touched before.
+3. Peaks of resident memory, while loading and while generating, are reset in between. What engine and artefact need is
+   the peak above the runtime, the engine's library included; the `torch` engine's is in the runtime already, as far as
+   its pages were touched before.
 4. The memory read rate is measured last, at the size of the bytes that a token reads and with the cell's threads.
 
 A `predictable` cell (torch only) is one that `cost.predict_memory` can be held against. Its layers are those that the
 libraries load, without the lab's kernels. Its runtime includes what any model pays: the libraries of the artefact's
-format, a toy model that has run (library code, thread pools, kernels' code pages) and a tokenizer that was read. And
-freed memory goes back to the system: glibc's malloc keeps tensors of up to 32 MiB for itself once it has seen one, and
-what that leaves behind varies from run to run (20 to 240 MB on a model of 135 M parameters whose engine unpacks its
-weights). Until the warm-up is over, blocks from 1 MiB are therefore mapped and returned one by one, so that the peak is
-what the model needs. Samples are taken with malloc's usual limits, since mapping costs time.
+format, a toy model that has run (thread pools, kernels' code pages) and a tokenizer that was read. And freed memory
+goes back to the system: glibc's malloc keeps tensors of up to 32 MiB once it has seen one, and what that leaves behind
+varies (20 to 240 MB on a model of 135 M parameters whose engine unpacks its weights). Until the warm-up is over, blocks
+from 1 MiB are therefore mapped one by one, so that the peak is what the model needs. Samples are taken with malloc's
+usual limits, since mapping costs time.
 
 Several sequences at once (`measure_batches`): random prompts of equal length, each batch size in turn. The prefill's
 time is that to the first token of all sequences. torch and ONNX Runtime tell when a step is over; OpenVINO (with paged
@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,28 +49,10 @@ from avalab.lab.run import Run, load_average
 from avalab.models import checkpoint
 from avalab.models.sizes import folder_of, kv_cache_bytes, shape_of, weight_bytes_read, weight_file_bytes
 
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-def time_tokens(engine: Engine, prompt: list[int], new_tokens: int) -> list[float]:
-    """Seconds from the call to each token of one generation; a token counts once the engine tells it."""
-    told: list[float] = []
-    start = time.perf_counter()
-    engine.generate(prompt, new_tokens, on_token=lambda token: told.append(time.perf_counter() - start), past_end=True)
-    return told
-
-
-# --- a cell ---------------------------------------------------------------------------------------------------------
-
-
 FAILURES = {"EngineUnavailable": engines.EngineUnavailable, "NotSupported": engines.NotSupported}
-
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
-
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-
 MALLOC_RETURNS = 2**20  # bytes from which a freed block goes back to the system while memory is measured
-
 MALLOC_KEEPS = 2**25  # glibc's own upper limit, where its sliding threshold ends in a process that runs tensors
 
 
@@ -147,9 +130,9 @@ def measure_cell(artifact: Artifact | Path, engine: str, *, work: Workload = Wor
         raise ValueError(f"need at least 2 new tokens and 1 sample, got {work.new_tokens} and {work.samples}")
     if work.predictable and engine != "torch":
         raise ValueError(f"memory is predicted for the engine torch only, got {engine}")
-    options, note = engines.usable_options(engine, artifact, threads=work.threads)
-    found = Cell(**call_engine("avalab.measure.cell:run_cell", artifact, engine, work=replace(work, **options)))
-    return replace(found, threads=options["threads"], note=note) if note else found
+    work, note = usable_work(artifact, engine, work)
+    found = Cell(**ask_engine("avalab.measure.cell:run_cell", artifact, engine, asdict(work), work.limit_seconds))
+    return replace(found, threads=work.threads, note=note) if note else found
 
 
 def measure_batches(artifact: Artifact | Path, engine: str, *, work: Workload) -> dict[str, dict[str, list[float]]]:
@@ -157,22 +140,35 @@ def measure_batches(artifact: Artifact | Path, engine: str, *, work: Workload) -
 
     Raises as `measure_cell` does.
     """
-    return call_engine("avalab.measure.cell:run_batches", artifact, engine, work=work)
+    work, _ = usable_work(artifact, engine, work)
+    return ask_engine("avalab.measure.cell:run_batches", artifact, engine, asdict(work), work.limit_seconds)
 
 
-def call_engine(target: str, artifact: Artifact | Path, engine: str, *, work: Workload, **more) -> dict:
-    """What `target` answers in a process of its own about an artefact in an engine.
+def usable_work(artifact: Artifact | Path, engine: str, work: Workload) -> tuple[Workload, str]:
+    """The workload with threads that the engine's library survives, and a note where they are not those asked for."""
+    options, note = engines.usable_options(engine, folder_of(artifact), threads=work.threads)
+    return replace(work, threads=options["threads"]), note
 
-    Its request holds `folder`, `engine`, the fields of `work`, and `more`.
+
+def ask_engine(target: str, artifact: Artifact | Path, engine: str, request: dict, limit_seconds: float) -> dict:
+    """What `target` (`module:function`) answers about an artefact in an engine, in a process of its own.
+
+    It gets `request` with the artefact's `folder` and `engine`. Raises as `measure_cell` does.
     """
-    folder = folder_of(artifact).resolve()
-    options, _ = engines.usable_options(engine, folder, threads=work.threads)
-    request = {"folder": str(folder), "engine": engine, **asdict(work), **options, **more}
-    label = f"{folder.name} in {engine}"
-    return process.call(target, request, limit_seconds=work.limit_seconds, errors=FAILURES, label=label)
+    request = request | {"folder": str(folder_of(artifact).resolve()), "engine": engine}
+    label = f"{artifact.name} in {engine}"
+    return process.call(target, request, limit_seconds=limit_seconds, errors=FAILURES, label=label)
 
 
 # --- in the measuring process -----------------------------------------------------------------------------------------
+
+
+def time_tokens(engine: Engine, prompt: list[int], new_tokens: int) -> list[float]:
+    """Seconds from the call to each token of one generation; a token counts once the engine tells it."""
+    told: list[float] = []
+    start = time.perf_counter()
+    engine.generate(prompt, new_tokens, on_token=lambda token: told.append(time.perf_counter() - start), past_end=True)
+    return told
 
 
 def run_cell(request: dict) -> dict:
@@ -353,9 +349,6 @@ BATCHES: dict[str, Callable[[dict, list[list[int]], int], tuple[float, float]]] 
 }
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 def merge_cells(cells: Sequence[Cell]) -> Cell:
     """Several measurements of the same cell as one: all samples, the highest peaks, the best read rate."""
 
@@ -375,68 +368,52 @@ def merge_cells(cells: Sequence[Cell]) -> Cell:
 
 def record_cell(run: Run, artifact: Artifact, *, engine: str, work: Workload, cell: Cell, subject: str = "") -> None:
     """Append what was measured of a cell to `run`, under the artefact's name or `subject`."""
-    subject, fractions = subject or artifact.name, cell.roofline_fractions
-    about = {
-        "artifact_sha256": artifact.sha256,
-        "engine": engine,
-        "threads": work.threads if cell.threads is None else cell.threads,
-        "note": cell.note,
-        "details": {"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes},
-    }
-    sizes = {
-        "artifact_bytes": weight_file_bytes(artifact.path),
-        "peak_rss_bytes:load": cell.load_peak_bytes,
-        "peak_rss_bytes:idle": cell.loaded_bytes,
-        "peak_rss_bytes:inference": cell.peak_bytes,
-        "peak_rss_bytes:engine": max(0, cell.peak_bytes - cell.runtime_bytes),
-        "peak_vram_bytes": cell.peak_vram_bytes,
-    }
-    for metric, size in sizes.items():
-        if size is not None:
-            run.record(subject, metric, size, "byte", **about)
-    load, n = statistics.quantile(cell.load_seconds).value, len(cell.load_seconds)
-    run.record(subject, "load_seconds", load, "s", n=n, samples=cell.load_seconds, **about)
+    record = partial(
+        run.record,
+        subject or artifact.name,
+        artifact_sha256=artifact.sha256,
+        engine=engine,
+        threads=work.threads if cell.threads is None else cell.threads,
+        note=cell.note,
+        details={"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes},
+    )
+    record("artifact_bytes", weight_file_bytes(artifact.path), "byte")
+    record("peak_rss_bytes:load", cell.load_peak_bytes, "byte")
+    record("peak_rss_bytes:idle", cell.loaded_bytes, "byte")
+    record("peak_rss_bytes:inference", cell.peak_bytes, "byte")
+    record("peak_rss_bytes:engine", max(0, cell.peak_bytes - cell.runtime_bytes), "byte")
+    if cell.peak_vram_bytes is not None:
+        record("peak_vram_bytes", cell.peak_vram_bytes, "byte")
+    load = statistics.quantile(cell.load_seconds)
+    record("load_seconds", load.value, "s", n=load.n, samples=cell.load_seconds)
     for length, first in cell.first.items():
         each = [second for steps in cell.further[length] for second in steps]
-        record_latency(run, subject, f"time_to_first_token_ms:prompt{length}", first, **about)
-        record_latency(run, subject, f"token_latency_ms:prompt{length}", each, **about)
-        record_speeds(run, subject, cell, length=int(length), ending=f":prompt{length}", **about)
-    if fractions:
-        run.record(subject, "roofline_fraction", unit="1", **vars(statistics.quantile(fractions)), **about)
-        run.record(subject, "memory_read_bytes_per_s", cell.read_bytes_per_s, "byte/s", **about)
-    _record_energy(run, subject, cell, work.new_tokens, **about)
+        record_latency(record, f"time_to_first_token_ms:prompt{length}", first)
+        record_latency(record, f"token_latency_ms:prompt{length}", each)
+        record_speeds(record, cell, length=int(length), ending=f":prompt{length}")
+    if fractions := cell.roofline_fractions:
+        record("roofline_fraction", unit="1", **vars(statistics.quantile(fractions)))
+        record("memory_read_bytes_per_s", cell.read_bytes_per_s, "byte/s")
+    if cell.energy_note:
+        note = "; ".join(note for note in (cell.note, cell.energy_note) if note)
+        record("energy_joules_per_token", None, "J/token", note=note)
+        return
+    for length, joules in cell.joules.items():
+        found = statistics.quantile([each / work.new_tokens for each in joules])
+        record(f"energy_joules_per_token:prompt{length}", unit="J/token", **vars(found))
 
 
-def record_failure(
-    run: Run, subject: str, note: str, *, artifact: Artifact | None = None, engine: str = "", threads: int = 0
-) -> None:
-    """Append the one record of a cell that was not measured."""
-    about = {"artifact_sha256": artifact.sha256 if artifact else "", "engine": engine, "threads": threads}
-    run.record(subject, "decode_tokens_per_s", None, "token/s", note=note, **about)
-
-
-def record_speeds(run: Run, subject: str, cell: Cell, *, length: int, ending: str = "", **about) -> None:
-    """Append prefill and decode speed at a prompt length: medians with intervals and samples."""
+def record_speeds(record: Callable, cell: Cell, *, length: int, ending: str = "") -> None:
+    """Append prefill and decode speed at a prompt length with intervals and samples; `record` knows their subject."""
     prefill = [length / seconds for seconds in cell.first[str(length)]]
     for name, rates in (("prefill", prefill), ("decode", cell.decode_rates(length))):
         found = vars(statistics.quantile(rates))
-        run.record(subject, f"{name}_tokens_per_s{ending}", unit="token/s", samples=rates, **found, **about)
+        record(f"{name}_tokens_per_s{ending}", unit="token/s", samples=rates, **found)
 
 
-def record_latency(run: Run, subject: str, metric: str, seconds: list[float], *, raw: bool = False, **about) -> None:
+def record_latency(record: Callable, metric: str, seconds: list[float], *, raw: bool = False) -> None:
     """Append `QUANTILES` of seconds, in ms, with intervals; `raw` samples with the first one."""
     samples = [1000 * s for s in seconds]
     for name, q in QUANTILES.items():
         kept = samples if raw and name == "p50" else []
-        found = vars(statistics.quantile(samples, q))
-        run.record(subject, f"{metric}:{name}", unit="ms", samples=kept, **found, **about)
-
-
-def _record_energy(run: Run, subject: str, cell: Cell, new_tokens: int, **about) -> None:
-    if cell.energy_note:
-        about["note"] = "; ".join(note for note in (about.get("note", ""), cell.energy_note) if note)
-        run.record(subject, "energy_joules_per_token", None, "J/token", **about)
-        return
-    for length, joules in cell.joules.items():
-        found = vars(statistics.quantile([j / new_tokens for j in joules]))
-        run.record(subject, f"energy_joules_per_token:prompt{length}", unit="J/token", **found, **about)
+        record(f"{metric}:{name}", unit="ms", samples=kept, **vars(statistics.quantile(samples, q)))

@@ -1,4 +1,4 @@
-"""The cost of a longer context: time a token and memory at each length, in an engine, beside what formulas predict.
+"""The price of a longer context: time a token and memory at each length, in an engine, beside what formulas predict.
 
 1. A fresh process loads the artefact once. For each length, shortest first, it reads a prompt of random tokens and
    makes `new_tokens` greedy ones: at the end `length` tokens are in the context. The first length is done twice, to
@@ -27,7 +27,8 @@ import json
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from avalab import engines
@@ -40,13 +41,9 @@ from avalab.measure.cell import Workload
 from avalab.models import sizes
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-
 CACHE_BITS = (16, 8)
-
 LIMIT_SECONDS = 600
-
 LIBRARIES = {"openvino": "openvino_genai", "llamacpp": "llama_cpp", "onnx": "onnxruntime_genai"}
-
 QUANTIZED_CACHE = (
     "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
     "not install); openvino and llamacpp have one of 8 bits"
@@ -84,18 +81,24 @@ def measure_lengths(
     """
     folder = sizes.folder_of(artifact).resolve()
     lengths = _checked_lengths(lengths, new_tokens, engines.facts(folder).context)
-    work = Workload(
-        prompts=tuple(length - new_tokens for length in lengths),
-        new_tokens=new_tokens,
-        threads=threads,
-        limit_seconds=LIMIT_SECONDS,
-    )
-    lines, why = _measured(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
+    prompts = tuple(length - new_tokens for length in lengths)
+    work = Workload(prompts=prompts, new_tokens=new_tokens, threads=threads, limit_seconds=LIMIT_SECONDS)
+    lines, why = _measure_in_process(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
     asked = {"engine": engine, "cache_bits": cache_bits, "new_tokens": new_tokens, "longest": lengths[-1]}
-    asked["read_bytes_per_s"] = max((line["read_bytes_per_s"] for line in lines), default=0.0)
+    rate = max((line["read_bytes_per_s"] for line in lines), default=0.0)
     note = f"stopped after {len(lines)} of {len(lengths)} lengths: {why}"
     rest = [Point(length, None, None, None, note=note) for length in lengths[len(lines) :]]
-    return [_point(folder, line, asked) for line in lines] + rest
+    return [_point(folder, line, asked, rate) for line in lines] + rest
+
+
+def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> list[int]:
+    ordered = sorted(set(lengths))
+    if new_tokens < 2:
+        raise ValueError(f"need at least 2 new tokens to time one, got {new_tokens}")
+    if not ordered or ordered[0] <= new_tokens or ordered[-1] > context:
+        shown = ", ".join(f"{n:,}" for n in lengths) or "none"
+        raise ValueError(f"lengths have to be {new_tokens + 1} to {context:,} tokens, the model's context; got {shown}")
+    return ordered
 
 
 def cache_options(engine: str, cache_bits: int, context: int) -> dict:
@@ -111,129 +114,17 @@ def cache_options(engine: str, cache_bits: int, context: int) -> dict:
     return {"context": context} if engine in ("vllm", "tensorrt") else {}
 
 
-def cached_bits(engine: str, cache_bits: int, head_dim: int) -> float:
-    """Bits that the cache takes for one value, scales included."""
-    if cache_bits == 16:
-        return 16.0
-    return 8 + 16 / 32 if engine == "llamacpp" else 8 + 2 * 32 / head_dim
-
-
-def predict_length(folder: Path, *, asked: dict, length: int, runtime_bytes: int, bytes_per_s: float) -> dict:
-    """Predicted `memory` (bytes, part by part, with `total`), `seconds` a token and `read_bytes` at a length.
-
-    `asked` holds `engine`, `cache_bits`, `new_tokens` and `longest`, the greatest length of the measurement.
-    """
-    model, engine = sizes.shape_of(folder), asked["engine"]
-    bits = cached_bits(engine, asked["cache_bits"], model.head_dim)
-    weights = sizes.weight_file_bytes(folder)
-    prompt = length - asked["new_tokens"]
-    at_once = min(prompt, llamacpp.BATCH) if engine == "llamacpp" else prompt
-    work = Workload(prompts=(at_once,), new_tokens=asked["new_tokens"])
-    memory = cost.predict_memory(
-        model, _stored(folder, engine), weight_bytes=weights, work=work, runtime_bytes=runtime_bytes
-    )
-    held = asked["longest"] if engine == "llamacpp" else length
-    memory["kv_cache"] = int(sizes.kv_cache_bytes(model, context=held) * bits / 16)
-    memory["total"] = sum(size for part, size in memory.items() if part != "total")
-    read = weights + int(sizes.kv_cache_bytes(model, context=length) * bits / 16)
-    return {"memory": memory, "seconds": read / bytes_per_s, "read_bytes": read}
-
-
-def record_lengths(
-    run: Run,
-    artifact: Artifact,
-    engine: str,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    cache_bits: int = 16,
-    threads: int = 0,
-) -> list[Point]:
-    """`measure_lengths` and append to `run`, every metric with the ending `:context<length>:cache<bits>`.
-
-    A failure as a whole is one record without value whose note gives the reason, and no point is returned.
-    """
-    about = {"artifact_sha256": artifact.sha256, "engine": engine, "threads": threads}
-    try:
-        points = measure_lengths(artifact, engine, lengths=lengths, cache_bits=cache_bits, threads=threads)
-    except (RuntimeError, ValueError) as error:
-        ending = f"context{max(lengths)}:cache{cache_bits}"
-        run.record(artifact.name, f"token_latency_ms:{ending}", None, "ms", note=str(error), **about)
-        return []
-    for point in points:
-        _record_point(run, artifact.name, point, ending=f"context{point.length}:cache{cache_bits}", about=about)
-    return points
-
-
-def _record_point(run: Run, subject: str, point: Point, *, ending: str, about: dict) -> None:
-    if point.seconds_per_token is None:
-        run.record(subject, f"token_latency_ms:{ending}", None, "ms", note=point.note, **about)
-        return
-    samples = [1000 * s for s in point.samples]
-    about = about | {"details": point.details}
-    latency = vars(statistics.quantile(samples))
-    run.record(subject, f"token_latency_ms:{ending}", unit="ms", samples=samples, **latency, **about)
-    run.record(subject, f"time_to_first_token_ms:{ending}", 1000 * point.first_token_seconds, "ms", n=1, **about)
-    run.record(subject, f"peak_rss_bytes:{ending}", point.peak_bytes, "byte", **about)
-    run.record(subject, f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte", **about)
-    run.record(subject, f"predicted_token_latency_ms:{ending}", 1000 * point.predicted_seconds, "ms", **about)
-
-
-def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> list[int]:
-    ordered = sorted(set(lengths))
-    if new_tokens < 2:
-        raise ValueError(f"need at least 2 new tokens to time one, got {new_tokens}")
-    if not ordered or ordered[0] <= new_tokens or ordered[-1] > context:
-        shown = ", ".join(f"{n:,}" for n in lengths) or "none"
-        raise ValueError(f"lengths have to be {new_tokens + 1} to {context:,} tokens, the model's context; got {shown}")
-    return ordered
-
-
-def _point(folder: Path, line: dict, asked: dict) -> Point:
-    predicted = predict_length(
-        folder,
-        asked=asked,
-        length=line["length"],
-        runtime_bytes=line["runtime_bytes"],
-        bytes_per_s=asked["read_bytes_per_s"],
-    )
-    details = {"memory": predicted["memory"], "cache_bits": asked["cache_bits"]}
-    details |= {name: line[name] for name in ("length", "read_bytes_per_s", "load_average", "idle_bytes")}
-    return Point(
-        length=line["length"],
-        seconds_per_token=statistics.quantile(line["steps"]).value,
-        first_token_seconds=line["first"],
-        peak_bytes=line["peak"],
-        predicted_bytes=predicted["memory"]["total"],
-        predicted_seconds=predicted["seconds"],
-        samples=tuple(line["steps"]),
-        details=details,
-    )
-
-
-def _stored(folder: Path, engine: str) -> sizes.Storage:
-    """What the torch engine copies is known by the artefact's last step; other engines are taken to copy nothing."""
-    if engine != "torch" or not (folder / artifacts.CARD).is_file():
-        return sizes.BF16
-    try:
-        return sizes.of_artifact(artifacts.load_artifact(folder, verify=False))[0]
-    except (ValueError, IndexError):  # a step that stores dense weights, or no recipe at all
-        return sizes.BF16
-
-
-# --- the measuring process --------------------------------------------------------------------------------------------
-
-
-def _measured(folder: Path, engine: str, work: Workload, options: dict) -> tuple[list[dict], str]:
+def _measure_in_process(folder: Path, engine: str, work: Workload, options: dict) -> tuple[list[dict], str]:
     """The lengths that were measured before the process ended, and what stopped it ('' when it finished).
 
     Raises what stopped it where that was before the first length.
     """
+    work, _ = cell.usable_work(folder, engine, work)
     with tempfile.TemporaryDirectory() as scratch:
         file, why = Path(scratch) / "lengths.jsonl", ""
+        request = asdict(work) | {"options": options, "file": str(file)}
         try:
-            cell.call_engine(
-                "avalab.measure.context:run_lengths", folder, engine, work=work, options=options, file=str(file)
-            )
+            cell.ask_engine("avalab.measure.context:run_lengths", folder, engine, request, work.limit_seconds)
         except RuntimeError as error:
             if not file.is_file():
                 raise
@@ -242,9 +133,9 @@ def _measured(folder: Path, engine: str, work: Workload, options: dict) -> tuple
 
 
 def run_lengths(request: dict) -> dict:
-    """Measure each of `prompts` and its new tokens in this process, a line each in `file`: seconds, bytes, read rate.
+    """In the measuring process: a line in `file` for each of `prompts` and its new tokens: seconds, bytes, read rate.
 
-    `request` is that of `cell.call_engine`, with `file` and the engine's `options`.
+    `request` is that of `cell.ask_engine`, with a workload's fields, `file` and the engine's `options`.
     """
     library = LIBRARIES.get(request["engine"])
     if library and importlib.util.find_spec(library):
@@ -267,3 +158,95 @@ def run_lengths(request: dict) -> dict:
             with Path(request["file"]).open("a") as file:
                 file.write(json.dumps(facts | line) + "\n")
     return {}
+
+
+def _point(folder: Path, line: dict, asked: dict, bytes_per_s: float) -> Point:
+    predicted = predict_length(
+        folder, asked=asked, length=line["length"], runtime_bytes=line["runtime_bytes"], bytes_per_s=bytes_per_s
+    )
+    details = {"memory": predicted["memory"], "cache_bits": asked["cache_bits"]}
+    details |= {name: line[name] for name in ("length", "read_bytes_per_s", "load_average", "idle_bytes")}
+    return Point(
+        length=line["length"],
+        seconds_per_token=statistics.quantile(line["steps"]).value,
+        first_token_seconds=line["first"],
+        peak_bytes=line["peak"],
+        predicted_bytes=predicted["memory"]["total"],
+        predicted_seconds=predicted["seconds"],
+        samples=tuple(line["steps"]),
+        details=details,
+    )
+
+
+def predict_length(folder: Path, *, asked: dict, length: int, runtime_bytes: int, bytes_per_s: float) -> dict:
+    """Predicted `memory` (bytes, part by part, with `total`), `seconds` a token and `read_bytes` at a length.
+
+    `asked` holds `engine`, `cache_bits`, `new_tokens` and `longest`, the greatest length of the measurement.
+    """
+    model, engine = sizes.shape_of(folder), asked["engine"]
+    bits = cached_bits(engine, asked["cache_bits"], model.head_dim)
+    weights, prompt = sizes.weight_file_bytes(folder), length - asked["new_tokens"]
+    at_once = min(prompt, llamacpp.BATCH) if engine == "llamacpp" else prompt
+    memory = cost.predict_memory(
+        model,
+        _storage_of(folder, engine),
+        weight_bytes=weights,
+        work=Workload(prompts=(at_once,), new_tokens=asked["new_tokens"]),
+        runtime_bytes=runtime_bytes,
+    )
+    held = asked["longest"] if engine == "llamacpp" else length
+    memory["kv_cache"] = int(sizes.kv_cache_bytes(model, context=held) * bits / 16)
+    memory["total"] = sum(size for part, size in memory.items() if part != "total")
+    read = weights + int(sizes.kv_cache_bytes(model, context=length) * bits / 16)
+    return {"memory": memory, "seconds": read / bytes_per_s, "read_bytes": read}
+
+
+def cached_bits(engine: str, cache_bits: int, head_dim: int) -> float:
+    """Bits that the cache takes for one value, scales included."""
+    if cache_bits == 16:
+        return 16.0
+    return 8 + 16 / 32 if engine == "llamacpp" else 8 + 2 * 32 / head_dim
+
+
+def _storage_of(folder: Path, engine: str) -> sizes.Storage:
+    """What the torch engine copies is known by the artefact's last step; other engines are taken to copy nothing."""
+    if engine != "torch" or not (folder / artifacts.CARD).is_file():
+        return sizes.BF16
+    try:
+        return sizes.of_artifact(artifacts.load_artifact(folder, verify=False))[0]
+    except (ValueError, IndexError):  # a step that stores dense weights, or no recipe at all
+        return sizes.BF16
+
+
+def record_lengths(
+    run: Run,
+    artifact: Artifact,
+    engine: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    cache_bits: int = 16,
+    threads: int = 0,
+) -> list[Point]:
+    """`measure_lengths` and append to `run`, every metric with the ending `:context<length>:cache<bits>`.
+
+    A failure as a whole is one record without value whose note gives the reason, and no point is returned.
+    """
+    record = partial(run.record, artifact.name, artifact_sha256=artifact.sha256, engine=engine, threads=threads)
+    try:
+        points = measure_lengths(artifact, engine, lengths=lengths, cache_bits=cache_bits, threads=threads)
+    except (RuntimeError, ValueError) as error:
+        metric = f"token_latency_ms:context{max(lengths)}:cache{cache_bits}"
+        record(metric, None, "ms", note=str(error))
+        return []
+    for point in points:
+        ending = f"context{point.length}:cache{cache_bits}"
+        if point.seconds_per_token is None:
+            record(f"token_latency_ms:{ending}", None, "ms", note=point.note)
+            continue
+        one, samples = partial(record, details=point.details), [1000 * s for s in point.samples]
+        one(f"token_latency_ms:{ending}", unit="ms", samples=samples, **vars(statistics.quantile(samples)))
+        one(f"time_to_first_token_ms:{ending}", 1000 * point.first_token_seconds, "ms", n=1)
+        one(f"peak_rss_bytes:{ending}", point.peak_bytes, "byte")
+        one(f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte")
+        one(f"predicted_token_latency_ms:{ending}", 1000 * point.predicted_seconds, "ms")
+    return points

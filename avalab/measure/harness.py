@@ -2,17 +2,17 @@
 
 1. The harness (Gao et al., "A framework for few-shot language model evaluation", lm-eval 0.4) knows the tasks: their
    data, prompts, number of examples and metrics. A folder of task files adds tasks of one's own (`include_path`), with
-   JSON lines beside them and no network; paths in such a file are relative to the folder.
-2. The model is the one `models.load` gives, wrapped as the harness's transformers model: no second loading code.
+   JSON lines beside them and no network; paths in such a file are relative to the folder. A task file may name Python
+   functions beside it: such a folder is code, to be chosen like a program.
+2. The model is the one `checkpoint.load_model` gives, wrapped as the harness's transformers model.
 3. Tasks are scored one by one, and the harness's answer for each is kept as JSON under a key of everything it depends
    on: a killed run goes on with the next task.
 4. A number becomes a `Record` of the metric `harness:<task>:<metric>`, with `:<filter>` behind it where the harness
    extracts answers in several ways. The interval is Wilson's where the standard error is that of a share of right
    answers, else 1.96 standard errors to each side; none where the harness gives no standard error.
 
-What it does not do: tasks that run model-written code in this process (the harness asks for a confirmation that is
-never given here; `answers` has HumanEval in a sandbox), and resuming inside one task. A task file may name Python
-functions beside it: such a folder is code, to be chosen like a program.
+What it does not do: tasks that run model-written code in this process. The harness asks for a confirmation that is
+never given here; `answers` has HumanEval in a sandbox.
 """
 
 from __future__ import annotations
@@ -41,11 +41,8 @@ from avalab.lab.statistics import Estimate
 from avalab.models import checkpoint
 
 BATCH = 16
-
 KEPT = ("results", "n-samples", "versions", "n-shot", "higher_is_better")  # of the harness's answer
-
 INSTALL = 'pip install -e ".[harness]"'
-
 Z = 1.959964  # the 97.5 % point of the normal distribution
 
 
@@ -79,14 +76,13 @@ def record_tasks(
         raise ValueError("no task named; give at least one, such as hellaswag, mmlu or gsm8k")
     settings = {"limit": limit or run.profile.call_items, "chat": chat, "seed": run.seed, "batch": BATCH}
     settings |= {"lm_eval": importlib.metadata.version("lm_eval"), "folder_sha256": _folder_sha256(folder)}
-    evaluated = _evaluated(artifact, list(dict.fromkeys(tasks)), run, settings, folder)
-    about = {"artifact_sha256": artifact.sha256, "engine": "torch", "unit": "1"}
-    return [
-        run.record(artifact.name, f"harness:{score.task}:{score.metric}", **vars(score.estimate), **about,
-                   details={**settings, **score.details})
-        for answer in evaluated
-        for score in score_tasks(answer)
-    ]  # fmt: skip
+    record = functools.partial(run.record, artifact.name, unit="1", artifact_sha256=artifact.sha256, engine="torch")
+    recorded = []
+    for answer in _evaluated(artifact, list(dict.fromkeys(tasks)), run, settings, folder):
+        for score in score_tasks(answer):
+            metric, details = f"harness:{score.task}:{score.metric}", settings | score.details
+            recorded.append(record(metric, details=details, **vars(score.estimate)))
+    return recorded
 
 
 def require() -> None:
@@ -95,28 +91,28 @@ def require() -> None:
         raise EngineUnavailable(f"tasks of lm-evaluation-harness need the package lm-eval; install it: {INSTALL}")
 
 
-def score_tasks(answer: dict) -> list[Score]:
+def score_tasks(answer: dict) -> Iterator[Score]:
     """What the harness's results say, in their order: every number that is one, with its interval.
 
     `answer` is what `lm_eval.simple_evaluate` returns (`results` and the tables beside it).
     """
-    return [score for task, row in answer["results"].items() for score in _scores_of(task, row, answer)]
-
-
-def _scores_of(task: str, row: dict, answer: dict) -> Iterator[Score]:
-    counted = answer.get("n-samples", {}).get(task, {})
-    about = {"documents": counted.get("original"), "version": answer.get("versions", {}).get(task)}
-    about["shots"] = answer.get("n-shot", {}).get(task)
-    for key, value in row.items():
-        name, comma, how = key.partition(",")
-        if not comma or name.endswith("_stderr") or not _is_number(value):
-            continue
-        error = row.get(f"{name}_stderr,{how}")
-        n = row.get("sample_count", {}).get(key) or row.get("sample_len") or counted["effective"]
-        better = answer.get("higher_is_better", {}).get(task, {}).get(name)
-        details = {**about, "stderr": error if _is_number(error) else None, "higher_is_better": better}
-        metric = name if how == "none" else f"{name}:{how}"
-        yield Score(task, metric, interval(value, details["stderr"], n), details)
+    for task, row in answer["results"].items():
+        counted = answer.get("n-samples", {}).get(task, {})
+        for key, value in row.items():
+            name, comma, how = key.partition(",")
+            if not comma or name.endswith("_stderr") or not _is_number(value):
+                continue
+            error = row.get(f"{name}_stderr,{how}")
+            details = {
+                "documents": counted.get("original"),
+                "version": answer.get("versions", {}).get(task),
+                "shots": answer.get("n-shot", {}).get(task),
+                "stderr": error if _is_number(error) else None,
+                "higher_is_better": answer.get("higher_is_better", {}).get(task, {}).get(name),
+            }
+            n = row.get("sample_count", {}).get(key) or row.get("sample_len") or counted["effective"]
+            metric = name if how == "none" else f"{name}:{how}"
+            yield Score(task, metric, interval(value, details["stderr"], n), details)
 
 
 def _is_number(value: object) -> bool:
@@ -131,18 +127,11 @@ def interval(value: float, stderr: float | None, n: int) -> Estimate:
     """
     if stderr is None:
         return Estimate(float(value), None, None, n)
-    if _is_share(value, stderr, n):
-        return statistics.wilson(round(value * n), n)
+    if n > 1 and 0 <= value <= 1 and math.isclose(value * n, round(value * n), abs_tol=1e-6):
+        of_a_share = math.sqrt(value * (1 - value) / (n - 1))
+        if math.isclose(stderr, of_a_share, rel_tol=1e-6, abs_tol=1e-9):
+            return statistics.wilson(round(value * n), n)
     return Estimate(float(value), value - Z * stderr, value + Z * stderr, n)
-
-
-def _is_share(value: float, stderr: float, n: int) -> bool:
-    if n < 2 or not 0 <= value <= 1 or not math.isclose(value * n, round(value * n), abs_tol=1e-6):
-        return False
-    return math.isclose(stderr, math.sqrt(value * (1 - value) / (n - 1)), rel_tol=1e-6, abs_tol=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------- the harness
 
 
 def _evaluated(artifact: Artifact, tasks: list[str], run: Run, settings: dict, folder: Path | None) -> Iterator[dict]:
@@ -154,7 +143,7 @@ def _evaluated(artifact: Artifact, tasks: list[str], run: Run, settings: dict, f
         with _quiet():
             manager = manager or _manager(folder)
             refuse_unknown(tasks, manager.all_tasks)
-            loaded = load(task, manager, folder)
+            loaded = load_task(task, manager, folder)
             ask = ask or _asker(artifact, run.device, settings, manager)
             return ask(loaded)
 
@@ -172,18 +161,26 @@ def _asker(artifact: Artifact, device: str, settings: dict, manager: object) -> 
 
     model, tokenizer = checkpoint.load_model(artifact, device), checkpoint.load_tokenizer(artifact)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings["batch"])
-    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    how = {"task_manager": manager, "log_samples": False, "limit": settings["limit"]}
-    how |= {"apply_chat_template": settings["chat"]} | dict.fromkeys(seeds, settings["seed"])
 
     def ask(loaded: list) -> dict:
-        answer = lm_eval.simple_evaluate(wrapped, tasks=loaded, **how)
+        answer = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=loaded,
+            task_manager=manager,
+            log_samples=False,
+            limit=settings["limit"],
+            apply_chat_template=settings["chat"],
+            random_seed=settings["seed"],
+            numpy_random_seed=settings["seed"],
+            torch_random_seed=settings["seed"],
+            fewshot_random_seed=settings["seed"],
+        )
         return json.loads(json.dumps({key: answer.get(key, {}) for key in KEPT}, default=str))
 
     return ask
 
 
-def load(task: str, manager: object, folder: Path | None = None) -> list:
+def load_task(task: str, manager: object, folder: Path | None = None) -> list:
     """The harness's objects for a task (one, or those of a tag), with their data.
 
     `manager` is its task manager. Raises AssetUnavailable, in one line, when the data is out of reach.
@@ -192,10 +189,8 @@ def load(task: str, manager: object, folder: Path | None = None) -> list:
         with contextlib.chdir(folder or Path.cwd()):  # a task file names its data by a relative path
             found = manager.load([task])
     except (OSError, httpx.HTTPError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise AssetUnavailable(
-            f"the data of task {task!r} cannot be reached: {type(error).__name__}: {first}"
-        ) from error
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise AssetUnavailable(f"the data of task {task!r} cannot be reached: {why}") from error
     groups = found.get("groups", {})
     return [groups[task]] if task in groups else list(found["tasks"].values())
 

@@ -1,52 +1,31 @@
-"""How close each kernel comes to the limit of this machine, and to its peers: `python -m avalab.measure.kernel_bench`.
+"""A benchmark of every kernel against the limit of this machine and its peers: `python -m avalab.measure.kernel_bench`.
 
-Method:
-1. the machine's limits are measured in the same run: bytes read a second from a buffer of the weight's own size, and
-   operations a second of a square bf16 matrix product;
-2. every operation runs as all its arms in turn (ours, the reference's dense form, bitsandbytes), warmed up, raw samples
-   kept;
-3. the limit's prediction is the larger of operations / peak and bytes / read rate; `roofline_fraction` is prediction /
-   median;
-4. peak memory is the growth of resident memory in a process of its own, one an arm (allocated memory on a GPU).
-Records: `kernel_ms` with samples, `roofline_fraction`, `peak_bytes`; details hold shape, operations, bytes and load
-average. An arm that cannot run here leaves a record without value whose note says why.
+1. The machine's limits are measured in the same run: bytes read a second from a buffer of the weight's own size, and
+   operations a second of a square bf16 matrix product.
+2. Every operation runs as all its arms in turn, warmed up, raw samples kept. An arm that fails, or computes something
+   else than the plain form, is dropped and its record says why; so does that of one that cannot run here.
+3. `roofline_fraction` is the limit's prediction, the larger of operations / peak and bytes / rate, over the median.
+4. Peak memory is the growth of resident memory in a process of its own, one an arm (allocated memory on a GPU).
 
-What it does not do: plot (notebook 10), judge the targets.
-
-Kernels of other projects, timed where they are installed and can run; elsewhere a row says what is missing.
-
-`PEERS` is the one table: the arm's name, the package and module, what it computes, whether it needs a GPU, and the
-function that makes a call of it. Nothing here is a dependency of the lab: a module is imported when its arm is made.
-On a CPU cut cross-entropy falls back on a compiled dense loss (`torch.compile`, which needs a C++ compiler), Liger's
-and GemLite's kernels are Triton's, and bitsandbytes' 4-bit products are the arms of `bench_arms`.
-`checked` runs every arm once and drops, with its reason, one that fails or computes something else.
-
-Sources: Wijmans et al. 2024 (cut cross-entropy), Hsu et al. 2024 (Liger kernel), GemLite and bitsandbytes as packages.
-What it does not do: install anything, or time (`bench`).
-
-What is timed against what: each operation's arms, ours beside the peers that are installed.
-
-Peers of the 4-bit product: bf16 (what 4 bits must not be slower than), bitsandbytes' own entry point in its inference
-layout, its decode-then-multiply form for training, and torch's int4 kernel (which torchao calls). Of encoding: the
-definition in plain torch, and bitsandbytes. Of the layer with an adapter: autograd over bitsandbytes' decoding, as peft
-has it. Of the loss: full logits widened to float32, as transformers has it, and in bf16. Kernels of other projects,
-where they are installed, come from `bench_peers`.
-
-What it does not do: time (`bench`).
+Arms of the 4-bit product: ours, bf16 (what 4 bits must not be slower than), bitsandbytes' own entry point in its
+inference layout, its decode-then-multiply form for training, and torch's int4 kernel (which torchao calls). Of
+encoding: the definition in plain torch, and bitsandbytes. Of the layer with an adapter: autograd over bitsandbytes'
+decoding, as peft has it. Of the loss: full logits widened to float32, as transformers has it, and in bf16. Beside them
+stand the kernels of other projects (`PEERS`), where they are installed: cut cross-entropy (Wijmans et al. 2024), which
+on a CPU is a compiled dense loss, Liger kernel (Hsu et al. 2024), GemLite and bitsandbytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import re
-import statistics
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,130 +36,149 @@ from avalab.kernels import encoding, formats, product
 from avalab.kernels.product import sample
 from avalab.kernels.weight import Weight4, decode, group_scales
 from avalab.lab import trackers
-from avalab.lab.run import PROFILES, Record, Run, load_average
+from avalab.lab.run import PROFILES, Run, load_average
+from avalab.lab.statistics import median_and_range
 from avalab.lab.trackers import Arms
 
 ALLOWED_DIFFERENCE = 0.05  # of the plain form's result, in norm: bf16 and 4-bit scales in bf16 stay far below
+PLAIN = ("bf16", "dense", "reference")  # the arm that the others must agree with
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One kernel of another project; `make` takes an operation's inputs and returns the call that is timed."""
+class Sizes:
+    """What one profile measures."""
 
-    arm: str
-    package: str  # as pip knows it
-    module: str
-    operation: str  # nf4, int4 or loss
-    make: Callable[..., Callable[[], Tensor]]
-    needs_gpu: bool = True
-
-
-def missing_peers(peer: Peer, device: str) -> str:
-    """Why a peer cannot run here: not installed, or no GPU; empty when it can be tried."""
-    if find_spec(peer.module) is None:
-        return f"not installed: pip install {peer.package}" + (" (and it needs a GPU)" if peer.needs_gpu else "")
-    return "needs a GPU" if peer.needs_gpu and not device.startswith("cuda") else ""
+    shapes: tuple[tuple[int, int], ...]  # rows, columns of the weights
+    batches: tuple[int, ...]  # rows of activations
+    rank: int
+    lora_tokens: int
+    loss: tuple[int, int, int]  # tokens, width, vocabulary
+    samples: int
+    peak_side: int  # of the square matrix product
 
 
-def peer_arms(operation: str, device: str, *inputs: object) -> trackers.Arms:
-    """The calls of all peers that compute `operation` and can run on `device`."""
-    return {
-        peer.arm: peer.make(*inputs)
-        for peer in PEERS
-        if peer.operation == operation and not missing_peers(peer, device)
-    }
+SIZES = {
+    "smoke": Sizes(((64, 128),), (1, 64), 4, 64, (64, 64, 512), 3, 256),
+    "laptop": Sizes(((1536, 576), (4096, 4096)), (1, 16, 512, 2048), 16, 1024, (2048, 576, 49152), 5, 2048),
+    "a2000": Sizes(((8192, 2048), (14336, 4096)), (1, 16, 512, 4096), 16, 4096, (4096, 2048, 151936), 15, 8192),
+}
+SIZES["long"] = SIZES["laptop"]
 
 
-def reasons(device: str) -> dict[str, str]:
-    """`product nf4:gemlite`-like subject -> why that peer is not timed here."""
-    found = {peer: missing_peers(peer, device) for peer in PEERS}
-    return {f"{NAMES[peer.operation]}:{peer.arm}": reason for peer, reason in found.items() if reason}
+def matrix_peak(side: int, device: str = "cpu") -> float:
+    """Operations a second of a bf16 matrix product of this side: the best of five."""
+    a = torch.ones(side, side, dtype=torch.bfloat16, device=device)
+    return 2 * side**3 / min(trackers.interleaved({"peak": lambda: a @ a}, 5, device)["peak"]) * 1e3
 
 
-def checked_peer(arms: trackers.Arms, plain: str) -> tuple[trackers.Arms, dict[str, str]]:
-    """The arms that run and agree with the arm `plain`, and the reasons of the others."""
-    kept, dropped, expected = {}, {}, _flat(arms[plain]())
-    for name, arm in arms.items():
-        try:
-            gap = float((_flat(arm()) - expected).norm() / expected.norm())
-        except Exception as error:  # another project's kernel on this machine: whatever it raises is the answer
-            said = str(error).strip() or type(error).__name__
-            dropped[name] = f"fails here: {said.splitlines()[0]}"
-            continue
-        if gap <= ALLOWED_DIFFERENCE:
-            kept[name] = arm
-        else:
-            dropped[name] = f"computes something else: {gap:.2g} of the result away"
-    return kept, dropped
+def read_rate(size: int, device: str = "cpu") -> float:
+    """Bytes a second read from a buffer of `size` bytes: the best of five sums."""
+    data = torch.ones(max(1, size // 4), device=device)
+    return data.nbytes / min(trackers.interleaved({"read": data.sum}, 5, device)["read"]) * 1e3
 
 
-def _flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    parts = result if isinstance(result, tuple) else (result,)
-    return torch.cat([part.detach().float().flatten() for part in parts])
+def products(run: Run, sizes: Sizes) -> None:
+    """Every form of the 4-bit product and its peers, for each format, shape and batch."""
+    peak = matrix_peak(sizes.peak_side, run.device)
+    for kind, (rows, cols) in itertools.product(("nf4", "int4_zero_point"), sizes.shapes):
+        weight = product.prepare(sample(run.device, kind=kind, rows=rows, cols=cols))
+        dense = decode(weight, torch.bfloat16)
+        limits = peak, read_rate(rows * cols // 2, run.device)
+        for batch in sizes.batches:
+            x = torch.randn(batch, cols, device=run.device).bfloat16()
+            arms = product_arms(x, weight, dense)
+            read = {name: dense.nbytes if name == "bf16" else rows * cols // 2 for name in arms}
+            subject, flops = f"product {kind} {rows}x{cols} batch {batch}", 2 * batch * rows * cols
+            record_arms(run, subject, arms, flops=flops, read=read, limits=limits)
 
 
-# --- products: activations, weight ---------------------------------------------------------------------------------
+def encodings(run: Run, sizes: Sizes) -> None:
+    """A bf16 weight rounded to NF4 and packed, and its peers; no operations are counted, only what has to be read."""
+    for rows, cols in sizes.shapes:
+        arms = encode_arms(run.device, (rows, cols))
+        limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * rows * cols, run.device)
+        read = dict.fromkeys(arms, 2 * rows * cols)
+        record_arms(run, f"encode nf4 {rows}x{cols}", arms, flops=0, read=read, limits=limits)
 
 
-def _bitsandbytes_gemm(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
-    """The fused 4-bit product that `matmul_4bit` takes for inference."""
-    import bitsandbytes  # noqa: F401  (its import registers the operator)
-
-    run, scales = torch.ops.bitsandbytes.gemm_4bit.default, group_scales(weight).reshape(-1)
-    codes, shape = weight.codes.reshape(-1, 1), list(weight.shape)
-    return lambda: run(x, codes, shape, scales, weight.group_size, "nf4")
-
-
-def _bitsandbytes_gemv(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
-    """The older product, of one row of activations: with more it fails the check."""
-    import bitsandbytes  # noqa: F401  (its import registers the operator)
-
-    run, scales = torch.ops.bitsandbytes.gemv_4bit.default, group_scales(weight).reshape(-1)
-    codes, shape = weight.codes.reshape(-1, 1), list(weight.shape)
-    return lambda: run(x, codes, shape, scales, weight.levels, weight.group_size)
+def lora(run: Run, sizes: Sizes) -> None:
+    """One forward and backward pass of a quantised linear layer with LoRA, and its peers."""
+    rows, cols = sizes.shapes[0]
+    arms = lora_arms(run.device, (rows, cols), tokens=sizes.lora_tokens, rank=sizes.rank)
+    flops = 2 * sizes.lora_tokens * (2 * rows * cols + 3 * sizes.rank * (rows + cols))
+    read = {name: (4 if name == "bf16" else 1) * rows * cols for name in arms}  # there and back
+    limits = matrix_peak(sizes.peak_side, run.device), read_rate(rows * cols // 2, run.device)
+    subject = f"lora nf4 {rows}x{cols} tokens {sizes.lora_tokens}"
+    record_arms(run, subject, arms, flops=flops, read=read, limits=limits)
 
 
-def _gemlite(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
-    """GemLite's product of (code - zero point) * scale."""
-    from gemlite.helper import A16W4_HQQ_INT
-
-    codes = torch.stack((weight.codes >> 4, weight.codes & 15), -1).view(weight.shape)
-    parts = [part.to(x.dtype).reshape(-1, 1) for part in (group_scales(weight), weight.zero_points)]
-    layer = A16W4_HQQ_INT(device=str(x.device), dtype=x.dtype).from_weights(codes, *parts)
-    return lambda: layer(x)
-
-
-# --- losses: hidden states, head, targets --------------------------------------------------------------------------
-
-
-def _liger(hidden: Tensor, head: Tensor, targets: Tensor) -> Callable[[], Tensor]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return lambda: liger_fused_linear_cross_entropy(hidden, head, targets)
+def losses(run: Run, sizes: Sizes) -> None:
+    """Chunked and dense losses with a trained and a frozen head: time, and peak memory in a process of its own."""
+    tokens, width, vocab = sizes.loss
+    limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * width * vocab, run.device)
+    for trained in (True, False):
+        subject = f"loss {tokens}x{width}x{vocab} {'trained' if trained else 'frozen'}"
+        arms = loss_arms(run.device, sizes.loss, trained=trained)
+        flops, read = 2 * tokens * width * vocab * (3 if trained else 2), dict.fromkeys(arms, 2 * width * vocab)
+        for arm in record_arms(run, subject, arms, flops=flops, read=read, limits=limits):
+            flags = ["--profile", run.profile_name, "--device", run.device, "--peak", arm]
+            command = [sys.executable, "-m", "avalab.measure.kernel_bench", *flags, *([] if trained else ["--frozen"])]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            details = {"load_average": load_average()}
+            run.record(f"{subject}:{arm}", "peak_bytes", int(printed.split()[-1]), "byte", n=1, details=details)
 
 
-def _cut_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Callable[[], Tensor]:
-    from cut_cross_entropy import linear_cross_entropy
+def absent(run: Run) -> None:
+    """A record without value for every peer, and every form of ours, that cannot run here; its note says why."""
+    found = reasons(run.device)
+    if not run.device.startswith("cuda"):
+        operations = ("encode", "product", "linear_cross_entropy", "linear_kl")
+        found |= {f"{operation}:triton": "needs a GPU" for operation in operations}
+    for subject, reason in found.items():
+        run.record(subject, "kernel_ms", None, "ms", note=reason)
 
-    form = "cce" if hidden.is_cuda else "torch_compile"
-    return lambda: linear_cross_entropy(hidden, head, targets, impl=form)
+
+def record_arms(
+    run: Run, subject: str, arms: Arms, *, flops: int, read: dict[str, int], limits: tuple[float, float]
+) -> list[str]:
+    """Time the arms that agree with the plain one and return their names.
+
+    `flops`: operations of the work, `read`: bytes by arm, `limits`: operations and bytes a second.
+    """
+    arms, dropped = agreeing_arms(arms, next(arm for arm in PLAIN if arm in arms))
+    for name, reason in dropped.items():
+        run.record(f"{subject}:{name}", "kernel_ms", None, "ms", note=reason)
+    for name, samples in trackers.interleaved(arms, SIZES[run.profile_name].samples, run.device).items():
+        details = {"flops": flops, "bytes": read[name], "load_average": load_average()}
+        details |= {"flops_per_s": limits[0], "bytes_per_s": limits[1]}
+        record, found = partial(run.record, f"{subject}:{name}", details=details), median_and_range(samples)
+        record("kernel_ms", unit="ms", samples=samples, **vars(found))
+        if flops:  # where nobody counted them, reading alone is no limit to speak of
+            least = max(flops / limits[0], read[name] / limits[1]) * 1e3
+            record("roofline_fraction", least / found.value, "1", n=found.n)
+    return list(arms)
 
 
-PEERS = (
-    Peer("bitsandbytes-gemm", "bitsandbytes", "bitsandbytes", "nf4", _bitsandbytes_gemm),
-    Peer("bitsandbytes-gemv", "bitsandbytes", "bitsandbytes", "nf4", _bitsandbytes_gemv),
-    Peer("gemlite", "gemlite", "gemlite", "int4", _gemlite),
-    Peer("liger", "liger-kernel", "liger_kernel", "loss", _liger),
-    Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", "loss", _cut_cross_entropy, needs_gpu=False),
-)
+def peak_bytes(device: str, size: tuple[int, int, int], arm: str, *, trained: bool) -> int:
+    """Growth of this process's memory (of a GPU's allocated memory) in one step of the loss, over its inputs."""
+    loss_arms(device, SIZES["smoke"].loss, trained=trained)[arm]()  # libraries and checks are in memory before
+    step = loss_arms(device, size, trained=trained)[arm]
+    gc.collect()
+    trackers.reset_peak_memory(device)
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        step()
+        return trackers.peak_gpu_memory(device) - before
+    before = trackers.process_memory()["peak"]
+    step()
+    return trackers.process_memory()["peak"] - before
 
-NAMES = {"nf4": "product nf4", "int4": "product int4_zero_point", "loss": "loss"}
 
-# --- what is timed against what -------------------------------------------------------------------------------------
+# --- what is timed against what ---------------------------------------------------------------------------------------
 
 
 def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
-    """x times a weight of `library.prepare`, whose decoded form is `dense`."""
+    """x times a weight of `product.prepare`, whose decoded form is `dense`."""
     arms: Arms = {"avalab": lambda: kernels.multiply(x, weight), "bf16": lambda: x @ dense.T}
     small = weight.small_batch
     if small is not None and small.kernel == "int4pack":
@@ -188,10 +186,11 @@ def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
     if x.is_cuda and weight.zero_points is not None:
         arms["torch-int4pack"] = _int4pack_gpu(x, weight)
     if product.is_nf4(weight.to("cpu")) and product.native_code():
-        arms["bitsandbytes-decoded"] = lambda: functional.linear(x, _decoded_whole(weight))
+        arms["bitsandbytes-decoded"] = lambda: functional.linear(x, product.decode_library(weight, x.dtype))
         if small is not None:
             arms["bitsandbytes"] = _bitsandbytes(x, weight)
-    return arms | peer_arms("nf4" if weight.zero_points is None else "int4", str(x.device), x, weight)
+    kind = "nf4" if weight.zero_points is None else "int4_zero_point"
+    return arms | peer_arms(f"product {kind}", str(x.device), x, weight)
 
 
 def _int4pack_gpu(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
@@ -207,17 +206,17 @@ def _bitsandbytes(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
     from bitsandbytes import functional as bnb_functional
     from bitsandbytes import matmul_4bit
 
-    small, facts = weight.small_batch, {"blocksize": 64, "quant_type": "nf4", "dtype": torch.bfloat16}
-    shape = torch.Size(weight.shape)
-    state = bnb_functional.QuantState(absmax=small.scales, shape=shape, code=weight.levels, **facts)
+    small = weight.small_batch
+    state = bnb_functional.QuantState(
+        absmax=small.scales,
+        shape=torch.Size(weight.shape),
+        code=weight.levels,
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+    )
     state.packing_format_for_cpu = True
     return lambda: matmul_4bit(x, small.codes, state)
-
-
-def _decoded_whole(weight: Weight4) -> Tensor:
-    """bitsandbytes' form for training: decode all of the weight, then multiply."""
-    arguments = (weight.codes, group_scales(weight).reshape(-1), 64, "nf4", list(weight.shape), torch.bfloat16)
-    return torch.ops.bitsandbytes.dequantize_4bit(*arguments)
 
 
 def encode_arms(device: str, shape: tuple[int, int]) -> Arms:
@@ -259,11 +258,11 @@ class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight4) -> Tensor:
         ctx.weight = weight
-        return functional.linear(x, _decoded_whole(weight))
+        return functional.linear(x, product.decode_library(weight, x.dtype))
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        return g @ _decoded_whole(ctx.weight), None
+        return g @ product.decode_library(ctx.weight, g.dtype), None
 
 
 def loss_arms(device: str, size: tuple[int, int, int], *, trained: bool) -> Arms:
@@ -285,162 +284,103 @@ def loss_arms(device: str, size: tuple[int, int, int], *, trained: bool) -> Arms
     } | {name: step(peer) for name, peer in peers.items()}
 
 
-# --- how close each kernel comes to the limit of this machine, and to its peers -------------------------------------
-
-
-PLAIN = ("bf16", "dense", "reference")  # the arm that the others must agree with
+# --- kernels of other projects ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What one profile measures."""
+class Peer:
+    """One kernel of another project; `make` takes an operation's inputs and returns the call that is timed."""
 
-    shapes: tuple[tuple[int, int], ...]  # rows, columns of the weights
-    batches: tuple[int, ...]  # rows of activations
-    rank: int
-    lora_tokens: int
-    loss: tuple[int, int, int]  # tokens, width, vocabulary
-    samples: int
-    peak_side: int  # of the square matrix product
+    arm: str
+    package: str  # as pip knows it; its module has the same name with underscores
+    operation: str
+    make: Callable[..., Callable[[], Tensor]]
+    needs_gpu: bool = True
 
 
-SIZES = {
-    "smoke": Sizes(((64, 128),), (1, 64), 4, 64, (64, 64, 512), 3, 256),
-    "laptop": Sizes(((1536, 576), (4096, 4096)), (1, 16, 512, 2048), 16, 1024, (2048, 576, 49152), 5, 2048),
-    "a2000": Sizes(((8192, 2048), (14336, 4096)), (1, 16, 512, 4096), 16, 4096, (4096, 2048, 151936), 15, 8192),
-}
-
-SIZES["long"] = SIZES["laptop"]
+def why_missing(peer: Peer, device: str) -> str:
+    """Why a peer cannot run here; empty when it can be tried."""
+    if find_spec(peer.package.replace("-", "_")) is None:
+        return f"not installed: pip install {peer.package}" + (" (and it needs a GPU)" if peer.needs_gpu else "")
+    return "needs a GPU" if peer.needs_gpu and not device.startswith("cuda") else ""
 
 
-def measure_kernels(run: Run) -> list[Record]:
-    """All records of this module for the run's profile and device."""
-    sizes = SIZES[run.profile_name]
-    products(run, sizes)
-    encodings(run, sizes)
-    lora(run, sizes)
-    losses(run, sizes)
-    absent(run)
-    return run.records
+def peer_arms(operation: str, device: str, *inputs: object) -> Arms:
+    """The calls of all peers that compute `operation` and can run on `device`."""
+    return {
+        peer.arm: peer.make(*inputs) for peer in PEERS if peer.operation == operation and not why_missing(peer, device)
+    }
 
 
-def absent(run: Run) -> None:
-    """A record without value for every peer, and every form of ours, that cannot run here; its note says why."""
-    found = reasons(run.device)
-    if not run.device.startswith("cuda"):
-        found |= dict.fromkeys(
-            ("encode:triton", "product:triton", "linear_cross_entropy:triton", "linear_kl:triton"), "needs a GPU"
-        )
-    for subject, reason in found.items():
-        run.record(subject, "kernel_ms", None, "ms", note=reason)
+def reasons(device: str) -> dict[str, str]:
+    """`product nf4:gemlite`-like subject -> why that peer is not timed here."""
+    found = {f"{peer.operation}:{peer.arm}": why_missing(peer, device) for peer in PEERS}
+    return {subject: reason for subject, reason in found.items() if reason}
 
 
-def matrix_peak(side: int, device: str = "cpu") -> float:
-    """Operations a second of a bf16 matrix product of this side: the best of five."""
-    a = torch.ones(side, side, dtype=torch.bfloat16, device=device)
-    return 2 * side**3 / min(trackers.interleaved({"peak": lambda: a @ a}, 5, device)["peak"]) * 1e3
+def agreeing_arms(arms: Arms, plain: str) -> tuple[Arms, dict[str, str]]:
+    """The arms that run and agree with the arm `plain`, and the reasons of the others."""
+
+    def flat(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+        parts = result if isinstance(result, tuple) else (result,)
+        return torch.cat([part.detach().float().flatten() for part in parts])
+
+    kept, dropped, expected = {}, {}, flat(arms[plain]())
+    for name, arm in arms.items():
+        try:
+            gap = float((flat(arm()) - expected).norm() / expected.norm())
+        except Exception as error:  # another project's kernel on this machine: whatever it raises is the answer
+            said = str(error).strip() or type(error).__name__
+            dropped[name] = f"fails here: {said.splitlines()[0]}"
+            continue
+        if gap <= ALLOWED_DIFFERENCE:
+            kept[name] = arm
+        else:
+            dropped[name] = f"computes something else: {gap:.2g} of the result away"
+    return kept, dropped
 
 
-def read_rate(size: int, device: str = "cpu") -> float:
-    """Bytes a second read from a buffer of `size` bytes: the best of five sums."""
-    data = torch.ones(max(1, size // 4), device=device)
-    return data.nbytes / min(trackers.interleaved({"read": data.sum}, 5, device)["read"]) * 1e3
+def _bitsandbytes_product(x: Tensor, weight: Weight4, *, one_row: bool) -> Callable[[], Tensor]:
+    """The fused product that `matmul_4bit` takes for inference, or the older one, of one row of activations."""
+    import bitsandbytes  # noqa: F401  (its import registers the operators)
+
+    scales, operators = group_scales(weight).reshape(-1), torch.ops.bitsandbytes
+    codes, shape = weight.codes.reshape(-1, 1), list(weight.shape)
+    if one_row:  # with more it fails the check
+        return lambda: operators.gemv_4bit.default(x, codes, shape, scales, weight.levels, weight.group_size)
+    return lambda: operators.gemm_4bit.default(x, codes, shape, scales, weight.group_size, "nf4")
 
 
-def _record(run: Run, subject: str, arms: Arms, work: tuple[int, dict[str, int]], limits: tuple[float, float]) -> None:
-    """Time the arms that agree; work: operations, and bytes read by arm; limits: operations and bytes a second."""
-    (flops, read), (arms, dropped) = work, checked_peer(arms, next(arm for arm in PLAIN if arm in arms))
-    for name, reason in dropped.items():
-        run.record(f"{subject}:{name}", "kernel_ms", None, "ms", note=reason)
-    for name, samples in trackers.interleaved(arms, SIZES[run.profile_name].samples, run.device).items():
-        median, lowest = statistics.median(samples), max(flops / limits[0], read[name] / limits[1]) * 1e3
-        details = {"flops": flops, "bytes": read[name], "load_average": load_average()}
-        details |= {"flops_per_s": limits[0], "bytes_per_s": limits[1]}
-        more = {"n": len(samples), "details": details}
-        label = f"{subject}:{name}"
-        run.record(label, "kernel_ms", median, "ms", low=min(samples), high=max(samples), samples=samples, **more)
-        if flops:  # where nobody counted them, reading alone is no limit to speak of
-            run.record(label, "roofline_fraction", lowest / median, "1", **more)
+def _gemlite(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
+    """GemLite's product of (code - zero point) * scale."""
+    from gemlite.helper import A16W4_HQQ_INT
+
+    codes = torch.stack((weight.codes >> 4, weight.codes & 15), -1).view(weight.shape)
+    parts = [part.to(x.dtype).reshape(-1, 1) for part in (group_scales(weight), weight.zero_points)]
+    layer = A16W4_HQQ_INT(device=str(x.device), dtype=x.dtype).from_weights(codes, *parts)
+    return lambda: layer(x)
 
 
-def products(run: Run, sizes: Sizes) -> None:
-    """Every form of the 4-bit product and its peers, for each format, shape and batch."""
-    peak = matrix_peak(sizes.peak_side, run.device)
-    for kind, rows, cols in ((kind, *shape) for kind in ("nf4", "int4_zero_point") for shape in sizes.shapes):
-        weight = product.prepare(sample(run.device, kind=kind, rows=rows, cols=cols))
-        dense = decode(weight, torch.bfloat16)
-        limits = peak, read_rate(rows * cols // 2, run.device)
-        for batch in sizes.batches:
-            x = torch.randn(batch, cols, device=run.device).bfloat16()
-            arms = product_arms(x, weight, dense)
-            read = {name: dense.nbytes if name == "bf16" else rows * cols // 2 for name in arms}
-            _record(run, f"product {kind} {rows}x{cols} batch {batch}", arms, (2 * batch * rows * cols, read), limits)
+def _liger(hidden: Tensor, head: Tensor, targets: Tensor) -> Callable[[], Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda: liger_fused_linear_cross_entropy(hidden, head, targets)
 
 
-def encodings(run: Run, sizes: Sizes) -> None:
-    """A bf16 weight rounded to NF4 and packed, and its peers; no operations are counted, only what has to be read."""
-    for rows, cols in sizes.shapes:
-        arms = encode_arms(run.device, (rows, cols))
-        limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * rows * cols, run.device)
-        _record(run, f"encode nf4 {rows}x{cols}", arms, (0, dict.fromkeys(arms, 2 * rows * cols)), limits)
+def _cut_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Callable[[], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    form = "cce" if hidden.is_cuda else "torch_compile"
+    return lambda: linear_cross_entropy(hidden, head, targets, impl=form)
 
 
-def lora(run: Run, sizes: Sizes) -> None:
-    """One forward and backward pass of a quantised linear layer with LoRA, and its peers."""
-    rows, cols = sizes.shapes[0]
-    arms = lora_arms(run.device, (rows, cols), tokens=sizes.lora_tokens, rank=sizes.rank)
-    flops = 2 * sizes.lora_tokens * (2 * rows * cols + 3 * sizes.rank * (rows + cols))
-    read = {name: (4 if name == "bf16" else 1) * rows * cols for name in arms}  # there and back
-    limits = matrix_peak(sizes.peak_side, run.device), read_rate(rows * cols // 2, run.device)
-    _record(run, f"lora nf4 {rows}x{cols} tokens {sizes.lora_tokens}", arms, (flops, read), limits)
-
-
-def losses(run: Run, sizes: Sizes) -> None:
-    """Chunked and dense losses with a trained and a frozen head: time, and peak memory in a process of its own."""
-    tokens, width, vocab = sizes.loss
-    limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * width * vocab, run.device)
-    for trained in (True, False):
-        name = f"loss {tokens}x{width}x{vocab} {'trained' if trained else 'frozen'}"
-        arms = loss_arms(run.device, sizes.loss, trained=trained)
-        flops = 2 * tokens * width * vocab * (3 if trained else 2)
-        _record(run, name, arms, (flops, dict.fromkeys(arms, 2 * width * vocab)), limits)
-        timed = {r.subject for r in run.records if r.metric == "kernel_ms" and r.value is not None}
-        for arm in (arm for arm in arms if f"{name}:{arm}" in timed):
-            peak, details = _peak_alone(run, arm, trained), {"load_average": load_average()}
-            run.record(f"{name}:{arm}", "peak_bytes", peak, "byte", n=1, details=details)
-
-
-def _peak_alone(run: Run, arm: str, trained: bool) -> int:
-    flags = ["--profile", run.profile_name, "--device", run.device, "--peak", arm]
-    command = [sys.executable, "-m", __spec__.name, *flags, *([] if trained else ["--frozen"])]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def peak_bytes(device: str, size: tuple[int, int, int], arm: str, *, trained: bool) -> int:
-    """Growth of this process's memory (of a GPU's allocated memory) in one step of the loss, over its inputs."""
-    loss_arms(device, SIZES["smoke"].loss, trained=trained)[arm]()  # libraries and checks are in memory before
-    step = loss_arms(device, size, trained=trained)[arm]
-    gc.collect()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    before = _resident_peak(reset=True)
-    step()
-    return _resident_peak() - before
-
-
-def _resident_peak(*, reset: bool = False) -> int:
-    """Peak of resident bytes; where the kernel lets it, since the last `reset`, elsewhere since the process began."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
-    except OSError:  # not Linux, or not allowed
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+PEERS = (
+    Peer("bitsandbytes-gemm", "bitsandbytes", "product nf4", partial(_bitsandbytes_product, one_row=False)),
+    Peer("bitsandbytes-gemv", "bitsandbytes", "product nf4", partial(_bitsandbytes_product, one_row=True)),
+    Peer("gemlite", "gemlite", "product int4_zero_point", _gemlite),
+    Peer("liger", "liger-kernel", "loss", _liger),
+    Peer("cut-cross-entropy", "cut-cross-entropy", "loss", _cut_cross_entropy, needs_gpu=False),
+)
 
 
 def main() -> None:
@@ -455,9 +395,14 @@ def main() -> None:
         size = SIZES[chosen.profile].loss
         print(peak_bytes(chosen.device, size, chosen.peak, trained=not chosen.frozen))
         return
-    run = Run("bench_kernels", chosen.profile)
+    run, sizes = Run("bench_kernels", chosen.profile), SIZES[chosen.profile]
     print(f"load average {load_average()}, {torch.get_num_threads()} threads")
-    for record in measure_kernels(run):
+    products(run, sizes)
+    encodings(run, sizes)
+    lora(run, sizes)
+    losses(run, sizes)
+    absent(run)
+    for record in run.records:
         shown = "-" if record.value is None else f"{record.value:.4g}"
         print(f"{record.subject:60} {record.metric:18} {shown:>10} {record.unit} {record.note}")
     print(run.save())

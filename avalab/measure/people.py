@@ -1,33 +1,23 @@
-"""What people think of answers: scores on a sheet, how far raters agree, and which artefact they prefer.
+"""Human ratings: a sheet of answers to the same requests, the scores that people give them, and what these say.
 
-1. A score is a whole number from 1 to 5 on a criterion of `CRITERIA`; tool use only where tools were on offer. One line
-   an answer and rater stands in `ratings/<rater>.jsonl` beside the sheet, under the hashes of request and answer; the
-   file is rewritten whole and renamed at every request. Who comes back goes on with what has no scores.
-2. How far raters agree is `agreement`'s question: Krippendorff's alpha for ordinal data.
-3. An artefact's score is the mean over requests and raters; what decides is the preference: how often a rater scored
-   it higher than another on the same request, a tie counting half, which takes no distance between scores for granted.
-   Intervals resample requests.
-4. Whose answers they are is looked up in the sheet's key, and only when every rater who began has finished: a name
-   that is known earlier is a judgement that is lost.
+1. Requests come from `data/prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with
+   tools on offer: one tool does it, none helps, or a value is missing. Every artefact answers greedily in any engine.
+2. `make_sheet` writes `sheet.json`, requests and answers under the hash of their text, and `key.json`, which says whose
+   they are. Equal answers of two artefacts are one answer, read and scored once for both. `order` gives each rater an
+   order of requests, and of answers within each, from a hash: the same after a break, another for the next rater.
+3. A score is a whole number from 1 to 5 on a criterion of `CRITERIA`; tool use only where tools were on offer. One line
+   an answer and rater stands in `ratings/<rater>.jsonl` beside the sheet, rewritten whole at every request. Who comes
+   back goes on with what has no scores.
+4. How far raters agree is Krippendorff's alpha for ordinal data. An artefact's score is the mean over requests and
+   raters; what decides is the preference: how often a rater scored it higher than another on the same request, a tie
+   counting half, which takes no distance between scores for granted. Intervals resample requests.
+5. Whose answers they are is looked up only when every rater who began has finished: a name that is known earlier is a
+   judgement that is lost.
 
-What it does not do: invent a score, weigh raters, or correct for several comparisons.
-
-A sheet of answers that people compare: the same requests to every artefact, side by side, and nobody knows whose.
-
-1. Requests come from `prompts/side_by_side.txt`: questions, writing, reasoning, instructions, and requests with tools
-   on offer: one tool does it, none helps, or a value is missing.
-2. Every artefact answers greedily in any engine (`answers`); answers are kept, so that a stopped run goes on and a
-   sheet is made again in no time.
-3. `make` writes two files: `sheet.json` with requests and answers under the hash of their text, and `key.json`, which
-   says whose they are. Equal answers of two artefacts are one answer, read and scored once for both.
-4. `order` gives a rater an order of requests, and of answers within each, of their own, from a hash: the same after a
-   break, another one for the next rater.
-
-Showing all answers to a request together, with a score each on several criteria, is what Novikova, Dusek and Rieser
-("RankME", 2018) found more consistent than scoring them one by one; that criteria need a name and a definition each is
-what van der Lee et al. ("Best practices for the human evaluation of automatically generated text", 2019) ask for.
-
-What it does not do: score (see `rating`), show (see `forms`), sample, or continue a conversation.
+All answers to a request together with a score each is what Novikova, Dusek and Rieser ("RankME", 2018) found more
+consistent than scoring them one by one; that criteria need a name and a definition each is what van der Lee et al.
+("Best practices for the human evaluation of automatically generated text", 2019) ask for. Nothing corrects for several
+comparisons.
 """
 
 from __future__ import annotations
@@ -38,12 +28,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy import ndarray
 from torch import Tensor
 
 from avalab import engines
@@ -54,199 +44,18 @@ from avalab.lab.run import Run, write_atomically
 from avalab.lab.statistics import Estimate
 from avalab.measure.answers import Question, Respondent, answer
 
+PROMPTS = Path(toolbox.__file__).with_name("prompts") / "side_by_side.txt"
+PLAIN_KINDS, TOOL_KINDS = ("question", "writing", "reasoning", "instruction"), ("call", "no_tool", "ask_back")
+ANSWER_TOKENS = 128
 CRITERIA = {
     "coherence": "it is well formed, holds together and does not contradict or repeat itself",
     "helpfulness": "it does what was asked, correctly and without what nobody asked for",
     "tool_use": "it calls the right tool with the right values, asks for a missing one, or rightly calls none",
 }
-
 SCORES = (1, 2, 3, 4, 5)
-
 FIELDS = ("prompt", "answer", "rater", *CRITERIA, "note", "when")
-
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
-
 NOBODY = "not measured: nobody has rated yet"
-
-
-@dataclass(frozen=True)
-class Preference:
-    """One artefact against another, request by request and rater by rater; `share`: preferred, a tie counting half."""
-
-    preferred: int
-    tied: int
-    other: int
-    share: Estimate
-    verdict: str
-
-    def __str__(self) -> str:
-        counts = f"preferred {self.preferred}, tied {self.tied}, the other preferred {self.other} times"
-        ends = "" if self.share.low is None else f" [{self.share.low:.0%}, {self.share.high:.0%}]"
-        return f"{self.verdict}: {counts}; {self.share.value:.0%}{ends}"
-
-
-# ------------------------------------------------------------------------------------------------------------ storage
-
-
-def criteria_of(prompt: dict) -> tuple[str, ...]:
-    """The criteria that answers to a request of the sheet are scored on."""
-    return tuple(name for name in CRITERIA if name != "tool_use" or prompt["tools"])
-
-
-def load_preferences(folder: Path) -> list[dict]:
-    """All raters' lines; none before anybody rated.
-
-    Raises ValueError naming file and line for one that is no rating.
-    """
-    rows = {}
-    for path in sorted((folder / "ratings").glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                if set(row) != set(FIELDS) or not {row[name] for name in CRITERIA} <= {*SCORES, None}:
-                    raise ValueError(f"fields {', '.join(row)}")
-            except (ValueError, TypeError) as error:  # a JSON error is a ValueError
-                raise ValueError(f"{path}:{number}: {error}; a rating has the fields {', '.join(FIELDS)}") from error
-            rows[row["rater"], row["prompt"], row["answer"]] = row
-    return list(rows.values())
-
-
-def store_preference(
-    folder: Path, prompt: dict, rater: str, scores: dict[str, dict[str, int]], note: str = ""
-) -> list[dict]:
-    """Keep a rater's scores (answer id -> criterion -> score) of all answers to a request; returns all ratings.
-
-    A second time replaces the first. Raises ValueError for a name that is none, and for scores that are missing, of a
-    criterion that does not apply, or not 1 to 5.
-    """
-    checked_name(rater)
-    if set(scores) != set(prompt["answers"]):
-        raise ValueError(f"{len(scores)} answers are scored; the request has {len(prompt['answers'])}")
-    wanted, when = criteria_of(prompt), datetime.now(UTC).isoformat(timespec="seconds")
-    kept = {(row["prompt"], row["answer"]): row for row in load_preferences(folder) if row["rater"] == rater}
-    for answer_id, given in scores.items():
-        if set(given) != set(wanted) or not set(given.values()) <= set(SCORES):
-            raise ValueError(f"scores {given}; give each of {', '.join(wanted)} one of {', '.join(map(str, SCORES))}")
-        row = dict.fromkeys(CRITERIA) | given | {"note": note, "when": when}
-        kept[prompt["key"], answer_id] = {"prompt": prompt["key"], "answer": answer_id, "rater": rater} | row
-    write_atomically(folder / "ratings" / f"{rater}.jsonl", "".join(json.dumps(row) + "\n" for row in kept.values()))
-    return load_preferences(folder)
-
-
-def checked_name(rater: str) -> str:
-    """The name, if it can be one. Raises ValueError otherwise."""
-    if not NAME.fullmatch(rater):
-        raise ValueError(f"{rater!r} is no name for a rater; use 1 to 32 letters, digits, - and _, such as r1")
-    return rater
-
-
-def pending(sheet: dict, ratings: Sequence[dict], rater: str) -> list[dict]:
-    """The requests of the sheet that this rater has not scored all answers of."""
-    known = {(row["prompt"], row["answer"]) for row in ratings if row["rater"] == rater}
-    return [p for p in sheet["prompts"] if any((p["key"], answer) not in known for answer in p["answers"])]
-
-
-def raters(sheet: dict, ratings: Sequence[dict]) -> dict[str, int]:
-    """How many requests each rater has left, of those who scored anything that is on the sheet."""
-    on_sheet = {(p["key"], answer) for p in sheet["prompts"] for answer in p["answers"]}
-    names = sorted({row["rater"] for row in ratings if (row["prompt"], row["answer"]) in on_sheet})
-    return {name: len(pending(sheet, ratings, name)) for name in names}
-
-
-def missing(sheet: dict, ratings: Sequence[dict]) -> str:
-    """Why there is no result yet, '' when there is one: somebody rated, and all who began have finished."""
-    left = raters(sheet, ratings)
-    unfinished = [f"{name} has {count} of {len(sheet['prompts'])} left" for name, count in left.items() if count]
-    if not left:
-        return NOBODY
-    return f"not measured: {', '.join(unfinished)} (to go on without, remove ratings/NAME.jsonl)" if unfinished else ""
-
-
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-def preference_table(
-    sheet: dict, ratings: Sequence[dict], criterion: str
-) -> tuple[Float[ndarray, "rater unit"], list[str]]:
-    """Scores as raters x answers (NaN where there is none), and the request of each answer."""
-    units = [(p["key"], a) for p in sheet["prompts"] if criterion in criteria_of(p) for a in p["answers"]]
-    names = list(raters(sheet, ratings))
-    known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
-    values = [[known.get((name, *unit), np.nan) for unit in units] for name in names]
-    return np.array(values, dtype=float).reshape(len(names), len(units)), [key for key, _ in units]
-
-
-def preference_scores(
-    sheet: dict, key: dict, ratings: Sequence[dict], criterion: str
-) -> dict[str, Float[Tensor, "prompt rater"]]:
-    """Each subject's scores. Raises ValueError, with the reason, while there is no result."""
-    if reason := missing(sheet, ratings):
-        raise ValueError(reason)
-    names = list(raters(sheet, ratings))
-    asked = [p["key"] for p in sheet["prompts"] if criterion in criteria_of(p)]
-    known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
-    return {
-        subject: torch.tensor([[float(known[name, p, facts["answers"][p]]) for name in names] for p in asked])
-        for subject, facts in key.items()
-    }
-
-
-def prefer(
-    ours: Float[Tensor, "prompt rater"], theirs: Float[Tensor, "prompt rater"], *, resamples: int, seed: int
-) -> Preference:
-    """Compare two subjects' scores; `better` when the interval of the preferred share is above one half."""
-    signs = torch.sign(ours - theirs)
-    share = statistics.mean((signs + 1) / 2, resamples=resamples, seed=seed)
-    ends = (None if end is None else end - 0.5 for end in (share.low, share.high))
-    verdict = statistics.verdict(Estimate(share.value - 0.5, *ends, share.n), lower_is_better=False)
-    return Preference(*(int((signs == sign).sum()) for sign in (1, 0, -1)), share, verdict)
-
-
-def record_preferences(run: Run, sheet: dict, key: dict, ratings: Sequence[dict], *, baseline: str) -> str:
-    """Append scores, preferences over `baseline` and agreement; without a result, one record whose note is returned."""
-    if reason := missing(sheet, ratings):
-        run.record("all", "rating", None, "1", note=reason)
-        return reason
-    how = {"resamples": run.profile.resamples, "seed": run.seed}
-    for criterion in (c for c in CRITERIA if any(c in criteria_of(p) for p in sheet["prompts"])):
-        values, clusters = preference_table(sheet, ratings, criterion)
-        _record_agreement(run, criterion, values, clusters)
-        given = preference_scores(sheet, key, ratings, criterion)
-        for subject, each in given.items():
-            facts = {k: key[subject].get(k, "") for k in ("artifact_sha256", "engine")}
-            details = {"raters": each.shape[1]}
-            mean = statistics.mean(each, **how)
-            run.record(subject, f"rating:{criterion}", unit="1", **vars(mean), **facts, details=details)
-            if subject != baseline:
-                found = prefer(each, given[baseline], **how)
-                details |= {"over": baseline, "verdict": found.verdict, "words": str(found)}
-                more = vars(found.share) | facts | {"details": details}
-                run.record(subject, f"preferred_share:{criterion}", unit="1", **more)
-    return ""
-
-
-def _record_agreement(run: Run, criterion: str, values: ndarray, clusters: list[str]) -> None:
-    metric = f"krippendorff_alpha:{criterion}"
-    if len(values) < 2:
-        run.record("raters", metric, None, "1", note="agreement needs two raters; there is one")
-        return
-    try:
-        found = statistics.agreement(values, clusters, resamples=run.profile.resamples, seed=run.seed)
-    except ValueError as error:  # everybody gave everything the same score
-        run.record("raters", metric, None, "1", note=str(error))
-        return
-    details = {"raters": len(values), "allows": statistics.reliability(found)}
-    run.record("raters", metric, unit="1", **vars(found), details=details)
-
-
-# --- a sheet of answers that people compare -------------------------------------------------------------------------
-
-
-PROMPTS = Path(__file__).parent.parent / "prompts" / "side_by_side.txt"
-
-PLAIN_KINDS, TOOL_KINDS = ("question", "writing", "reasoning", "instruction"), ("call", "no_tool", "ask_back")
-
-ANSWER_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -304,9 +113,6 @@ def _parsed(line: str, known: set[str]) -> Prompt:
     return Prompt(kind, tools, parts[2])
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
-
-
 def answers(
     artifact: Artifact,
     asked: Sequence[Prompt],
@@ -323,15 +129,9 @@ def answers(
     if engine not in engines.ENGINES:
         raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(engines.ENGINES)}")
     respondent = Respondent(artifact, device, engine=engine)
-    questions = [
-        Question(respondent.tokenizer.apply_chat_template(p.chat, tokenize=False, add_generation_prompt=True))
-        for p in asked
-    ]
-    progress = f"{artifact.name} in {engine}"
+    template = partial(respondent.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    questions, progress = [Question(template(prompt.chat)) for prompt in asked], f"{artifact.name} in {engine}"
     return answer(respondent, questions, cache, task="side-by-side", tokens=new_tokens, progress=progress)
-
-
-# ------------------------------------------------------------------------------------------------------------- sheet
 
 
 def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[str]], about: dict[str, dict]) -> dict:
@@ -344,12 +144,11 @@ def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[s
         raise ValueError(f"nothing to compare: {len(answered)} artefact; give two or more")
     if wrong := [name for name, texts in answered.items() if len(texts) != len(asked)]:
         raise ValueError(f"{wrong[0]} has {len(answered[wrong[0]])} answers to {len(asked)} requests")
-    rows = []
+    sheet = {"prompts": []}
     for index, prompt in enumerate(asked):
         texts = {answer_id(prompt, texts[index]): texts[index].strip() for texts in answered.values()}
-        row = asdict(prompt) | {"key": prompt.key, "tools": prompt.described, "answers": dict(sorted(texts.items()))}
-        rows.append(row)
-    sheet = {"prompts": rows}
+        row = {"key": prompt.key, "tools": prompt.described, "answers": dict(sorted(texts.items()))}
+        sheet["prompts"].append(asdict(prompt) | row)
     whose = {
         name: about.get(name, {}) | {"answers": {p.key: answer_id(p, t) for p, t in zip(asked, texts, strict=True)}}
         for name, texts in answered.items()
@@ -357,11 +156,6 @@ def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[s
     for name, content in (("sheet.json", sheet), ("key.json", whose)):
         write_atomically(folder / name, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     return sheet
-
-
-def load_sheet(folder: Path) -> dict:
-    """The sheet that `make` wrote. Raises FileNotFoundError naming the folder where there is none."""
-    return json.loads((folder / "sheet.json").read_text(encoding="utf-8"))
 
 
 def load_key(folder: Path) -> dict[str, dict]:
@@ -376,9 +170,167 @@ def answer_id(prompt: Prompt, text: str) -> str:
 
 def order(sheet: dict, rater: str) -> list[tuple[dict, list[str]]]:
     """The requests in this rater's order, each with the ids of its answers in this rater's order."""
-    rows = _shuffled(sheet["prompts"], rater)
-    return [(row, _shuffled(sorted(row["answers"]), f"{rater} {row['key']}")) for row in rows]
+
+    def shuffled(things: list, seed: str) -> list:
+        return random.Random(f"side-by-side {seed}").sample(things, len(things))
+
+    rows = shuffled(sheet["prompts"], rater)
+    return [(row, shuffled(sorted(row["answers"]), f"{rater} {row['key']}")) for row in rows]
 
 
-def _shuffled(things: Sequence, seed: str) -> list:
-    return random.Random(f"side-by-side {seed}").sample(list(things), len(things))
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def criteria_of(prompt: dict) -> tuple[str, ...]:
+    """The criteria that answers to a request of the sheet are scored on."""
+    return tuple(name for name in CRITERIA if name != "tool_use" or prompt["tools"])
+
+
+def load_preferences(folder: Path) -> list[dict]:
+    """All raters' lines; none before anybody rated.
+
+    Raises ValueError naming file and line for one that is no rating.
+    """
+    rows = {}
+    for path in sorted((folder / "ratings").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                if set(row) != set(FIELDS) or not {row[name] for name in CRITERIA} <= {*SCORES, None}:
+                    raise ValueError(f"fields {', '.join(row)}")
+            except (ValueError, TypeError) as error:  # a JSON error is a ValueError
+                raise ValueError(f"{path}:{number}: {error}; a rating has the fields {', '.join(FIELDS)}") from error
+            rows[row["rater"], row["prompt"], row["answer"]] = row
+    return list(rows.values())
+
+
+def store_preference(
+    folder: Path, prompt: dict, rater: str, scores: dict[str, dict[str, int]], note: str = ""
+) -> list[dict]:
+    """Keep a rater's scores (answer id -> criterion -> score) of all answers to a request; returns all ratings.
+
+    A second time replaces the first. Raises ValueError for a name that is none, and for scores that are missing, of a
+    criterion that does not apply, or not 1 to 5.
+    """
+    checked_name(rater)
+    if set(scores) != set(prompt["answers"]):
+        raise ValueError(f"{len(scores)} answers are scored; the request has {len(prompt['answers'])}")
+    wanted, when = criteria_of(prompt), datetime.now(UTC).isoformat(timespec="seconds")
+    kept = {(row["prompt"], row["answer"]): row for row in load_preferences(folder) if row["rater"] == rater}
+    for answer_id, given in scores.items():
+        if set(given) != set(wanted) or not set(given.values()) <= set(SCORES):
+            raise ValueError(f"scores {given}; give each of {', '.join(wanted)} one of {', '.join(map(str, SCORES))}")
+        row = {"prompt": prompt["key"], "answer": answer_id, "rater": rater, **dict.fromkeys(CRITERIA), **given}
+        kept[prompt["key"], answer_id] = row | {"note": note, "when": when}
+    write_atomically(folder / "ratings" / f"{rater}.jsonl", "".join(json.dumps(row) + "\n" for row in kept.values()))
+    return load_preferences(folder)
+
+
+def checked_name(rater: str) -> str:
+    """The name, if it can be one. Raises ValueError otherwise."""
+    if not NAME.fullmatch(rater):
+        raise ValueError(f"{rater!r} is no name for a rater; use 1 to 32 letters, digits, - and _, such as r1")
+    return rater
+
+
+def pending(sheet: dict, ratings: Sequence[dict], rater: str) -> list[dict]:
+    """The requests of the sheet that this rater has not scored all answers of."""
+    known = {(row["prompt"], row["answer"]) for row in ratings if row["rater"] == rater}
+    return [p for p in sheet["prompts"] if any((p["key"], answer) not in known for answer in p["answers"])]
+
+
+def raters(sheet: dict, ratings: Sequence[dict]) -> dict[str, int]:
+    """How many requests each rater has left, of those who scored anything that is on the sheet."""
+    on_sheet = {(p["key"], answer) for p in sheet["prompts"] for answer in p["answers"]}
+    names = sorted({row["rater"] for row in ratings if (row["prompt"], row["answer"]) in on_sheet})
+    return {name: len(pending(sheet, ratings, name)) for name in names}
+
+
+def missing(sheet: dict, ratings: Sequence[dict]) -> str:
+    """Why there is no result yet, '' when there is one: somebody rated, and all who began have finished."""
+    left = raters(sheet, ratings)
+    unfinished = [f"{name} has {count} of {len(sheet['prompts'])} left" for name, count in left.items() if count]
+    if not left:
+        return NOBODY
+    return f"not measured: {', '.join(unfinished)} (to go on without, remove ratings/NAME.jsonl)" if unfinished else ""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One artefact against another, request by request and rater by rater; `share`: preferred, a tie counting half."""
+
+    preferred: int
+    tied: int
+    other: int
+    share: Estimate
+    verdict: str
+
+    def __str__(self) -> str:
+        counts = f"preferred {self.preferred}, tied {self.tied}, the other preferred {self.other} times"
+        ends = "" if self.share.low is None else f" [{self.share.low:.0%}, {self.share.high:.0%}]"
+        return f"{self.verdict}: {counts}; {self.share.value:.0%}{ends}"
+
+
+def preference_scores(
+    sheet: dict, key: dict, ratings: Sequence[dict], criterion: str
+) -> dict[str, Float[Tensor, "prompt rater"]]:
+    """Each subject's scores. Raises ValueError, with the reason, while there is no result."""
+    if reason := missing(sheet, ratings):
+        raise ValueError(reason)
+    names = list(raters(sheet, ratings))
+    asked = [p["key"] for p in sheet["prompts"] if criterion in criteria_of(p)]
+    known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
+    return {
+        subject: torch.tensor([[float(known[name, p, facts["answers"][p]]) for name in names] for p in asked])
+        for subject, facts in key.items()
+    }
+
+
+def prefer(
+    ours: Float[Tensor, "prompt rater"], theirs: Float[Tensor, "prompt rater"], *, resamples: int, seed: int
+) -> Preference:
+    """Compare two subjects' scores; `better` when the interval of the preferred share is above one half."""
+    signs = torch.sign(ours - theirs)
+    share = statistics.mean((signs + 1) / 2, resamples=resamples, seed=seed)
+    ends = (None if end is None else end - 0.5 for end in (share.low, share.high))
+    verdict = statistics.verdict(Estimate(share.value - 0.5, *ends, share.n), lower_is_better=False)
+    return Preference(*(int((signs == sign).sum()) for sign in (1, 0, -1)), share, verdict)
+
+
+def record_preferences(run: Run, sheet: dict, key: dict, ratings: Sequence[dict], *, baseline: str) -> str:
+    """Append scores, preferences over `baseline` and agreement; without a result, one record whose note is returned."""
+    if reason := missing(sheet, ratings):
+        run.record("all", "rating", None, "1", note=reason)
+        return reason
+    resamples, seed = run.profile.resamples, run.seed
+    for criterion in (c for c in CRITERIA if any(c in criteria_of(p) for p in sheet["prompts"])):
+        _record_agreement(run, sheet, ratings, criterion)
+        given = preference_scores(sheet, key, ratings, criterion)
+        for subject, each in given.items():
+            facts = {k: key[subject].get(k, "") for k in ("artifact_sha256", "engine")}
+            record, details = partial(run.record, subject, unit="1", **facts), {"raters": each.shape[1]}
+            mean = statistics.mean(each, resamples=resamples, seed=seed)
+            record(f"rating:{criterion}", details=details, **vars(mean))
+            if subject != baseline:
+                found = prefer(each, given[baseline], resamples=resamples, seed=seed)
+                details = details | {"over": baseline, "verdict": found.verdict, "words": str(found)}
+                record(f"preferred_share:{criterion}", details=details, **vars(found.share))
+    return ""
+
+
+def _record_agreement(run: Run, sheet: dict, ratings: Sequence[dict], criterion: str) -> None:
+    record = partial(run.record, "raters", f"krippendorff_alpha:{criterion}", unit="1")
+    names = list(raters(sheet, ratings))
+    if len(names) < 2:
+        record(value=None, note="agreement needs two raters; there is one")
+        return
+    units = [(p["key"], a) for p in sheet["prompts"] if criterion in criteria_of(p) for a in p["answers"]]
+    known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
+    values = np.array([[known[name, *unit] for unit in units] for name in names], dtype=float)
+    clusters, resamples = [key for key, _ in units], run.profile.resamples
+    try:
+        found = statistics.agreement(values, clusters, resamples=resamples, seed=run.seed)
+    except ValueError as error:  # everybody gave everything the same score
+        record(value=None, note=str(error))
+        return
+    record(details={"raters": len(names), "allows": statistics.reliability(found)}, **vars(found))

@@ -24,11 +24,11 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from avalab import engines
@@ -38,58 +38,40 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines import llamacpp
 from avalab.engines import onnx as genai_folder
 from avalab.engines import openvino as openvino_engine
-from avalab.lab import artifacts, cache, statistics
+from avalab.lab import artifacts, statistics
 from avalab.lab.artifacts import Artifact
+from avalab.lab.cache import cache_path, cached_document
 from avalab.lab.code import code_of
 from avalab.lab.run import PROFILES, ROOT, Run, device_name, load_average
 from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
 from avalab.models import checkpoint
 
+FAILED = "decode_tokens_per_s"  # the metric of a record that says why a cell was not measured
 WANTED = 0.05  # width of the interval over the median
-
 CAPS = {"smoke": 1.0, "laptop": 400.0}  # seconds of a whole race; others 1800
-
 VISITS = {  # sizes of one; others those of `Workload`
     "smoke": Workload(prompts=(8, 32), new_tokens=4, samples=2, limit_seconds=60),
     "laptop": Workload(prompts=(16, 512), new_tokens=16, samples=3, limit_seconds=120),
 }
-
 BATCHES = {  # several sequences at once; others 256 tokens and 32 new ones, 5 samples
     "smoke": Workload(prompts=(8,), new_tokens=4, samples=2, limit_seconds=60, batches=(1, 4)),
     "laptop": Workload(prompts=(32,), new_tokens=8, samples=2, limit_seconds=180),
 }
-
-# The torch engine decodes a GGUF file to the dense model: its speed would be that of bf16 once more.
-SAME_AS_DENSE = (("gguf", "torch"),)
-
+SAME_AS_DENSE = (("gguf", "torch"),)  # the torch engine decodes a GGUF file to the dense model, once more bf16
 AVA_BITS = 6  # a weight of the whole model: what GGUF's 4-bit files of a small one come to, embedding included
-
 
 # --- who takes part ---------------------------------------------------------------------------------------------------
 
 
 def _ava(base: Artifact, run: Run) -> Artifact:
     """The mixed grid in the size that the run has made already, so that it is found again, else of `AVA_BITS`."""
-    steps = [a.card["recipe"][-1] for a in artifacts.list_artifacts(run.artifacts_dir) if _is_ava_of(base, a)]
-    size = steps[0].get("bytes") if steps else None
-    return quantize.compress_artifact(
-        base, "ava", run=run, **({"bytes": size} if size else {"bits_per_weight": AVA_BITS})
-    )
-
-
-def _gguf_ava(base: Artifact, run: Run) -> Artifact:
-    """The allocation over GGUF's own block types, at the bytes of Q4_0."""
-    return quantize.compress_artifact(base, "ava", run=run, bytes=gguf_file.write(base, "q4_0").bytes, format="gguf")
-
-
-def _calibration(base: Artifact, run: Run) -> Tensor:
-    return corpora.calibration_windows(run, checkpoint.load_tokenizer(base))
-
-
-def _is_ava_of(base: Artifact, artifact: Artifact) -> bool:
-    recipe = artifact.card["recipe"]
-    return artifact.card["base"]["sha256"] == base.sha256 and bool(recipe) and recipe[-1].get("step") == "ava"
+    made = [a.card for a in artifacts.list_artifacts(run.artifacts_dir) if a.card["base"]["sha256"] == base.sha256]
+    steps = [card["recipe"][-1] for card in made if card["recipe"]]
+    size = next((step.get("bytes") for step in steps if step.get("step") == "ava"), None)
+    if size:
+        return quantize.compress_artifact(base, "ava", run=run, bytes=size)
+    return quantize.compress_artifact(base, "ava", run=run, bits_per_weight=AVA_BITS)
 
 
 FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
@@ -99,13 +81,16 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "ava": _ava,
     "gguf-q8_0": lambda base, run: gguf_file.write(base, "q8_0"),
     "gguf-q4_0": lambda base, run: gguf_file.write(base, "q4_0"),
-    "gguf-q4_k_m": lambda base, run: llamacpp.write(base, "q4_k_m", windows=_calibration(base, run)),
-    "gguf-ava": _gguf_ava,
+    "gguf-q4_k_m": lambda base, run: llamacpp.write(
+        base, "q4_k_m", windows=corpora.calibration_windows(run, checkpoint.load_tokenizer(base))
+    ),
+    "gguf-ava": lambda base, run: quantize.compress_artifact(  # over GGUF's own block types, at the bytes of Q4_0
+        base, "ava", run=run, bytes=gguf_file.write(base, "q4_0").bytes, format="gguf"
+    ),
     "openvino-int8": lambda base, run: openvino_engine.write(base, "int8"),
     "openvino-int4": lambda base, run: openvino_engine.write(base, "int4"),
     "onnx-int4": lambda base, run: genai_folder.write(base, "int4"),
 }
-
 SOME = {"smoke": ("bf16", "nf4", "openvino-int4", "onnx-int4")}  # profiles that race a few forms only
 
 
@@ -131,8 +116,12 @@ def make_forms(run: Run, names: Sequence[str] = ()) -> dict[str, Artifact]:
         try:
             made[name] = FORMS[name](base, run)
         except (engines.EngineUnavailable, ValueError) as error:  # not here, or not of this model's shape
-            cell.record_failure(run, name, f"not measured: {error}")
+            run.record(name, FAILED, None, "token/s", threads=0, note=f"not measured: {error}")
     return made
+
+
+def _device(run: Run) -> str:
+    return "cuda" if run.device.startswith("cuda") else "cpu"
 
 
 def thread_counts(profile: str = "") -> tuple[int, ...]:
@@ -142,17 +131,12 @@ def thread_counts(profile: str = "") -> tuple[int, ...]:
 
 
 def list_entries(
-    forms: dict[str, Artifact],
-    *,
-    threads: Sequence[int] = (),
-    only: Sequence[str] = (),
-    skip: Iterable[tuple[str, str]] = (),
+    forms: dict[str, Artifact], *, threads: Sequence[int] = (), skip: Sequence[tuple[str, str]] = ()
 ) -> list[Entry]:
     """Every artefact in every engine that loads it, with each number of threads; a subject is `nf4 in torch`.
 
-    `only` names engines (empty: all), `skip` pairs of an artefact's kind and an engine.
+    `skip` holds pairs of an artefact's kind and an engine.
     """
-    left_out = set(skip)
     found = []
     for (name, artifact), count in itertools.product(forms.items(), threads or thread_counts()):
         kind = engines.kind(artifact.path)
@@ -160,12 +144,9 @@ def list_entries(
         if kind == "gguf":  # not every engine reads every block type
             readers = tuple(engine for engine in readers if engine in artifact.card["engines"])
         for engine in readers:
-            if engine in engines.ENGINES and (not only or engine in only) and (kind, engine) not in left_out:
+            if engine in engines.ENGINES and (kind, engine) not in skip:
                 found.append(Entry(f"{name} in {engine}", artifact, engine, count))
     return found
-
-
-# --- every cell in turn -----------------------------------------------------------------------------------------------
 
 
 def workload(run: Run) -> Workload:
@@ -180,32 +161,39 @@ def hold_race(run: Run, entries: list[Entry], *, work: Workload, cap_seconds: fl
     known = _read_visits(file)
     visits = {entry: known.get(keys[entry], []) for entry in entries}
     missing: dict[str, str] = {}  # engine -> what it lacks here
-    for number in itertools.count():
-        waiting = [e for e in entries if not _finished(visits[e], cap_seconds) and e.engine not in missing]
-        if number and _seconds(visits) > cap_seconds:
-            for entry in waiting:
-                _append_visit(file, keys[entry], {"end": "time cap", "cap_seconds": cap_seconds}, visits[entry])
-        elif waiting:
-            _round(run, waiting, work=work, state=(file, keys, visits, missing), cap_seconds=cap_seconds)
-            continue
-        break
-    outcomes = {entry: _outcome(visits[entry], missing.get(entry.engine, "")) for entry in entries}
+
+    def waiting() -> list[Entry]:
+        return [e for e in entries if not _is_finished(visits[e], cap_seconds) and e.engine not in missing]
+
+    def is_late() -> bool:
+        return sum(visit.get("seconds", 0) for each in visits.values() for visit in each) > cap_seconds
+
+    def keep(entry: Entry, row: dict) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:  # a line that a killed race left open is closed by the first \n
+            lines.write("\n" + json.dumps({"key": keys[entry], **row}) + "\n")
+        visits[entry].append(row)
+
+    started = False
+    while waiting() and not (started and is_late()):
+        started = True
+        order = sorted(waiting(), key=lambda e: (e.subject, e.threads))
+        random.Random(f"{run.seed} {sum(map(len, visits.values()))}").shuffle(order)
+        for entry in tqdm(order, desc="race", leave=False):
+            if entry.engine in missing or (visits[entry] and is_late()):
+                continue
+            try:
+                keep(entry, visit(entry, work, len(visits[entry])))
+            except engines.EngineUnavailable as error:
+                missing[entry.engine] = str(error)  # not kept in the file: it may be installed tomorrow
+    for entry in waiting():
+        keep(entry, {"end": "time cap", "cap_seconds": cap_seconds})
+    outcomes = {
+        entry: _merged(seen) or next((v["failed"] for v in seen if "failed" in v), missing.get(entry.engine, ""))
+        for entry, seen in visits.items()
+    }
     _record_outcomes(run, outcomes, work)
     return outcomes
-
-
-def _round(run: Run, waiting: list[Entry], *, work: Workload, state: tuple, cap_seconds: float) -> None:
-    """Visit each waiting cell once, in an order of the round's own, unless the cap was reached meanwhile."""
-    file, keys, visits, missing = state
-    order = sorted(waiting, key=lambda e: (e.subject, e.threads))
-    random.Random(f"{run.seed} {sum(map(len, visits.values()))}").shuffle(order)
-    for entry in tqdm(order, desc="race", leave=False):
-        if entry.engine in missing or (visits[entry] and _seconds(visits) > cap_seconds):
-            continue
-        try:
-            _append_visit(file, keys[entry], visit(entry, work, len(visits[entry])), visits[entry])
-        except engines.EngineUnavailable as error:
-            missing[entry.engine] = str(error)  # not kept in the file: it may be installed tomorrow
 
 
 def entries_that_ran(outcomes: dict[Entry, Cell | str]) -> list[Entry]:
@@ -220,18 +208,18 @@ def visit(entry: Entry, work: Workload, number: int) -> dict:
     start = time.monotonic()
     own = replace(work, threads=entry.threads, seed=work.seed + 1000 * number)  # prompts of its own
     try:
-        found = asdict(cell.measure_cell(entry.artifact, entry.engine, work=own))
+        found = {"cell": asdict(cell.measure_cell(entry.artifact, entry.engine, work=own))}
     except engines.EngineUnavailable:
         raise
     except (RuntimeError, ValueError, MemoryError) as error:
-        return {"failed": str(error), "seconds": time.monotonic() - start}
-    return {"cell": found, "seconds": time.monotonic() - start}
+        found = {"failed": str(error)}
+    return found | {"seconds": time.monotonic() - start}
 
 
-def is_settled(found: Cell, wanted: float = WANTED) -> bool:
-    """Whether the interval of the median of every speed is narrower than `wanted` of the median."""
+def is_settled(found: Cell) -> bool:
+    """Whether the interval of the median of every speed is narrower than `WANTED` of the median."""
     medians = map(statistics.quantile, [*found.first.values(), *map(found.decode_rates, found.further)])
-    return all(None not in (m.low, m.high) and m.high - m.low <= wanted * m.value for m in medians)
+    return all(None not in (m.low, m.high) and m.high - m.low <= WANTED * m.value for m in medians)
 
 
 def visit_key(entry: Entry, work: Workload, run: Run, *, measured: Callable | str = visit) -> str:
@@ -241,53 +229,33 @@ def visit_key(entry: Entry, work: Workload, run: Run, *, measured: Callable | st
     return artifacts.sha256_of_text(json.dumps(about))[:24]
 
 
-def _device(run: Run) -> str:
-    return "cuda" if run.device.startswith("cuda") else "cpu"
+def _merged(visits: list[dict]) -> Cell | None:
+    cells = [Cell(**visit["cell"]) for visit in visits if "cell" in visit]
+    return cell.merge_cells(cells) if cells else None
 
 
-def _cells(visits: list[dict]) -> list[Cell]:
-    return [Cell(**visit["cell"]) for visit in visits if "cell" in visit]
-
-
-def _finished(visits: list[dict], cap_seconds: float) -> bool:
+def _is_finished(visits: list[dict], cap_seconds: float) -> bool:
     """A cap ends a race only for those who do not grant it more time."""
     if any("failed" in visit or visit.get("cap_seconds", -1) >= cap_seconds for visit in visits):
         return True
-    return bool(visits) and is_settled(cell.merge_cells(_cells(visits)))
-
-
-def _seconds(visits: dict[Entry, list[dict]]) -> float:
-    return sum(visit.get("seconds", 0) for each in visits.values() for visit in each)
-
-
-def _outcome(visits: list[dict], missing: str) -> Cell | str:
-    cells = _cells(visits)
-    if cells:
-        return cell.merge_cells(cells)
-    return next((visit["failed"] for visit in visits if "failed" in visit), missing)
+    found = _merged(visits)
+    return found is not None and is_settled(found)
 
 
 def _record_outcomes(run: Run, outcomes: dict[Entry, Cell | str], work: Workload) -> None:
     """A missing library is said once for each engine, everything else cell by cell."""
     said = set()
     for entry, found in outcomes.items():
-        subject, artifact, engine = entry.subject, entry.artifact, entry.engine
+        subject, artifact, engine, threads = entry.subject, entry.artifact, entry.engine, entry.threads
         if isinstance(found, Cell):
-            own = replace(work, threads=entry.threads)
+            own = replace(work, threads=threads)
             cell.record_cell(run, artifact, engine=engine, work=own, cell=found, subject=subject)
         elif not found.startswith("engine "):
-            cell.record_failure(run, subject, found, artifact=artifact, engine=engine, threads=entry.threads)
+            record = partial(run.record, artifact_sha256=artifact.sha256, engine=engine, threads=threads)
+            record(subject, FAILED, None, "token/s", note=found)
         elif engine not in said:
-            cell.record_failure(run, engine, f"not measured: {found}", engine=engine)
             said.add(engine)
-
-
-def _append_visit(file: Path, identity: str, row: dict, visits: list[dict]) -> None:
-    """One write a line; a line that a killed race left open is closed by the empty one before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" + json.dumps({"key": identity, **row}) + "\n")
-    visits.append(row)
+            run.record(engine, FAILED, None, "token/s", engine=engine, threads=0, note=f"not measured: {found}")
 
 
 def _read_visits(file: Path) -> dict[str, list[dict]]:
@@ -311,22 +279,24 @@ def record_batches(run: Run, entries: list[Entry]) -> None:
     sizes = BATCHES.get(run.profile_name, Workload(prompts=(256,), new_tokens=32, samples=5, limit_seconds=180))
     work = replace(sizes, threads=most, seed=run.seed, device=_device(run))
     for entry in tqdm([e for e in entries if e.threads == most], desc="batches", leave=False):
-        about = {"artifact_sha256": entry.artifact.sha256, "engine": entry.engine, "threads": most}
+        record = partial(
+            run.record, entry.subject, artifact_sha256=entry.artifact.sha256, engine=entry.engine, threads=most
+        )
         key = visit_key(entry, work, run, measured="avalab.measure.cell:measure_batches")
-        path = run.artifacts_dir / "cache" / f"batches-{key}.json"
+        path = cache_path(run.artifacts_dir / "cache", "batches", key, suffix=".json")
+        measure = partial(cell.measure_batches, entry.artifact, entry.engine, work=work)
         try:
-            found = cache.cached_document(path, lambda e=entry: cell.measure_batches(e.artifact, e.engine, work=work))
+            found = cached_document(path, measure)
         except engines.EngineUnavailable:
             continue  # the race has said so
         except (RuntimeError, ValueError) as error:
-            run.record(entry.subject, "decode_tokens_per_s:batch", None, "token/s", note=str(error), **about)
+            record("decode_tokens_per_s:batch", None, "token/s", note=str(error))
             continue
         for size, seconds in found.items():
-            tokens = {"prefill": max(work.prompts), "decode": work.new_tokens - 1}
-            for name, count in tokens.items():
+            for name, count in (("prefill", max(work.prompts)), ("decode", work.new_tokens - 1)):
                 rates = [int(size) * count / s for s in seconds[name]]
-                speed, metric = vars(statistics.quantile(rates)), f"{name}_tokens_per_s:batch{size}"
-                run.record(entry.subject, metric, unit="token/s", samples=rates, **speed, **about)
+                speed = vars(statistics.quantile(rates))
+                record(f"{name}_tokens_per_s:batch{size}", unit="token/s", samples=rates, **speed)
 
 
 def main() -> None:

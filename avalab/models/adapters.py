@@ -3,20 +3,18 @@
 W x becomes W x + (alpha / rank) B A x with W frozen; A is drawn, B starts at zero, so that the model starts unchanged
 (Hu et al. 2021, arXiv 2106.09685, section 4.1). With a 4-bit W this is QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-1. `attach` lets PEFT put float32 adapters on the chosen layers and freezes the rest.
+1. `attach_adapters` lets PEFT put float32 adapters on the chosen layers and freezes the rest.
 2. `apply_fused` replaces PEFT's forward pass by `kernels.linear`: base product and low-rank products in the base's
    dtype, adapters rounded to it on the fly, no decoded weight kept for the gradient. `decoded` holds a 4-bit weight
    in bf16 while training: more memory (2 bytes a weight), fewer decodings.
-3. `save` writes an adapter artefact; `models.load` puts it back onto its base, which must be beside it.
-4. `merge` adds s B A to the dequantised weights and rounds once, to bf16: an ordinary artefact, to be quantised again.
-   Merging into 4 bits directly would round the update away where it is below half a step of the grid.
+3. `save_adapters` writes what `checkpoint.load_model` puts back onto the base, which must be beside it.
+4. `merge_adapters` adds s B A to the dequantised weights and rounds once, to bf16: an ordinary artefact, to be
+   quantised again. Merging into 4 bits would round the update away where it is below half a step of the grid.
 
 Without adapters, `apply_wide_weights` trains the linear layers themselves. bf16 has eight bits of precision, so a step
 of one thousandth of a weight is rounded away: weights are kept in float32 and rounded on the way into each product, as
 mixed-precision training does (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1); `restore_narrow_weights` rounds
 once more, to be saved. In bytes a weight: 4, 4 for the gradient and 8 for AdamW, where adapters take 0.2 at rank 16.
-
-What it does not do: adapters on embeddings, convolutions or experts; several adapters at once.
 """
 
 from __future__ import annotations
@@ -114,7 +112,7 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
 def merge_adapters(adapter: Artifact, *, name: str = "", directory: Path | None = None) -> Artifact:
     """The bf16 artefact of the base with the adapter added in, beside the adapter unless `directory` is given.
 
-    Raises ValueError for an artefact that is no adapter, and what `models.load` raises.
+    Raises ValueError for an artefact that is no adapter, and what `load_model` raises.
     """
     if adapter.format != "peft":
         raise ValueError(f"{adapter.name} is in format {adapter.format!r}; only an adapter can be merged")
@@ -151,9 +149,6 @@ def replace_quantised(model: PreTrainedModel) -> None:
             dense.bias = layer.bias
             checkpoint.replace_linear(model, name, dense)
     checkpoint.forget_quantisation(model)
-
-
-# --- without adapters ------------------------------------------------------------------------------------------------
 
 
 def apply_wide_weights(model: PreTrainedModel, target_modules: tuple[str, ...] = ("attention", "mlp")) -> None:

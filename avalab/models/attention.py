@@ -6,8 +6,6 @@ of the examples' squares. It is put into a transformers model under a name of it
 On a CPU examples of at most LONGEST tokens take `attend`: a few dense products for all heads at once, the probabilities
 kept for the backward pass. torch's fused kernel works in blocks that are too small for bf16 units there: at 250 tokens,
 9 heads of 64 and 2 threads its backward pass took four times as long. Longer examples, and GPUs, take the fused one.
-
-What it does not do: sliding windows shorter than an example, soft caps, key-value caches (it is for training).
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 NAME = "packed"
-
 LONGEST = 640  # tokens: beyond, kept probabilities cost more memory than the time is worth
 
 

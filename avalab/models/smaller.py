@@ -2,8 +2,8 @@
 
 1. A `Kept` says what stays. Every block loses equally many heads and channels, because a configuration has one number
    for all of them; which ones differs from block to block. Hidden channels are the same everywhere.
-2. `save` slices every tensor by the table of rows and columns below, renumbers the blocks, and writes weights and
-   changed configuration: a folder that transformers opens like any other.
+2. `save_smaller` slices every tensor by the table of rows and columns below, renumbers the blocks, and writes weights
+   and changed configuration: a folder that transformers opens like any other.
 
 A query head is rows of q and columns of o; a KV group is rows of k and v with all its query heads; an MLP channel is
 a row of gate and up and a column of down; a hidden channel is a column of what reads the residual stream, a row of
@@ -11,8 +11,7 @@ what writes it, and an entry of every norm. Norms then average over the channels
 outputs at their size where the channels that go had the usual energy; correcting their gains for what they had
 changed nothing.
 
-What it does not do: choose, score, or change the weights that stay. Mixtures of experts and fused projections are
-refused, and another width of models that scale embeddings by it (Gemma).
+Mixtures of experts and fused projections are refused, and another width of models that scale embeddings by it (Gemma).
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from transformers import PreTrainedModel
 from avalab.models.checkpoint import ATTENTION, MLP
 
 # What a tensor's rows and columns are, by the name of its module.
-ROWS = {
-    **{"q_proj": "heads", "k_proj": "kv_heads", "v_proj": "kv_heads", "o_proj": "hidden"},
-    **{"gate_proj": "channels", "up_proj": "channels", "down_proj": "hidden"},
+ROWS = dict.fromkeys(("o_proj", "down_proj"), "hidden") | {
+    "q_proj": "heads",
+    "k_proj": "kv_heads",
+    "v_proj": "kv_heads",
+    "gate_proj": "channels",
+    "up_proj": "channels",
 }
-
-COLUMNS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), "hidden"),
-    **{"o_proj": "heads", "down_proj": "channels"},
-}
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")  # of the residual stream
+COLUMNS = dict.fromkeys(READERS, "hidden") | {"o_proj": "heads", "down_proj": "channels"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ def channels_of(heads: Int[Tensor, "kept"], head_dim: int) -> Int[Tensor, "chann
 def save_smaller(model: PreTrainedModel, kept: Kept, folder: Path) -> None:
     """Write the smaller model's weights and configuration. Raises ValueError for a model it cannot cut."""
     of = structure_sizes(model)
-    _refuse_scaled_embeddings(model, kept)
+    if kept.hidden is not None and "gemma" in (kind := model.config.model_type):
+        raise ValueError(f"{kind} scales its embeddings by the hidden width, which can therefore not be cut here")
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -156,9 +156,3 @@ def _indices(kind: str | None, block: int | None, kept: Kept, of: Sizes) -> Tens
     if chosen is None or kind == "hidden":
         return chosen
     return channels_of(chosen[block], of.head_dim) if kind.endswith("heads") else chosen[block]
-
-
-def _refuse_scaled_embeddings(model: PreTrainedModel, kept: Kept) -> None:
-    if kept.hidden is not None and "gemma" in model.config.model_type:
-        kind = model.config.model_type
-        raise ValueError(f"{kind} scales its embeddings by the hidden width, which can therefore not be cut here")

@@ -1,53 +1,30 @@
-"""An embedding below 8 bits in a compressed-tensors checkpoint: found, decoded and put in place while a model loads.
+"""Files that transformers 5.17 cannot read alone: pruned weights, GGUF tokenizers, HQQ, packed embeddings.
 
-The checkpoint keeps such an embedding as it keeps a packed linear layer: codes in int32 words, a bf16 scale and packed
-zero point a row and group, and a group of its own in the configuration. That is a proper compressed-tensors file, but
-transformers 5.17 looks for a tensor called `weight` in every embedding and refuses the folder, and so does vLLM: only
-this package loads it. (`engines.gguf` with the block type `kept` turns it into a file that others read.)
-
-1. The group is taken out of the configuration that transformers sees; it loads everything else.
-2. What it then misses has to be the embedding (and a head tied to it), and nothing more.
-3. The decoded rows, integers less zero points times scales, each in bf16, take the place; a tied head shares them.
-
-What it does not do: choose, round or pack (see `ava_targets`, `packing`), or keep the rows packed in memory.
-
-HQQ's half-quadratic rounding as a checkpoint: rounded by the library, and decoded by it on loading.
-
-1. `write` lets the library round every linear layer (Badri and Shaji 2023, Half-Quadratic Quantization: zero points are
-   chosen so that the weights' error is sparse; no data) with its defaults, and keeps what a layer needs: packed codes,
-   and a float16 scale and fractional zero point a group.
-2. The embedding stays bf16 or goes to int8 rows (`packed.int8_rows`' numbers, handed in by the caller).
-3. `from_pretrained` decodes every layer with the library's own `Quantizer` into a dense model.
-
-transformers 5.17 lists HQQ and refuses it ("not available yet"), to compress and to load; what the library saves itself
-is pickled, or in safetensors that only transformers would read. Hence this file. The library's tensors that repeat its
-settings, 17 a layer, are left out: the configuration holds them once. What it does not do: compute with packed weights.
-
-What zeros save on disk: a model file in which pruned layers keep only what is left of them.
+**What zeros save on disk.** Pruned layers of a model file keep only what is left of them; the rest is as in the dense
+file, and writing and reading are inverse to the bit. Engines here read dense weights: disk and download gain, not
+memory or time. A group of four with more zeros than two keeps zeros as values.
 
 | layout | of a layer with rows x cols weights | bytes |
 |---|---|---|
 | `bitmask` | one bit a weight, the kept ones in bf16, row by row | rows x ceil(cols / 8) + 2 x kept |
 | `2:4` | two of every four in bf16, and two bits for the place of each | rows x cols x (1/8 + 1) |
 
-The bitmask is that of compressed-tensors' `sparse-bitmask`, which its present version can no longer write; the second
-is the layout of sparse tensor cores (Mishra et al. 2021, arXiv 2104.08378). Everything else in the file is as in the
-dense one. `write` and `read` are inverse to the bit. A group of four with more zeros than two keeps zeros as values.
+The first is compressed-tensors' `sparse-bitmask`, which its present version can no longer write; the second is that of
+sparse tensor cores (Mishra et al. 2021, arXiv 2104.08378).
 
-Engines here read dense weights: the file saves disk and download, not memory or time.
-What it does not do: prune, or multiply.
+**The tokenizer of a GGUF file with SentencePiece's vocabulary.** transformers leaves Gemma's merges and start token
+out, so that the model scores as if damaged. llama.cpp's rule: user-defined tokens are cut out first; elsewhere a space
+is written U+2581 and the neighbours whose joined token scores highest are merged, over and over; a character without
+a token falls back to its bytes. As byte-pair encoding: all splits of each token into two, the highest score first.
 
-The tokenizer of a GGUF file whose vocabulary is SentencePiece's, where transformers makes another one of it.
+**HQQ** (Badri and Shaji 2023, Half-Quadratic Quantization: zero points chosen so that the weights' error is sparse; no
+data). The library rounds and decodes; a file keeps packed codes and a float16 scale and zero point a group, and the
+configuration holds the settings once. The library itself saves pickles, or 17 tensors of settings a layer.
 
-transformers 5.17 turns Gemma's vocabulary into a model that leaves the merges out: "Hello world" becomes `Hello`, ` w`,
-`or`, `ld`, and no start token is added, so that the model scores as if damaged. llama.cpp's rule, followed here:
-
-1. User-defined tokens (runs of newlines and spaces, tags) are cut out first, the longest one that fits.
-2. Elsewhere a space is written U+2581, and the pair of neighbours whose joined token scores highest is merged, over
-   and over. As byte-pair encoding: all splits of each token into two tokens, the highest score first.
-3. A character without a token falls back to its bytes. The start token comes first if the file says so.
-
-What it does not do: other vocabularies; transformers reads those right.
+**An embedding below 8 bits in a compressed-tensors checkpoint** is kept as a packed linear layer is. transformers and
+vLLM look for a tensor called `weight` and refuse the folder. Its group is taken out of the configuration that
+transformers sees; what transformers then misses has to be the embedding (and a head tied to it) and nothing more; the
+decoded rows, integers less zero points times scales, each in bf16, take the place.
 """
 
 from __future__ import annotations
@@ -65,8 +42,20 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 FILE = "model.sparse"  # safetensors inside; another suffix, so that nothing loads it for the weights
-
 LAYOUTS = ("bitmask", "2:4")
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of the GGUF specification
+SPACE = "\u2581"
+SENTENCEPIECE_FAMILIES = ("gemma3_text",)  # transformers' names
+
+HQQ = "hqq"
+
+PACKED_EMBEDDING = "packed_embedding"  # its name among the configuration's groups
+PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+CHUNK_ROWS = 16384  # unpacked at a time
+
+
+# --- what zeros save -------------------------------------------------------------------------------------------------
 
 
 def write_sparse(tensors: dict[str, Tensor], sparse: list[str], path: Path, *, layout: str = "bitmask") -> int:
@@ -92,7 +81,7 @@ def write_sparse(tensors: dict[str, Tensor], sparse: list[str], path: Path, *, l
 
 
 def read_sparse(path: Path) -> dict[str, Tensor]:
-    """The dense tensors of a file that `write` made."""
+    """The dense tensors of a file that `write_sparse` made."""
     stored = load_file(path)
     dense = {name: tensor for name, tensor in stored.items() if not name.endswith((".values", ".mask", ".places"))}
     for name in (key.removesuffix(".values") for key in stored if key.endswith(".values")):
@@ -123,9 +112,16 @@ def from_bitmask(
 ) -> Float[Tensor, "rows cols"]:
     """The weight that `to_bitmask` took apart."""
     rows, columns = shape.tolist()
+    bits = (mask[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
     weight = torch.zeros(rows, columns, dtype=values.dtype)
-    weight[unpack_bits(mask, columns)] = values
+    weight[bits.flatten(1)[:, :columns].bool()] = values
     return weight
+
+
+def pack_bits(mask: Bool[Tensor, "rows cols"]) -> UInt8[Tensor, "rows bytes"]:
+    """Eight columns a byte, the first in the lowest bit; the last byte of a row is filled up with zeros."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
 
 def to_two_of_four(weight: Float[Tensor, "rows cols"]) -> dict[str, Tensor]:
@@ -155,96 +151,70 @@ def from_two_of_four(
     return groups.scatter_(2, index, values.unflatten(1, (-1, 2))).flatten(1)
 
 
-def pack_bits(mask: Bool[Tensor, "rows cols"]) -> UInt8[Tensor, "rows bytes"]:
-    """Eight columns a byte, the first in the lowest bit; the last byte of a row is filled up with zeros."""
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+# --- the tokenizer of a GGUF file ------------------------------------------------------------------------------------
 
 
-def unpack_bits(packed: UInt8[Tensor, "rows bytes"], columns: int) -> Bool[Tensor, "rows cols"]:
-    """The mask that `pack_bits` packed."""
-    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten(1)[:, :columns].bool()
-
-
-# --- the tokenizer of a GGUF file whose vocabulary is SentencePiece's, where transformers makes another one of it ---
-
-
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of the GGUF specification
-
-SPACE = "\u2581"
-
-KEYS = "model tokens scores token_type add_bos_token padding_token_id bos_token_id eos_token_id unknown_token_id"
-
-MODEL_TYPES = ("gemma3_text",)  # transformers' names of the families whose files need this
-
-
-def tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a file of one of the families in `MODEL_TYPES`.
+def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a file of one of the families in `SENTENCEPIECE_FAMILIES`.
 
     Raises ValueError for a vocabulary that is not SentencePiece's, or one without scores.
     """
-    model, tokens, scores, types, starts, padding, *ids = _fields(gguf)
-    if model != "llama" or not scores:
-        raise ValueError(f"{gguf.name} has a vocabulary of kind {model!r}; expected 'llama' with scores")
-    bos, eos, unknown = (tokens[index] for index in ids)
-    made = encoder(tokens, scores, types, unknown=unknown)
-    if starts:
-        first = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B", "special_tokens": [(bos, ids[0])]}
-        made.post_processor = processors.TemplateProcessing(**first)
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields  # reading takes seconds: once
+
+    def content(key: str):
+        field = fields.get(f"tokenizer.ggml.{key}")
+        return field and field.contents()
+
+    tokens, scores = content("tokens"), content("scores")
+    if content("model") != "llama" or not scores:
+        raise ValueError(f"{gguf.name} has a vocabulary of kind {content('model')!r}; expected 'llama' with scores")
+    bos_id, padding_id = content("bos_token_id"), content("padding_token_id")
+    bos, eos, unknown = tokens[bos_id], tokens[content("eos_token_id")], tokens[content("unknown_token_id")]
+    made = sentencepiece_encoder(tokens, scores, content("token_type"), unknown=unknown)
+    if content("add_bos_token"):
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        )
     special = {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
-    special |= {} if padding is None else {"pad_token": tokens[padding]}
+    if padding_id is not None:
+        special["pad_token"] = tokens[padding_id]
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special)
 
 
-def encoder(tokens: list[str], scores: list[float], types: list[int], *, unknown: str) -> Tokenizer:
+def sentencepiece_encoder(tokens: list[str], scores: list[float], types: list[int], *, unknown: str) -> Tokenizer:
     """Byte-pair encoding that merges as SentencePiece's scores ask."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = _merges([t for t, kind in zip(tokens, types, strict=True) if kind == NORMAL], vocabulary, scores)
-    made = Tokenizer(BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Replace(" ", SPACE)
-    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    of_kind = {kind: [t for t, k in zip(tokens, types, strict=True) if k == kind] for kind in (CONTROL, USER_DEFINED)}
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in of_kind[CONTROL]])
-    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in of_kind[USER_DEFINED]])
-    return made
 
+    def of_kind(kind: int) -> list[str]:
+        return [token for token, found in zip(tokens, types, strict=True) if found == kind]
 
-def _merges(normal: list[str], vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every split of a token into two, by falling score of the token, then by the parts' own."""
+    normal = of_kind(NORMAL)
     known = set(normal)
-    splits = [
+    splits = [  # by falling score of the token, then by the parts' own place
         (-scores[vocabulary[token]], vocabulary[token[:at]], vocabulary[token[at:]])
         for token in normal
         for at in range(1, len(token))
         if token[:at] in known and token[at:] in known
     ]
-    tokens = list(vocabulary)
-    return [(tokens[left], tokens[right]) for _score, left, right in sorted(splits)]
+    distinct = list(vocabulary)
+    merges = [(distinct[left], distinct[right]) for _score, left, right in sorted(splits)]
+    made = Tokenizer(BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", SPACE)
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in of_kind(CONTROL)])
+    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in of_kind(USER_DEFINED)])
+    return made
 
 
-def _fields(gguf: Path) -> list:
-    from gguf import GGUFReader
-
-    fields = GGUFReader(gguf).fields  # reading takes seconds: once
-    found = [fields.get(f"tokenizer.ggml.{key}") for key in KEYS.split()]
-    return [field and field.contents() for field in found]
+# --- HQQ -------------------------------------------------------------------------------------------------------------
 
 
-# --- hQQ's half-quadratic rounding as a checkpoint ------------------------------------------------------------------
-
-
-METHOD = "hqq"
-
-WEIGHTS = "model.safetensors"
-
-KEPT = ("W_q", "scale", "zero")
-
-
-def is_one(folder: Path) -> bool:
-    """Whether a folder holds such a checkpoint."""
+def quantization_of(folder: Path) -> dict:
+    """What the configuration in a folder says of quantisation; nothing where there is no configuration."""
     path = Path(folder) / "config.json"
-    return path.is_file() and _settings(json.loads(path.read_text())).get("quant_method") == METHOD
+    return (json.loads(path.read_text()).get("quantization_config") if path.is_file() else None) or {}
 
 
 def write_hqq(
@@ -253,72 +223,67 @@ def write_hqq(
     """Fill `folder` with the model, its named linear layers rounded by HQQ, everything else as `others` has it."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    how = BaseQuantizeConfig(nbits=bits, group_size=group_size)
-    axis = how["weight_quant_params"]["axis"]
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size)
+    axis = settings["weight_quant_params"]["axis"]
     tensors = dict(others)
     for name in layers:
-        made = HQQLinear(model.get_submodule(name), how, del_orig=False, compute_dtype=torch.float16, device="cpu")
+        layer = model.get_submodule(name)
+        made = HQQLinear(layer, settings, del_orig=False, compute_dtype=torch.float16, device="cpu")
         parts = {"W_q": made.W_q.data, "scale": made.meta["scale"], "zero": made.meta["zero"]}
         tensors |= {f"{name}.{key}": value.detach().contiguous() for key, value in parts.items()}
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(sorted(tensors.items())), folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    config["quantization_config"] = {"quant_method": METHOD, "nbits": bits, "group_size": group_size, "axis": axis}
+    config["quantization_config"] = {"quant_method": HQQ, "nbits": bits, "group_size": group_size, "axis": axis}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_hqq(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The dense model of a checkpoint. Raises ValueError for a tensor that is missing, naming it."""
     config = AutoConfig.from_pretrained(folder)
-    settings, _ = config.quantization_config, delattr(config, "quantization_config")
+    settings = config.quantization_config
+    del config.quantization_config
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tensors = load_file(Path(folder) / WEIGHTS)
-    found = {}
+    tensors = load_file(Path(folder) / "model.safetensors")
     for name, parameter in model.named_parameters():
         layer = name.removesuffix(".weight")
         if f"{layer}.W_q" in tensors:
-            parts = {key: tensors[f"{layer}.{key}"] for key in KEPT}
-            found[name] = _decoded(parts, settings, parameter.shape).to(dtype)
+            found = _decode_hqq(layer, tensors, settings, parameter.shape)
         elif f"{name}_scale" in tensors:
-            found[name] = tensors[name].to(dtype) * tensors[f"{name}_scale"].to(dtype)
+            found = tensors[name].to(dtype) * tensors[f"{name}_scale"].to(dtype)
         elif name in tensors:
-            found[name] = tensors[name]
+            found = tensors[name]
         else:
             raise ValueError(f"{folder} has no tensor for {name}")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(found[name])
+        with torch.no_grad():
+            parameter.copy_(found)
     return model
 
 
-def _decoded(parts: dict[str, Tensor], settings: dict, shape: torch.Size) -> Tensor:
+def _decode_hqq(layer: str, tensors: dict[str, Tensor], settings: dict, shape: torch.Size) -> Tensor:
     from hqq.core.quantize import Quantizer
 
-    packing = Quantizer.bit_to_packing[settings["nbits"]]
-    about = {key: settings[key] for key in ("nbits", "group_size", "axis")} | {"shape": shape, "packing": packing}
-    about |= {"view_as_float": False, "compute_dtype": torch.float16, "scale": parts["scale"], "zero": parts["zero"]}
-    return Quantizer.dequantize(parts["W_q"], about)
+    about = {
+        "nbits": settings["nbits"],
+        "group_size": settings["group_size"],
+        "axis": settings["axis"],
+        "shape": shape,
+        "packing": Quantizer.bit_to_packing[settings["nbits"]],
+        "view_as_float": False,
+        "compute_dtype": torch.float16,
+        "scale": tensors[f"{layer}.scale"],
+        "zero": tensors[f"{layer}.zero"],
+    }
+    return Quantizer.dequantize(tensors[f"{layer}.W_q"], about)
 
 
-def _settings(config: dict) -> dict:
-    return config.get("quantization_config") or {}
+# --- a packed embedding ----------------------------------------------------------------------------------------------
 
 
-# --- an embedding below 8 bits in a compressed-tensors checkpoint ---------------------------------------------------
-
-
-GROUP = "packed_embedding"  # its name among the configuration's groups
-
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-
-CHUNK_ROWS = 16384  # unpacked at a time
-
-
-def name_in(folder: Path) -> str:
+def packed_embedding_name(folder: Path) -> str:
     """The packed embedding's name in a folder, or nothing where there is none."""
-    path = Path(folder) / "config.json"
-    groups = (_quantization(json.loads(path.read_text())) if path.is_file() else {}).get("config_groups", {})
-    return groups[GROUP]["targets"][0] if GROUP in groups else ""
+    groups = quantization_of(folder).get("config_groups", {})
+    return groups[PACKED_EMBEDDING]["targets"][0] if PACKED_EMBEDDING in groups else ""
 
 
 def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
@@ -326,58 +291,50 @@ def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
 
     Raises ValueError when the folder lacks other tensors than the embedding, naming the first.
     """
-    name = name_in(folder)
+    name = packed_embedding_name(folder)
     if not name:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     config = AutoConfig.from_pretrained(folder)
-    others = {key: group for key, group in config.quantization_config["config_groups"].items() if key != GROUP}
+    groups = config.quantization_config["config_groups"]
+    others = {key: group for key, group in groups.items() if key != PACKED_EMBEDDING}
     config.quantization_config = config.quantization_config | {"config_groups": others}
     if not others:
         del config.quantization_config
     with torch.random.fork_rng(devices=[]):  # missing weights are drawn before they are replaced
-        model, told = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, **options
+        )
     table = model.get_input_embeddings()
     filled = {n for n, m in model.named_modules() if getattr(m, "weight", None) is table.weight}
-    astray = sorted(set(told["missing_keys"]) - {f"{n}.weight" for n in filled})
-    if astray or name not in filled:
-        raise ValueError(f"{folder} lacks {', '.join(astray[:1]) or name}: nothing else than the embedding is packed")
+    missing = sorted(set(loading["missing_keys"]) - {f"{n}.weight" for n in filled})
+    if missing or name not in filled:
+        raise ValueError(f"{folder} lacks {', '.join(missing[:1]) or name}: nothing else than the embedding is packed")
     table.weight.data = decode_embedding(folder, name, table.weight.dtype).to(table.weight.device)
     return model
 
 
 def decode_embedding(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "rows cols"]:
     """The embedding's values. Raises ValueError for tensors that are not there, naming the folder."""
-    parts = _tensors(folder, name)
-    rows, columns = parts["weight_shape"].tolist()
-    scales = parts["weight_scale"].to(dtype)
-    bits = parts["weight_packed"].shape[1] * 32 // columns
-    zeros = _unpacked(parts["weight_zero_point"], bits, scales.shape, along=0) if "weight_zero_point" in parts else 0
-    zeros = torch.zeros_like(scales) + zeros
-    found = torch.empty(rows, columns, dtype=dtype)
-    for start in range(0, rows, CHUNK_ROWS):
-        part = slice(start, min(start + CHUNK_ROWS, rows))
-        codes = _unpacked(parts["weight_packed"][part], bits, (part.stop - start, columns), along=1)
-        levels = codes.unflatten(1, (scales.shape[1], -1)).to(dtype) - zeros[part, :, None]
-        found[part] = (levels * scales[part, :, None]).flatten(1)
-    return found
-
-
-def _unpacked(words: Tensor, bits: int, shape: tuple[int, ...], *, along: int) -> Tensor:
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-    return unpack_from_int32(words, bits, torch.Size(shape), packed_dim=along)
-
-
-def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    found = {}
+    parts = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names = set(file.keys())
-            found |= {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in names}
-    if not {"weight_packed", "weight_scale", "weight_shape"} <= found.keys():
+            parts |= {part: file.get_tensor(f"{name}.{part}") for part in PACKED_PARTS if f"{name}.{part}" in names}
+    if not {"weight_packed", "weight_scale", "weight_shape"} <= parts.keys():
         raise ValueError(f"{folder} says that {name} is packed, and holds no such tensors")
+    rows, columns = parts["weight_shape"].tolist()
+    scales = parts["weight_scale"].to(dtype)
+    bits = parts["weight_packed"].shape[1] * 32 // columns
+    zeros = torch.zeros_like(scales)
+    if "weight_zero_point" in parts:
+        zeros += unpack_from_int32(parts["weight_zero_point"], bits, scales.shape, packed_dim=0)
+    found = torch.empty(rows, columns, dtype=dtype)
+    for start in range(0, rows, CHUNK_ROWS):
+        part = slice(start, min(start + CHUNK_ROWS, rows))
+        shape = torch.Size((part.stop - start, columns))
+        codes = unpack_from_int32(parts["weight_packed"][part], bits, shape, packed_dim=1)
+        levels = codes.unflatten(1, (scales.shape[1], -1)).to(dtype) - zeros[part, :, None]
+        found[part] = (levels * scales[part, :, None]).flatten(1)
     return found
-
-
-def _quantization(config: dict) -> dict:
-    return config.get("quantization_config") or {}

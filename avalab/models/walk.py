@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +42,7 @@ from avalab.lab.code import code_of
 from avalab.models import checkpoint, predict
 
 BATCH_WINDOWS = 8
-
 GRADIENT_WINDOWS = 8
-
 INFLUENCE, SECONDS = "influence", "seconds"
 
 Call = tuple[tuple, dict]  # positional and keyword arguments of a block
@@ -82,8 +81,7 @@ def sites(
 
     Raises ValueError for calibration windows that are empty.
     """
-    if windows.numel() == 0:
-        raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
+    _refuse_empty(windows)
     blocks = model.base_model.layers
     changed = first_calls(model, blocks[0], windows)
     original = changed
@@ -99,6 +97,11 @@ def sites(
             tokens = sum(part.shape[0] for part in rows)
             yield Site(index, {names[layer]: layer for layer in layers}, moment / tokens, cross / tokens, tokens)
         original, changed = following, [next_call(block, call) for call in changed]
+
+
+def _refuse_empty(windows: Tensor) -> None:
+    if windows.numel() == 0:
+        raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
 
 
 def gradient_pass(
@@ -187,19 +190,20 @@ def _original_inputs(block: nn.Module, calls: list[Call]) -> tuple[list[tuple[li
 
     Layers belong together when they are handed the very same tensor.
     """
-    sites: list[tuple[list[nn.Linear], list[Tensor]]] = []
+    groups: list[tuple[list[nn.Linear], list[Tensor]]] = []
     seen: list[tuple[Tensor, int]] = []  # tensors read in the present call (held: identities are reused), and by whom
 
     def note(layer: nn.Linear, args: tuple) -> None:
         (given,) = args
-        known = next((at for tensor, at in seen if tensor is given), None)
-        if known is not None:
-            members = sites[known][0]
-            members += [layer] if layer not in members else []
+        at = next((index for tensor, index in seen if tensor is given), None)
+        if at is not None:
+            if layer not in groups[at][0]:
+                groups[at][0].append(layer)
             return
-        at = next((i for i, (layers, _) in enumerate(sites) if layer in layers), len(sites))
-        sites.extend([([layer], [])] if at == len(sites) else [])
-        sites[at][1].append(given.flatten(0, -2))
+        at = next((index for index, (layers, _) in enumerate(groups) if layer in layers), len(groups))
+        if at == len(groups):
+            groups.append(([layer], []))
+        groups[at][1].append(given.flatten(0, -2))
         seen.append((given, at))
 
     following = []
@@ -208,7 +212,7 @@ def _original_inputs(block: nn.Module, calls: list[Call]) -> tuple[list[tuple[li
         for call in calls:
             seen.clear()
             following.append(next_call(block, call))
-    return sites, following
+    return groups, following
 
 
 def _moments(
@@ -256,16 +260,13 @@ def next_call(block: nn.Module, call: Call) -> Call:
     return ((output[0] if isinstance(output, tuple) else output), *args[1:]), kwargs
 
 
-class _hooked:
+@contextmanager
+def _hooked(handles: list) -> Iterator[None]:
     """Remove hooks when the block of code ends, however it ends."""
-
-    def __init__(self, handles: list) -> None:
-        self.handles = handles
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_reason: object) -> None:
-        for handle in self.handles:
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -282,8 +283,7 @@ def measure_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"],
 
     Raises ValueError for no calibration text, and for activations that are not finite, naming the layer.
     """
-    if windows.numel() == 0:
-        raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
+    _refuse_empty(windows)
     blocks = model.base_model.layers
     files = [block_file(folder, index) for index in range(len(blocks))]
     finished = [_is_readable(file) for file in files]
@@ -311,29 +311,24 @@ def block_file(folder: Path, block: int) -> Path:
 
 def stored_moment(folder: Path, layer: str) -> Float[Tensor, "cols cols"]:
     """The second moment of what a linear layer, by its full name, reads."""
-    with safe_open(block_file(folder, block_index(layer)), "pt") as file:
-        return file.get_tensor("+".join(_readers(file, layer)))
+    return _stored(block_file(folder, block_index(layer)), "+".join(stored_readers(folder, layer)))
 
 
 def stored_readers(folder: Path, layer: str) -> tuple[str, ...]:
     """Names below the block of all layers that read the same input as this one."""
     with safe_open(block_file(folder, block_index(layer)), "pt") as file:
-        return _readers(file, layer)
+        found = [tuple(key.split("+")) for key in file.keys()]  # noqa: SIM118  (a file is no dict)
+    return next(names for names in found if any(layer.endswith(f".{name}") for name in names))
 
 
 def stored_influence(folder: Path, block: int) -> float:
     """How much a block turns what enters it: 0 where it changes nothing but the length."""
-    with safe_open(block_file(folder, block), "pt") as file:
-        return float(file.get_tensor(INFLUENCE))
+    return float(_stored(block_file(folder, block), INFLUENCE))
 
 
 def stored_seconds(files: list[Path]) -> float:
     """What measuring took, summed over the files that it left."""
-    total = 0.0
-    for path in files:
-        with safe_open(path, "pt") as file:
-            total += float(file.get_tensor(SECONDS))
-    return total
+    return sum(float(_stored(path, SECONDS)) for path in files)
 
 
 def measure_squared_gradients(
@@ -349,11 +344,11 @@ def measure_squared_gradients(
     names = {layer: name for name, layer in checkpoint.linear_layers(model).items()}
     found: dict[str, Tensor] = {}
 
-    def measure_layer(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> None:
+    def keep_squares(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> None:
         rows, columns = gradients.flatten(0, -2).float().square(), inputs.detach().flatten(0, -2).float().square()
         found[names[layer]] = (rows.T @ columns / len(rows)).bfloat16().cpu()
 
-    gradient_pass(model, windows[:GRADIENT_WINDOWS], list(names.values()), measure_layer, seed=seed)
+    gradient_pass(model, windows[:GRADIENT_WINDOWS], list(names.values()), keep_squares, seed=seed)
     _refuse_non_finite(found, "gradients of")
     cache.save_tensors(found | {SECONDS: torch.tensor(time.perf_counter() - start)}, path)
     return path
@@ -361,13 +356,12 @@ def measure_squared_gradients(
 
 def stored_squared_gradient(path: Path, name: str) -> Float[Tensor, "rows cols"]:
     """The squared gradients of one layer."""
+    return _stored(path, name)
+
+
+def _stored(path: Path, name: str) -> Tensor:
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
-
-
-def _readers(file, layer: str) -> tuple[str, ...]:
-    found = [tuple(key.split("+")) for key in file.keys()]  # noqa: SIM118  (a file is no dict)
-    return next(names for names in found if any(layer.endswith(f".{name}") for name in names))
 
 
 def _of_block(block: nn.Module, calls: list, index: int) -> tuple[dict[str, Tensor], list]:

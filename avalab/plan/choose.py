@@ -1,14 +1,12 @@
-"""What should I use? A choice for each memory budget, computed from the records of a race.
+"""What to use for each memory budget, computed from the records of a race.
 
-1. A candidate is a subject (`nf4 in torch`) with a peak of memory, a decode rate and a KL divergence.
-2. Of those that fit into a budget, the ones whose divergence is at most `kl_limit` are good enough; of these the one
-   that decodes fastest is chosen. Where none is good enough, the one with the lowest divergence is.
+1. A candidate is a subject (`nf4 in torch`) with a peak of memory, a decode rate and a KL divergence. Memory is the
+   peak above the process's runtime (`peak_rss_bytes:engine`), or GPU memory where it was measured.
+2. Of those that fit into a budget, the ones whose divergence is at most `kl_limit`, a judgement of whoever asks, are
+   good enough; of these the one that decodes fastest is chosen. Where none is good enough, the least divergence is.
 3. The default is the choice of the smallest budget in which something is good enough.
 4. `judge` compares the default with its peers, as ratios of medians of one run. A peer counts where the default's
    divergence is not above the upper end of the peer's interval; of several, the fastest counts.
-
-Memory is the peak above the process's runtime (`peak_rss_bytes:engine`), or GPU memory where it was measured.
-`kl_limit` is a judgement of whoever asks. `tables.budgets` and `tables.verdicts` show what is found here.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from dataclasses import dataclass
 from avalab.lab.run import Record
 
 GIB = 2**30
-
 BUDGETS = (GIB // 2, GIB, 2 * GIB, 4 * GIB)
 
 
@@ -57,24 +54,26 @@ TARGETS = (
 )
 
 
-def candidates(
-    records: Sequence[Record], *, kl: str, threads: int, decode: str = "", prefill: str = "", calls: str = ""
-) -> list[Candidate]:
-    """Every subject that has memory, speeds at this number of threads, and the metric `kl`.
+def candidates(records: Sequence[Record], *, kl: str, threads: int, calls: str = "") -> list[Candidate]:
+    """Every subject that has memory, the metric `kl` and, at this number of threads, speeds.
 
-    Without names, decoding is that after the shortest prompt and prefill that of the longest.
+    Decoding is that after the shortest prompt and prefill that of the longest.
     """
     timed = [r for r in records if r.threads == threads and r.value is not None]
-    decode = decode or _at_prompt(timed, "decode_tokens_per_s", min)
-    prefill = prefill or _at_prompt(timed, "prefill_tokens_per_s", max)
-    speed, first = ({r.subject: r for r in timed if r.metric == name} for name in (decode, prefill))
+
+    def at_prompt(metric: str, which: Callable) -> dict[str, Record]:
+        tokens = {int(r.metric.removeprefix(f"{metric}:prompt")) for r in timed if r.metric.startswith(f"{metric}:p")}
+        name = f"{metric}:prompt{which(tokens, default='')}"
+        return {r.subject: r for r in timed if r.metric == name}
+
+    decode, prefill = at_prompt("decode_tokens_per_s", min), at_prompt("prefill_tokens_per_s", max)
     memory = {r.subject: r for r in timed if r.metric == "peak_rss_bytes:engine"}
     memory |= {r.subject: r for r in timed if r.metric == "peak_vram_bytes"}
     scored, answered = ({r.subject: r for r in records if r.metric == m and r.value is not None} for m in (kl, calls))
     return [
-        Candidate(s, r.engine, memory[s], r, first[s], scored[s], answered.get(s))
-        for s, r in speed.items()
-        if s in memory and s in first and s in scored
+        Candidate(s, r.engine, memory[s], r, prefill[s], scored[s], answered.get(s))
+        for s, r in decode.items()
+        if s in memory and s in prefill and s in scored
     ]
 
 
@@ -90,20 +89,17 @@ def choose(found: Sequence[Candidate], budget_bytes: int, *, kl_limit: float) ->
     return min(fitting, key=lambda c: c.kl.value), "nothing that fits is good enough: the least divergence"
 
 
-def default(found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS) -> Candidate | None:
-    """The choice of the smallest budget in which something is good enough; None where nothing is."""
-    for budget in sorted(budgets):
-        chosen, _ = choose(found, budget, kl_limit=kl_limit)
-        if chosen and chosen.kl.value <= kl_limit:
-            return chosen
-    return None
-
-
 def choices(
     found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS
 ) -> list[tuple[int, Candidate | None, str]]:
     """(bytes, what to use, why) of each budget, the smallest first."""
     return [(budget, *choose(found, budget, kl_limit=kl_limit)) for budget in sorted(budgets)]
+
+
+def default(found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS) -> Candidate | None:
+    """The choice of the smallest budget in which something is good enough; None where nothing is."""
+    chosen = [c for _, c, _ in choices(found, kl_limit=kl_limit, budgets=budgets)]
+    return next((c for c in chosen if c and c.kl.value <= kl_limit), None)
 
 
 def judge(
@@ -134,35 +130,17 @@ def _ratio(
         return None, f"not measured: the default has no speed at {threads} threads"
     if not peers:
         return None, f"not measured: no peer{target.peers} here"
-    equal = [c for c in peers if ours.kl.value <= _upper(c.kl)]
+    equal = [c for c in peers if ours.kl.value <= (c.kl.value if c.kl.high is None else c.kl.high)]
     if not equal:
         best = min(peers, key=lambda c: c.kl.value)
-        return (
-            None,
-            f"not comparable: every peer is closer to the base, such as {best.subject} ({show(best.kl)})",
-        )
+        return None, f"not comparable: every peer is closer to the base, such as {best.subject} ({show(best.kl)})"
     peer = max(equal, key=lambda c: getattr(c, target.metric).value)
     mine, theirs = getattr(ours, target.metric), getattr(peer, target.metric)
     ratio = mine.value / theirs.value
-    span = ""
+    span = closer = ""
     if None not in (mine.low, mine.high, theirs.low, theirs.high):
         span = f" [{mine.low / theirs.high:.2f}, {mine.high / theirs.low:.2f}]"
-    closer = (
-        f"; closer to the base and not counted: {', '.join(_others(peers, equal))}" if len(equal) < len(peers) else ""
-    )
+    if len(equal) < len(peers):
+        closer = f"; closer to the base and not counted: {', '.join(c.subject for c in peers if c not in equal)}"
     word = "reached" if ratio >= target.wanted else "not reached"
     return ratio, f"{word}: {ratio:.2f}x{span} of {peer.subject} at {threads} threads{closer}"
-
-
-def _others(peers: list[Candidate], equal: list[Candidate]) -> list[str]:
-    return [c.subject for c in peers if c not in equal]
-
-
-def _upper(record: Record) -> float:
-    return record.value if record.high is None else record.high
-
-
-def _at_prompt(records: Sequence[Record], metric: str, which) -> str:
-    """The metric's name at the shortest or longest prompt that was measured."""
-    names = {r.metric for r in records if r.metric.startswith(f"{metric}:prompt")}
-    return which(names, key=lambda name: int(name.rpartition("prompt")[2]), default="")

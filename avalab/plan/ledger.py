@@ -1,12 +1,8 @@
-"""Shrinking steps one after another, and what each of them cost: a ledger.
+"""A ledger of shrinking steps one after another: what each of them cost.
 
 `ledger` takes the artefacts of a chain in order, the base first, and appends for each step the difference it made to
 every metric that was recorded for it and for the one before it: bytes, divergence, accuracy. A step's cost is not its
 own alone: it is what the step does to the model it was given, so that another order has another ledger.
-
-`dequantised` is the bf16 artefact with a 4-bit artefact's values, so that pruning can come after rounding.
-
-What it does not do: choose steps or their order, or measure.
 """
 
 from __future__ import annotations
@@ -38,23 +34,20 @@ def ledger(run: Run, subjects: Sequence[str], metrics: Sequence[str]) -> list[Re
             if missing := [s for s in (before, after) if (s, metric) not in known]:
                 raise ValueError(f"no {metric} of {missing[0]!r}; measure every step before its ledger")
             old, new = known[before, metric], known[after, metric]
+            more = {"n": new.n, "artifact_sha256": new.artifact_sha256}
             details = {"before": before, "value_before": old.value, "value": new.value}
-            about = {"n": new.n, "artifact_sha256": new.artifact_sha256, "details": details}
-            found.append(run.record(after, f"cost:{metric}", new.value - old.value, new.unit, **about))
+            cost = new.value - old.value
+            found.append(run.record(after, f"cost:{metric}", cost, new.unit, **more, details=details))
     return found
 
 
 def dequantised(artifact: Artifact) -> Artifact:
-    """The bf16 artefact of the values that a bitsandbytes 4-bit one stands for, beside it.
+    """The bf16 artefact, beside it, of a bitsandbytes 4-bit one's values: so that pruning can come after rounding.
 
     Raises ValueError for another format.
     """
     if artifact.format != "bitsandbytes":
         raise ValueError(f"{artifact.name} is in format {artifact.format!r}; only bitsandbytes 4-bit ones are decoded")
-    name, recipe = f"{artifact.name}+bf16", [*artifact.card["recipe"], {"step": "dequantise", "dtype": "bfloat16"}]
-    found = artifacts.find_artifact(name, artifact.path.parent, recipe, artifact.sha256)
-    if found:
-        return found
 
     def save(folder: Path) -> None:
         model = checkpoint.load_model(artifact)
@@ -62,6 +55,6 @@ def dequantised(artifact: Artifact) -> Artifact:
         with process.quietly():
             checkpoint.save_model(model, checkpoint.load_tokenizer(artifact), folder)
 
-    origin = {"name": artifact.name, "sha256": artifact.sha256}
-    about = {"base": origin, "recipe": recipe, "format": "bf16", "licence": artifact.card["licence"]}
-    return artifacts.write_artifact(name, artifact.path.parent, save, **about)
+    out = artifact.path.with_name(f"{artifact.name}+bf16")
+    step = {"step": "dequantise", "dtype": "bfloat16"}
+    return artifacts.make_artifact(out, save, base=artifact, step=step, format="bf16")

@@ -1,13 +1,10 @@
 """What a notebook depends on, and which results are older than that.
 
-1. Every module and every code cell is parsed with `ast`; the imports of `avalab` modules anywhere in them (inside
-   functions too) form a graph, and a notebook depends on what it reaches in it. Nothing is imported, so a bare Python
-   answers, in half a second.
+1. Imports of `avalab` modules anywhere in modules and code cells form a graph; a notebook depends on what it reaches.
+   Sources are parsed, nothing is imported: a bare Python answers, in half a second.
 2. A run stores the hash of that code in the executed copy (`avalab.report.notebooks`); a result is stale when the hash
-   of the code its notebook reaches now is another. A result without a hash is compared with the code of the commit that
-   its records name, as git has it. Comments and docstrings are no code.
-
-It knows nothing of data files, or of a library upgraded behind the back of pyproject.toml.
+   is another now. A result without one is compared with the code of the commit that its records name, as git has it.
+   Comments and docstrings are no code.
 """
 
 from __future__ import annotations
@@ -24,8 +21,6 @@ from functools import cache
 from pathlib import Path
 
 from avalab.lab.run import ROOT
-
-# --- what depends on what ----------------------------------------------------------------------------------------
 
 
 def module_paths(root: Path = ROOT) -> dict[str, Path]:
@@ -49,21 +44,20 @@ def imported_names(source: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def import_graph(paths: dict[str, Path]) -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports itself."""
-    graph = {}
+def module_graph(root: Path = ROOT) -> tuple[dict[str, Path], dict[str, set[str]]]:
+    """`module_paths`, and module -> the modules of the package that it imports itself."""
+    paths, graph = module_paths(root), {}
     for name, path in paths.items():
         try:
             graph[name] = set(imported_names(path.read_text(encoding="utf-8")) & paths.keys()) - {name}
         except SyntaxError:  # being edited; the file itself stays a dependency of whoever imports it
             graph[name] = set()
-    return graph
+    return paths, graph
 
 
 def reachable(start: set[str], graph: dict[str, set[str]]) -> set[str]:
     """The modules in `start` and all they import, directly or not, with the packages that hold them."""
-    found: set[str] = set()
-    waiting = set(start)
+    found, waiting = set(), set(start)
     while waiting:
         name = waiting.pop()
         found.add(name)
@@ -88,9 +82,6 @@ def modules_of_notebook(notebook: Path, graph: dict[str, set[str]]) -> set[str]:
     return reachable(names & graph.keys(), graph)
 
 
-# --- results older than their code -------------------------------------------------------------------------------
-
-
 @cache
 def code_lines(source: str) -> str:
     """The lines of a source that do something: no docstring, no blank line, no comment that has its line to itself."""
@@ -108,8 +99,7 @@ def code_lines(source: str) -> str:
 
 def code_hashes(root: Path = ROOT) -> dict[str, str]:
     """Notebook -> hash of its code cells and of every module they reach; equal on every Python."""
-    paths = module_paths(root)
-    graph = import_graph(paths)
+    paths, graph = module_graph(root)
     hashes = {}
     for notebook in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         sources = {m: paths[m].read_text(encoding="utf-8") for m in sorted(modules_of_notebook(notebook, graph))}

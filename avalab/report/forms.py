@@ -1,20 +1,13 @@
 """Two forms for JupyterLab: people accept, reject or edit examples of a data set, and people score answers.
 
-Review
-1. `sample_examples` draws at random, so that the acceptance rate estimates that of the whole set.
-2. `review_form` shows one after another; a click stores a verdict under the example's hash and shows the next.
-3. Verdicts stand beside the data in `review/verdicts.jsonl`, rewritten whole and renamed at every click: a crash loses
-   nothing, and who opens the form again goes on. A second verdict on an example replaces the first.
-4. `acceptance` is the share accepted as it stood, with Wilson's score interval (1927): an edit counts as a rejection.
-   `apply_verdicts` drops what was rejected and puts edits in; an edit has to pass the gates before it is stored.
+Review: `sample_examples` draws at random, so that the share accepted as it stood (Wilson's interval, 1927; an edit
+counts as a rejection) is that of the whole set. A click stores a verdict under the example's hash in
+`review/verdicts.jsonl` beside the data, which is renamed into place: a crash loses nothing, and who opens the form
+again goes on. An edit has to pass the gates before it is stored.
 
-Rating
-1. The rater gives a name of their choice, which their scores are kept under and which decides their order of requests
-   and answers. Nothing is scored beforehand.
-2. `rating_form` shows a request with the tools on offer and all its answers side by side, called A, B, C, each with a
-   row of buttons for every criterion that applies.
-3. `Save` keeps the scores when all are given, and shows the next request. Names of artefacts appear nowhere, not even
-   at the end: the notebook's next cells show the result.
+Rating: the rater's name of their own choice keeps their scores and decides their order of requests and answers. All
+answers to a request are shown side by side as A, B, C, each with a row of buttons for every criterion; nothing is
+scored beforehand, and no artefact is named, not even at the end.
 
 Without a front end a form renders as text and waits for nobody.
 """
@@ -35,20 +28,15 @@ from avalab.data.gates import Gate
 from avalab.lab import statistics
 from avalab.lab.artifacts import sha256_of_text
 from avalab.lab.run import write_atomically
-from avalab.lab.statistics import Estimate
 from avalab.measure import people
 
 VERDICTS = ("accept", "reject", "edit")
-
 FIELDS = ("key", "verdict", "request", "note", "when")
-
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
 COLUMN = {"flex": "1 1 18em", "border": "1px solid silver", "padding": "0.5em", "margin": "0.2em"}
-
 WIDE = {"width": "95%"}
 
-# --- review: verdicts on examples --------------------------------------------------------------------------------
+# --- verdicts on examples ---
 
 
 def verdicts_path(data: Path | str) -> Path:
@@ -104,21 +92,14 @@ def store_verdict(
         found = "the request was changed" if changed else "the edit changes nothing"
         raise ValueError(f"{found}; {'edit' if changed else 'accept or reject'} the example, or change its request")
     if changed:
-        _refuse_rejected(edited(example, request), gates.STANDARD if row is None else row)
-    line = dict(zip(FIELDS, (example_key(example), verdict, request if changed else "", note, _now()), strict=True))
-    verdicts = {**load_verdicts(path), line["key"]: line}
+        gate, reason = gates.verdict(edited(example, request), gates.STANDARD if row is None else row)
+        if gate:
+            raise ValueError(f"the edit does not pass the gate {gate}: {reason}")
+    key, when = example_key(example), datetime.now(UTC).isoformat(timespec="seconds")
+    line = {"key": key, "verdict": verdict, "request": request if changed else "", "note": note, "when": when}
+    verdicts = {**load_verdicts(path), key: line}
     write_atomically(path, "".join(json.dumps(each) + "\n" for each in verdicts.values()))
     return verdicts
-
-
-def _refuse_rejected(example: dict, row: dict[str, Gate]) -> None:
-    gate, reason = gates.verdict(example, row)
-    if gate:
-        raise ValueError(f"the edit does not pass the gate {gate}: {reason}")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def edited(example: dict, request: str) -> dict:
@@ -130,12 +111,6 @@ def edited(example: dict, request: str) -> dict:
 def pending_examples(examples: Sequence[dict], verdicts: dict[str, dict]) -> list[dict]:
     """The examples that have no verdict yet, in their order."""
     return [example for example in examples if example_key(example) not in verdicts]
-
-
-def acceptance(examples: Sequence[dict], verdicts: dict[str, dict]) -> Estimate | None:
-    """The share of the judged examples that was accepted as it stood, with its interval; None before any verdict."""
-    judged = [verdicts[k]["verdict"] for k in map(example_key, examples) if k in verdicts]
-    return statistics.wilson(judged.count("accept"), len(judged)) if judged else None
 
 
 def apply_verdicts(examples: Sequence[dict], verdicts: dict[str, dict]) -> list[dict]:
@@ -150,16 +125,16 @@ def apply_verdicts(examples: Sequence[dict], verdicts: dict[str, dict]) -> list[
 
 def verdicts_summary(examples: Sequence[dict], verdicts: dict[str, dict]) -> str:
     """`12 of 30 judged: 10 accepted, 1 rejected, 1 edited; accepted as it stood 83 [55, 95] %`."""
-    judged = [verdicts[k]["verdict"] for k in map(example_key, examples) if k in verdicts]
+    judged = [verdicts[key]["verdict"] for key in map(example_key, examples) if key in verdicts]
     text = f"{len(judged)} of {len(examples)} judged"
-    share = acceptance(examples, verdicts)
-    if share is None:
+    if not judged:
         return text
     counts = ", ".join(f"{judged.count(v)} {v.rstrip('e')}ed" for v in VERDICTS)
+    share = statistics.wilson(judged.count("accept"), len(judged))
     return f"{text}: {counts}; accepted as it stood {share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
-# --- the form of a review ----------------------------------------------------------------------------------------
+# --- the form of a review ---
 
 
 def tools_html(tools: Sequence[dict]) -> str:
@@ -169,13 +144,6 @@ def tools_html(tools: Sequence[dict]) -> str:
         f"</code> {html.escape(tool.get('description', ''))}</li>"
         for tool in tools
     )
-
-
-def example_html(example: dict) -> str:
-    """An example as HTML: kind, tools with their parameters, and the answer. The request has a field of its own."""
-    answer = html.escape(example["messages"][-1]["content"])
-    about = f"<b>{html.escape(example['kind'])}</b><ul>{tools_html(example['tools'])}</ul>"
-    return f"{about}<pre style='white-space:pre-wrap'>{answer}</pre>"
 
 
 def review_form(examples: Sequence[dict], path: Path, row: dict[str, Gate] | None = None) -> ipywidgets.VBox:
@@ -189,8 +157,12 @@ def review_form(examples: Sequence[dict], path: Path, row: dict[str, Gate] | Non
     def show() -> None:
         verdicts = load_verdicts(path)
         current[:] = pending_examples(examples, verdicts)[:1]
-        about.value = example_html(current[0]) if current else "<i>Every example has a verdict.</i>"
-        request.value, note.value = current[0]["messages"][-2]["content"] if current else "", ""
+        about.value, request.value, note.value = "<i>Every example has a verdict.</i>", "", ""
+        for example in current:
+            answer = html.escape(example["messages"][-1]["content"])
+            offered = f"<b>{html.escape(example['kind'])}</b><ul>{tools_html(example['tools'])}</ul>"
+            about.value = f"{offered}<pre style='white-space:pre-wrap'>{answer}</pre>"
+            request.value = example["messages"][-2]["content"]
         said.value = verdicts_summary(examples, verdicts)
         for button in buttons:
             button.disabled = not current
@@ -209,7 +181,7 @@ def review_form(examples: Sequence[dict], path: Path, row: dict[str, Gate] | Non
     return ipywidgets.VBox([about, request, note, ipywidgets.HBox(list(buttons)), said])
 
 
-# --- the form of a rating ----------------------------------------------------------------------------------------
+# --- the form of a rating ---
 
 
 def prompt_html(prompt: dict) -> str:
@@ -261,7 +233,10 @@ def rating_form(sheet: dict, folder: Path) -> ipywidgets.VBox:
             return
         prompt, order = following[0]
         current.update(rater=rater, prompt=prompt, order=order)
-        about.value, columns.children = prompt_html(prompt), _columns(prompt, order)
+        about.value, criteria = prompt_html(prompt), people.criteria_of(prompt)
+        columns.children = [
+            answer_column(LETTERS[i % 26], prompt["answers"][answer], criteria) for i, answer in enumerate(order)
+        ]
 
     def begun(_: ipywidgets.Button) -> None:
         try:
@@ -282,11 +257,6 @@ def rating_form(sheet: dict, folder: Path) -> ipywidgets.VBox:
     begin.on_click(begun)
     save.on_click(saved)
     return ipywidgets.VBox([ipywidgets.HBox([name, begin]), about, columns, note, save, said])
-
-
-def _columns(prompt: dict, order: list[str]) -> list[ipywidgets.VBox]:
-    criteria = people.criteria_of(prompt)
-    return [answer_column(LETTERS[i % 26], prompt["answers"][answer], criteria) for i, answer in enumerate(order)]
 
 
 def _chosen(current: dict, columns: ipywidgets.HBox) -> dict[str, dict[str, int]]:

@@ -1,16 +1,13 @@
-"""The notebooks: what make has to run again, and one run without a browser.
+"""The notebooks as make sees them: what has to run again, and one run without a browser.
 
-1. Plan: a make include file with one rule a notebook; it depends on the modules it reaches
-   (`avalab.report.dependencies`), on the package's pins and assets, and on the files of a model that is a local folder.
-   A stamp whose results, or one of whose sources, were deleted is taken back. A bare Python answers: whatever is slow
-   is imported by a run only.
-2. Run: the parameters passed must be those that the cell tagged `parameters` defines (papermill only warns). papermill
-   writes into a hidden file of the results folder. What is no result goes (absolute paths, progress bars, stderr), the
-   code's hash comes in, and the file becomes `results/<name>/NN_subject.ipynb`. After a failure the copy so far is
-   kept as `NN_subject.failed.ipynb` with `NN_subject.traceback.txt`, and an earlier good copy stays.
-3. Ctrl-C stops the kernel and exits 130; a kernel whose runner was killed notices within seconds and exits. Runs of one
-   results folder wait for each other, since notebooks measure speed.
-Source of the method: papermill's execution model (one notebook, one parameters cell, one output file).
+1. Plan: a make include file with one rule a notebook, which depends on the modules it reaches, on pins and assets, and
+   on the files of a model that is a local folder. A stamp whose results or sources are gone is taken back. A bare
+   Python answers: only a run imports more than the standard library.
+2. Run by papermill into a hidden file of the results folder. Absolute paths, progress bars and stderr go, the code's
+   hash comes in, and the file becomes `results/<name>/NN_subject.ipynb`. After a failure the copy so far is kept as
+   `NN_subject.failed.ipynb` with `NN_subject.traceback.txt`, and an earlier good copy stays.
+3. Ctrl-C stops the kernel and exits 130; a kernel whose runner was killed exits within seconds. Runs of one results
+   folder wait for each other, since notebooks measure speed.
 """
 
 from __future__ import annotations
@@ -31,26 +28,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, write_atomically
-from avalab.report.dependencies import (
-    code_hashes,
-    code_states,
-    import_graph,
-    module_paths,
-    modules_of_notebook,
-    reachable,
-)
+from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
 COMMON = ("pyproject.toml", "data/assets.toml", "avalab/lab/profiles.toml")  # every notebook depends on these
-
-PAGE = f"{__package__}.page"
-
 WIDGETS = "application/vnd.jupyter.widget-view+json"
-
 STOPPED = 130  # what a shell reports for Ctrl-C
+CHECKOUT = Path(__file__).resolve().parents[2]  # whose package a kernel imports
 
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-# --- the plan ----------------------------------------------------------------------------------------------------
+# --- the plan ---
 
 
 def notebook_names(selection: str = "", root: Path = ROOT) -> list[str]:
@@ -68,9 +53,8 @@ def notebook_names(selection: str = "", root: Path = ROOT) -> list[str]:
 
 
 def model_argument(profile: str, model: str, root: Path = ROOT) -> str:
-    """What a notebook gets as its `model`: '' for the profile's own, an absolute path for a folder, else as given.
+    """What a notebook gets: '' for the profile's own model, a folder's absolute path (it runs elsewhere), or an id.
 
-    A notebook runs in notebooks/, so a folder's relative path would be lost on the way.
     Raises ValueError for an unknown profile.
     """
     if profile not in PROFILES:
@@ -84,31 +68,22 @@ def model_argument(profile: str, model: str, root: Path = ROOT) -> str:
 
 def make_rules(name: str, model: str, root: Path = ROOT) -> str:
     """The make include file of run `name`: which stamp (one a notebook, one for the page) depends on which files."""
-    paths = module_paths(root)
-    graph = import_graph(paths)
+    paths, graph = module_graph(root)
     folder = root / model
     data = [*(root / path for path in COMMON), *(sorted(folder.iterdir()) if model and folder.is_dir() else [])]
-    page = [paths[module] for module in sorted(reachable({PAGE} & graph.keys(), graph))]
+    page = [paths[module] for module in sorted(reachable({f"{__package__}.page"} & graph.keys(), graph))]
     rules = {"report": [*page, *sorted((root / "avalab" / "report" / "templates").glob("*.j2"))]}
     for notebook in notebook_names(root=root):
         modules = modules_of_notebook(root / "notebooks" / f"{notebook}.ipynb", graph)
         rules[f"{notebook}.done"] = [*(paths[m] for m in sorted(modules)), *(path for path in data if path.is_file())]
     lines, sources = ["# Written by avalab.report.notebooks; do not edit."], set()
     for stamp, files in rules.items():
-        named = [_make_path(file, root) for file in files]
+        named = [file.relative_to(root) if file.is_relative_to(root) else file for file in files]
+        named = [path.as_posix().replace("$", "$$").replace(" ", "\\ ").replace("#", "\\#") for path in named]
         lines.append(f".stamps/{name}/{stamp}: {' '.join(named)}")
         sources.update(named)
     # Empty rules: a module deleted later is a change, not "no rule to make target".
     return "\n".join([*lines, f"{' '.join(sorted(sources))}:", ""])
-
-
-def _make_path(path: Path, root: Path) -> str:
-    text = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    return text.replace("$", "$$").replace(" ", "\\ ").replace("#", "\\#")
-
-
-def _plain_path(text: str) -> str:
-    return text.replace("\\#", "#").replace("\\ ", " ").replace("$$", "$")
 
 
 def remove_void_stamps(name: str, root: Path = ROOT) -> None:
@@ -119,7 +94,8 @@ def remove_void_stamps(name: str, root: Path = ROOT) -> None:
     rules = stamps / "dependencies.mk"
     for line in rules.read_text(encoding="utf-8").splitlines() if rules.is_file() else []:
         stamp, _, files = line.partition(": ")
-        if any(not (root / _plain_path(file)).exists() for file in re.split(r"(?<!\\) ", files) if file):
+        plain = [f.replace("\\#", "#").replace("\\ ", " ").replace("$$", "$") for f in re.split(r"(?<!\\) ", files)]
+        if any(not (root / file).exists() for file in plain if file):
             (root / stamp).unlink(missing_ok=True)
     for stamp, result in made.items():
         if not result.is_file():
@@ -139,7 +115,7 @@ def plan(profile: str, *, model: str = "", seed: str = "0", notebooks: str = "")
     return [name, *selected]
 
 
-# --- one run -----------------------------------------------------------------------------------------------------
+# --- one run ---
 
 
 def execute(notebook: str, profile: str, *, model: str = "", seed: int = 0) -> Path:
@@ -162,7 +138,10 @@ def execute(notebook: str, profile: str, *, model: str = "", seed: int = 0) -> P
         except Exception as error:  # whatever stopped it, the copy so far is evidence
             raise RuntimeError(_keep_failure(temporary, results, notebook, code, error)) from error
         else:
-            return _keep_success(temporary, results, notebook, code)
+            _write_copy(temporary, results / f"{notebook}.ipynb", code)
+            for suffix in ("failed.ipynb", "traceback.txt"):
+                (results / f"{notebook}.{suffix}").unlink(missing_ok=True)
+            return results / f"{notebook}.ipynb"
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -206,7 +185,7 @@ def _run_papermill(source: Path, output: Path, parameters: dict, *, log: Path) -
 
     os.environ.update(child_environment())
     # The kernel is this interpreter's, and imports this checkout's package.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_package_root()), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     with log.open("w", encoding="utf-8") as stderr_file:
         papermill.execute_notebook(
@@ -222,25 +201,12 @@ def _run_papermill(source: Path, output: Path, parameters: dict, *, log: Path) -
         )
 
 
-def _package_root() -> Path:
-    pass
-
-    return Path(avalab.__file__).resolve().parent.parent
-
-
-def _keep_success(temporary: Path, results: Path, notebook: str, code: str) -> Path:
-    executed = results / f"{notebook}.ipynb"
-    _write_copy(temporary, executed, code)
-    for suffix in ("failed.ipynb", "traceback.txt"):
-        (results / f"{notebook}.{suffix}").unlink(missing_ok=True)
-    return executed
-
-
 def _keep_failure(temporary: Path, results: Path, notebook: str, code: str, error: Exception) -> str:
     """Keep the partial copy and the traceback; return the error's last line."""
     if temporary.is_file():
         _write_copy(temporary, results / f"{notebook}.failed.ipynb", code)
-    text = path_shortener()(ANSI.sub("", str(error)).strip() or type(error).__name__)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # without its colours
+    text = path_shortener()(plain or type(error).__name__)
     write_atomically(results / f"{notebook}.traceback.txt", text + "\n")
     return text.splitlines()[-1]
 
@@ -281,7 +247,7 @@ def path_shortener(more: dict[str, str] | None = None) -> Callable[[str], str]:
         str(Path.home()): "~",
         sys.base_prefix: "<python>",
         sys.prefix: "<python>",
-        **dict.fromkeys((str(_package_root()), str(ROOT), str(ROOT.resolve())), "."),
+        **dict.fromkeys((str(CHECKOUT), str(ROOT), str(ROOT.resolve())), "."),
         **(more or {}),
     }
     folders = sorted((re.escape(folder) for folder in names if len(folder) > 1), key=len, reverse=True)  # innermost
@@ -307,7 +273,7 @@ def summary(name: str, notebooks: list[str]) -> int:
     return 1 if missing else 0
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -329,7 +295,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given.verb == "plan":
             print(*plan(given.profile, model=given.model, seed=given.seed, notebooks=given.notebooks))
         elif given.verb == "stale":
-            _print_states(given.name)
+            states = code_states(ROOT / "results" / given.name)
+            for notebook, state in states.items():
+                print(f"{notebook:{max(map(len, states))}}  {state}")
+            stale = sum(state.startswith("stale") for state in states.values())
+            print(f"{stale} of {len(states)} results/{given.name} are stale")
         elif given.verb == "summary":
             return summary(given.name, given.notebook)
         else:
@@ -340,45 +310,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _print_states(name: str) -> None:
-    states = code_states(ROOT / "results" / name)
-    for notebook, state in states.items():
-        print(f"{notebook:{max(map(len, states))}}  {state}")
-    print(f"{sum(state.startswith('stale') for state in states.values())} of {len(states)} results/{name} are stale")
-
-
 def _run_all(selected: list[str], profile: str, model: str, seed: int) -> int:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _stop)
     status, known = 0, notebook_names()
     for notebook in selected:
+        started = time.monotonic()
         print(f"[{known.index(notebook) + 1:02}/{len(known):02}] {notebook} ({profile})", flush=True)
-        status = max(status, _run_one(notebook, profile, model, seed))
-        if status == STOPPED:
-            break
+        try:
+            executed = execute(notebook, profile, model=model, seed=seed)
+        except KeyboardInterrupt:
+            print(f"\n{notebook}: stopped; the next run starts it again", file=sys.stderr)
+            return STOPPED
+        except RuntimeError as error:
+            print(f"{notebook}: failed after {time.monotonic() - started:.0f} s: {error}", file=sys.stderr)
+            status = max(status, 1)
+        except (ValueError, OSError) as error:
+            print(f"{notebook}: {error}", file=sys.stderr)
+            status = 2
+        else:
+            seconds = time.monotonic() - started
+            print(f"{notebook}: done in {seconds:.0f} s, {executed.relative_to(ROOT)}", flush=True)
     return status
 
 
 def _stop(signum: int, frame: object) -> None:
     logging.disable(logging.CRITICAL)  # that its kernel died is no news to whoever stopped it
     raise KeyboardInterrupt
-
-
-def _run_one(notebook: str, profile: str, model: str, seed: int) -> int:
-    started = time.monotonic()
-    try:
-        executed = execute(notebook, profile, model=model, seed=seed)
-    except KeyboardInterrupt:
-        print(f"\n{notebook}: stopped; the next run starts it again", file=sys.stderr)
-        return STOPPED
-    except RuntimeError as error:
-        print(f"{notebook}: failed after {time.monotonic() - started:.0f} s: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"{notebook}: {error}", file=sys.stderr)
-        return 2
-    print(f"{notebook}: done in {time.monotonic() - started:.0f} s, {executed.relative_to(ROOT)}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """The report page of a results folder, and the table of its findings in a README.
 
-1. The notebooks are those of notebooks/ plus whatever the folder holds: one without a result is listed as not run.
-2. Of an executed copy, read by nbformat: the title is the question; the finding is the text of the cell tagged
-   `finding` (else of the last code cell that printed any); tables are the `text/html` outputs of cells tagged `table`
-   (else of all cells), with nothing but a table's structure kept.
-3. A figure `figures/NN_*.png` gets the heading above the cell that drew it as caption, and as alternative text the
+1. Of an executed copy, the title is the question; the finding is the text of the cell tagged `finding` (else of the
+   last code cell that printed any); tables are the HTML outputs of cells tagged `table` (else of all cells), with
+   nothing but a table's structure kept. A notebook without a result is listed as not run.
+2. A figure `figures/NN_*.png` has the heading above the cell that drew it as caption, and as alternative text the
    description inside the file.
-4. Of a failed notebook there is the last line of its error, and beneath it the earlier good run, if there is one.
-5. `templates/page.html.j2` makes the page of it: the choice for each memory budget, questions and headlines (the first
-   line of a finding), then every notebook. It names results older than their code, asks for nothing from elsewhere and
-   runs no script. The README's table stands between `<!-- findings -->` and `<!-- /findings -->`.
+3. Of a failed notebook there is the last line of its error, and beneath it the earlier good run, if there is one.
+4. `templates/page.html.j2` makes a page of it that asks for nothing from elsewhere and runs no script; it begins with
+   the choice for each memory budget, the headlines (first lines of findings) and results older than their code. The
+   README's table stands between `<!-- findings -->` and `<!-- /findings -->`.
 """
 
 from __future__ import annotations
@@ -37,20 +36,15 @@ from avalab.report.dependencies import code_states
 from avalab.report.tables import show, words
 
 TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td", "caption", "p", "small", "sup"}
-
 TABLE_ATTRIBUTES = {"scope", "colspan", "rowspan"}
-
 MARKERS = ("<!-- findings -->", "<!-- /findings -->")
-
 FILE_WORDS = {
     "ipynb": "executed notebook",
     "json": "records",
     "failed.ipynb": "failed copy",
     "traceback.txt": "traceback",
 }
-
 PROVENANCE = {"model": "model", "seed": "seed", "commit": "commit", "device": "", "threads": "threads"}  # and its word
-
 AGES = {
     "stale": "Results older than the code they come from",
     "cannot tell": "Results that may be older than the code they come from",
@@ -98,7 +92,7 @@ class Entry:
         return "; ".join(facts)
 
 
-# --- what a results folder says ----------------------------------------------------------------------------------
+# --- what a results folder says ---
 
 
 def read_entries(folder: Path, notebooks: Path) -> list[Entry]:
@@ -116,11 +110,12 @@ def read_entry(name: str, folder: Path, notebooks: Path) -> Entry:
     state = "failed" if traceback.is_file() or failed.is_file() else "done" if executed.is_file() else "not run"
     source = next((path for path in (executed, failed, notebooks / f"{name}.ipynb") if path.is_file()), None)
     cells = read_cells(source) if source else []
+    error = traceback.read_text(encoding="utf-8").strip() if traceback.is_file() else ""
     return Entry(
         name=name,
         state=state,
         question=next((heading for cell in cells for heading in _headings(cell)), name),
-        error=_last_line(traceback) if state == "failed" else "",
+        error=(error.splitlines() or ["no traceback was kept"])[-1] if state == "failed" else "",
         finding=_finding(cells) if executed.is_file() else "",
         tables=_tables(cells) if executed.is_file() else (),
         figures=_figures(name, folder, cells),
@@ -140,11 +135,6 @@ def read_cells(path: Path) -> list[nbformat.NotebookNode]:
 def _headings(cell: nbformat.NotebookNode) -> list[str]:
     found = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []
     return [heading.strip() for heading in found]
-
-
-def _last_line(traceback: Path) -> str:
-    lines = traceback.read_text(encoding="utf-8").strip().splitlines() if traceback.is_file() else []
-    return lines[-1] if lines else "no traceback was kept"
 
 
 def _outputs(cells: list[nbformat.NotebookNode], tag: str) -> list[list[nbformat.NotebookNode]]:
@@ -188,22 +178,16 @@ def _figures(name: str, folder: Path, cells: list[nbformat.NotebookNode]) -> tup
     """The figures of a notebook, in the order in which its cells draw them."""
     placed = []
     for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
-        place = _drawn_in(path, cells)
+        shown, place = base64.b64encode(path.read_bytes()).decode(), len(cells)  # last, if no cell drew it
+        for i, cell in reversed(list(enumerate(cells))):
+            pictures = [output.get("data", {}).get("image/png", "") for output in cell.get("outputs", [])]
+            if path.name in cell.source or shown in [picture.replace("\n", "") for picture in pictures]:
+                place = i
         above = [heading for cell in cells[:place] for heading in _headings(cell)] if place < len(cells) else []
         caption = above[-1] if above else path.stem[3:].replace("_", " ")
         size, alt = picture_size_and_alt(path)
         placed.append((place, Figure(f"figures/{path.name}", caption, alt or caption, size)))
     return tuple(figure for _, figure in sorted(placed, key=lambda pair: pair[0]))
-
-
-def _drawn_in(path: Path, cells: list[nbformat.NotebookNode]) -> int:
-    """Index of the cell that shows this very picture or names its file; after the last cell when none does."""
-    shown = base64.b64encode(path.read_bytes()).decode()
-    for i, cell in enumerate(cells):
-        pictures = [output.get("data", {}).get("image/png", "") for output in cell.get("outputs", [])]
-        if path.name in cell.source or shown in [picture.replace("\n", "") for picture in pictures]:
-            return i
-    return len(cells)
 
 
 def picture_size_and_alt(path: Path) -> tuple[tuple[int, int], str]:
@@ -218,7 +202,7 @@ def picture_size_and_alt(path: Path) -> tuple[tuple[int, int], str]:
         raise ValueError(f"{path} is not a PNG") from error
 
 
-# --- the page ----------------------------------------------------------------------------------------------------
+# --- the page ---
 
 
 def build_page(folder: Path, notebooks: Path = ROOT / "notebooks") -> Path:
@@ -274,7 +258,7 @@ def inline(text: str) -> Markup:
     return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text))
 
 
-# --- the table of a README ---------------------------------------------------------------------------------------
+# --- the table of a README ---
 
 
 def write_findings(folder: Path, readme: Path, notebooks: Path = ROOT / "notebooks") -> list[str]:

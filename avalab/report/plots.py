@@ -7,13 +7,11 @@
 5. `heat_map`: what changing one module does to the model.
 6. `predicted_against_measured`: their ratio and the band that is allowed for it; `predicted_and_measured`: both.
 
-Every figure follows the same rules. It starts from `tables.frame` of the records. An axis label ends in a unit. The
-baseline is always drawn in `style.BASELINE_COLOUR`. Intervals are the records' own `low` and `high`. A family of
-methods (the word before the first hyphen) has a colour of a colour-blind-safe palette and a marker, parts of bars have
-hatches: nothing depends on colour alone. What was recorded without a value is named below the figure. A figure comes
-back as a `style.Picture`, with a description of what it shows inside.
-
-Source: the Pareto front is the set of points that no other point beats on both axes (Pareto 1906).
+A figure starts from `tables.frame` of the records. An axis label ends in a unit, the baseline always has the same
+colour, intervals are the records' own. A family of methods (the word before the first hyphen) has a colour and a
+marker, parts of bars have hatches: nothing depends on colour alone. What was recorded without a value is named below.
+A figure comes back as a `style.Picture`, with a description of what it shows inside; where records lack what it shows,
+it raises ValueError naming what is missing.
 """
 
 from __future__ import annotations
@@ -37,16 +35,12 @@ from avalab.report.tables import axis_label, components, described, frame, measu
 
 # What is predicted before it is measured, and the error that the design allows the prediction.
 BANDS = {"artifact_bytes": 0.01, "peak_rss_bytes": 0.15, "peak_vram_bytes": 0.15}
-
 REJECTED, ALONE = "rejected_share", "rejected_alone_share"  # by a gate; by no other gate
-
 SINGLE = "single "  # how a subject begins that is one choice measured alone
-
 WINDOW = 15  # steps of the running median of a training loss
-
 _JOINED = re.compile(r"\w+-s[\d.]+")  # `wanda-s50` is joined to the other shares of wanda; `wanda-2of4` stands alone
 
-# ------------------------------------------------------------------------------------------- 1. points with intervals
+# --- 1. points with intervals ---
 
 
 @rc_context(STYLE)
@@ -69,8 +63,6 @@ def points(
     The dashed line is the baseline's value, and a subject needs every metric to get a row; or it stands at `dashed` in
     every panel (`dotted`: a grey one beside it), and a subject needs one of them. `labels` of metrics and `names` of
     subjects replace the usual ones; `hollow_at_zero` empties the markers whose interval holds zero.
-
-    Raises ValueError when the baseline lacks one of the metrics, or no subject has what it needs.
     """
     found, needed = frame(records), all if dashed is None else any
     values = [measured(found, metric, baseline if dashed is None else None) for metric in metrics]
@@ -106,10 +98,7 @@ def accuracy(
 
 
 def recovery(records: list[Record], parts: Sequence[str], *, path: Path | None = None) -> Picture:
-    """Records `recovered:<part>` in per cent; dotted: the student before it was taught, dashed: the teacher.
-
-    Raises ValueError when none was recorded with a value.
-    """
+    """Records `recovered:<part>` in per cent; dotted: the student before it was taught, dashed: the teacher."""
     metrics = [f"recovered:{part}" for part in parts]
     labels = {f"recovered:{part}": f"recovered, {part.replace('_', ' ')} [%]" for part in parts}
     shares = "; ".join(f"{s} {share:.0f} %" for s, share in measured(records, metrics[0]).value.items())
@@ -120,7 +109,7 @@ def recovery(records: list[Record], parts: Sequence[str], *, path: Path | None =
 def gaps(records: list[Record], metrics: Sequence[str], *, path: Path | None = None) -> Picture:
     """Paired differences to one artefact each (dashed), named by the detail `against`; `kl_gap:<text>` and so on.
 
-    Hollow: no difference was found. Raises ValueError when none was recorded with a value.
+    Hollow: no difference was found.
     """
     found = frame(records)
     said = {"kl_gap": "KL above the single's", "nll_gap": "loss above the single's"}
@@ -149,7 +138,7 @@ def losses(records: list[Record], part: str, *, baseline: str, path: Path | None
     return points(records, (loss, increase), baseline=baseline, labels=labels, alt=alt, path=path)
 
 
-# ---------------------------------------------------------------------------- 2. one metric against another, by name
+# --- 2. one metric against another, by name ---
 
 
 @rc_context(STYLE)
@@ -171,7 +160,6 @@ def pareto(
     The y axis is logarithmic when its values span a factor of 20, and linear below the smallest decade if one is zero.
     `looks` and `names` of subjects replace the usual ones, a `legend` explains looks, and `forecast` is a curve of what
     was expected, as shown.
-    Raises ValueError when the baseline lacks one of the metrics.
     """
     found = frame(records)
     across, up = measured(found, x, baseline), measured(found, y, baseline)
@@ -207,12 +195,12 @@ def pareto(
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other point beats, smaller being better in both coordinates; sorted by the first."""
+    """The points that no other beats in both coordinates, smaller being better, sorted by the first (Pareto 1906)."""
     points = set(points)
     return sorted(p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points))
 
 
-# ----------------------------------------------------------------------------------------------------------- 3. bars
+# --- 3. bars ---
 
 
 def bars(axes: Axes, parts: pandas.DataFrame, looks: Sequence[dict] = ()) -> pandas.Series:
@@ -250,10 +238,7 @@ def bytes_by_component(records: list[Record], path: Path | None = None, *, basel
 
 @rc_context(STYLE)
 def rejections(records: list[Record], *, path: Path | None = None) -> Picture:
-    """Bars of the share of candidates that each gate rejects, first the part that no other gate rejects.
-
-    Raises ValueError when there is no such record.
-    """
+    """Bars of the share of candidates that each gate rejects, first the part that no other gate rejects."""
     found = frame(records)
     whole, alone = measured(found, REJECTED), measured(found, ALONE)
     if whole.empty or set(whole.index) != set(alone.index):
@@ -278,7 +263,7 @@ def _write_beside(axes: Axes, text: str, end: float, row: int) -> None:
     axes.annotate(text, (end, row), (6, 0), textcoords="offset points", va="center", fontsize=9)
 
 
-# ---------------------------------------------------------------------------------------------------------- 4. lines
+# --- 4. lines ---
 
 
 def lines(axes: Axes, curves: pandas.DataFrame, looks: Mapping[str, dict]) -> None:
@@ -292,7 +277,6 @@ def loss_curves(records: list[Record], *, path: Path | None = None) -> Picture:
     """Training loss against tokens, a curve for each `train_loss` record: each step thin, on top its running median.
 
     Held-out losses are the markers. A step of rehearsal rows has a loss near zero: its targets are the base's own.
-    Raises ValueError when no record holds a curve.
     """
     curves = [record for record in records if record.metric == "train_loss" and record.samples]
     if not curves:
@@ -318,18 +302,12 @@ def running_median(values: Sequence[float], window: int = WINDOW) -> list[float]
 
 @rc_context(STYLE)
 def curves(
-    records: list[Record],
-    metrics: Sequence[str],
-    *,
-    baseline: str = "bf16",
-    apart: float = 0.0,
-    path: Path | None = None,
+    records: list[Record], metrics: Sequence[str], *, baseline: str = "bf16", apart: float = 0, path: Path | None = None
 ) -> Picture:
     """Each of `metrics` against the share of weights that is gone (`sparsity`), a panel each; dashed: the baseline.
 
     A score's shares are joined; hollow points, which no line joins, are named in the first panel. `apart` moves the
     scores sideways by as many per cent, where their error bars would hide each other.
-    Raises ValueError when the baseline lacks one of the metrics or nothing has a sparsity.
     """
     found = frame(records)
     shares = 100 * measured(found, "sparsity", baseline).value
@@ -372,7 +350,7 @@ def _joined_and_alone(
 def by_tokens(records: list[Record], part: str, *, path: Path | None = None) -> Picture:
     """Records `recovered:<part>` in per cent against `train_tokens` of a subject; stages of a recipe are joined.
 
-    The dashed line is the bf16 model, the dotted one the start. Raises ValueError when no subject has both.
+    The dashed line is the bf16 model, the dotted one the start.
     """
     found = frame(records)
     shares = measured(found, f"recovered:{part}").assign(x=measured(found, "train_tokens").value)
@@ -393,14 +371,14 @@ def by_tokens(records: list[Record], part: str, *, path: Path | None = None) -> 
     return style.finish(figure, path, alt, found, (f"recovered:{part}",))
 
 
-# -------------------------------------------------------------------------------------------------------- 5. heat map
+# --- 5. heat map ---
 
 
 @rc_context(STYLE)
 def heat_map(records: list[Record], metric: str = "kl_divergence", path: Path | None = None) -> Picture:
     """What changing one module does to the model: subjects `layer 07/mlp.down_proj`, columns layers, rows kinds.
 
-    The value is the increase over the unchanged model, which is zero. Raises ValueError when there is no such subject.
+    The value is the increase over the unchanged model, which is zero.
     """
     found = frame(records)
     cells = measured(found[found.subject.str.startswith("layer ")], metric)
@@ -421,7 +399,7 @@ def heat_map(records: list[Record], metric: str = "kl_divergence", path: Path | 
     return style.finish(figure, path, alt, found, (metric,))
 
 
-# ---------------------------------------------------------------------------------- 6. what was predicted, and measured
+# --- 6. what was predicted, and measured ---
 
 
 @rc_context(STYLE)
@@ -429,7 +407,6 @@ def predicted_against_measured(records: list[Record], path: Path | None = None, 
     """Measured over predicted of the artefact's bytes and the peak memory, and the band that the design allows.
 
     The prediction for `peak_rss_bytes` is recorded as `predicted_bytes:peak_rss`, and so on.
-    Raises ValueError when nothing was predicted.
     """
     found = frame(records)
     ratios = {metric: pairs.value / pairs.predicted for metric in BANDS if len(pairs := predictions(found, metric))}
@@ -460,10 +437,7 @@ def predicted_against_measured(records: list[Record], path: Path | None = None, 
 def predicted_and_measured(
     records: list[Record], metric: str, *, predicted: str = "predicted_kl_divergence", path: Path | None = None
 ) -> Picture:
-    """Measured `metric` against `predicted` of single choices (hollow) and whole allocations, on logarithmic axes.
-
-    Raises ValueError when no subject has both.
-    """
+    """Measured `metric` against `predicted` of single choices (hollow) and whole allocations, on logarithmic axes."""
     found = frame(records)
     across, up = (rows[rows.value > 0] for rows in (measured(found, predicted), measured(found, metric)))
     where = style.positions(across, up)

@@ -1,9 +1,8 @@
 """Figures of the race: who is how fast, in batches, in long contexts, when smaller, and what is worth its memory.
 
-A subject is an artefact in an engine (`nf4 in torch`). Its engine decides colour and marker. Percentiles of a latency
-are three markers of one row, speeds over the number of sequences and times over the context's length are lines: solid
-through what was measured, dashed through what the formulas of `long_context` give; for memory a prediction, for time
-the bound that reading all bytes sets.
+A subject is an artefact in an engine (`nf4 in torch`), and its engine decides colour and marker. Over the context's
+length lines are solid through what was measured and dashed through what formulas give: for memory a prediction, for
+time the bound that reading all bytes sets. Records that lack what a figure shows raise ValueError.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from avalab.lab.run import Record
@@ -24,17 +22,11 @@ from avalab.report.style import BASELINE_COLOUR, DASHES, STYLE, Picture
 from avalab.report.tables import axis_label, frame, measured, words
 
 BASELINE = "bf16 in torch"
-
 ENGINES = ("torch", "openvino", "onnx", "llamacpp", "vllm", "tensorrt")  # others follow in order of appearance
-
 PERCENTILES = {"p50": "o", "p95": "^", "p99": "D"}
-
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
-
 TIME, MEMORY = "token_latency_ms", "peak_rss_bytes"
-
 PREDICTED = {TIME: "predicted_token_latency_ms", MEMORY: "predicted_bytes:peak_rss"}
-
 _AT_CONTEXT = r"(?P<quantity>.+):context(?P<x>\d+):cache(?P<bits>\d+)"
 
 
@@ -46,10 +38,7 @@ def front(
     baseline: str = BASELINE,
     path: Path | None = None,
 ) -> Picture:
-    """A quality metric against peak memory, a point each subject, and the stairs of the Pareto front.
-
-    Raises ValueError when the baseline lacks one of the metrics.
-    """
+    """A quality metric against peak memory, a point each subject, and the stairs of the Pareto front."""
     found = frame(records)
     across, up = measured(found, memory, baseline), measured(found, quality, baseline)
     looks = _looks(found, [s for s in across.index if s in up.index], baseline)
@@ -68,10 +57,7 @@ def front(
 def latencies(
     records: list[Record], metrics: Sequence[str], *, baseline: str = BASELINE, path: Path | None = None
 ) -> Picture:
-    """50th, 95th and 99th percentile of each of `metrics` (without `:p50`), a panel each, a row each subject.
-
-    Raises ValueError when the baseline lacks one of the metrics.
-    """
+    """50th, 95th and 99th percentile of each of `metrics` (without `:p50`), a panel each, a row each subject."""
     found = frame(records)
     values = {
         m: pandas.DataFrame({p: measured(found, f"{m}:{p}", baseline).value for p in PERCENTILES}) for m in metrics
@@ -100,10 +86,7 @@ def latencies(
 
 @rc_context(STYLE)
 def batches(records: list[Record], *, baseline: str = BASELINE, path: Path | None = None) -> Picture:
-    """Prefill and decode speed of all sequences together against their number, a line each subject.
-
-    Raises ValueError when nothing was measured in batches.
-    """
+    """Prefill and decode speed of all sequences together against their number, a line each subject."""
     found = frame(records)
     sized = found[found.name.isin(RATES) & found.part.str.fullmatch(r"batch\d+") & found.value.notna()]
     if sized.empty:
@@ -131,15 +114,11 @@ def batches(records: list[Record], *, baseline: str = BASELINE, path: Path | Non
 
 @rc_context(STYLE)
 def speed_up(
-    records: list[Record],
-    metrics: Sequence[str] = RATES,
-    *,
-    baseline: str = "bf16",
-    path: Path | None = None,
+    records: list[Record], metrics: Sequence[str] = RATES, *, baseline: str = "bf16", path: Path | None = None
 ) -> Picture:
     """How many times faster against how many times fewer parameters; on the grey line both are the same.
 
-    Bars are the subject's own intervals over the baseline's value. Raises ValueError when the baseline lacks a metric.
+    Bars are the subject's own intervals over the baseline's value.
     """
     found = frame(records)
     sizes = measured(found, "parameters", baseline)
@@ -173,7 +152,7 @@ def speed_up(
 def contexts(records: list[Record], path: Path | None = None) -> Picture:
     """Two panels over the length of the context: latency a token, and peak memory, each beside what was predicted.
 
-    A series is one artefact in one engine with one cache precision. Raises ValueError when no length was measured.
+    A series is one artefact in one engine with one cache precision.
     """
     found = frame(records)
     parts = found.metric.str.extract(f"^{_AT_CONTEXT}$").dropna()
@@ -190,19 +169,15 @@ def contexts(records: list[Record], path: Path | None = None) -> Picture:
         dashed = {s: {"color": look["color"], "ls": "--", "lw": 1.4} for s, look in looks.items()}
         plots.lines(axes, shown[shown.quantity == PREDICTED[quantity]].assign(low=pandas.NA), dashed)
         axes.set(ylabel=label, ylim=(0, None))
-        _scale_lengths(axes, sorted(at.x.unique().tolist()))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted(at.x.unique().tolist())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("context [tokens]")
     dashed = {"color": "0.3", "ls": "--"}
     style.legend_above(figure, looks | {"predicted (time: bound by reading)": dashed}, columns=2, size=9)
     timed = parts.index[parts.quantity == TIME]
     return style.finish(figure, path, _told(at), found, list(found.metric[timed].unique()))
-
-
-def _scale_lengths(axes: Axes, lengths: Iterable[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("context [tokens]")
 
 
 def _told(at: pandas.DataFrame) -> str:

@@ -1,13 +1,9 @@
 """Kernels against the limit of the machine and against peers: the figures and verdicts of notebook 10.
 
-`roofline` draws what was reached against what the machine allows. `ratios` draws every form of an operation relative
-to its plain one. `judge` compares the records with `TARGETS`, each the worst case of everything it speaks about.
 A subject is `<work>:<arm>`: one piece of work (`product nf4 4096x4096 batch 1`) done by one of its forms (`avalab`).
-
-Method of the roofline: a kernel that reads b bytes to do f operations has the intensity f / b, and cannot do more
-operations a second than min(peak, intensity x read rate). Peak and read rate are the ones measured beside the kernel
-and kept in its record's details; the read rate depends on the size of the weight, so the roof is a band from the
-slowest to the fastest. Bytes are those of the weights: activations are not counted.
+A kernel that reads b bytes to do f operations has the intensity f / b, and cannot do more operations a second than
+min(peak, intensity x read rate). Both are measured beside the kernel and kept in its record's details; the read rate
+depends on the size of the weight, so the roof is a band. Bytes are those of the weights, without activations.
 Source: Williams, Waterman and Patterson, "Roofline" (2009).
 """
 
@@ -16,7 +12,6 @@ from __future__ import annotations
 import re
 import statistics
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +42,8 @@ LOOKS = {
     "liger": (COLOURS[5], "h"),
     "cut-cross-entropy": (COLOURS[6], "8"),
 }
-
-QUANTITIES = {"kernel_ms": "time", "peak_bytes": "peak memory"}
-
 UNKNOWN_LOOK = (COLOURS[7], "X")
-
-
-# ---------------------------------------------------------------------------------------------------------- figures
+QUANTITIES = {"kernel_ms": "time", "peak_bytes": "peak memory"}
 
 
 @rc_context(STYLE)
@@ -61,14 +51,18 @@ def roofline(records: list[Record], path: Path | None = None) -> Picture:
     """Operations a second against operations for each byte read, under the machine's measured roof.
 
     One panel an operation; a line joins the batches of one form on one shape. Pass the records of one thread count.
-    Work whose operations are not counted is left out. Raises ValueError when no record was timed.
+    Work whose operations are not counted is left out.
     """
     timed = [r for r in records if r.metric == "kernel_ms" and r.value is not None and r.details.get("flops", 1)]
     if not timed:
         raise ValueError(f"no kernel_ms with a value among {len(records)} records")
-    panels = {name: list(group) for name, group in groupby(sorted(timed, key=_panel), key=_panel)}
+    panels: dict[str, list[Record]] = {}
+    for record in timed:
+        name, kind, *_ = record.subject.split()
+        title = f"product, {kind}" if name == "product" else "training step: LoRA, loss"
+        panels.setdefault(title, []).append(record)
     figure, every = new_figure(4.6, len(panels))
-    for axes, (name, group) in zip(every, panels.items(), strict=True):
+    for axes, (name, group) in zip(every, sorted(panels.items()), strict=True):
         _roof(axes, group)
         _lines(axes, group)
         axes.set(xscale="log", yscale="log", title=name, xlabel="intensity [FLOP/byte]")
@@ -85,7 +79,7 @@ def roofline(records: list[Record], path: Path | None = None) -> Picture:
 def ratios(panels: dict[str, tuple[list[Record], str]], path: Path | None = None) -> Picture:
     """Every form of every work relative to its plain form; panels: title -> (records, metric).
 
-    Bars are the fastest and slowest sample. Raises ValueError naming a panel whose works have no plain form.
+    Bars are the fastest and slowest sample.
     """
     found = {title: _by_work(records, metric) for title, (records, metric) in panels.items()}
     for title, works in found.items():
@@ -106,11 +100,6 @@ def ratios(panels: dict[str, tuple[list[Record], str]], path: Path | None = None
     return finish(figure, path, alt, kept, tuple(metric for _, metric in panels.values()))
 
 
-def _panel(record: Record) -> str:
-    name, kind, *_ = record.subject.split()
-    return f"product, {kind}" if name == "product" else "training step: LoRA, loss"
-
-
 def _roof(axes: Axes, group: list[Record]) -> None:
     """The band between the roofs of the slowest and the fastest read rate, with its numbers."""
     rates, peaks = ([r.details[key] for r in group] for key in ("bytes_per_s", "flops_per_s"))
@@ -118,13 +107,9 @@ def _roof(axes: Axes, group: list[Record]) -> None:
     low, high = (np.minimum(f(peaks), across * f(rates)) / 1e9 for f in (min, max))
     axes.fill_between(across, low, high, color="0.85", zorder=0)
     axes.plot(across, high, color="0.35", lw=1.6, zorder=1)
-    words = f"roof: {_range(rates)} GB/s,\n{_range(peaks)} GFLOP/s"
+    spans = [" to ".join(dict.fromkeys(f"{f(each) / 1e9:.3g}" for f in (min, max))) for each in (rates, peaks)]
+    words = f"roof: {spans[0]} GB/s,\n{spans[1]} GFLOP/s"
     axes.text(0.97, 0.03, words, transform=axes.transAxes, ha="right", va="bottom", fontsize=9)
-
-
-def _range(values: list[float]) -> str:
-    low, high = (f"{f(values) / 1e9:.3g}" for f in (min, max))
-    return low if low == high else f"{low} to {high}"
 
 
 def _lines(axes: Axes, group: list[Record]) -> None:
@@ -174,21 +159,20 @@ def _plain(arms: dict[str, Record]) -> Record | None:
     return next((arms[name] for name in PLAIN if name in arms), None)
 
 
-# --------------------------------------------------------------------------------------------- tables and verdicts
+# --- tables and verdicts ---
 
 
 def times(records: list[Record]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Header and rows of a table: `median ms (share of the limit)`, a row each work, a column each form."""
     timed, shares = _by_work(records, "kernel_ms"), _by_work(records, "roofline_fraction")
     arms = [arm for arm in LOOKS if any(arm in work for work in timed.values())]
-    rows = [(work, *[_time(timed[work], shares.get(work, {}), arm) for arm in arms]) for work in timed]
+    rows = []
+    for work, found in timed.items():
+        cells = {arm: f"{record.value:.3g}" for arm, record in found.items()}
+        for arm, share in shares.get(work, {}).items():
+            cells[arm] += f" ({share.value:.0%})"
+        rows.append((work, *[cells.get(arm, "") for arm in arms]))
     return ("median ms (share of the limit)", *arms), tuple(rows)
-
-
-def _time(timed: dict[str, Record], shares: dict[str, Record], arm: str) -> str:
-    if arm not in timed:
-        return ""
-    return f"{timed[arm].value:.3g}" + (f" ({shares[arm].value:.0%})" if arm in shares else "")
 
 
 @dataclass(frozen=True)
@@ -232,13 +216,9 @@ class Verdict:
 
 
 _LARGE = r" .* batch (?!1$|16$)\d+$"
-
 _BNB, _DECODED = "bitsandbytes", "bitsandbytes-decoded"
-
 _FUSED = ("liger", "cut-cross-entropy")
-
 _PEERS = (_BNB, _DECODED, "bitsandbytes-gemm", "bitsandbytes-gemv", "torch-int4pack", "gemlite")
-
 _GPU_PRODUCT = "product .* 14336x4096 batch 1$"
 
 TARGETS = (

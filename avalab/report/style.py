@@ -1,11 +1,8 @@
 """One style for all figures, the marks that several share, and the way to save one.
 
-A figure starts with `new_figure` or `row_figure`, in the `STYLE` of matplotlib's `rc_context`; subjects get their
-colours and markers from `subject_styles`; `finish` names what was recorded without a value and writes the PNG. A PNG
-is 900 pixels wide and at most 100 kB, and is displayed as it is saved. Names of points are placed by adjustText.
-
-Source: a zero has no place on a logarithmic axis: the axis is then linear below a marked threshold (the bi-symmetric
-log of Webber 2013).
+A figure starts with `new_figure` or `row_figure`, in the `STYLE` of matplotlib's `rc_context`; `finish` names what was
+recorded without a value and writes a PNG of 900 pixels and at most 100 kB, which is displayed as it is saved. Where a
+logarithmic axis has to show a zero, it is linear below a marked threshold (the bi-symmetric log of Webber 2013).
 """
 
 from __future__ import annotations
@@ -38,17 +35,11 @@ from avalab.lab.run import Record
 from avalab.report.tables import frame
 
 WIDTH_INCHES, DPI, MAX_BYTES = 9.0, 100, 100_000
-
 BASELINE_COLOUR = "black"
-
 COLOURS = seaborn.color_palette("colorblind", 10).as_hex()
-
 MARKERS = "osD^vPXph<"
-
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
-
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-
 STYLE = {
     **seaborn.axes_style("whitegrid"),
     "font.family": ["DejaVu Sans"],
@@ -59,12 +50,10 @@ STYLE = {
     "grid.color": "0.9",
     "hatch.linewidth": 0.6,
 }
-
-Records = Iterable[Record] | pandas.DataFrame
-
+DOT = {"markersize": 7, "mec": "black", "mew": 0.6, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
 MARKER_EDGE = 6 * np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])  # pixels around a marker's centre
 
-DOT = {"markersize": 7, "mec": "black", "mew": 0.6, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
+Records = Iterable[Record] | pandas.DataFrame
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,15 +136,13 @@ def family(subject: str) -> str:
 
 def dot(axes: Axes, across: pandas.Series | float, up: pandas.Series | float, **look) -> None:
     """One marker; a coordinate that is a row of `measured` has its interval as an error bar."""
-    (x, xerr), (y, yerr) = _with_error(across), _with_error(up)
-    axes.errorbar(x, y, yerr=yerr, xerr=xerr, ls="none", **DOT | look)
-
-
-def _with_error(coordinate: pandas.Series | float) -> tuple[float, list | None]:
-    if not isinstance(coordinate, pandas.Series):
-        return coordinate, None
-    bars = [[coordinate.value - coordinate.low], [coordinate.high - coordinate.value]]
-    return coordinate.value, None if np.isnan(bars).any() else np.clip(bars, 0, None).tolist()
+    places, bars = [], []
+    for at in (across, up):
+        row = isinstance(at, pandas.Series)
+        ends = [[at.value - at.low], [at.high - at.value]] if row else [[np.nan], [np.nan]]
+        places.append(at.value if row else at)
+        bars.append(None if np.isnan(ends).any() else np.clip(ends, 0, None).tolist())
+    axes.errorbar(*places, yerr=bars[1], xerr=bars[0], ls="none", **DOT | look)
 
 
 def positions(across: pandas.DataFrame, up: pandas.DataFrame) -> dict[str, tuple[float, float]]:
@@ -240,9 +227,6 @@ def legend_above(figure: Figure, looks: Mapping[str, dict] | None = None, *, col
     if looks is not None:
         names, handles = list(looks), [Line2D([], [], **{"mec": "black", "mew": 0.6} | look) for look in looks.values()]
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=size)
-
-
-# ----------------------------------------------------------------------------------------------------- names of points
 
 
 def place_names(

@@ -1,9 +1,9 @@
 """One tidy frame of records, what a metric is called, and tables of both.
 
-A metric is a row of `METRICS`: its words, its unit and the factor to that unit. A number has four significant digits,
-an interval decides the decimals of its value, and 1 MB is 10^6 bytes. `frame` makes a pandas DataFrame of records, one
-row each; `measured` picks a metric from it, as it is shown; figures and tables start there. A missing value is shown as
-the reason for it. Numbers as text need no pandas, which is imported by what needs it; no drawing library is loaded.
+A metric is a row of `METRICS`: its words, its unit and the factor to that unit; 1 MB is 10^6 bytes. Figures and tables
+start from `frame`, a DataFrame with a row a record, and `measured`, which picks a metric from it as it is shown. An
+interval decides the decimals of its value; a missing value is shown as the reason for it. Pandas is imported by what
+needs it: numbers as text do without.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,30 +71,21 @@ METRICS = {
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """Rows of text under a header; HTML in a notebook, markdown when printed, a DataFrame for what computes."""
+    """Rows of text under a header; HTML in a notebook, markdown when printed."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
-    def frame(self) -> pandas.DataFrame:
-        """The rows, indexed by their first cell."""
-        import pandas
-
-        return pandas.DataFrame(list(self.rows), columns=list(self.header)).set_index(self.header[0])
-
     def _repr_html_(self) -> str:
-        """pandas' Styler writes it; of its attributes only the meaning of a heading stays."""
-        shown = self.frame().rename_axis(index=None, columns=html.escape(self.header[0]))
-        styler = shown.style.format(lambda text: text.replace(", ", ",\N{NO-BREAK SPACE}"), escape="html")
-        styler.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
-        page = re.sub(r"<style.*?</style>\s*", "", styler.to_html(), flags=re.DOTALL)
-        page = re.sub(r'<th [^>]*"row_heading[^>]*>', '<th scope="row">', page)
-        page = re.sub(r"<th [^>]*class[^>]*>", '<th scope="col">', page)
-        page = re.sub(r"<(table|td) [^>]*>", r"<\1>", page)
-        return re.sub(r">\s+<", "><", page).strip() + "".join(
-            f"<p><small>{html.escape(note)}</small></p>\n" for note in self.notes
-        )
+        header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.header)
+        rows = []
+        for name, *cells in self.rows:
+            texts = [html.escape(text.replace(", ", ",\N{NO-BREAK SPACE}")) for text in cells]
+            row = "".join(f"<td>{text}</td>" for text in texts)
+            rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
+        notes = "".join(f"<p><small>{html.escape(note)}</small></p>\n" for note in self.notes)
+        return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>{notes}"
 
     def __repr__(self) -> str:
         lines = [self.header, ("---", *["---:"] * (len(self.header) - 1)), *self.rows]
@@ -112,8 +102,8 @@ def table(
 ) -> Table:
     """One row a subject, one column a metric: `0.231 [0.214, 0.249]`, the unit in the header.
 
-    `artifact_bytes/baseline` is a column of its own: how many times better than the baseline (`2.40x`). A cell without
-    a value refers to a note that gives the reason. Raises ValueError naming the subjects nothing was recorded of.
+    A column `artifact_bytes/baseline` says how many times better than the baseline (`2.40x`), and a number in
+    parentheses is that of the reason for a missing value. Raises ValueError naming subjects without a record.
     """
     found = frame(records)
     if unknown := [s for s in subjects if s not in set(found.subject)]:
@@ -122,15 +112,15 @@ def table(
     first = {r.metric: r for r in reversed(list(found.record))}
     notes: dict[str, int] = {}
     rows = [(s, *[_cell(newest, s, metric, baseline, notes) for metric in metrics]) for s in subjects]
-    header = ("", *[_heading(first.get(metric.removesuffix("/baseline")), metric) for metric in metrics])
-    return Table(header, tuple(rows), tuple(f"({n}) {note}" for note, n in notes.items()))
-
-
-def _heading(found: Record | None, metric: str) -> str:
-    name = metric.removesuffix("/baseline")
-    if name != metric:
-        return f"{words(name)}, {'gain' if described(name).higher_is_better else 'times smaller'} [x]"
-    return words(name) if _unit(name, found) == "1" else f"{words(name)} [{_unit(name, found)}]"
+    header = [""]
+    for metric in metrics:
+        name = metric.removesuffix("/baseline")
+        if name != metric:
+            header.append(f"{words(name)}, {'gain' if described(name).higher_is_better else 'times smaller'} [x]")
+        else:
+            unit = _unit(name, first.get(name))
+            header.append(words(name) if unit == "1" else f"{words(name)} [{unit}]")
+    return Table(tuple(header), tuple(rows), tuple(f"({n}) {note}" for note, n in notes.items()))
 
 
 def _cell(newest: dict, subject: str, metric: str, baseline: str, notes: dict[str, int]) -> str:
@@ -149,17 +139,9 @@ def _cell(newest: dict, subject: str, metric: str, baseline: str, notes: dict[st
 
 
 def budgets(choices: Sequence[tuple], *, kl_limit: float) -> Table:
-    """What to use for each budget and why, of `budgets.choices`."""
-    header = (
-        "memory",
-        "use",
-        "needs [MB]",
-        "decode [tokens/s]",
-        "prefill [tokens/s]",
-        "KL [nats/token]",
-        "calls",
-        "why",
-    )
+    """What to use for each budget and why, of `choose.choices`."""
+    speeds = ("decode [tokens/s]", "prefill [tokens/s]")
+    header = ("memory", "use", "needs [MB]", *speeds, "KL [nats/token]", "calls", "why")
     rows = []
     for budget, chosen, why in choices:
         cells = ["nothing", *[""] * 5]
@@ -173,7 +155,7 @@ def budgets(choices: Sequence[tuple], *, kl_limit: float) -> Table:
 
 
 def verdicts(judged: Sequence[tuple]) -> Table:
-    """What was asked of the default and what was found, of `budgets.judge`."""
+    """What was asked of the default and what was found, of `choose.judge`."""
     rows = [(target.claim, f"at least {target.wanted:g}x", sentence) for target, _, sentence in judged]
     return Table(("target", "asked", "found"), tuple(rows))
 
@@ -185,13 +167,12 @@ def show(record: Record, *, unit: bool = True) -> str:
     """
     if record.value is None:
         raise ValueError(f"{record.metric} of {record.subject!r} has no value: {record.note or 'no reason given'}")
-    value, low, high = (
-        None if v is None else display_factor(record) * v for v in (record.value, record.low, record.high)
-    )
-    name = _unit(record.metric, record)
-    ending = f" {name}" if unit and name not in ("", "1") else ""
-    if low is None or high is None or high <= low:
+    factor, name = display_factor(record), _unit(record.metric, record)
+    ending = f" {name}" if unit and name != "1" else ""
+    value = factor * record.value
+    if record.low is None or record.high is None or record.high <= record.low:
         return number(value) + ending
+    low, high = factor * record.low, factor * record.high
     decimals = max(0, 1 - math.floor(math.log10((high - low) / 2)))
     return f"{value:,.{decimals}f} [{low:,.{decimals}f}, {high:,.{decimals}f}]{ending}"
 
@@ -205,8 +186,8 @@ def number(value: float) -> str:
     return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def ratio_line(label: str, predicted: float, measured: float, *, unit: str = "bytes") -> str:
-    """`bytes: predicted 123.4 MB, measured 124.0 MB, measured/predicted 1.005`; bytes are shown in MB.
+def show_ratio(label: str, predicted: float, measured: float, *, unit: str = "bytes") -> None:
+    """Print `bytes: predicted 123.4 MB, measured 124.0 MB, measured/predicted 1.005`; bytes are shown in MB.
 
     Raises ValueError when the prediction is not positive.
     """
@@ -214,14 +195,8 @@ def ratio_line(label: str, predicted: float, measured: float, *, unit: str = "by
         raise ValueError(f"predicted {label} is {predicted}; a ratio needs a positive prediction")
     factor, shown = (1e-6, "MB") if unit == "bytes" else (1, unit)
     before, after = number(factor * predicted), number(factor * measured)
-    return (
-        f"{label}: predicted {before} {shown}, measured {after} {shown}, measured/predicted {measured / predicted:.3f}"
-    )
-
-
-def show_ratio(label: str, predicted: float, measured: float, *, unit: str = "bytes") -> None:
-    """Print `ratio_line`."""
-    print(ratio_line(label, predicted, measured, unit=unit))
+    ratio = f"measured/predicted {measured / predicted:.3f}"
+    print(f"{label}: predicted {before} {shown}, measured {after} {shown}, {ratio}")
 
 
 def display_factor(record: Record) -> float:

@@ -1,12 +1,10 @@
 """A chat in the terminal with an artefact that really calls its tools, and shows what it calls.
 
 A turn: the tools stand in the system message; the artefact answers the request greedily, in free form or under the
-grammar of the tools (a call or a plain text); calls in the answer are executed by `chat_tools` and shown; results go
+grammar of the tools (a call or a plain text); calls in the answer are executed (`serve.tools`) and shown; results go
 back as messages of the role `tool`, if the chat template shows such messages, and the artefact goes on, until it
 answers without a call, repeats itself, or has answered `ROUNDS` times. The oldest turns are left out when the context
 is full.
-
-What it does not do: sampling, or telling the model what a template without a `tool` role hides.
 """
 
 from __future__ import annotations
@@ -21,22 +19,14 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from avalab.data import calls, grammars, toolbox
 from avalab.data.calls import Call
 from avalab.measure.answers import Respondent
-from avalab.serve.tools import Result, Tool, execute, shown
+from avalab.serve.tools import Tool, execute, shown_call
 
 MODES = ("free", "grammar")
-
 ROUNDS, MAX_CALLS = 4, 4  # answers in a turn, calls in an answer
-
 ANSWER_TOKENS, DEFAULT_CONTEXT = 256, 2048
-
 QUIT = "/quit"
-
 Answer = Callable[[list[dict]], str]  # chat messages in, the artefact's text out
-
 Read, Say = Callable[[str], str], Callable[[str], object]
-
-
-# ------------------------------------------------------------------------------------------------------------- turns
 
 
 def opening(tools: Sequence[Tool]) -> list[dict]:
@@ -61,23 +51,16 @@ def respond(
         if isinstance(found, str) or found in seen:
             break
         seen.append(found)
-        results = [_run(tools, call, say) for call in found]
+        for call in found:
+            say(f"  -> {shown_call(call)}")
+            result = execute(tools, call)
+            say(f"  <- {'failed: ' if result.failed else ''}{result.text}")
+            content = json.dumps({"error": result.text}, ensure_ascii=False) if result.failed else result.text
+            if returned:
+                chat.append({"role": "tool", "name": call.name, "content": content})
         if not returned:
             break
-        chat += [_message(call, result) for call, result in zip(found, results, strict=True)]
     return chat
-
-
-def _run(tools: Sequence[Tool], call: Call, say: Say) -> Result:
-    say(f"  -> {shown(call)}")
-    result = execute(tools, call)
-    say(f"  <- {'failed: ' if result.failed else ''}{result.text}")
-    return result
-
-
-def _message(call: Call, result: Result) -> dict:
-    content = json.dumps({"error": result.text}, ensure_ascii=False) if result.failed else result.text
-    return {"role": "tool", "name": call.name, "content": content}
 
 
 def fitted(chat: list[dict], length: Callable[[list[dict]], int], most: int) -> list[dict]:
@@ -102,9 +85,6 @@ def shows_results(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-# -------------------------------------------------------------------------------------------------------------- chat
-
-
 def answerer(
     respondent: Respondent, tools: Sequence[Tool], mode: str, *, stream: bool = True, new_tokens: int = ANSWER_TOKENS
 ) -> Answer:
@@ -125,11 +105,17 @@ def answerer(
 
     def answer(chat: list[dict]) -> str:
         ids = torch.tensor([tokens(fitted(chat, lambda part: len(tokens(part)), room))], device=model.device)
-        how = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": stops[0]}
-        how["logits_processor"] = [grammars.constrain([grammar])] if grammar else []
-        how["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, ids.shape[1] :]
-        return tokenizer.decode(new, skip_special_tokens=True)
+        whole = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            logits_processor=[grammars.constrain([grammar])] if grammar else [],
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        )
+        return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
 
     return answer
 

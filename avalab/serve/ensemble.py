@@ -1,4 +1,4 @@
-"""Several artefacts as one: how next-token distributions are combined, and with which weights.
+"""Several artefacts as one: pooled next-token distributions, answers that vote, and when to ask the larger model.
 
 With p_m the distribution of member m and w_m >= 0 weights that sum to one, per token:
 
@@ -6,44 +6,23 @@ With p_m the distribution of member m and w_m >= 0 weights that sum to one, per 
     logits           p = prod_m p_m^w_m / normaliser        (logarithmic pool: the mean of the logits)
     cascade          p = p_2 where max p_1 < threshold, else p_1   (the second is asked where the first is unsure)
 
-`fit_weights` minimises the mixture's mean negative log-likelihood on held-out tokens. That is convex on the simplex;
-the multiplicative update w_m <- w_m mean(p_m / p) never raises it, and max_m mean(p_m / p) - 1 bounds how far it is
-from the least (Cover 1984, "An algorithm for maximizing expected log investment return"; Stone 1961 for the pools).
-
-Distributions can be combined only over one vocabulary: members must have the same tokenizer. Answers can always be
-combined (`answers_vote`, `cascade`). What it does not do: run models (`mixture`, `ensemble_bench`), or choose members.
-
-An ensemble that decodes like one model: the members read the same tokens, their next-token distributions are pooled.
-
-1. `Mixture` is called as transformers' models are and returns the pooled log-probabilities as its logits, so that
-   whatever decodes a model, with a grammar or without, decodes an ensemble. Its configuration has as many layers as
-   all members together: a key-value cache made for it holds those of all, each member is handed its own part.
-2. With a temperature T, Gumbel noise is added to log p / T: the largest entry is then a draw from the distribution that
+1. `fit_weights` minimises the mixture's mean negative log-likelihood on held-out tokens. That is convex on the simplex;
+   the multiplicative update w_m <- w_m mean(p_m / p) never raises it, and max_m mean(p_m / p) - 1 bounds how far it is
+   from the least (Cover 1984, "An algorithm for maximizing expected log investment return"; Stone 1961 for the pools).
+2. `Mixture` is called as transformers' models are and returns the pooled log-probabilities as its logits, so that
+   whatever decodes a model, with a grammar or without, decodes an ensemble. A key-value cache made for it has the
+   layers of all members, each of which is handed its own part.
+3. With a temperature T, Gumbel noise is added to log p / T: the largest entry is then a draw from the distribution that
    is proportional to p^(1/T), also after a grammar has excluded tokens (Gumbel 1954; Maddison et al. 2014,
-   arXiv 1411.0030). A greedy decoder becomes a sampler, and self-consistency needs no decoder of its own.
+   arXiv 1411.0030). A greedy decoder becomes a sampler. The noise depends on what is in a batch: the same draw of a run
+   that was stopped in between can differ.
+4. `plurality` lets answers vote: the same answers have the same key, and of equally many votes the one that came first
+   in the order of the voters wins (Wang et al. 2023, arXiv 2203.11171, for samples of one model).
+5. `choose_threshold` sends held-out items (tokens, questions) to the large model in order of rising confidence, the
+   fewest that win back a given part of what the small model loses against it. Source: Viola and Jones (2001) for
+   cascades, Jitkrittum et al. (2023, arXiv 2307.02764) for when confidence is enough to defer by.
 
-The noise depends on what is in a batch: the same draw of a run that was stopped in between can differ.
-What it does not do: train, prompt members differently, or save a step: each token costs a step of every member.
-
-When to ask the larger model: a threshold on the smaller one's confidence, chosen on held-out items.
-
-Every held-out item (a token, a question) has the small model's confidence and both models' losses. Items go to the
-large model in order of rising confidence. `choose` takes the fewest of them that win back a given part of what the
-small model loses against the large one over all items; where the large one is no better, it is never asked. Items of
-equal confidence cannot be told apart and go together. Source: Viola and Jones (2001) for cascades, Jitkrittum et al.
-(2023, arXiv 2307.02764) for when confidence is enough to defer by.
-
-What it does not do: look at the items that are scored later, or know what a loss is. It imports no torch.
-
-Answers that vote: several texts to one question become the one that most of them mean.
-
-Two answers are the same when their keys are. `call_key` reads function calls: the same functions with the same
-arguments, however they are spelt; every refusal is the same answer, a call that cannot be read abstains. `text_key`
-compares words without case and white space. The plurality wins; of equally many votes, the answer that came first in
-the order of the voters, so the voter to trust most goes first (Wang et al. 2023, arXiv 2203.11171, for samples of one
-model). The share of votes that the winner got says how sure the voters are.
-
-What it does not do: generate, or weigh votes; voters may have different tokenizers. It imports no torch.
+Distributions need one vocabulary: their members must have the same tokenizer. Answers can always be combined.
 """
 
 from __future__ import annotations
@@ -60,7 +39,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from avalab.data import calls
@@ -70,120 +49,11 @@ from avalab.lab.code import code_of
 from avalab.measure.answers import Respondent
 from avalab.models import checkpoint
 
-
-@dataclass(frozen=True)
-class Rule:
-    """Ask the large model where confidence is below `threshold`; `share` and `loss` are those of the held-out items."""
-
-    threshold: float
-    share: float
-    loss: float
-
-
-def choose_threshold(
-    confidence: Sequence[float], small: Sequence[float], large: Sequence[float], *, recovered: float = 0.9
-) -> Rule:
-    """The rule that asks the large model least often and wins back the part `recovered` of the gap, in [0, 1].
-
-    `small` and `large` are losses, lower is better. Raises ValueError for no items, different numbers of them, values
-    that are not finite, or a part outside [0, 1].
-    """
-    sure, ours, theirs = (np.asarray(values, float) for values in (confidence, small, large))
-    if not len(sure) or not len(sure) == len(ours) == len(theirs):
-        raise ValueError(f"{len(sure)} confidences for {len(ours)} and {len(theirs)} losses; need as many, at least 1")
-    if not np.isfinite([sure, ours, theirs]).all():
-        raise ValueError("confidences and losses must be finite")
-    if not 0 <= recovered <= 1:
-        raise ValueError(f"a part of {recovered} cannot be recovered; allowed are 0 to 1")
-    gap = float((ours - theirs).sum())
-    if gap <= 0:
-        return Rule(-inf, 0.0, float(ours.mean()))
-    order = np.argsort(sure, kind="stable")
-    gain = np.concatenate([[0.0], np.cumsum((ours - theirs)[order])])
-    # Without a cut that does, all are sent: the gap is closed, but for the rounding of the sum.
-    cut = next((k for k in _cuts(sure[order]) if gain[k] >= recovered * gap), len(sure))
-    threshold = float(sure[order[cut]]) if cut < len(sure) else inf
-    return Rule(threshold if cut else -inf, cut / len(sure), float((ours.sum() - gain[cut]) / len(sure)))
-
-
-def _cuts(rising: np.ndarray) -> list[int]:
-    """How many items can go first: a cut between equal confidences is none."""
-    return [0, *(np.flatnonzero(np.diff(rising) > 0) + 1).tolist(), len(rising)]
-
-
-def deferred(confidence: Sequence[float], rule: Rule) -> list[bool]:
-    """Which items go to the large model."""
-    return [value < rule.threshold for value in confidence]
-
-
-def expected_cost(small: float, large: float, share: float) -> float:
-    """What an item costs on average: all pay for the small model, the share that is deferred for the large one too."""
-    return small + share * large
-
-
-# --- answers that vote ----------------------------------------------------------------------------------------------
-
-
-Key = Callable[[str], str | None]  # None abstains
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Who gave the winning answer first, and the winner's share of all voters."""
-
-    voter: int
-    agreement: float
-
-
-def call_key(text: str) -> str | None:
-    """Functions and arguments in one spelling; "" for any text without a call, None for a call that is damaged."""
-    found = calls.parse_calls(text)
-    if isinstance(found, str):
-        return "" if found == "no_call" else None
-    return json.dumps(sorted(json.dumps([c.name, c.arguments], sort_keys=True, default=repr) for c in found))
-
-
-def text_key(text: str) -> str | None:
-    """The words without case and white space; an empty text abstains."""
-    return " ".join(text.casefold().split()) or None
-
-
-def elect(answers: Sequence[str], key: Key = call_key) -> Outcome:
-    """The plurality among answers to one question; if all abstain, the first voter with agreement 0.
-
-    Raises ValueError when nobody answered.
-    """
-    if not answers:
-        raise ValueError("a vote needs at least one answer, got none")
-    keys = [key(answer) for answer in answers]
-    counts = Counter(k for k in keys if k is not None)  # in order of first appearance
-    if not counts:
-        return Outcome(0, 0.0)
-    winner = max(counts, key=lambda k: counts[k])
-    return Outcome(keys.index(winner), counts[winner] / len(answers))
-
-
-def plurality(columns: Sequence[Sequence[str]], key: Key = call_key) -> tuple[list[str], list[float]]:
-    """The winning text of each question and its agreement; `columns` holds one list of answers for each voter.
-
-    Raises ValueError when voters answered different numbers of questions.
-    """
-    if len({len(column) for column in columns}) > 1:
-        raise ValueError(f"voters answered {', '.join(str(len(c)) for c in columns)} questions; all must be asked all")
-    outcomes = [elect(answers, key) for answers in zip(*columns, strict=True)]
-    return [columns[o.voter][i] for i, o in enumerate(outcomes)], [o.agreement for o in outcomes]
-
-
-# --- several artefacts as one ---------------------------------------------------------------------------------------
-
-
 POOLS = ("mean", "logits", "weighted", "cascade")  # of distributions
-
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
-
 GAP_NATS = 1e-6  # fitted weights are this close to the best ones' loss, or better
-
 MAX_UPDATES = 20_000
+Key = Callable[[str], str | None]  # of an answer; None abstains
 
 
 @dataclass(frozen=True)
@@ -234,15 +104,6 @@ def assemble(
         raise ValueError(f"a cascade has a small and a large member, got {len(members)}")
     if method != "weighted" and weights:
         raise ValueError(f"method {method!r} has no weights; use 'weighted'")
-    refuse_different_tokenizers(members, method)
-    weights = tuple(map(float, weights)) or (1 / len(members),) * len(members)
-    if len(weights) != len(members) or min(weights) < 0 or not isclose(sum(weights), 1, abs_tol=1e-6):
-        raise ValueError(f"{len(members)} members need as many weights that are >= 0 and sum to 1, got {weights}")
-    return Ensemble(tuple(members), method, weights, threshold, **sampling)
-
-
-def refuse_different_tokenizers(members: Sequence[Artifact], method: str) -> None:
-    """Raise ValueError naming two members whose vocabularies differ: their distributions are over different things."""
     first, *others = members
     vocabulary = checkpoint.load_tokenizer(first).get_vocab()
     for other in others:
@@ -251,6 +112,10 @@ def refuse_different_tokenizers(members: Sequence[Artifact], method: str) -> Non
                 f"{first.name} and {other.name} have different tokenizers: {method!r} mixes distributions over one "
                 f"vocabulary; choose one of {', '.join(VOTES)}"
             )
+    weights = tuple(map(float, weights)) or (1 / len(members),) * len(members)
+    if len(weights) != len(members) or min(weights) < 0 or not isclose(sum(weights), 1, abs_tol=1e-6):
+        raise ValueError(f"{len(members)} members need as many weights that are >= 0 and sum to 1, got {weights}")
+    return Ensemble(tuple(members), method, weights, threshold, **sampling)
 
 
 def pooled(ensemble: Ensemble, members: Float[Tensor, "member token vocab"]) -> Float[Tensor, "token vocab"]:
@@ -282,15 +147,8 @@ def pool_cascade(members: Float[Tensor, "2 token vocab"], threshold: float) -> F
     return torch.where(unsure, members[1], members[0])
 
 
-def mixture_loss(targets: Float[Tensor, "member token"], weights: Sequence[float]) -> float:
-    """Mean negative log-likelihood, in nats, of the linear pool; `targets` holds each member's log p of the token."""
-    share = torch.tensor(weights, dtype=torch.float64)
-    used = share > 0
-    return -float(torch.logsumexp(targets.double()[used] + share[used].log()[:, None], 0).mean())
-
-
 def fit_weights(targets: Float[Tensor, "member token"]) -> tuple[float, ...]:
-    """Weights on the simplex that minimise `mixture_loss` to within `GAP_NATS`, starting from equal ones.
+    """Weights on the simplex that minimise the linear pool's mean loss to within `GAP_NATS`, starting from equal ones.
 
     Raises ValueError for no tokens or log-probabilities that are not finite.
     """
@@ -309,14 +167,24 @@ def fit_weights(targets: Float[Tensor, "member token"]) -> tuple[float, ...]:
     return tuple((weights / weights.sum()).tolist())
 
 
-# --- an ensemble that decodes like one model ------------------------------------------------------------------------
-
-
 class Mixture(PreTrainedModel):
-    """The members of an ensemble behind one `forward`; a PreTrainedModel because decoders ask for one."""
+    """The members of an ensemble behind one `forward`; a PreTrainedModel because decoders ask for one.
+
+    Raises ValueError where the members' numbers of logits differ.
+    """
 
     def __init__(self, members: list[PreTrainedModel], about: Ensemble) -> None:
-        super().__init__(_common_config(members))
+        sizes = {member.config.vocab_size for member in members}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"members have {' and '.join(map(str, sorted(sizes)))} logits; they must have equally many"
+            )
+        config = copy.deepcopy(members[0].config)
+        if getattr(config, "layer_types", None):  # which layers have a sliding window, for the cache
+            config.layer_types = [kind for member in members for kind in member.config.layer_types]
+        config.num_hidden_layers = sum(member.config.num_hidden_layers for member in members)
+        config._attn_implementation = "eager"  # the members attend, this module does not
+        super().__init__(config)
         self.members, self.about = nn.ModuleList(members), about
         self.generator = torch.Generator(members[0].device).manual_seed(about.draw)
 
@@ -324,11 +192,11 @@ class Mixture(PreTrainedModel):
         self,
         input_ids: Int[Tensor, "batch time"],
         past_key_values: DynamicCache | None = None,
-        **how,
+        **options,
     ) -> CausalLMOutputWithPast:
-        """Pooled log-probabilities as logits; `how` is handed to every member."""
+        """Pooled log-probabilities as logits; `options` go to every member."""
         parts = [None] * len(self.members) if past_key_values is None else self._parts(past_key_values)
-        logits = [m(input_ids, past_key_values=p, **how).logits for m, p in zip(self.members, parts, strict=True)]
+        logits = [m(input_ids, past_key_values=p, **options).logits for m, p in zip(self.members, parts, strict=True)]
         members = torch.stack([each.float().log_softmax(-1) for each in logits])
         flat = pooled(self.about, members.flatten(1, -2))
         return CausalLMOutputWithPast(logits=self._drawn(flat).view(logits[0].shape), past_key_values=past_key_values)
@@ -376,14 +244,88 @@ def respondent(about: Ensemble, device: str = "cpu") -> Choir:
     return Choir(about.as_artifact(), device, about)
 
 
-def _common_config(members: list[PreTrainedModel]) -> PreTrainedConfig:
-    """The first member's configuration with the layers of all; ValueError where the numbers of logits differ."""
-    sizes = {member.config.vocab_size for member in members}
-    if len(sizes) > 1:
-        raise ValueError(f"members have {' and '.join(map(str, sorted(sizes)))} logits; they must have equally many")
-    config = copy.deepcopy(members[0].config)
-    if getattr(config, "layer_types", None):  # which layers have a sliding window, for the cache
-        config.layer_types = [kind for member in members for kind in member.config.layer_types]
-    config.num_hidden_layers = sum(member.config.num_hidden_layers for member in members)
-    config._attn_implementation = "eager"  # the members attend, this module does not
-    return config
+@dataclass(frozen=True)
+class Vote:
+    """Who gave the winning answer first, and the winner's share of all voters."""
+
+    voter: int
+    agreement: float
+
+
+def call_key(text: str) -> str | None:
+    """Functions and arguments in one spelling; "" for any text without a call, None for a call that is damaged."""
+    found = calls.parse_calls(text)
+    if isinstance(found, str):
+        return "" if found == "no_call" else None
+    return json.dumps(sorted(json.dumps([c.name, c.arguments], sort_keys=True, default=repr) for c in found))
+
+
+def text_key(text: str) -> str | None:
+    """The words without case and white space; an empty text abstains."""
+    return " ".join(text.casefold().split()) or None
+
+
+def elect(answers: Sequence[str], key: Key = call_key) -> Vote:
+    """The plurality among answers to one question; if all abstain, the first voter with agreement 0.
+
+    Raises ValueError when nobody answered.
+    """
+    if not answers:
+        raise ValueError("a vote needs at least one answer, got none")
+    keys = [key(answer) for answer in answers]
+    counts = Counter(k for k in keys if k is not None)  # in order of first appearance
+    if not counts:
+        return Vote(0, 0.0)
+    winner = max(counts, key=lambda k: counts[k])
+    return Vote(keys.index(winner), counts[winner] / len(answers))
+
+
+def plurality(columns: Sequence[Sequence[str]], key: Key = call_key) -> tuple[list[str], list[float]]:
+    """The winning text of each question and its agreement; `columns` holds one list of answers for each voter.
+
+    Raises ValueError when voters answered different numbers of questions.
+    """
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"voters answered {', '.join(str(len(c)) for c in columns)} questions; all must be asked all")
+    found = [elect(answers, key) for answers in zip(*columns, strict=True)]
+    return [columns[vote.voter][i] for i, vote in enumerate(found)], [vote.agreement for vote in found]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Ask the large model where confidence is below `threshold`; `share` and `loss` are those of the held-out items."""
+
+    threshold: float
+    share: float
+    loss: float
+
+    def deferred(self, confidence: Sequence[float]) -> list[bool]:
+        """Which items go to the large model."""
+        return [value < self.threshold for value in confidence]
+
+
+def choose_threshold(
+    confidence: Sequence[float], small: Sequence[float], large: Sequence[float], *, recovered: float = 0.9
+) -> Rule:
+    """The rule that asks the large model least often and wins back the part `recovered` of the gap, in [0, 1].
+
+    Where the large model is no better, it is never asked. `small` and `large` are losses, lower is better. Raises
+    ValueError for no items, different numbers of them, values that are not finite, or a part outside [0, 1].
+    """
+    sure, ours, theirs = (np.asarray(values, float) for values in (confidence, small, large))
+    if not len(sure) or not len(sure) == len(ours) == len(theirs):
+        raise ValueError(f"{len(sure)} confidences for {len(ours)} and {len(theirs)} losses; need as many, at least 1")
+    if not np.isfinite([sure, ours, theirs]).all():
+        raise ValueError("confidences and losses must be finite")
+    if not 0 <= recovered <= 1:
+        raise ValueError(f"a part of {recovered} cannot be recovered; allowed are 0 to 1")
+    gap = float((ours - theirs).sum())
+    if gap <= 0:
+        return Rule(-inf, 0.0, float(ours.mean()))
+    order = np.argsort(sure, kind="stable")
+    gain = np.concatenate([[0.0], np.cumsum((ours - theirs)[order])])
+    # Without a cut that does, all are sent: the gap is closed, but for the rounding of the sum.
+    cuts = [0, *(np.flatnonzero(np.diff(sure[order]) > 0) + 1).tolist()]  # none between equal confidences
+    cut = next((k for k in cuts if gain[k] >= recovered * gap), len(sure))
+    threshold = float(sure[order[cut]]) if cut < len(sure) else inf
+    return Rule(threshold if cut else -inf, cut / len(sure), float((ours.sum() - gain[cut]) / len(sure)))

@@ -1,35 +1,22 @@
-"""Ensembles of answers: several artefacts, or several draws of one, answer function-calling cases as one respondent.
+"""What an ensemble is worth: distributions and answers scored as one model's are, its time a token beside its members'.
 
-| method | who answers | what counts |
-|---|---|---|
-| `vote` | every artefact, greedily | the plurality (`answers_vote`) |
-| `self_consistency` | one artefact, several times, at a temperature | the plurality |
-| `answer_cascade` | the small artefact, and where it is unsure the large one | the last answer |
-
-An artefact is as sure as the geometric mean of the probabilities that it gives to the tokens of its answer, without any
-grammar. The cascade's threshold is chosen (`cascade.choose`) on `held_out_cases`: tools of the lab, never the questions
-that are scored. Artefacts may have different tokenizers. Answers are kept by `evaluate`, so each is generated once.
-
-What it does not do: pool distributions (`mixture.respondent` answers like any other respondent).
-
-What an ensemble is worth: its distributions scored like one model's, its time a token beside its members'.
-
-1. `held_out_windows` are calibration text that no artefact of the run was calibrated on, and no evaluation text: there
-   weights and thresholds are fitted, and the artefact to compare with is chosen.
-2. `scores` reads each member once on the reference's windows (final hidden states, kept in the run's cache), pools the
-   next-token distributions chunk by chunk, and scores them with `predict.token_scores`, as a single model's are.
-3. `record_gap` pairs an ensemble with one artefact on the same tokens: the verdict is that of the interval.
+1. `held_out_windows` and `held_out_cases` are text and questions that no artefact was calibrated on and that are never
+   scored: there weights and thresholds are fitted, and the artefact to compare with is chosen.
+2. `score_distributions` reads each member once on the reference's windows (final hidden states, kept in the run's
+   cache), pools the next-token distributions chunk by chunk, and scores them as a single model's are. `record_gap`
+   pairs an ensemble with one artefact on the same tokens.
+3. In a `vote` every artefact answers greedily and the plurality counts; `self_consistency` draws several answers of one
+   artefact; `answer_cascade` takes the large artefact's answer where the small one is unsure, as sure being the
+   geometric mean of the probabilities that it gives to the tokens of its answer, without any grammar.
 4. `record_speed` times single decoding steps of all subjects in turn, in one process.
 
-What it does not do: decide which artefact is fair to compare with (`single_best` takes a budget of bytes), or measure
-memory: all members are held at once, so the bytes are their sum.
+Memory is not measured: all members are held at once, so the bytes are their sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -90,7 +77,8 @@ def vote(run: Run, voters: Sequence[Respondent], asked: list[Case], mode: str) -
     """The plurality of the voters' answers; on a tie, the earliest voter's. They answer one after another."""
     each = [alone(run, voter, asked, mode) for voter in voters]
     texts, agreement = ensemble.plurality([answered.texts for answered in each])
-    return Answered(texts, agreement, _total([answered.seconds for answered in each]))
+    seconds = [answered.seconds for answered in each]
+    return Answered(texts, agreement, None if None in seconds else sum(seconds))
 
 
 def draws(
@@ -129,11 +117,11 @@ def answer_cascade(
     """
     small, large = (alone(run, respondent, asked, mode) for respondent in pair)
     sure = confidence(pair[0], asked, small.texts)
-    to_large = ensemble.deferred(sure, rule)
+    to_large = rule.deferred(sure)
     texts = [theirs if go else ours for go, ours, theirs in zip(to_large, small.texts, large.texts, strict=True)]
     share, seconds = sum(to_large) / len(to_large), None
     if small.seconds is not None and large.seconds is not None:
-        seconds = ensemble.expected_cost(small.seconds, large.seconds, share)
+        seconds = small.seconds + share * large.seconds
     return Answered(texts, sure, seconds), share
 
 
@@ -177,13 +165,6 @@ def record_answers(
     return [v.correct for v in verdicts]
 
 
-def _total(seconds: list[float | None]) -> float | None:
-    return None if None in seconds else sum(seconds)
-
-
-# --- what an ensemble is worth --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Voice:
     """A member's final hidden states on fixed windows, and the head that makes distributions of them."""
@@ -192,16 +173,18 @@ class Voice:
     head: nn.Module
     softcap: float | None
 
+    def log_probabilities(self, window: int, rows: slice) -> Float[Tensor, "token vocab"]:
+        """Of some rows of one window."""
+        return predict.log_probabilities(self.hidden[window][rows], self.head, self.softcap)
+
 
 def held_out_windows(run: Run, tokenizer: PreTrainedTokenizerBase, count: int) -> Int[Tensor, "window time"]:
     """`count` windows of calibration text: those that follow the run's calibration windows in its seeded order.
 
     Raises ValueError when there are not so many.
     """
-    profile = run.profile
-    return corpora.shuffled_windows(
-        run, tokenizer, tokens=profile.calibration_tokens, skip=profile.calibration_samples, count=count
-    )
+    tokens, skip = run.profile.calibration_tokens, run.profile.calibration_samples
+    return corpora.shuffled_windows(run, tokenizer, tokens=tokens, skip=skip, count=count)
 
 
 def target_log_probabilities(
@@ -214,12 +197,9 @@ def target_log_probabilities(
 
 def fitted_weights(run: Run, members: tuple[Artifact, ...], count: int = 0) -> tuple[float, ...]:
     """Weights of the members fitted on `count` held-out windows, 0 being half as many as each evaluation text has."""
-    windows = held_out_windows(
-        run, checkpoint.load_tokenizer(members[0]), count or max(2, run.profile.eval_windows // 2)
-    )
-    against = predict.make_reference(
-        members[0], windows, run.artifacts_dir / "cache", run.device
-    )  # for its windows only
+    tokenizer = checkpoint.load_tokenizer(members[0])
+    windows = held_out_windows(run, tokenizer, count or max(2, run.profile.eval_windows // 2))
+    against = predict.make_reference(members[0], windows, run.artifacts_dir / "cache", run.device)  # for its windows
     return ensemble.fit_weights(target_log_probabilities(members, against, run))
 
 
@@ -232,16 +212,11 @@ def single_best(losses: Mapping[str, float], sizes: Mapping[str, int], budget_by
     return min(fitting, key=lambda name: losses[name])
 
 
-def voice(artifact: Artifact, windows: Int[Tensor, "window time"], run: Run) -> Voice:
-    """The artefact's hidden states on these windows, read from the run's cache where they are known."""
-    return Voice(*predict.cached_hidden_states(artifact, windows, run.artifacts_dir / "cache", run.device))
-
-
 @torch.inference_mode()
 def confidences(artifact: Artifact, windows: Int[Tensor, "window time"], run: Run) -> Float[Tensor, "window token"]:
     """The largest next-token probability at every position that has a successor."""
-    heard = voice(artifact, windows, run)
-    rows = [_log_probabilities(heard, i, slice(0, windows.shape[1] - 1)).amax(-1).exp() for i in range(len(windows))]
+    heard = Voice(*predict.cached_hidden_states(artifact, windows, run.artifacts_dir / "cache", run.device))
+    rows = [heard.log_probabilities(i, slice(0, windows.shape[1] - 1)).amax(-1).exp() for i in range(len(windows))]
     return torch.stack(rows).cpu()
 
 
@@ -254,11 +229,17 @@ def token_rule(run: Run, pair: tuple[Artifact, Artifact], against: Reference) ->
 
 def score_distributions(run: Run, ensembles: Mapping[str, Ensemble], against: Reference) -> dict[str, TokenScores]:
     """Token scores of every ensemble on the reference's windows; those known to the run's cache are read from there."""
-    paths = {name: _path(run, about, against) for name, about in ensembles.items()}
+    cache, device = run.artifacts_dir / "cache", torch.device(run.device).type
+    code = code_of(predict.cached_hidden_states, _score)[:8]
+    identities = {name: about.as_artifact().sha256 for name, about in ensembles.items()}
+    paths = {n: cache_path(cache, "ensemble", sha, against.identity, device, code) for n, sha in identities.items()}
     known = {name: load_tensors(path) for name, path in paths.items()}
     missing = {name: about for name, about in ensembles.items() if known[name] is None}
     members = {m.sha256: m for about in missing.values() for m in about.members}
-    voices = {sha256: voice(member, against.windows, run) for sha256, member in members.items()}
+    voices = {
+        sha256: Voice(*predict.cached_hidden_states(member, against.windows, cache, run.device))
+        for sha256, member in members.items()
+    }
     for name, found in (_score(voices, missing, against) if missing else {}).items():
         known[name] = vars(found)
         save_tensors(known[name], paths[name])
@@ -272,8 +253,8 @@ def _score(voices: dict[str, Voice], ensembles: Mapping[str, Ensemble], against:
     for index, window in enumerate(tqdm(against.windows, desc="pool", leave=False)):
         parts: dict[str, list] = {name: [] for name in ensembles}
         for rows in predict.chunks(len(window) - 1):
-            expected = _log_probabilities(reference, index, rows)
-            heard = {sha256: _log_probabilities(voice, index, rows) for sha256, voice in voices.items()}
+            expected = reference.log_probabilities(index, rows)
+            heard = {sha256: voice.log_probabilities(index, rows) for sha256, voice in voices.items()}
             for name, about in ensembles.items():
                 pooled = ensemble.pooled(about, torch.stack([heard[m.sha256] for m in about.members]))
                 targets = window[1:][rows].to(pooled.device)
@@ -288,7 +269,9 @@ def _score(voices: dict[str, Voice], ensembles: Mapping[str, Ensemble], against:
 
 def record_distributions(run: Run, subject: str, about: Ensemble, found: TokenScores, text: Text) -> None:
     """Append perplexity, KL divergence and top-1 agreement of an ensemble, `:<text>` each."""
-    for metric, unit, estimate in quality.estimates(found, resamples=run.profile.resamples, seed=run.seed):
+    settings = {"method": about.method, "weights": list(about.weights), "threshold": about.threshold}
+    details = {"text_sha256": text.sha256, "members": [member.name for member in about.members], **settings}
+    for metric, unit, estimate in quality.estimates(run, found):
         run.record(
             subject,
             f"{metric}:{text.name}",
@@ -296,7 +279,7 @@ def record_distributions(run: Run, subject: str, about: Ensemble, found: TokenSc
             **vars(estimate),
             artifact_sha256=about.as_artifact().sha256,
             engine="torch",
-            details={"text_sha256": text.sha256, **described(about)},
+            details=details,
         )
 
 
@@ -319,12 +302,6 @@ def record_gap(
     return found
 
 
-def described(about: Ensemble) -> dict:
-    """An ensemble's settings as they stand in a record's details."""
-    names = [member.name for member in about.members]
-    return {"method": about.method, "members": names, "weights": list(about.weights), "threshold": about.threshold}
-
-
 def record_speed(run: Run, subjects: Mapping[str, Artifact | Ensemble], tokens: Int[Tensor, "time"]) -> None:
     """Append `decode_tokens_per_s` of every subject, steps taken in turn, each after the same prompt.
 
@@ -333,26 +310,29 @@ def record_speed(run: Run, subjects: Mapping[str, Artifact | Ensemble], tokens: 
     loaded: dict[str, PreTrainedModel] = {}
     arms = {}
     for name, subject in subjects.items():
+        members = subject.members if isinstance(subject, Ensemble) else (subject,)
         try:
-            arms[name] = _step(_assembled(subject, loaded, run.device), tokens.to(run.device))
+            for member in members:
+                if member.sha256 not in loaded:
+                    loaded[member.sha256] = checkpoint.load_model(member, run.device)
+            models = [loaded[member.sha256] for member in members]
+            model = ensemble.Mixture(models, subject) if isinstance(subject, Ensemble) else models[0]
+            arms[name] = _step(model, tokens.to(run.device))
         except torch.OutOfMemoryError:  # all members at once are more than this GPU, or its cap, holds
             run.record(name, "decode_tokens_per_s", None, "token/s", note="out of memory with all members loaded")
     for name, times in interleaved(arms, 3 * run.profile.latency_samples, run.device).items():
         rates = [1000 / ms for ms in times]
         subject = subjects[name] if isinstance(subjects[name], Artifact) else subjects[name].as_artifact()
-        about = {"artifact_sha256": subject.sha256, "engine": "torch", "samples": rates}
-        about["details"] = {"load_average": load_average(), "prompt_tokens": len(tokens)}
-        run.record(name, "decode_tokens_per_s", unit="token/s", **vars(statistics.quantile(rates)), **about)
-
-
-def _assembled(subject: Artifact | Ensemble, loaded: dict[str, PreTrainedModel], device: str) -> PreTrainedModel:
-    """The subject's model; artefacts that were loaded before are shared, through `loaded`, which grows."""
-    members = subject.members if isinstance(subject, Ensemble) else (subject,)
-    for member in members:
-        if member.sha256 not in loaded:
-            loaded[member.sha256] = checkpoint.load_model(member, device)
-    found = [loaded[member.sha256] for member in members]
-    return ensemble.Mixture(found, subject) if isinstance(subject, Ensemble) else found[0]
+        run.record(
+            name,
+            "decode_tokens_per_s",
+            unit="token/s",
+            **vars(statistics.quantile(rates)),
+            artifact_sha256=subject.sha256,
+            engine="torch",
+            samples=rates,
+            details={"load_average": load_average(), "prompt_tokens": len(tokens)},
+        )
 
 
 def _step(model: PreTrainedModel, prompt: Int[Tensor, "time"]) -> Callable[[], None]:
@@ -367,14 +347,3 @@ def _step(model: PreTrainedModel, prompt: Int[Tensor, "time"]) -> Callable[[], N
 
     step()  # reads the prompt
     return step
-
-
-def _log_probabilities(heard: Voice, index: int, rows: slice) -> Float[Tensor, "token vocab"]:
-    return predict.log_probabilities(heard.hidden[index][rows], heard.head, heard.softcap)
-
-
-def _path(run: Run, about: Ensemble, against: Reference) -> Path:
-    code, device = code_of(voice, _score), torch.device(run.device).type
-    return cache_path(
-        run.artifacts_dir / "cache", "ensemble", about.as_artifact().sha256, against.identity, device, code[:8]
-    )

@@ -1,11 +1,9 @@
 """The tools of a chat: read from a file or taken from the toolbox, checked, and really executed, in the sandbox.
 
 A tool is a row of data: name, description, JSON schema of its arguments, and a callable `module:function` of the
-standard library that stands on the list of pure ones in `gates`. There is no way to name other code. A call is checked
-against its tool's schema and runs in a process of its own in the `sandbox`, because pure is not quick:
-`math.factorial(10**9)` is ended by the time limit.
-
-What it does not do: tools with an effect.
+standard library that stands on the list of pure ones in `gates`. There is no way to name other code, and no tool has an
+effect. A call is checked against its tool's schema and runs in a process of its own in the `sandbox`, because pure is
+not quick: `math.factorial(10**9)` is ended by the time limit.
 """
 
 from __future__ import annotations
@@ -23,11 +21,8 @@ from avalab.data.calls import Call
 from avalab.lab import sandbox
 
 FIELDS = ("name", "description", "parameters", "callable")
-
 BUILT_IN = ("math", "statistics", "calendar")  # modules of the toolbox's tools that are on offer without a file
-
 SECONDS, MEMORY_BYTES = 5.0, 256 << 20  # of one call
-
 SHOWN_CHARACTERS = 1000  # of a result
 
 # What the sandbox runs. Many built-in functions take their arguments by place only: then in the schema's order.
@@ -88,25 +83,21 @@ def read_tools(path: Path | str) -> list[Tool]:
     tools: dict[str, Tool] = {}
     for number, row in enumerate(rows, start=1):
         try:
-            tool = _tool(row)
-            if tools.setdefault(tool.name, tool) is not tool:
-                raise ValueError(f"the name {tool.name!r} stands twice")
+            if not isinstance(row, dict) or set(row) != set(FIELDS):
+                raise ValueError(f"a tool has {', '.join(FIELDS)}; this is {json.dumps(row)[:80]}")
+            if not all(isinstance(row[field], str) for field in ("name", "description", "callable")):
+                raise ValueError("name, description and callable are text")
+            gates.checked_schema(row)
+            pure_function(row["callable"])
+            if row["name"] in tools:
+                raise ValueError(f"the name {row['name']!r} stands twice")
+            tools[row["name"]] = Tool(**row)
         except ValueError as error:
             raise ValueError(f"{path}, tool {number}: {error}") from error
     return list(tools.values())
 
 
-def _tool(row: object) -> Tool:
-    if not isinstance(row, dict) or set(row) != set(FIELDS):
-        raise ValueError(f"a tool has {', '.join(FIELDS)}; this is {json.dumps(row)[:80]}")
-    if not all(isinstance(row[field], str) for field in ("name", "description", "callable")):
-        raise ValueError("name, description and callable are text")
-    gates.checked_schema(row)
-    resolve(row["callable"])
-    return Tool(**row)
-
-
-def resolve(name: str) -> Callable:
+def pure_function(name: str) -> Callable:
     """The function of `module:function`. Raises ValueError for one that is not on the list of pure ones."""
     module, _, function = name.partition(":")
     if not function.isidentifier() or function.startswith("_") or not gates.is_pure(f"{module}.{function}"):
@@ -123,7 +114,7 @@ def execute(tools: Sequence[Tool], call: Call, *, seconds: float = SECONDS) -> R
     tool = next((tool for tool in tools if tool.name == call.name), None)
     if tool is None:
         return Result(f"there is no function {call.name!r}", failed=True)
-    resolve(tool.callable)  # also of a tool that no file was read for
+    pure_function(tool.callable)  # also of a tool that no file was read for
     schema = gates.checked_schema(tool.described)
     wrong = jsonschema.Draft202012Validator(schema).iter_errors(call.arguments)
     if error := jsonschema.exceptions.best_match(wrong):
@@ -132,10 +123,6 @@ def execute(tools: Sequence[Tool], call: Call, *, seconds: float = SECONDS) -> R
     ordered = {name: call.arguments[name] for name in dict.fromkeys([*places, *call.arguments])}
     request = json.dumps([*tool.callable.split(":"), ordered])
     outcome = sandbox.run_code(PROGRAM.format(request=request), seconds=seconds, memory_bytes=MEMORY_BYTES)
-    return _result(outcome, seconds)
-
-
-def _result(outcome: sandbox.Outcome, seconds: float) -> Result:
     text = outcome.stdout.strip()
     if outcome.status == "finished":
         return Result(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "...")
@@ -144,7 +131,7 @@ def _result(outcome: sandbox.Outcome, seconds: float) -> Result:
     return Result(ends.get(outcome.status, "the process was ended"), failed=True)
 
 
-def shown(call: Call) -> str:
+def shown_call(call: Call) -> str:
     """`math.comb(n=5, k=2)`."""
     arguments = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items())
     return f"{call.name}({arguments})"

@@ -1,9 +1,9 @@
-"""Predicted memory of a fine-tuning step: what `finetune` holds at its peak, part by part, before anything is run.
+"""Predicted memory of a fine-tuning step: what is held at its peak, part by part, before anything is run.
 
 For one packed row of T tokens, examples of t tokens, hidden width h, MLP width m, query width q, key width k, n heads,
 rank r, in bytes:
 
-- weights: `storage`'s bytes of the base format, plus 2 a linear weight when a 4-bit base is held decoded;
+- weights: `sizes`' bytes of the base format, plus 2 a linear weight when a 4-bit base is held decoded;
 - adapters: 4 (float32) + 4 (gradient) + 2 (bf16 copy) a number, and the optimizer's 8 (AdamW) or 2 (8-bit AdamW);
 - activations of one block, kept for the backward pass: two norms' float32 inputs 8 h + 8, inputs of the adapters
   2 (2 h + q + m), query, key and value 2 q + 4 k, gate, up and their product's factor 6 m, the adapters' inner values
@@ -11,11 +11,10 @@ rank r, in bytes:
 - with recomputation, one block's activations and 2 h for each other block's input;
 - the backward pass's own: gradients of the widest place, 3 x 2 m T;
 - loss: the final norm and the hidden states; one buffer of bf16 logits where they come in chunks (`kernels`), or 12 a
-  token and word where they come at once: a log-softmax in float32 4, its gradient before and after it 4 + 4.
+  token and entry where they come at once: a log-softmax in float32 4, its gradient before and after it 4 + 4.
 
-Activations are what autograd keeps, term by term, and the sum is what a profiler sees a CPU step allocate, within 20 %;
-both are tested. What it does not do: allocator fragmentation, the CUDA context, or workspaces of libraries: on a GPU
-leave a margin, on a CPU add the runtime.
+The sum is what a profiler sees a CPU step allocate, within 20 %. Not counted: fragmentation, the CUDA context,
+workspaces of libraries: on a GPU leave a margin, on a CPU add the runtime.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ def predict_memory(shape: Shape, step: Step) -> dict[str, int]:
     stored = sizes.BF16 if step.method == "bf16" else sizes.of_method(step.method, {"double_quantization": True})
     block = step.tokens * block_activation_bytes(shape, step)
     kept = block + 2 * shape.hidden * step.tokens * (shape.layers - 1) if step.recompute else block * shape.layers
-    logits = _logit_buffer_bytes(shape, step) if step.chunked_loss else 12 * shape.vocab * step.tokens
+    chunk = loss_chunks.tokens_in_chunk("cuda" if step.on_gpu else "cpu", 2 * shape.vocab)
+    logits = 2 * shape.vocab * min(step.tokens, chunk) if step.chunked_loss else 12 * shape.vocab * step.tokens
     return {
         "weights": sizes.predict_artifact_bytes(shape, stored) + (dense if step.decoded else 0),
         "adapters": trained * (10 + step.optimizer_bytes),
@@ -68,12 +68,6 @@ def block_activation_bytes(shape: Shape, step: Step) -> int:
     attention = 2 * q + 4 * shape.heads if step.on_gpu else 2 * shape.heads * step.example_tokens
     inputs = 2 * (2 * h + q + m)
     return 8 * h + 8 + inputs + 2 * q + 4 * k + attention + 6 * m + 14 * step.rank
-
-
-def _logit_buffer_bytes(shape: Shape, step: Step) -> int:
-    room, fewest = loss_chunks.LOGIT_BYTES["cuda" if step.on_gpu else "cpu"], loss_chunks.FEWEST_TOKENS
-    chunk = max(fewest, room // (2 * shape.vocab) // fewest * fewest)
-    return 2 * shape.vocab * min(step.tokens, chunk)
 
 
 # Sizes from the models' published configurations.

@@ -9,28 +9,23 @@ import warnings
 
 import pytest
 
-from avalab import cli
 from avalab.cli import compress, options
 from avalab.data import drafts
 from avalab.lab import run as lab_run
 from avalab.measure import answers
-from avalab.train import distill
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
-    from avalab import (
-        conversation,
-        engines,
-        ensemble,
-        models,
-        qat,
-        quantize,
-        saliency,
-        sparsity_patterns,
-    )
+    from avalab import engines
+    from avalab.compress import patterns, quantize, saliency
     from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
+    from avalab.models import checkpoint
+    from avalab.serve import chat, ensemble
+    from avalab.train import distill, qat
 
 ROOT = lab_run.ROOT
+CHATS = ROOT / "data" / "synthetic_datasets" / "instruction.jsonl"  # the smallest of the lab's own files
+FINETUNE = ["finetune", "--out", "x", "--profile", "smoke"]
 
 
 @pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("64MiB", 67_108_864), ("1.5kB", 1500), ("7", 7)])
@@ -44,21 +39,13 @@ def test_what_is_no_size_is_refused_with_an_example(size):
         compress.byte_count(size)
 
 
-def avalab(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `avalab ARGUMENTS`."""
-    monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return (stopped.value.code or 0, *capsys.readouterr())
-
-
-def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, capsys):
+def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
     out = tmp_path / "small"
-    code, text, _ = avalab(["quantize", "--method", "nf4", "--profile", "smoke", "--out", out], monkeypatch, capsys)
+    code, text, _ = avalab("quantize", "--method", "nf4", "--profile", "smoke", "--out", out)
     assert code == 0
     assert "smaller than tiny-llama" in text
-    code, text, _ = avalab(["show", out], monkeypatch, capsys)
+    code, text, _ = avalab("show", out)
     assert code == 0
     assert "bitsandbytes" in text
     assert "embedding" in text
@@ -81,18 +68,18 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, capsys):
         (["prune", "--out", "x", "--method", "wanda", "--sparsity", "1", "--profile", "smoke"], "[0, 1)"),
         (["export", "nothing/here", "--to", "onnx", "--out", "x"], "no artefact at"),
         (["finetune", "--out", "x", "--method", "full"], "choose lora or qlora"),
-        (["finetune", "--out", "x", "--profile", "smoke", "--target-modules", "experts"], "matches no linear layer"),
-        (["finetune", "--out", "x", "--profile", "smoke", "--row-tokens", "8"], "no example fits into a row"),
+        ([*FINETUNE, "--data", CHATS, "--target-modules", "experts"], "matches no linear layer"),
+        ([*FINETUNE, "--data", CHATS, "--row-tokens", "8"], "no example fits into a row"),
         (["finetune", "--out", "x", "--data", "nothing/here"], "nothing/here"),
-        (["finetune", "--out", "x", "--profile", "smoke", "--rank", "0"], "rank is 0"),
+        ([*FINETUNE, "--rank", "0"], "rank is 0"),
         (["finetune", "--out", "tests", "--profile", "smoke"], "is not an artefact; name a new folder"),
         (["eval", "nothing/here"], "no artefact at"),
         (["chat", "nothing/here"], "no artefact at"),
         (["chat", "nothing/here", "--tools", "LICENSE"], "LICENSE is not JSON"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, monkeypatch, capsys):
-    code, _, error = avalab(arguments, monkeypatch, capsys)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, avalab):
+    code, _, error = avalab(*arguments)
     assert code == 2
     assert says in error
     assert error.count("\n") == 1
@@ -152,15 +139,15 @@ def test_help_and_refusals_that_need_no_model_import_neither_torch_nor_transform
 def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert set(options.METHODS) == quantize.METHODS.keys()
     assert set(options.SCORES) == saliency.SCORES.keys()
-    assert set(options.PATTERNS) == sparsity_patterns.PATTERNS.keys()
+    assert set(options.PATTERNS) == patterns.PATTERNS.keys()
     assert set(options.ENGINES) == engines.ENGINES.keys()
     assert set(options.CALL_MODES) == answers.MODES.keys()
-    assert options.CHAT_MODES == conversation.MODES
+    assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
     assert options.TRAINED == qat.KINDS
     assert set(options.TARGETS) == set(distill.TEACHERS)
     assert set(options.KINDS) == drafts.KINDS.keys()
-    assert options.EMBEDDED == models.EMBEDDED
+    assert options.EMBEDDED == checkpoint.EMBEDDED
 
 
 def test_weights_that_an_export_takes_are_those_of_its_engine():
@@ -174,29 +161,29 @@ def test_weights_that_an_export_takes_are_those_of_its_engine():
     assert set(compress.PRECISIONS) == tensorrt.PRECISIONS.keys()
 
 
-def test_examples_are_made_and_counted(tmp_path, monkeypatch, capsys):
+def test_examples_are_made_and_counted(tmp_path, avalab):
     arguments = ["synthesize", "--count", "8", "--kinds", "single_call", "--overlap", "none", "--out", tmp_path]
-    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(*arguments)
     assert code == 0
     assert text.split()[:2] == ["accepted", "8"]
     assert "single_call.jsonl: 8 examples" in text
     assert "compared with no evaluation set" in text
 
 
-def test_a_model_is_tuned_on_a_file_of_chats_and_merged(tmp_path, monkeypatch, capsys):
+def test_a_model_is_tuned_on_a_file_of_chats_and_merged(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
     line = {"kind": "instruction", "tools": [], "calls": []}
     chats = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(12)]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(line | {"messages": chat}) + "\n" for chat in chats))
     arguments = ["finetune", "--profile", "smoke", "--data", data, "--out", tmp_path / "tuned", "--rank", "2"]
-    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(*arguments)
     assert code == 0
     assert "0 of 12 examples exceed" in text
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
     examples, rehearsed = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens of|of rehearsal)", text))
     assert rehearsed == int(0.25 * examples)
-    code, text, _ = avalab([*arguments[:-4], "--out", tmp_path / "bare", "--rehearsal", "0"], monkeypatch, capsys)
+    code, text, _ = avalab(*arguments[:-4], "--out", tmp_path / "bare", "--rehearsal", "0")
     assert code == 0
     assert " 0 of rehearsal" in text
     recipes = [json.loads((tmp_path / name / "card.json").read_text())["recipe"] for name in ("tuned", "bare")]
@@ -209,9 +196,9 @@ def tiny(base):
     return base.path
 
 
-def test_an_artefact_is_asked_and_its_errors_and_speed_are_recorded(tiny, monkeypatch, capsys):
+def test_an_artefact_is_asked_and_its_errors_and_speed_are_recorded(tiny, avalab):
     arguments = ["eval", tiny, "--tasks", "bfcl,humaneval", "--profile", "smoke", "--limit", "2", "--json"]
-    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(*arguments)
     assert code == 0
     records = {record["metric"]: record for record in json.loads(text)}
     assert records["call_accuracy_grammar:toolbox_multiple"]["n"] == 2
@@ -219,27 +206,27 @@ def test_an_artefact_is_asked_and_its_errors_and_speed_are_recorded(tiny, monkey
     assert {"irrelevance_accuracy:toolbox_irrelevance", "pass_at_1"} <= records.keys()
 
 
-def test_an_artefact_is_not_distinguishable_from_itself(tiny, monkeypatch, capsys):
-    code, text, _ = avalab(["compare", tiny, tiny, "--profile", "smoke", "--limit", "2"], monkeypatch, capsys)
+def test_an_artefact_is_not_distinguishable_from_itself(tiny, avalab):
+    code, text, _ = avalab("compare", tiny, tiny, "--profile", "smoke", "--limit", "2")
     assert code == 0
     assert text.splitlines()[-1].startswith("all")
     assert all("not distinguishable: 0 of" in line for line in text.splitlines())
 
 
-def test_a_chat_in_the_terminal_answers_and_ends_with_quit(tiny, tmp_path, monkeypatch, capsys):
+def test_a_chat_in_the_terminal_answers_and_ends_with_quit(tiny, tmp_path, monkeypatch, avalab):
     tool = {"name": "ways", "description": "Ways to choose.", "callable": "math:comb"}
     tool["parameters"] = {"type": "object", "properties": {"n": {"type": "integer"}, "k": {"type": "integer"}}}
     (tmp_path / "tools.json").write_text(json.dumps([tool]))
     monkeypatch.setattr("sys.stdin", io.StringIO("How many ways are there to choose 2 of 5?\n/quit\n"))
-    code, text, _ = avalab(["chat", tiny, "--tools", tmp_path / "tools.json"], monkeypatch, capsys)
+    code, text, _ = avalab("chat", tiny, "--tools", tmp_path / "tools.json")
     assert code == 0
     assert "with ways. /quit or Ctrl-D ends." in text
 
 
-def test_a_model_is_pruned_scored_and_timed(tmp_path, monkeypatch, capsys):
+def test_a_model_is_pruned_scored_and_timed(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
     arguments = ["prune", "--method", "magnitude", "--profile", "smoke", "--out", tmp_path / "sparse", "--benchmark"]
-    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(*arguments)
     assert code == 0
     assert "50.0% of the linear weights gone" in text
     assert "in the compressed layout" in text
@@ -247,31 +234,21 @@ def test_a_model_is_pruned_scored_and_timed(tmp_path, monkeypatch, capsys):
     assert "times the best dense one's time" in text
 
 
-def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkeypatch, capsys):
+def test_a_pruned_model_without_a_folder_is_named_by_its_recipe(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
-    arguments = [
-        "prune",
-        "--model",
-        "data/tiny-llama",
-        "--profile",
-        "smoke",
-        "--method",
-        "magnitude",
-        "--pattern",
-        "2:4",
-    ]
-    code, _, _ = avalab([*arguments, "--target-modules", "mlp", "--target-modules", "q_proj"], monkeypatch, capsys)
+    recipe = ("--method", "magnitude", "--pattern", "2:4", "--target-modules", "mlp", "--target-modules", "q_proj")
+    code, _, _ = avalab("prune", "--model", "data/tiny-llama", "--profile", "smoke", *recipe)
     assert code == 0
     assert len(list(tmp_path.glob("tiny-llama+magnitude-2of4-only16.*"))) == 1
 
 
-def test_an_artefact_is_exported_by_its_formats_row_in_the_table(tmp_path, monkeypatch, capsys):
+def test_an_artefact_is_exported_by_its_formats_row_in_the_table(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
-    base = models.base(lab_run.Run("t", "smoke"))
+    base = checkpoint.base_artifact(lab_run.Run("t", "smoke"))
     row = compress.Exporter("{0.name} to {1.name} as {2}".format, ("packed",))
     monkeypatch.setitem(compress.EXPORTERS, "other", row)
     arguments = ["export", base.path, "--to", "other", "--out", tmp_path / "there", "--weights", "packed"]
-    assert avalab(arguments, monkeypatch, capsys)[:2] == (0, "tiny-llama to there as packed\n")
-    code, _, error = avalab(["export", base.path, "--to", "rtf", "--out", "x"], monkeypatch, capsys)
+    assert avalab(*arguments)[:2] == (0, "tiny-llama to there as packed\n")
+    code, _, error = avalab("export", base.path, "--to", "rtf", "--out", "x")
     assert code == 2
     assert "unknown format 'rtf'; choose one of onnx" in error

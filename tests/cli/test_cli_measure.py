@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
-from avalab import cli
 from avalab.cli import measure
 from avalab.engines.engine import Engine, Facts
 from avalab.lab.run import Run
@@ -18,14 +17,6 @@ from avalab.models import checkpoint
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "artifacts_dir", tmp_path / "artifacts")
     return checkpoint.base_artifact(Run("x", "smoke")).path
-
-
-def avalab(arguments, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `avalab ARGUMENTS`."""
-    monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return (stopped.value.code or 0, *capsys.readouterr())
 
 
 def test_every_ratio_below_one_is_better_and_above_it_worse():
@@ -70,9 +61,9 @@ def test_one_new_token_is_too_few_to_time():
         measure.paired_timings(engine, engine, sizes=(4, 1), rounds=2, seed=0)
 
 
-def test_a_model_takes_as_long_as_itself(tiny, monkeypatch, capsys):
+def test_a_model_takes_as_long_as_itself(tiny, avalab):
     arguments = ["compare", tiny, tiny, "--task", "speed", "--profile", "smoke", "--limit", "7", "--threads", "1"]
-    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(*arguments)
     assert code == 0
     first, further = text.splitlines()
     assert first.startswith("time to first token, torch")
@@ -80,9 +71,9 @@ def test_a_model_takes_as_long_as_itself(tiny, monkeypatch, capsys):
     assert all("of the other's time, 7 rounds" in line for line in (first, further))
 
 
-def test_text_compares_the_loss_on_the_same_windows(tiny, monkeypatch, capsys):
+def test_text_compares_the_loss_on_the_same_windows(tiny, avalab):
     arguments = ["compare", tiny, tiny, "--task", "text", "--profile", "smoke", "--limit", "2"]
-    code, text, _ = avalab(arguments, monkeypatch, capsys)
+    code, text, _ = avalab(*arguments)
     assert code == 0
     assert all("not distinguishable: +0.0000" in line for line in text.splitlines())
 
@@ -95,7 +86,7 @@ def test_text_compares_the_loss_on_the_same_windows(tiny, monkeypatch, capsys):
         (["--task", "speed", "--engine", "llamacpp"], "llamacpp cannot load tiny-llama"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tiny, arguments, says, monkeypatch, capsys):
-    code, _, error = avalab(["compare", tiny, tiny, "--profile", "smoke", *arguments], monkeypatch, capsys)
+def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tiny, arguments, says, avalab):
+    code, _, error = avalab("compare", tiny, tiny, "--profile", "smoke", *arguments)
     assert (code, len(error.splitlines())) == (2, 1)
     assert says in error

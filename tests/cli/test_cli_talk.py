@@ -5,12 +5,12 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import cli
 from avalab.compress import quantize
-from avalab.data import corpora
 from avalab.lab import artifacts
 from avalab.lab.run import Run
 from avalab.models import checkpoint
+
+pytestmark = pytest.mark.usefixtures("few_docstrings")  # all of them take seconds to compare
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +23,11 @@ def folders(run, base):
 
 
 @pytest.fixture
-def answer(monkeypatch, capsys, tmp_path):
+def answer(monkeypatch, avalab, tmp_path):
     """Exit code, standard output and standard error of `avalab ensemble ARGUMENTS`."""
-    few = corpora.standard_library_docstrings()[:300]  # all of them take seconds to compare
-    monkeypatch.setattr(corpora, "standard_library_docstrings", lambda: few)
     monkeypatch.setattr(Run, "artifacts_dir", tmp_path)
-
-    def asked(*arguments):
-        how = ["--prompt", "What is a list?", "--profile", "smoke", "--max-new-tokens", "8"]
-        monkeypatch.setattr("sys.argv", ["avalab", "ensemble", *map(str, [*arguments, *how])])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return (stopped.value.code or 0, *capsys.readouterr())
-
-    return asked
+    asked = ("--prompt", "What is a list?", "--profile", "smoke", "--max-new-tokens", "8")
+    return lambda *arguments: avalab("ensemble", *arguments, *asked)
 
 
 @pytest.mark.parametrize("method", ["mean", "logits", "weighted", "vote"])

@@ -8,8 +8,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab import cli
-from avalab.data import corpora
 from avalab.lab import artifacts
 from avalab.lab import run as lab_run
 from avalab.models import checkpoint
@@ -17,22 +15,15 @@ from avalab.models import checkpoint
 TINY = lab_run.ROOT / "data" / "tiny-llama"
 SMALL = ["--profile", "smoke", "--rank", "2", "--tokens", "300", "--row-tokens", "128"]
 
+pytestmark = pytest.mark.usefixtures("few_docstrings")  # all of them take seconds to compare
+
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, avalab, tmp_path):
     """Exit code, standard output and standard error of `avalab distill ARGUMENTS`."""
-    few = corpora.standard_library_docstrings()[:300]  # all of them take seconds to compare
-    monkeypatch.setattr(corpora, "standard_library_docstrings", lambda: few)
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path)
     monkeypatch.setattr(lab_run, "ROOT", tmp_path)
-
-    def answer(*arguments, command="distill"):
-        monkeypatch.setattr("sys.argv", ["avalab", command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return (stopped.value.code or 0, *capsys.readouterr())
-
-    return answer
+    return lambda *arguments, command="distill": avalab(command, *arguments)
 
 
 @pytest.fixture

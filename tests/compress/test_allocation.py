@@ -48,7 +48,7 @@ def test_the_cheapest_allocation_under_a_budget_beats_every_other_one(seed: int,
 def test_a_larger_budget_never_costs_more():
     options = random_options(3, tensors=12, formats=6)
     smallest = sum(min(o.bytes for o in row) for row in options.values())
-    costs = [a.cost for a in allocation.curve(options, range(smallest, smallest * 6, smallest // 2))]
+    costs = [allocation.allocate(options, size).cost for size in range(smallest, smallest * 6, smallest // 2)]
     assert costs == sorted(costs, reverse=True)
 
 

@@ -7,57 +7,26 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from avalab.models.checkpoint.predict import Reference
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from avalab import engines
 from avalab.compress import ava, ava_targets, quantize, rounding, sensitivity
-from avalab.compress.allocation import Allocation
 from avalab.compress.libraries import Job
-from avalab.data import corpora
+from avalab.engines import gguf as gguf_file
 from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with folders of its own, whose calibration text is read once."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder))
-        run = Run("test_ava", "smoke")
-        samples = corpora.calibration_windows(run, checkpoint.load_tokenizer(checkpoint.base_artifact(run)))
-        patch.setattr(corpora, "calibration_windows", lambda *arguments: samples)
-        yield run
-
-
-@pytest.fixture(scope="module")
-def base(run) -> Artifact:
-    return checkpoint.base_artifact(run)
-
-
-@pytest.fixture(scope="module")
-def calibration(run) -> torch.Tensor:
-    return corpora.calibration_windows(run, None)
-
-
-@pytest.fixture(scope="module")
-def against(run, base) -> Reference:
-    tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
-    return predict.make_reference(base, windows, run.artifacts_dir / "cache")
+from avalab.models.predict import Reference
 
 
 @pytest.fixture(scope="module")
 def plain(base) -> Artifact:
-    return gguf.write(base, "q4_0")
+    return gguf_file.write(base, "q4_0")
 
 
 @pytest.fixture(scope="module")
-def made(run, base, plain) -> Artifact:
+def made(run, base, plain, calibration) -> Artifact:
     """Our file with the bytes of the plain one."""
     return quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="gguf")
 
@@ -266,8 +235,8 @@ def test_expected_increases_rank_formats_as_measured_ones_do(base, calibration, 
         for option in row:
             if option.format in ("w2g128", "w3g64") and ".layers.1." in name:
                 model = checkpoint.load_model(base)
-                alone = Allocation({name: option})
-                ava.round_model(model, calibration, alone, target=ava_targets.TARGETS["transformers"], tables={})
+                round_to = ava_targets.TARGETS["transformers"].round
+                rounding.round_model(model, calibration, {name: option.format}, round_to, tables={})
                 expected.append(option.cost)
                 measured.append(kl(model, against))
     ranks = torch.tensor([expected, measured]).argsort(1).argsort(1).float()
@@ -306,6 +275,6 @@ def test_groups_that_do_not_divide_are_named_in_the_notes(base):
 
 
 def test_damped_moments_are_counted_in_the_notes(base, calibration, monkeypatch):
-    monkeypatch.setattr(rounding, "round_layers", lambda *arguments: ({}, 2))
+    monkeypatch.setattr(rounding, "round_model", lambda *arguments, **options: ({}, 2))
     note = ava.compress_model(job_of(base.path, calibration, bytes=600_000)).measured["note"]
     assert note == "2 second moments were singular and got more damping"

@@ -59,12 +59,12 @@ def test_a_two_of_four_pattern_by_hand():
 
 @pytest.mark.parametrize(("count", "expected"), [(1536, 64), (576, 64), (384, 64), (128, 32), (9, 1), (8192, 64)])
 def test_channels_shrink_in_steps_that_divide_them(count, expected):
-    assert patterns.step(count) == expected
+    assert patterns.step_size(count) == expected
 
 
 @pytest.mark.parametrize(("hidden", "heads", "expected"), [(576, 9, 144), (128, 4, 32), (2048, 32, 64)])
 def test_hidden_channels_stay_a_multiple_of_the_heads(hidden, heads, expected):
-    assert patterns.step(hidden, of_heads=heads) == expected
+    assert patterns.step_size(hidden, of_heads=heads) == expected
 
 
 def test_structures_are_rounded_to_the_step():
@@ -115,10 +115,6 @@ def counts(sparsity: float, minds: dict[str, float]) -> dict[str, int]:
         score=lambda name: known[name].weight.detach().abs(),
         squared_gradient=lambda name: torch.full_like(known[name].weight, minds[name]),
     )
-
-
-def test_uniform_layers_lose_the_same_share():
-    assert patterns.uniform_counts(layers(), 0.25) == {"a": 512, "b": 768}
 
 
 def test_the_total_is_exact_whatever_the_levels():

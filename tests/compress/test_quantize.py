@@ -7,7 +7,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from avalab.compress import quantize
-from avalab.data import corpora
 from avalab.kernels import formats
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -22,23 +21,7 @@ KEPT = ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.down_proj"]
 
 
 @pytest.fixture(scope="module")
-def run(run):
-    """A run whose calibration text is read once."""
-    samples = corpora.calibration_windows(run, checkpoint.load_tokenizer(checkpoint.base_artifact(run)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "calibration_windows", lambda *arguments: samples)
-        yield run
-
-
-@pytest.fixture(scope="module")
-def against(run, base):
-    tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
-    return predict.make_reference(base, windows, run.artifacts_dir / "cache")
-
-
-@pytest.fixture(scope="module")
-def made(run, base) -> dict[str, Artifact]:
+def made(run, base, calibration) -> dict[str, Artifact]:
     """Every method's artefact with its default parameters."""
     return {method: quantize.compress_artifact(base, method, run=run) for method in ALL}
 

@@ -23,7 +23,7 @@ def correlated(columns: int = 64, rows: int = 24, *, seed: int = 0) -> tuple[tor
 def plain(weight: torch.Tensor, grid: Grid) -> formats.Rounded:
     """Round to nearest between the extremes, as a method without calibration does."""
     groups = weight.unflatten(1, (-1, grid.group_size))
-    scales, zeros = rounding._range_to_grid(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), grid)
+    scales, zeros = rounding.grid_of_range(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), grid)
     codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(grid.low, grid.high).flatten(1)
     return formats.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
 
@@ -79,9 +79,8 @@ def test_each_step_of_the_repair_never_raises_the_error():
 def test_without_correlation_compensation_is_rounding_to_nearest():
     weight, _ = correlated()
     grid, posed = Grid(4, 32), rounding.problem(torch.eye(64))
-    scales, zeros = rounding.search(weight, posed.column_cost, grid)
     found = rounding.round_weight(weight, posed, grid, repairs=0).decode(torch.float32)
-    torch.testing.assert_close(found, rounding.nearest(weight, grid, scales, zeros), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, rounding.nearest(weight, posed.column_cost, grid), atol=1e-6, rtol=1e-6)
 
 
 def test_weights_on_the_grid_come_back_exactly():

@@ -6,7 +6,6 @@ from transformers import PreTrainedModel
 
 from avalab.compress import sensitivity
 from avalab.compress.allocation import Option
-from avalab.data import corpora
 from avalab.kernels import formats
 from avalab.models import checkpoint, predict
 
@@ -22,14 +21,6 @@ FORMAT = formats.FORMATS["int4-g64"]
 @pytest.fixture(scope="module")
 def model(run) -> PreTrainedModel:
     return checkpoint.load_model(checkpoint.base_artifact(run))
-
-
-@pytest.fixture(scope="module")
-def against(run):
-    base = checkpoint.base_artifact(run)
-    tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=3, tokens=48)
-    return predict.make_reference(base, windows, run.artifacts_dir / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -100,12 +100,6 @@ def test_bits_per_weight_count_the_scales(name, bits):
     assert ALL[name].bits_per_weight == bits
 
 
-def test_the_bits_of_a_shape_count_short_groups_of_scales_the_mean_and_scales_of_rows():
-    """3 x 128 weights: 6 scales of 8 bits, one group of them and a mean; int8 keeps 3 float32 scales."""
-    assert FORMATS["nf4-dq"].stored_bits(3, 128) == 3 * 128 * 4 + 6 * 8 + 32 + 32
-    assert encode(normal(3, 128), FORMATS["int8"]).bits_per_weight == 8 + 32 / 128
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_a_format_is_called_by_its_own_name(name):
     assert ALL[name].name == name

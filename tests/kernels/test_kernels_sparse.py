@@ -1,4 +1,4 @@
-"""Losses from a few words of the teacher: pencil, oracles (the dense losses), unbiased tails, memory, refusals."""
+"""Losses from a few entries of the teacher: pencil, oracles (the dense losses), unbiased tails, memory, refusals."""
 
 import subprocess
 import sys
@@ -18,14 +18,15 @@ TOKENS, WIDTH, VOCAB = 2048, 576, 49_152
 MEMORY = f"""
 import gc, torch
 from avalab import kernels
-from avalab.measure.kernel_bench import _resident_peak
+from avalab.lab import trackers
 generator = torch.Generator().manual_seed(0)
 def peak(tokens, arm):
     hidden = torch.randn(tokens, {WIDTH}, generator=generator).bfloat16().requires_grad_()
     head = torch.randn({VOCAB}, {WIDTH}, generator=generator).mul_(0.05).bfloat16()
     shares, ids = torch.rand(tokens, 24, generator=generator).softmax(-1).topk(24)
     gc.collect()
-    before = _resident_peak(reset=True)
+    trackers.reset_peak_memory("cpu")
+    before = trackers.process_memory()["peak"]
     if arm == "sparse":
         loss = kernels.linear_sparse(hidden, head, ids, shares)
     elif arm == "online":
@@ -33,7 +34,7 @@ def peak(tokens, arm):
     else:
         loss = -(shares * (hidden @ head.T).float().log_softmax(-1).gather(1, ids)).sum(1).mean()
     loss.backward()
-    return _resident_peak() - before
+    return trackers.process_memory()["peak"] - before
 peak(32, "sparse"), peak(32, "online")
 print(*(peak({TOKENS}, arm) for arm in ("sparse", "online", "dense")))
 """
@@ -52,7 +53,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(loss_chunks, "WIDE_VALUES", 2 * 67)
 
 
-def test_one_known_word_of_three_and_a_tail_make_a_coin():
+def test_one_known_entry_of_three_and_a_tail_make_a_coin():
     """q = 1/2, 1/4, 1/4; the teacher says 3/4 for the first: -(3/4 ln 1/2 + 1/4 ln 1/2) = ln 2."""
     hidden = torch.tensor([[log(2), 0.0, 0.0]], dtype=torch.float64)
     ids, weights = torch.tensor([[0]]), torch.tensor([[0.75]], dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_gradients_agree_with_finite_differences(tail, small_chunks):
     assert torch.autograd.gradcheck(lambda h, w: kernels.linear_sparse(h, w, ids, weights, tail=tail), (hidden, head))
 
 
-def test_all_words_known_is_the_dense_divergence_plus_the_teachers_entropy():
+def test_all_entries_known_is_the_dense_divergence_plus_the_teachers_entropy():
     hidden, head, p, *_ = inputs()
     ids = torch.arange(67).expand(21, 67)
     entropy = -(p * p.log()).sum(-1).mean()
@@ -97,7 +98,7 @@ def test_all_words_known_is_the_dense_divergence_plus_the_teachers_entropy():
         torch.testing.assert_close(sparse, dense + entropy)
 
 
-def test_the_gradient_of_a_tail_vanishes_where_the_student_is_right_about_the_known_words():
+def test_the_gradient_of_a_tail_vanishes_where_the_student_is_right_about_the_known_entries():
     _, _, p, ids, weights = inputs()
     hidden = p.log().requires_grad_()
     loss = kernels.linear_sparse(hidden, torch.eye(67, dtype=torch.float64), ids, weights, tail=True)
@@ -133,7 +134,7 @@ def test_the_peak_of_memory_is_below_three_tenths_of_the_dense_loss_with_either_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": torch.full((21, 5), 67)}, "targets run from 67 to 67; the vocabulary has 67 words"),
+        ({"ids": torch.full((21, 5), 67)}, "targets run from 67 to 67; the vocabulary has 67 entries"),
         ({"ids": torch.zeros(20, 5, dtype=torch.long)}, r"shapes \(20, 5\) and \(21, 5\) do not fit 21 hidden states"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be positive"),
     ],

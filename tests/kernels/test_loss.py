@@ -22,14 +22,14 @@ def inputs(tokens=21, vocab=67, width=8, dtype=torch.float64, seed=0):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """16 tokens a chunk or 10 words a panel, two rows widened at a time, four words of the head's gradient."""
+    """16 tokens a chunk or 10 entries a panel, two rows widened at a time, four entries of the head's gradient."""
     monkeypatch.setitem(loss_chunks.LOGIT_BYTES, "cpu", 1)
     monkeypatch.setattr(loss_chunks, "WIDE_VALUES", 2 * 67)
     monkeypatch.setattr(loss_chunks, "PANEL_VALUES", 4 * 8)
-    monkeypatch.setattr(loss_trained_head, "FEWEST_WORDS", 10)
+    monkeypatch.setattr(loss_trained_head, "FEWEST_ENTRIES", 10)
 
 
-def test_cross_entropy_of_two_words_with_odds_of_three_to_one_is_log_four_thirds():
+def test_cross_entropy_of_two_entries_with_odds_of_three_to_one_is_log_four_thirds():
     """Logits (ln 3, 0): p = 3/4, 1/4; the loss of the first word is ln(4/3)."""
     hidden = torch.tensor([[log(3), 0.0]], dtype=torch.float64)
     assert kernels.linear_cross_entropy(hidden, EYE, torch.tensor([0])).item() == pytest.approx(log(4 / 3))
@@ -115,7 +115,7 @@ def test_kl_of_a_model_from_itself_is_zero_and_so_is_its_gradient():
         assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(value, (hidden, head)))
 
 
-def test_a_word_that_the_teacher_excludes_adds_nothing_to_forward_kl():
+def test_an_entry_that_the_teacher_excludes_adds_nothing_to_forward_kl():
     hidden, head, _ = inputs()
     teacher = torch.zeros(21, 67, dtype=torch.float64)
     teacher[:, 5:] = float("-inf")
@@ -212,30 +212,30 @@ def test_no_tensor_is_larger_than_a_quarter_of_the_logits(small_chunks):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_panels_of_words_in_which_the_teacher_excludes_everything_add_nothing(reverse, small_chunks):
+def test_panels_of_the_vocabulary_in_which_the_teacher_excludes_everything_add_nothing(reverse, small_chunks):
     hidden, head, _ = inputs(40)
     teacher = torch.randn(40, 67, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     if not reverse:
         teacher[:, 20:] = float("-inf")
     ours = kernels.linear_kl(hidden, head, teacher, reverse=reverse)
-    theirs = loss.kl_reference(hidden, head, lambda part: teacher[part], reverse=reverse)
+    theirs = loss.kl_reference(hidden, head, teacher, reverse=reverse)
     both = (hidden, head)
     torch.testing.assert_close(torch.autograd.grad(ours, both), torch.autograd.grad(theirs, both))
     torch.testing.assert_close(ours, theirs)
 
 
-@given(tokens=st.integers(1, 40), vocab=st.integers(2, 70), reverse=st.booleans(), words=st.integers(1, 80))
+@given(tokens=st.integers(1, 40), vocab=st.integers(2, 70), reverse=st.booleans(), entries=st.integers(1, 80))
 @settings(max_examples=25, deadline=None)
-def test_panels_of_any_number_of_words_agree_with_the_reference(tokens, vocab, reverse, words):
+def test_panels_of_any_number_of_entries_agree_with_the_reference(tokens, vocab, reverse, entries):
     hidden, head, targets = inputs(tokens, vocab)
     teacher = torch.randn(tokens, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_trained_head, "FEWEST_WORDS", words)
+        patch.setattr(loss_trained_head, "FEWEST_ENTRIES", entries)
         patch.setitem(loss_chunks.LOGIT_BYTES, "cpu", 1)
         ours = [loss_trained_head.cross_entropy(hidden, head, targets, label_smoothing=0.1, temperature=0.7)]
-        ours += [loss_trained_head.kl(hidden, head, lambda t, w: teacher[t, w], reverse=reverse, temperature=0.7)]
+        ours += [loss_trained_head.kl(hidden, head, teacher, reverse=reverse, temperature=0.7)]
     theirs = [loss.cross_entropy_reference(hidden, head, targets, label_smoothing=0.1, temperature=0.7)]
-    theirs += [loss.kl_reference(hidden, head, lambda t: teacher[t], reverse=reverse, temperature=0.7)]
+    theirs += [loss.kl_reference(hidden, head, teacher, reverse=reverse, temperature=0.7)]
     both = (hidden, head)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
@@ -261,7 +261,7 @@ def test_the_switch_runs_the_reference(monkeypatch):
     [
         ({"weight": torch.ones(67, 9, dtype=torch.float64)}, "width 8 do not match a head of width 9"),
         ({"weight": torch.ones(67, 8)}, r"hidden states are torch.float64, the head torch.float32"),
-        ({"targets": torch.full((21,), 67)}, "targets run from 67 to 67; the vocabulary has 67 words"),
+        ({"targets": torch.full((21,), 67)}, "targets run from 67 to 67; the vocabulary has 67 entries"),
         ({"targets": torch.zeros(20, dtype=torch.long)}, "21 hidden states, but targets or a mask for 20"),
         ({"label_smoothing": 1.0}, r"label smoothing is 1.0; it must be in \[0, 1\)"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
@@ -277,7 +277,7 @@ def test_bad_input_is_refused_with_the_value_got(change, message):
 
 def test_a_teacher_of_another_vocabulary_is_refused():
     hidden, head, _ = inputs()
-    with pytest.raises(ValueError, match="the teacher has 21 rows of 60 words, the student 21 of 67"):
+    with pytest.raises(ValueError, match="the teacher has 21 rows of 60 vocabulary entries, the student 21 of 67"):
         unchecked(kernels.linear_kl)(hidden, head, torch.zeros(21, 60))
 
 

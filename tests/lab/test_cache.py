@@ -85,3 +85,15 @@ def test_the_time_of_answers_is_kept_with_them_and_unknown_for_lines_without_one
     assert cache.seconds_of_lines(path, list("abd")) is None
     path.write_text(json.dumps({"key": "a", "text": "of an older version"}) + "\n")
     assert cache.seconds_of_lines(path, ["a"]) is None
+
+
+def test_what_was_computed_is_read_back_and_a_damaged_file_computed_anew(tmp_path):
+    counted = iter(range(9))
+    path = tmp_path / "kept.json"
+
+    def count() -> dict:
+        return {"n": next(counted)}
+
+    assert [cache.cached_document(path, count), cache.cached_document(path, count)] == [{"n": 0}, {"n": 0}]
+    path.write_text('{"n": ')
+    assert cache.cached_document(path, count) == {"n": 1}

@@ -189,7 +189,9 @@ def test_methods_of_what_is_handed_in_are_reached_through_the_annotation(package
 
 
 def test_a_name_that_nothing_defines_is_refused():
-    with pytest.raises(ValueError, match=r"no file defines 'nothing' at the top level of module 'avalab\.quantize'"):
+    with pytest.raises(
+        ValueError, match=r"no file defines 'nothing' at the top level of .* 'avalab\.compress\.quantize'"
+    ):
         code_of("avalab.compress.quantize:nothing")
     with pytest.raises(ValueError, match=r"'avalab\.nowhere'"):
         code_of("avalab.nowhere:load")
@@ -213,7 +215,7 @@ def test_no_global_name_that_the_compiler_sees_in_a_definition_is_missed():
 
 def test_every_definition_that_is_not_followed_exists():
     for at in code.NOT_FOLLOWED:
-        code_of(at)
+        assert code_of(at) if ":" in at else code._module(at)
 
 
 def test_a_name_a_function_and_a_partial_lead_to_the_same_code():
@@ -228,7 +230,7 @@ def test_real_keys_differ_from_each_other_and_stay():
         return found + [code_of(load) for load in engines.ENGINES.values()]
 
     before = keys()
-    for cached in (code._hash, code._definition, code._statement, code._module, code._file):
+    for cached in (code._hash, code._definition, code._statement, code._module):
         cached.cache_clear()
     assert keys() == before
     assert len(set(before)) == len(before)
@@ -236,10 +238,9 @@ def test_real_keys_differ_from_each_other_and_stay():
 
 def test_real_keys_reach_what_computes_and_leave_out_paths_records_and_other_engines():
     nf4, gptq = reached(quantize.METHODS["nf4"].compress), reached(quantize.METHODS["gptq"].compress)
-    assert {"avalab.kernels:encode_tiles", "avalab.kernels:LEVELS"} <= set(nf4)
-    assert "avalab.kernels:encode" not in gptq
+    assert {"avalab.kernels.encoding:encode_tiles", "avalab.kernels.formats:LEVELS"} <= set(nf4)
+    assert "avalab.kernels.encoding:encode_tiles" not in gptq
     everything = reached(finetune.train_adapter, "avalab.measure.answers:answer_questions", engines.ENGINES["openvino"])
-    assert {"avalab.kernels.lora:linear", "avalab.train.loop:fit", "avalab.data.grammars:call_grammar"} <= set(
-        everything
-    )
-    assert not {at for at in everything if at.startswith(("avalab.lab.run:R", "avalab.engines.llamacpp"))}
+    wanted = {"avalab.kernels.lora:linear", "avalab.train.loop:fit", "avalab.data.grammars:call_grammar"}
+    assert wanted <= set(everything)
+    assert not {at for at in everything if at.startswith(("avalab.lab.run", "avalab.engines.llamacpp"))}

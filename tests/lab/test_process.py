@@ -1,4 +1,4 @@
-"""A function called in a process of its own: its answer, its exception, its death; what is kept in a file; silence."""
+"""A function called in a process of its own: its answer, its exception, its death; silence."""
 
 import ctypes
 import json
@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from avalab.lab import cache, process
+from avalab.lab import process
 
 C = ctypes.CDLL(None)
 
@@ -26,20 +26,20 @@ def ended(request: dict) -> dict:
 
 
 def test_an_answer_and_an_exception_are_written_down(tmp_path):
-    process.main("test_process:doubled", '{"number": 4}', str(tmp_path / "a"))
+    process.main(f"{__name__}:doubled", '{"number": 4}', str(tmp_path / "a"))
     assert json.loads((tmp_path / "a").read_text())["answer"]["twice"] == 8
-    process.main("test_process:refused", "{}", str(tmp_path / "b"))
+    process.main(f"{__name__}:refused", "{}", str(tmp_path / "b"))
     assert json.loads((tmp_path / "b").read_text()) == {"error": "ValueError", "message": "bad luck"}
 
 
 def test_an_exception_is_raised_as_its_class_where_that_is_known(monkeypatch):
     """Both halves, without the process."""
     monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
-    assert process.call("test_process:doubled", {"number": 4}, limit_seconds=1)["twice"] == 8
+    assert process.call(f"{__name__}:doubled", {"number": 4}, limit_seconds=1)["twice"] == 8
     with pytest.raises(KeyError, match="bad luck"):
-        process.call("test_process:refused", {}, limit_seconds=1, errors={"ValueError": KeyError})
+        process.call(f"{__name__}:refused", {}, limit_seconds=1, errors={"ValueError": KeyError})
     with pytest.raises(RuntimeError, match="cell failed: bad luck"):
-        process.call("test_process:refused", {}, limit_seconds=1, label="cell")
+        process.call(f"{__name__}:refused", {}, limit_seconds=1, label="cell")
 
 
 def test_an_answer_comes_from_another_process_and_a_late_one_is_stopped():
@@ -53,7 +53,7 @@ def test_an_answer_comes_from_another_process_and_a_late_one_is_stopped():
 )
 def test_a_process_that_a_signal_ends_is_an_error_that_names_the_signal(number, says):
     with pytest.raises(RuntimeError, match=f"^an engine failed: {says}"):
-        process.call("test_process:ended", {"signal": int(number)}, limit_seconds=60, label="an engine")
+        process.call(f"{__name__}:ended", {"signal": int(number)}, limit_seconds=60, label="an engine")
 
 
 @pytest.mark.parametrize(
@@ -68,18 +68,6 @@ def test_a_process_that_a_signal_ends_is_an_error_that_names_the_signal(number, 
 )
 def test_an_end_is_explained_in_one_line(code, text, says):
     assert process.explain_end(code, text) == says
-
-
-def test_what_was_computed_is_read_back_and_a_damaged_file_computed_anew(tmp_path):
-    counted = iter(range(9))
-    path = tmp_path / "kept.json"
-
-    def count() -> dict:
-        return {"n": next(counted)}
-
-    assert [cache.cached_document(path, count), cache.cached_document(path, count)] == [{"n": 0}, {"n": 0}]
-    path.write_text('{"n": ')
-    assert cache.cached_document(path, count) == {"n": 1}
 
 
 # --- silence --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from avalab import engines
 from avalab.data import calls, grammars, packing, toolbox
 from avalab.data.calls import Case
-from avalab.lab import process, sandbox
+from avalab.lab import sandbox
 from avalab.lab.run import ROOT, Run
 from avalab.lab.sandbox import Problem
 from avalab.measure import answers
@@ -38,12 +38,6 @@ def case(**fields) -> Case:
     question = [{"role": "user", "content": "Add 1 and 2."}]
     given = {"id": "0", "category": "simple_python", "messages": question, "functions": [ADD]}
     return Case(**{**given, "expected": [{"add": {"a": [1], "b": [2]}}], **fields})
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Both halves of a call without the process; what the process would do is the same function."""
-    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
 
 
 def test_each_wrong_answer_is_counted_under_its_error():
@@ -158,7 +152,6 @@ def test_a_completion_ends_where_the_function_ends_and_is_run(run, respondent, m
     made = run.records[-1]
     assert (made.metric, made.value, made.n) == ("pass_at_1", 0.5, 2)
     assert made.details["endings"] == {"finished": 1, "error": 1}
-    assert answers.answer_code(respondent, problems[:1], run.artifacts_dir / "cache") == ["    return 1"]
 
 
 def test_code_is_not_run_in_a_sandbox_without_enough_layers(run, respondent, monkeypatch):
@@ -180,31 +173,18 @@ def test_the_smoke_profile_brings_its_own_problems_and_they_can_be_solved():
 # --- engines -----------------------------------------------------------------------------------------------------
 
 
-def as_torch(monkeypatch) -> list[str]:
-    """Every engine is the torch one; returns the names that are asked for."""
-    opened, asked = engines.load, []
-
-    def load(name, folder):
-        asked.append(name)
-        return opened("torch", folder)
-
-    monkeypatch.setattr(engines, "load", load)
-    return asked
-
-
-def test_an_engines_answers_are_those_of_torch_in_batches(run, respondent, here, monkeypatch):
-    asked_for, cache = as_torch(monkeypatch), run.artifacts_dir / "cache"
+def test_an_engines_answers_are_those_of_torch_in_batches(run, respondent, as_torch):
+    cache = run.artifacts_dir / "cache"
     asked = calls.cases("toolbox_multiple", 3)
     other = Respondent(respondent.artifact, engine="onnx")
     texts = answers.answer_calls(other, asked, "free", cache)
     assert texts == answers.answer_calls(respondent, asked, "free", cache)
     assert answers.answer_calls(other, asked, "free", cache) == texts
-    assert asked_for == ["onnx"]
+    assert as_torch == ["onnx"]
     assert answers.items_per_s(other, asked, "free", cache) > 0
 
 
-def test_an_engine_answers_each_case_within_its_grammar(run, respondent, here, monkeypatch):
-    as_torch(monkeypatch)
+def test_an_engine_answers_each_case_within_its_grammar(run, respondent, as_torch):
     asked = calls.cases("toolbox_multiple", 3)
     texts = answers.answer_calls(Respondent(respondent.artifact, engine="llamacpp"), asked, "forced", run.artifacts_dir)
     for case, text in zip(asked, texts, strict=True):
@@ -212,9 +192,9 @@ def test_an_engine_answers_each_case_within_its_grammar(run, respondent, here, m
         assert re.match(rf'<tool_call>\[{{"name": "({offered})", "arguments": {{', text)
 
 
-def test_an_engine_that_dies_is_asked_only_what_is_missing(base, here, tmp_path, monkeypatch):
+def test_an_engine_that_dies_is_asked_only_what_is_missing(base, as_torch, tmp_path, monkeypatch):
     """The engine dies at the second of three questions; the second run starts there, and a third one loads nothing."""
-    asked_for, seen = as_torch(monkeypatch), []
+    seen = []
     questions = [Question("One."), Question("Two, which is longer."), Question("Three is the longest of them all.")]
     respondent = Respondent(base, engine="openvino")
     lengths = [len(respondent.tokenizer(q.prompt, add_special_tokens=False).input_ids) for q in questions]
@@ -232,10 +212,10 @@ def test_an_engine_that_dies_is_asked_only_what_is_missing(base, here, tmp_path,
     found = answers.answer(respondent, questions, tmp_path, task="t", tokens=4)
     assert seen == [lengths[0], "died", *lengths[1:]]
     assert answers.answer(respondent, questions, tmp_path, task="t", tokens=4) == found
-    assert asked_for == ["openvino"] * 2
+    assert as_torch == ["openvino"] * 2
 
 
-def test_an_engine_that_cannot_read_the_artefact_is_a_record_that_says_so(run, base, here):
+def test_an_engine_that_cannot_read_the_artefact_is_a_record_that_says_so(run, base, in_this_process):
     unable = Respondent(base, engine="onnx")
     assert answers.record_calls(run, "x", unable, category="toolbox_simple", mode="free", limit=2) == []
     record = run.records[-1]
@@ -264,9 +244,7 @@ def test_it_is_the_models_own_loss_over_the_answers_tokens(respondent, examples,
 
 def test_a_model_that_knows_nothing_has_the_logarithm_of_its_vocabulary(respondent, examples, tmp_path, monkeypatch):
     flat = torch.full((1, respondent.model.config.vocab_size), -math.log(respondent.model.config.vocab_size))
-    monkeypatch.setattr(
-        "avalab.models.checkpoint.predict.log_probabilities", lambda hidden, *_: flat.expand(len(hidden), -1)
-    )
+    monkeypatch.setattr("avalab.models.predict.log_probabilities", lambda hidden, *_: flat.expand(len(hidden), -1))
     found = answers.answer_losses(respondent, examples[:1], tmp_path)
     assert found.item() == pytest.approx(math.log(respondent.model.config.vocab_size), rel=1e-5)
 

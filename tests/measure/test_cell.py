@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from avalab.models.checkpoint.sizes import weight_file_bytes
 from transformers import PreTrainedModel  # noqa: F401  (before what reaches torchao)
 
 from avalab import cli, engines
 from avalab.engines.engine import Engine, Facts, Request
-from avalab.lab import artifacts, process, trackers
+from avalab.lab import process, trackers
 from avalab.lab.run import Run
 from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
+from avalab.models.sizes import weight_file_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"
@@ -32,21 +32,6 @@ CELL = Cell(
     read_bytes_per_s=1e9,
     bytes_read_per_token=10_000_000,
 )
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
-    return Run("t", "smoke")
-
-
-@pytest.fixture
-def artifact(tmp_path):
-    def save(folder: Path) -> None:
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            (folder / name).write_bytes((TINY / name).read_bytes())
-
-    return artifacts.write_artifact("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
 
 
 def values(run: Run) -> dict[str, float | None]:
@@ -75,10 +60,10 @@ def test_a_token_counts_from_the_call_until_it_is_told(monkeypatch):
     assert cell.time_tokens(engine, [1], 3) == [1, 2, 3]
 
 
-def test_what_was_measured_becomes_records_by_pencil(run, artifact):
+def test_what_was_measured_becomes_records_by_pencil(own_run, artifact):
     """Median of 0.1, 0.2, 0.4 s: 200 ms, 16 / 0.2 = 80 token/s; two tokens in 0.04, 0.04 and 0.1 s: 50 token/s."""
-    cell.record_cell(run, artifact, engine="torch", work=WORK, cell=CELL)
-    found = values(run)
+    cell.record_cell(own_run, artifact, engine="torch", work=WORK, cell=CELL)
+    found = values(own_run)
     assert found["artifact_bytes"] == (TINY / "model.safetensors").stat().st_size
     assert found["load_seconds"] == 1.5
     assert [found[f"peak_rss_bytes:{name}"] for name in ("load", "idle", "inference")] == [300, 250, 400]
@@ -89,13 +74,13 @@ def test_what_was_measured_becomes_records_by_pencil(run, artifact):
     assert found["peak_rss_bytes:engine"] == 300
     assert found["roofline_fraction"] == pytest.approx(50 * 10_000_000 / 1e9)
     assert found["energy_joules_per_token:prompt16"] == pytest.approx(2)
-    assert {record.engine for record in run.records} == {"torch"}
+    assert {record.engine for record in own_run.records} == {"torch"}
 
 
-def test_a_machine_that_shows_no_energy_is_one_record_that_says_so(run, artifact):
+def test_a_machine_that_shows_no_energy_is_one_record_that_says_so(own_run, artifact):
     silent = replace(CELL, energy_note="not measured: no counter", joules={"16": []})
-    cell.record_cell(run, artifact, engine="torch", work=WORK, cell=silent, subject="tiny in torch")
-    (record,) = [r for r in run.records if r.metric.startswith("energy")]
+    cell.record_cell(own_run, artifact, engine="torch", work=WORK, cell=silent, subject="tiny in torch")
+    (record,) = [r for r in own_run.records if r.metric.startswith("energy")]
     assert (record.subject, record.value, record.note) == ("tiny in torch", None, "not measured: no counter")
 
 
@@ -128,12 +113,6 @@ def test_a_cell_that_takes_too_long_says_so(artifact):
         cell.measure_cell(artifact, "torch", work=replace(WORK, limit_seconds=0.01))
 
 
-def test_a_cell_that_was_not_measured_is_a_record_that_says_why(run, artifact):
-    cell.record_failure(run, "tiny in onnx", "no memory", artifact=artifact, engine="onnx", threads=1)
-    (record,) = run.records
-    assert (record.subject, record.value, record.note, record.threads) == ("tiny in onnx", None, "no memory", 1)
-
-
 @pytest.mark.parametrize(
     ("engine", "work", "says"),
     [
@@ -146,17 +125,15 @@ def test_what_cannot_be_measured_is_refused(artifact, engine, work, says):
         cell.measure_cell(artifact, engine, work=work)
 
 
-def test_what_an_engine_refuses_reaches_the_caller_as_the_same_error(artifact, monkeypatch):
-    """The measuring process writes the error down; here both halves without the process."""
-    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
+def test_what_an_engine_refuses_reaches_the_caller_as_the_same_error(artifact, in_this_process):
     with pytest.raises(engines.NotSupported, match="onnx cannot load tiny"):
         cell.measure_cell(artifact, "onnx", work=WORK)
 
 
 def test_a_process_that_dies_says_why(artifact, monkeypatch):
     monkeypatch.setattr(process, "_run", lambda arguments, limit: -9)
-    with pytest.raises(RuntimeError, match=r"tiny in onnx failed: killed by SIGKILL, most likely out of memory"):
-        cell.measure_cell(artifact, "onnx", work=WORK)
+    with pytest.raises(RuntimeError, match=r"tiny in torch failed: killed by SIGKILL, most likely out of memory"):
+        cell.measure_cell(artifact, "torch", work=WORK)
 
 
 def test_the_command_prints_a_cell_as_json(artifact, monkeypatch, capsys):
@@ -172,14 +149,12 @@ def test_the_command_prints_a_cell_as_json(artifact, monkeypatch, capsys):
 # --- several sequences at once ----------------------------------------------------------------------------------------
 
 
-def test_every_batch_size_has_its_samples_and_takes_time(artifact, monkeypatch):
-    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
+def test_every_batch_size_has_its_samples_and_takes_time(artifact, in_this_process):
     found = cell.measure_batches(artifact, "torch", work=SMALL)
     assert list(found) == ["1", "4"]
     assert all(len(seconds) == 2 and min(seconds) > 0 for each in found.values() for seconds in each.values())
 
 
-def test_an_engine_without_batches_names_those_that_have_them(artifact, monkeypatch):
-    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
+def test_an_engine_without_batches_names_those_that_have_them():
     with pytest.raises(engines.NotSupported, match="llamacpp offers no batches here; torch, openvino, onnx do"):
-        cell.measure_batches(artifact, "llamacpp", work=SMALL)
+        cell.run_batches({"engine": "llamacpp", "batches": (1, 4)})

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel  # noqa: F401  (before what reaches tor
 
 from avalab import engines
 from avalab.engines import gguf as gguf_file
-from avalab.lab import artifacts, process
+from avalab.lab import process
 from avalab.lab.run import Run
 from avalab.measure import context, cost
 from avalab.measure.cell import Workload
@@ -16,16 +16,6 @@ from avalab.models import sizes
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny-llama"
 ASKED = {"engine": "torch", "cache_bits": 16, "new_tokens": 4, "longest": 200}
-
-
-@pytest.fixture
-def artifact(tmp_path):
-    def save(folder: Path) -> None:
-        for file in TINY.iterdir():
-            if file.suffix in (".json", ".safetensors"):
-                (folder / file.name).write_bytes(file.read_bytes())
-
-    return artifacts.write_artifact("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
 
 
 def line(length: int, *steps: float) -> dict:

@@ -2,11 +2,18 @@
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 import torch
-from avalab.models.checkpoint.sizes import (
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from avalab.lab import artifacts
+from avalab.lab.run import ROOT, Run
+from avalab.measure import cell, cost
+from avalab.measure.cell import Cell, Workload
+from avalab.measure.cost import Timing
+from avalab.models.sizes import (
     BF16,
     Shape,
     bytes_by_component,
@@ -15,13 +22,6 @@ from avalab.models.checkpoint.sizes import (
     predict_bytes,
     shape_of,
 )
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from avalab.lab import artifacts
-from avalab.lab.run import ROOT, Run
-from avalab.measure import cell, cost
-from avalab.measure.cell import Cell, Workload
 
 TINY = ROOT / "data" / "tiny-llama"
 # One block, hidden 8, MLP 16, two heads of four, one key-value head, ten tokens, head tied to the embedding.
@@ -193,13 +193,7 @@ def test_raw_samples_are_kept(measured):
     assert min(measured.roofline_fractions) > 0
 
 
-def test_records_hold_prediction_beside_measurement(measured, tmp_path, monkeypatch):
-    def save(folder: Path) -> None:
-        for file in ("model.safetensors", "config.json"):
-            (folder / file).write_bytes((TINY / file).read_bytes())
-
-    origin = {"name": "tiny", "sha256": ""}
-    artifact = artifacts.write_artifact("tiny", tmp_path, save, base=origin, recipe=[{"step": "cast"}], format="bf16")
+def test_records_hold_prediction_beside_measurement(measured, artifact, tmp_path, monkeypatch):
     monkeypatch.setenv("AVALAB_DEVICE", "cpu")
     monkeypatch.setattr("avalab.lab.run.ROOT", tmp_path)
     monkeypatch.setattr(cell, "measure_cell", lambda *args, work: measured)  # measured once for the whole file
@@ -231,3 +225,34 @@ def test_a_crashing_measurement_names_the_artefact_and_the_last_error_line(tmp_p
     with pytest.raises(RuntimeError, match=r"broken-model in torch failed: .+") as caught:
         cell.measure_cell(folder, "torch", work=Workload(prompts=(4,), samples=1, threads=1, predictable=True))
     assert "\n" not in str(caught.value)
+
+
+# --- whether zeros make a layer faster ---------------------------------------------------------------------------
+
+
+def half_zero(rows: int = 32, columns: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight.masked_fill(torch.rand(rows, columns, generator=generator) < 0.5, 0).bfloat16()
+
+
+def test_every_kernel_is_timed_or_says_why_not():
+    found = cost.time_kernels(half_zero(), tokens=8, rounds=3)
+    assert list(found) == list(cost.KERNELS)
+    for name, timing in found.items():
+        assert (len(timing.samples) == 3 and min(timing.samples) > 0) != bool(timing.reason), name
+    assert found[cost.BASELINE].samples
+    assert found["CSR fp32"].samples
+    assert "GPU" in found["2of4 bf16"].reason
+
+
+def test_the_best_kernels_of_both_kinds_are_compared_by_their_medians():
+    samples = {"dense bf16": [2.0, 4.0, 90.0], "dense fp32": [5.0], "CSR fp32": [6.0, 5.0, 7.0], "CSR bf16": [8.0]}
+    found = {name: Timing(list_of) for name, list_of in samples.items()} | {"2of4 bf16": Timing(reason="no GPU")}
+    assert cost.best_ratio(found) == 1.5
+
+
+def test_a_kernel_with_another_product_is_refused(monkeypatch):
+    monkeypatch.setitem(cost.KERNELS, "wrong", lambda w, x: lambda: 2 * (x @ w.float().T))
+    with pytest.raises(ValueError, match="kernel 'wrong' differs from the dense product by"):
+        cost.time_kernels(half_zero(), tokens=4, rounds=1, kernels=("wrong",))

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel  # noqa: F401  before the package, whos
 
 from avalab import engines
 from avalab.lab.assets import AssetUnavailable
-from avalab.lab.run import Run
 from avalab.measure import harness
 from avalab.models import checkpoint
 
@@ -115,14 +114,7 @@ class Unreachable:
 
 def test_data_out_of_reach_is_one_line_that_names_the_task():
     with pytest.raises(AssetUnavailable, match=r"data of task 'gsm8k' cannot be reached: ConnectionError: no route$"):
-        harness.load("gsm8k", Unreachable())
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
-    monkeypatch.setenv("AVALAB_DEVICE", "cpu")
-    return Run("t", "smoke")
+        harness.load_task("gsm8k", Unreachable())
 
 
 @pytest.fixture
@@ -138,7 +130,7 @@ def pretended(monkeypatch):
         return answer(ROW, task)
 
     manager = type("Manager", (), {"all_tasks": ["one", "two"]})
-    monkeypatch.setattr(harness, "load", lambda task, *_: [task])
+    monkeypatch.setattr(harness, "load_task", lambda task, *_: [task])
     monkeypatch.setattr(harness, "require", lambda: None)
     monkeypatch.setattr(harness.importlib.metadata, "version", lambda name: "0")
     monkeypatch.setattr(harness, "_manager", lambda folder: manager)
@@ -146,29 +138,29 @@ def pretended(monkeypatch):
     return asked
 
 
-def test_a_killed_run_goes_on_with_the_next_task(run, pretended):
-    base = checkpoint.base_artifact(run)
+def test_a_killed_run_goes_on_with_the_next_task(own_run, pretended):
+    base = checkpoint.base_artifact(own_run)
     with pytest.raises(KeyboardInterrupt):
-        harness.record_tasks(base, ["one", "two"], run=run)
-    found = harness.record_tasks(base, ["one", "two"], run=run)
+        harness.record_tasks(base, ["one", "two"], run=own_run)
+    found = harness.record_tasks(base, ["one", "two"], run=own_run)
     assert pretended == ["one", "two", "two"], "the finished task was not asked again"
     assert [r.metric for r in found] == ["harness:one:acc", "harness:two:acc"]
-    assert [r.metric for r in run.records] == ["harness:one:acc", *[r.metric for r in found]]
+    assert [r.metric for r in own_run.records] == ["harness:one:acc", *[r.metric for r in found]]
 
 
-def test_a_record_says_what_it_is_of(run, pretended):
-    base = checkpoint.base_artifact(run)
-    (record,) = harness.record_tasks(base, ["one"], run=run, limit=10)
+def test_a_record_says_what_it_is_of(own_run, pretended):
+    base = checkpoint.base_artifact(own_run)
+    (record,) = harness.record_tasks(base, ["one"], run=own_run, limit=10)
     assert (record.subject, record.artifact_sha256, record.n) == (base.name, base.sha256, 10)
     assert (record.details["limit"], record.details["chat"]) == (10, False)
 
 
-def test_no_task_and_no_folder_are_refused(run, pretended, tmp_path):
-    base = checkpoint.base_artifact(run)
+def test_no_task_and_no_folder_are_refused(own_run, pretended, tmp_path):
+    base = checkpoint.base_artifact(own_run)
     with pytest.raises(ValueError, match="no task named"):
-        harness.record_tasks(base, [], run=run)
+        harness.record_tasks(base, [], run=own_run)
     with pytest.raises(ValueError, match="is no folder of task files"):
-        harness.record_tasks(base, ["one"], run=run, folder=tmp_path / "absent")
+        harness.record_tasks(base, ["one"], run=own_run, folder=tmp_path / "absent")
 
 
 # --- the real one ------------------------------------------------------------------------------------------------
@@ -200,9 +192,9 @@ def log_likelihood(model, tokenizer, question: str, choice: str) -> float:
 
 
 @with_the_harness
-def test_a_local_task_gives_the_share_that_the_models_own_likelihoods_give(run, folder):
-    base = checkpoint.base_artifact(run)
-    (record,) = harness.record_tasks(base, ["lab_seasons"], run=run, limit=12, folder=folder)
+def test_a_local_task_gives_the_share_that_the_models_own_likelihoods_give(own_run, folder):
+    base = checkpoint.base_artifact(own_run)
+    (record,) = harness.record_tasks(base, ["lab_seasons"], run=own_run, limit=12, folder=folder)
     model, tokenizer = checkpoint.load_model(base), checkpoint.load_tokenizer(base)
     picked = []
     for case in CASES:
@@ -215,10 +207,12 @@ def test_a_local_task_gives_the_share_that_the_models_own_likelihoods_give(run, 
 
 
 @with_the_harness
-def test_a_group_is_scored_with_its_members(run, folder):
+def test_a_group_is_scored_with_its_members(own_run, folder):
     found = {
         r.metric: r
-        for r in harness.record_tasks(checkpoint.base_artifact(run), ["lab_both"], run=run, limit=12, folder=folder)
+        for r in harness.record_tasks(
+            checkpoint.base_artifact(own_run), ["lab_both"], run=own_run, limit=12, folder=folder
+        )
     }
     whole, *members = (found[f"harness:{name}:acc"] for name in ("lab_both", "lab_seasons", "lab_again"))
     assert [member.n for member in members] == [12, 12]
@@ -227,12 +221,12 @@ def test_a_group_is_scored_with_its_members(run, folder):
 
 
 @with_the_harness
-def test_a_local_task_without_its_data_is_named(run, folder):
+def test_a_local_task_without_its_data_is_named(own_run, folder):
     with pytest.raises(AssetUnavailable, match="data of task 'lab_lost' cannot be reached"):
-        harness.record_tasks(checkpoint.base_artifact(run), ["lab_lost"], run=run, folder=folder)
+        harness.record_tasks(checkpoint.base_artifact(own_run), ["lab_lost"], run=own_run, folder=folder)
 
 
 @with_the_harness
-def test_a_hub_task_without_a_network_is_named(run):
+def test_a_hub_task_without_a_network_is_named(own_run):
     with pytest.raises(AssetUnavailable, match="data of task 'hellaswag' cannot be reached"):
-        harness.record_tasks(checkpoint.base_artifact(run), ["hellaswag"], run=run)
+        harness.record_tasks(checkpoint.base_artifact(own_run), ["hellaswag"], run=own_run)

@@ -7,18 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab import engines
 from avalab.compress import quantize
 from avalab.data import corpora
-from avalab.lab import process
 from avalab.measure import quality
 from avalab.models import checkpoint, predict
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Both halves of a call without the process; what the process would do is the same function."""
-    monkeypatch.setattr(process, "_run", lambda arguments, limit: process.main(*arguments[:3]) or 0)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +56,9 @@ def test_records_of_the_base_say_that_it_equals_itself(run, base, against, text)
     assert {record.artifact_sha256 for record in run.records} == {base.sha256}
 
 
-def as_torch(monkeypatch) -> list[str]:
-    """Every engine is the torch one; returns the names that are asked for."""
-    opened, asked = engines.load, []
-
-    def load(name, folder):
-        asked.append(name)
-        return opened("torch", folder)
-
-    monkeypatch.setattr(engines, "load", load)
-    return asked
-
-
 def test_an_engine_that_rounds_its_logits_to_bf16_scores_as_torch_does_up_to_that(
-    run, base, against, here, tmp_path, monkeypatch
+    run, base, against, as_torch, tmp_path
 ):
-    as_torch(monkeypatch)
     rounded = quantize.compress_artifact(base, "rtn", run=run)
     for artifact, share in ((base, 0), (rounded, 0.1)):
         ours = quality.score_artifact(artifact, against, tmp_path)
@@ -88,19 +67,18 @@ def test_an_engine_that_rounds_its_logits_to_bf16_scores_as_torch_does_up_to_tha
         assert abs(float(theirs.kl.mean() - ours.kl.mean())) < 0.002 + share * float(ours.kl.mean())
 
 
-def test_an_engines_scores_are_kept_and_damaged_ones_made_again(base, against, here, tmp_path, monkeypatch):
-    asked = as_torch(monkeypatch)
+def test_an_engines_scores_are_kept_and_damaged_ones_made_again(base, against, as_torch, tmp_path):
     first = quality.score_artifact(base, against, tmp_path, engine="openvino")
     again = quality.score_artifact(base, against, tmp_path, engine="openvino")
     assert torch.equal(first.kl, again.kl)
-    assert asked == ["openvino"]
+    assert as_torch == ["openvino"]
     (kept,) = tmp_path.glob("scores-*-openvino-*")
     kept.write_bytes(b"?")
     quality.score_artifact(base, against, tmp_path, engine="openvino")
-    assert asked == ["openvino"] * 2
+    assert as_torch == ["openvino"] * 2
 
 
-def test_an_engine_that_cannot_read_the_artefact_is_a_record_that_says_so(run, base, against, text, here):
+def test_an_engine_that_cannot_read_the_artefact_is_a_record_that_says_so(run, base, against, text, in_this_process):
     assert quality.record_quality(run, "x", base, against, text, engine="onnx") is None
     record = run.records[-1]
     assert (record.metric, record.value, record.engine) == ("kl_divergence:python_docs", None, "onnx")

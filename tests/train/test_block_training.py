@@ -1,12 +1,12 @@
 """The streams of block-wise training are what the model itself hands from block to block."""
 
 import torch
-from avalab.train.loop.qat import Blocks
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from avalab.compress import rounding
 from avalab.kernels.formats import Grid
 from avalab.train import fake_quant, qat
+from avalab.train.qat import Blocks
 
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 

@@ -6,9 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from avalab.models.checkpoint.attention import apply_packed_attention
-from avalab.train.loop.distill import Recipe
-from avalab.train.loop.loop import Schedule
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from avalab import kernels
@@ -17,7 +14,10 @@ from avalab.data import corpora, packing
 from avalab.data.packing import collate
 from avalab.lab import artifacts
 from avalab.models import adapters, checkpoint, predict
+from avalab.models.attention import apply_packed_attention
 from avalab.train import distill, finetune, loop
+from avalab.train.distill import Recipe
+from avalab.train.loop import Schedule
 
 TRAINING = finetune.Recipe(rank=8, schedule=Schedule(learning_rate=2e-3, rows_per_step=2, checkpoint_every=2))
 RECIPE = Recipe(training=TRAINING)

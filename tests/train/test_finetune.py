@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.train.loop.finetune import Recipe
-from avalab.train.loop.loop import Schedule
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.compress import quantize
@@ -16,6 +14,8 @@ from avalab.lab import run as lab_run
 from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint, predict
 from avalab.train import finetune, loop, losses
+from avalab.train.finetune import Recipe
+from avalab.train.loop import Schedule
 
 RECIPE = Recipe(rank=4, alpha=8, row_tokens=1000, schedule=Schedule(learning_rate=3e-3, steps=3, checkpoint_every=2))
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.train.loop.loop import Schedule
-from avalab.train.loop.losses import next_token
 from transformers import AutoTokenizer
 
 from avalab.data import packing, toolbox
 from avalab.lab.run import ROOT
 from avalab.models import adapters, attention, checkpoint
 from avalab.train import loop
+from avalab.train.loop import Schedule
+from avalab.train.losses import next_token
 
 TINY = ROOT / "data" / "tiny-llama"
 SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2, epochs=3)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.models.checkpoint.attention import apply_packed_attention
-from avalab.models.checkpoint.sizes import Shape
-from avalab.train.loop.memory import Step
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from avalab.models import adapters, sizes
+from avalab.models.attention import apply_packed_attention
+from avalab.models.sizes import Shape
 from avalab.train import loop, memory
+from avalab.train.memory import Step
 
 
 def kept_bytes(shape: Shape, tokens: int, rank: int) -> int:

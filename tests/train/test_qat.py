@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.train.loop.loop import Schedule
-from avalab.train.loop.qat import Blocks, Recipe
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab import cli
@@ -15,6 +13,8 @@ from avalab.data import corpora, packing
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
 from avalab.train import fake_quant, loop, qat
+from avalab.train.loop import Schedule
+from avalab.train.qat import Blocks, Recipe
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2)

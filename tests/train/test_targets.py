@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from avalab.train.loop.targets import Form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
@@ -15,6 +14,7 @@ from avalab.data import packing
 from avalab.data.packing import IGNORED
 from avalab.models import checkpoint
 from avalab.train import targets
+from avalab.train.targets import Form
 
 DRAWS = 4000
 

@@ -30,7 +30,7 @@ def test_a_pair_becomes_a_byte_the_first_in_the_high_half():
 
 
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.bits == 4])
-def test_every_four_bit_format_is_encoded_as_numerics_defines_it(name):
+def test_every_four_bit_format_is_encoded_as_formats_defines_it(name):
     w = normal(6, 256)
     assert torch.equal(weight.decode(kernels.encode(w, FORMATS[name])), formats.round_to_nearest(w, FORMATS[name]))
 

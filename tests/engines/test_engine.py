@@ -1,8 +1,10 @@
-"""A library that crashes: a child process opens an artefact first, and the signal becomes a message or other options.
+"""What engines share: kinds and refusals, the greedy loop by pencil, and libraries that crash or are missing.
 
-The engines are stand-ins in this file, whose `load` ends the process that calls it; the artefact is the tiny model.
+Engines that crash are stand-ins in this file, whose `load` ends the process that calls it: a child process opens an
+artefact first, and the signal becomes a message or other options.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -13,18 +15,148 @@ import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import engine
-from avalab.engines import gguf as gguf_file
-from avalab.engines.engine import Engine
+from avalab.engines import engine, gguf
+from avalab.engines.engine import TINY, Engine, Request
 from avalab.lab import artifacts, process
 from avalab.lab.run import Run
 from avalab.measure import cell
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "data" / "tiny-llama"
+
+@pytest.fixture(scope="module")
+def tiny():
+    return engines.load("torch", TINY, dtype=torch.float32)
 
 
-def opened(folder: Path) -> Engine:
+# --- kinds and refusals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [("openvino_model.xml", "openvino"), ("genai_config.json", "onnx"), ("a.gguf", "gguf"), ("config.json", "dense")],
+)
+def test_a_folder_is_of_the_kind_that_its_files_say(file, kind, tmp_path):
+    (tmp_path / file).write_text("{}")
+    assert engines.kind(tmp_path) == kind
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "compressed-tensors"])
+def test_a_quantised_folder_is_of_its_methods_kind(method, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    assert engines.kind(tmp_path) == method
+
+
+def test_an_engine_that_cannot_load_an_artefact_names_those_that_can(tmp_path):
+    (tmp_path / "genai_config.json").write_text("{}")
+    with pytest.raises(engines.NotSupported, match=r"torch cannot load .* \(onnx\); onnx can\. torch loads: dense, "):
+        engines.load("torch", tmp_path)
+
+
+def test_an_unknown_engine_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown engine 'steam'; choose one of torch, openvino, onnx, llamacpp"):
+        engines.load("steam", TINY)
+
+
+def test_an_unknown_method_of_quantisation_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "magic"}}')
+    with pytest.raises(ValueError, match="quantised by 'magic'"):
+        engines.kind(tmp_path)
+
+
+def test_a_folder_without_a_model_or_with_two_gguf_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no artefact"):
+        engines.kind(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"one \.gguf file, found a\.gguf, b\.gguf"):
+        engines.gguf_file(tmp_path)
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it():
+    with pytest.raises(engines.EngineUnavailable, match=r"engine steam needs the package nosuch; install it: pip x"):
+        engines.require("steam", "nosuch", "pip x")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "says"),
+    [
+        ([], 1, "got none"),
+        ([5, 1024], 1, r"ids below 1024.*got ids 5 to 1024"),
+        ([-1], 1, "ids below 1024"),
+        ([5], 0, "1 or more, got 0"),
+        ([5] * 1000, 25, r"1000 \+ 25 tokens exceed the model's context of 1024"),
+    ],
+)
+def test_what_no_model_can_read_is_refused_before_it_runs(prompt, new, says, tiny):
+    with pytest.raises(ValueError, match=says):
+        tiny.generate(prompt, new)
+
+
+def test_a_closed_engine_says_so():
+    closed = engines.load("torch", TINY)
+    closed.close()
+    with pytest.raises(ValueError, match=r"this torch engine of tiny-llama is closed; load it again"):
+        closed.generate([5], 1)
+    with pytest.raises(ValueError, match="closed"):
+        closed.logits([5])
+
+
+def test_every_kind_with_a_file_of_its_own_has_a_reader():
+    assert set(engines.OWN_FILES) <= set(engines.READERS)
+    assert {name for able in engines.READERS.values() for name in able} == set(engines.ENGINES)
+
+
+def test_other_engines_name_the_one_that_loads_a_package(tmp_path):
+    (tmp_path / "model.pt2").touch()
+    with pytest.raises(engines.NotSupported, match=r"llamacpp cannot load .* \(aot\); aot can"):
+        engines.load("llamacpp", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("openvino", "openvino_genai", "openvino"),
+        ("onnx", "onnxruntime_genai", "onnx"),
+        ("onnxruntime", "onnxruntime", "onnx"),
+        ("executorch", "executorch", "executorch"),
+        ("llamacpp", "llama_cpp", "llamacpp"),
+        ("vllm", "vllm", "vllm"),
+        ("tensorrt", "tensorrt_llm", "tensorrt"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_install_command(name, module, extra, monkeypatch, tmp_path):
+    here = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == module else here(n, *rest))
+    kind = next(kind for kind, able in engines.READERS.items() if name in able)
+    (tmp_path / engines.OWN_FILES.get(kind, "model.gguf" if kind == "gguf" else "config.json")).write_text("{}")
+    with pytest.raises(engines.EngineUnavailable, match=rf"engine {name} needs .*{module}.*\[{extra}\]"):
+        engines.load(name, tmp_path)
+
+
+# --- the greedy loop ---------------------------------------------------------------------------------------------
+
+
+def successor(read: list[int]) -> torch.Tensor:
+    """A model of ten tokens whose next token is the last one plus one."""
+    return torch.nn.functional.one_hot(torch.tensor((read[-1] + 1) % 10), 10).float()
+
+
+def test_counting_goes_on_until_the_token_that_ends_or_the_number_asked_for():
+    seen = []
+    assert engine.greedy(successor, Request([2, 3], 9, stops=(7,), on_token=seen.append)) == [4, 5, 6] == seen
+    assert engine.greedy(successor, Request([2, 3], 2, stops=(7,))) == [4, 5]
+    assert engine.greedy(successor, Request([2, 3], 9)) == [4, 5, 6, 7, 8, 9, 0, 1, 2]
+
+
+def test_the_prompt_is_read_once_and_then_one_token_at_a_time():
+    read = []
+    engine.greedy(lambda tokens: read.append(tokens) or successor(tokens), Request([2, 3], 3))
+    assert read == [[2, 3], [4], [5]]
+
+
+# --- libraries that crash ----------------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path) -> Engine:
     facts = engine.Facts(context=64, vocabulary=8, stops=())
     return Engine("onnx", folder, facts, {"opened": True}, lambda state, request: [1], lambda *_: torch.zeros(3, 8))
 
@@ -32,7 +164,7 @@ def opened(folder: Path) -> Engine:
 def load_with_one_thread_divides_by_zero(artifact, *, threads: int = 0) -> Engine:
     if threads == 1:
         os.kill(os.getpid(), signal.SIGFPE)
-    return opened(artifact)
+    return stand_in(artifact)
 
 
 def load_aborts(artifact, *, threads: int = 0) -> Engine:
@@ -48,12 +180,12 @@ def load_refuses(artifact, *, threads: int = 0) -> Engine:
 
 
 def load_crashes_when_it_runs(artifact, *, threads: int = 0) -> Engine:
-    found = opened(artifact)
+    found = stand_in(artifact)
     return Engine("onnx", found.folder, found.facts, found.state, lambda *_: os.abort(), None)
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(checks, tmp_path) -> Path:
     """A folder of the engine onnx, by its own file."""
     made = tmp_path / "model"
     made.mkdir()
@@ -61,7 +193,7 @@ def folder(tmp_path) -> Path:
     return made
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def checks(tmp_path, monkeypatch) -> Path:
     """Nothing known of any engine, the library installed in version 1.2, and calls of children that are counted."""
     monkeypatch.setattr(engine, "CHECKS", tmp_path / "checks")
@@ -70,7 +202,7 @@ def checks(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[dict]:
+def calls(checks, monkeypatch) -> list[dict]:
     """The options of each child that was started."""
     started, call = [], process.call
 
@@ -155,23 +287,23 @@ def test_what_a_child_process_opens_is_not_checked_again_and_torch_never_is(fold
 
 
 def test_a_large_gguf_file_is_stood_in_for_by_the_tiny_model_in_the_same_blocks(tmp_path, monkeypatch):
-    gguf_file.export(TINY, tmp_path / "large.gguf", "q4_0")
-    gguf_file.copy_beside(TINY, tmp_path)
+    gguf.export(TINY, tmp_path / "large.gguf", "q4_0")
+    gguf.copy_beside(TINY, tmp_path)
     with engine._stand_in(tmp_path) as found:
         assert found == tmp_path
     monkeypatch.setattr(engine, "SMALL_BYTES", 1000)
     with engine._stand_in(tmp_path) as found:
         assert found != tmp_path
-        assert gguf_file.check(engine.gguf_file(found)) == gguf_file.check(tmp_path / "large.gguf")
+        assert gguf.check(engine.gguf_file(found)) == gguf.check(tmp_path / "large.gguf")
 
 
-@pytest.mark.parametrize("block", gguf_file.BLOCKS)
+@pytest.mark.parametrize("block", gguf.BLOCKS)
 def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
-    gguf_file.export(TINY, tmp_path / "m.gguf", block)
-    assert gguf_file.block_of_file(tmp_path / "m.gguf") == block
+    gguf.export(TINY, tmp_path / "m.gguf", block)
+    assert gguf.block_of_file(tmp_path / "m.gguf") == block
 
 
-def test_a_cell_of_the_benchmark_runs_with_the_other_options_and_its_records_say_so(tmp_path, monkeypatch):
+def test_a_cell_of_the_benchmark_runs_with_the_other_options_and_its_records_say_so(checks, tmp_path, monkeypatch):
     """The measuring process is told; every record has the threads that were used, and the note."""
 
     def save(out: Path) -> None:

@@ -1,36 +1,88 @@
-"""The torch engine's 4-bit layers: which code computes them, that it is the artefact's weights, and what stays out."""
+"""The torch engine: against transformers' own `generate`, its caches, and 4-bit layers through the lab's kernels."""
 
+import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-import transformers  # noqa: F401  (before what reaches torchao)
+from transformers import AutoModelForCausalLM
 
 from avalab import engines, kernels
 from avalab.compress import quantize
+from avalab.data import grammars
 from avalab.engines import torch as torch_engine
+from avalab.engines.engine import TINY, Engine
 from avalab.engines.torch import FourBitLinear
 from avalab.kernels import dispatch, product
 from avalab.kernels.product import sample
-from avalab.lab.run import ROOT, Run
+from avalab.lab.run import ROOT
 from avalab.models import adapters, checkpoint
+
+ADD = {"name": "add", "parameters": {"type": "dict", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}}
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory):
+def tiny():
+    return engines.load("torch", TINY, dtype=torch.float32)
+
+
+def reference_tokens(model, prompt: list[int], count: int) -> list[int]:
+    """transformers' own greedy generation of exactly `count` tokens."""
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_and_logits_are_those_of_transformers(tiny, prompt):
+    """Same library and float32: tokens equal, logits within 1e-4 (a cache changes the order of additions)."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    assert tiny.generate(prompt, 48, past_end=True) == reference_tokens(model, prompt, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(tiny.logits(prompt), model(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["nf4", "torchao-int8", "rtn"])
+def test_a_quantised_artefact_gives_the_tokens_of_transformers(method, run, base, prompt):
+    """Tokens of the loaded artefact itself; 12 of them, in bf16."""
+    artifact = quantize.compress_artifact(base, method, run=run)
+    loaded = engines.load("torch", artifact)
+    assert loaded.generate(prompt, 12, past_end=True) == reference_tokens(loaded.state["model"], prompt, 12)
+
+
+def test_a_static_cache_changes_no_token(tiny, prompt):
+    """What `compiled` does, with the compiler left out: single steps over a cache of fixed length."""
+    fixed = replace(tiny, state=tiny.state | {"step": tiny.state["model"].forward})
+    assert fixed.generate(prompt, 24, past_end=True) == tiny.generate(prompt, 24, past_end=True)
+
+
+def test_generation_stops_before_the_end_token(tiny, prompt):
+    free = tiny.generate(prompt, 16, past_end=True)
+    stopping: Engine = replace(tiny, facts=replace(tiny.facts, stops=(free[5],)))
+    assert stopping.generate(prompt, 16) == free[: free.index(free[5])]
+
+
+def test_a_grammar_makes_a_readable_call(tiny, prompt):
+    tokenizer = checkpoint.load_tokenizer(TINY)
+    grammar = grammars.call_grammar(grammars.compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
+    text = tokenizer.decode(tiny.generate(prompt, 120, grammar), skip_special_tokens=True)
+    call = json.loads(text.removeprefix(grammars.BEGIN).removesuffix(grammars.END))
+    assert (call[0]["name"], list(call[0]["arguments"])) == ("add", ["a"])
+
+
+# --- bitsandbytes' 4-bit layers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def artifacts(run, base):
     """The tiny model in three 4-bit forms."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder))
-        run = Run("t", "smoke")
-        base = checkpoint.base_artifact(run)
-        yield {
-            "nf4": quantize.compress_artifact(base, "nf4", run=run),
-            "nf4-dq": quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
-            "fp4": quantize.compress_artifact(base, "fp4", run=run),
-        }
+    return {
+        "nf4": quantize.compress_artifact(base, "nf4", run=run),
+        "nf4-dq": quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
+        "fp4": quantize.compress_artifact(base, "fp4", run=run),
+    }
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4"])
@@ -152,4 +204,4 @@ def test_a_layer_that_bitsandbytes_keeps_is_not_compiled(artifacts, monkeypatch)
 
 
 def test_a_dense_model_has_nothing_to_replace():
-    assert torch_engine.apply_kernels(checkpoint.load_model(ROOT / "data" / "tiny-llama")) == 0
+    assert torch_engine.apply_kernels(checkpoint.load_model(TINY)) == 0

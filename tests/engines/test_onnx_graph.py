@@ -59,11 +59,6 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(run) -> Artifact:
-    return checkpoint.base_artifact(run)
-
-
-@pytest.fixture(scope="module")
 def prompt() -> list[int]:
     return checkpoint.load_tokenizer(TINY)(PROMPT).input_ids
 
@@ -158,7 +153,7 @@ def test_the_runtimes_product_is_that_of_the_decoded_grid_and_takes_the_bytes_th
     stored = helper.make_graph([look_up, product], "g", [ends[0], ids], [ends[1], rows], [dense, table])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     graph = onnx_graph.Graph(helper.make_model(stored, opset_imports=opsets, ir_version=10), Path(), {})
-    onnx_graph.quantise(graph, {"weight": made, "embedding": made}, embedding="embedding", inputs="float32")
+    onnx_graph.replace_products(graph, {"weight": made, "embedding": made}, embedding="embedding", inputs="float32")
     import onnxruntime
 
     for tensor in graph.proto.graph.initializer:
@@ -211,7 +206,7 @@ def test_rounding_what_products_read_to_8_bits_costs_little(run, mixed, prompt):
 @pytest.mark.parametrize("table", ["w3g32", ""])
 def test_an_embedding_on_a_grid_or_in_bf16_is_kept_too(run, base, table, prompt):
     source = packed_artifact(run, base, f"table-{table}", ("w4g32",), table)
-    made = onnx.write(source, "kept", inputs="float32")
+    made = write_onnx(source, "kept", inputs="float32")
     ours, theirs = engines.load("onnx", made, threads=1), engines.load("torch", source, dtype=torch.float32)
     found, expected = ours.logits(prompt), theirs.logits(prompt)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
@@ -232,7 +227,7 @@ def test_the_export_command_keeps_a_packed_artefact_without_being_told(mixed, tm
 
 
 def test_ava_keeps_its_budget_and_beats_one_grid_for_all_layers_at_its_bytes(run, base):
-    plain = onnx.write(packed_artifact(run, base, "plain", ("w4g32",), "w4g32"), "kept")
+    plain = write_onnx(packed_artifact(run, base, "plain", ("w4g32",), "w4g32"), "kept")
     made = quantize.compress_artifact(base, "ava", run=run, bytes=plain.bytes, format="onnx")
     about = made.card["measured"]
     assert 0.9 * plain.bytes < made.bytes <= about["predicted_bytes"] <= plain.bytes
@@ -282,28 +277,28 @@ def test_every_grid_that_is_offered_is_stored_without_waste():
 
 def test_what_holds_no_packed_layers_or_rounds_activations_is_refused(base, mixed, tmp_path):
     with pytest.raises(ValueError, match="tiny-llama holds no packed layers to keep; ava, gptq, awq and rtn make some"):
-        onnx_graph.packed(base.path)
+        onnx_graph.packed_blocks(base.path)
     shutil.copytree(mixed.path, tmp_path / "static")
     config = json.loads((tmp_path / "static" / "config.json").read_text())
     next(iter(config["quantization_config"]["config_groups"].values()))["input_activations"] = {"num_bits": 8}
     (tmp_path / "static" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="static rounds activations or reorders columns"):
-        onnx_graph.packed(tmp_path / "static")
+        onnx_graph.packed_blocks(tmp_path / "static")
 
 
 def test_layers_that_the_graph_does_not_have_and_unknown_inputs_are_refused(built, mixed):
     graph = onnx_graph.Graph(onnx.load(built / onnx_graph.FILE, load_external_data=False), built, {})
-    part = block_types.blocks(next(iter(onnx_graph.packed(mixed.path)[0].values())))
+    part = next(iter(onnx_graph.packed_blocks(mixed.path)[0].values()))
     with pytest.raises(ValueError, match=r"no product of its own for model\.layers\.0\.experts"):
-        onnx_graph.quantise(graph, {"model.layers.0.experts": part}, embedding=EMBEDDING)
+        onnx_graph.replace_products(graph, {"model.layers.0.experts": part}, embedding=EMBEDDING)
     with pytest.raises(ValueError, match="products read int8 or float32, not 'int4'"):
-        onnx_graph.quantise(graph, {}, embedding=EMBEDDING, inputs="int4")
+        onnx_graph.replace_products(graph, {}, embedding=EMBEDDING, inputs="int4")
 
 
 def test_a_graph_that_computes_something_else_is_not_shipped():
     right = torch.eye(8) * 20
     with pytest.raises(RuntimeError, match=r"diverge by \d+\.\d\d nats: the graph is wrong"):
-        onnx_graph._compared(right, right.flip(0))
+        onnx_graph._divergence(right, right.flip(0))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def test_the_limits_prediction_is_the_slower_of_computing_and_reading(monkeypatc
     """100 operations at 1,000 a second take 100 ms, 10 bytes 10 ms: half of an arm that took 200 ms."""
     monkeypatch.setattr(trackers, "interleaved", lambda *_: {"bf16": [100.0, 200.0, 300.0]})
     run = Run("10_kernels", "smoke")
-    kernel_bench._record(run, "subject", {"bf16": lambda: torch.ones(2)}, (100, {"bf16": 10}), (1000.0, 1000.0))
+    arms, read = {"bf16": lambda: torch.ones(2)}, {"bf16": 10}
+    kernel_bench.record_arms(run, "subject", arms, flops=100, read=read, limits=(1000.0, 1000.0))
     assert [(r.metric, r.value) for r in run.records] == [("kernel_ms", 200.0), ("roofline_fraction", 0.5)]
     assert run.records[0].samples == [100.0, 200.0, 300.0]
 
@@ -74,7 +75,7 @@ def linear_cross_entropy(hidden, head, targets, impl):
     return torch.nn.functional.cross_entropy((hidden @ head.T).float(), targets)
 """
     installed(monkeypatch, tmp_path, "cut_cross_entropy", source)
-    arms, dropped = kernel_bench.checked_peer(kernel_bench.loss_arms("cpu", (8, 16, 64), trained=True), "dense")
+    arms, dropped = kernel_bench.agreeing_arms(kernel_bench.loss_arms("cpu", (8, 16, 64), trained=True), "dense")
     import cut_cross_entropy
 
     assert "cut-cross-entropy" in arms
@@ -90,7 +91,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out_with_the_reaso
         raise RuntimeError("no such instruction\nat line 7")
 
     arms = {"bf16": lambda: one, "near": lambda: 1.01 * one, "wrong": lambda: 2 * one, "broken": broken}
-    kept, dropped = kernel_bench.checked_peer(arms, "bf16")
+    kept, dropped = kernel_bench.agreeing_arms(arms, "bf16")
     assert list(kept) == ["bf16", "near"]
     assert dropped == {
         "wrong": "computes something else: 1 of the result away",
@@ -100,7 +101,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out_with_the_reaso
 
 def test_nan_from_a_peer_counts_as_something_else():
     arms = {"bf16": lambda: torch.ones(2), "nan": lambda: torch.full((2,), float("nan"))}
-    assert list(kernel_bench.checked_peer(arms, "bf16")[0]) == ["bf16"]
+    assert list(kernel_bench.agreeing_arms(arms, "bf16")[0]) == ["bf16"]
 
 
 def test_a_missing_peer_is_a_record_without_value_that_says_how_to_get_it(monkeypatch):
@@ -127,7 +128,7 @@ def test_a_missing_peer_has_no_arm(monkeypatch):
 def test_peak_memory_of_the_dense_loss_is_at_least_its_float32_logits():
     tokens, width, vocab = 64, 8, 65536
     # In a process of its own: here, memory that earlier tests freed would be used again and nothing would grow.
-    call = f"bench.peak_bytes('cpu', {(tokens, width, vocab)}, 'dense', trained=False)"
-    code = f"from avalab.kernels import bench; print({call})"
+    call = f"kernel_bench.peak_bytes('cpu', {(tokens, width, vocab)}, 'dense', trained=False)"
+    code = f"from avalab.measure import kernel_bench; print({call})"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(printed) >= 4 * tokens * vocab

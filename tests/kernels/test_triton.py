@@ -32,7 +32,7 @@ def test_the_triton_kernels_pass_their_checks():
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from avalab.kernels import triton_encode, triton_loss, triton_product
+from avalab.kernels import triton as ours
 
 def ptx(kernel, constants, **types):
     names = kernel.arg_names
@@ -46,11 +46,11 @@ codes = {"codes": "*u8", "scales": "*u8", "zero_points": "*u8", "out": "*bf16", 
 numbers = dict.fromkeys(("row_weight", "smoothing", "cooling", "temperature"), "fp32")
 rows = {"logits": "*bf16", "teacher": "*bf16", "targets": "*i64"}
 blocks = {"EXACT": False, "PART": 64, "BLOCK_M": 16, "BLOCK_N": 16}
-assert "mma.sync" in ptx(triton_product._product, kinds | blocks, **sizes, **codes)
-ptx(triton_product._decode, kinds | {"BLOCK": 1024}, **sizes, **codes)
-ptx(triton_encode._encode, dict(MIDDLES=15, HALF=32, BLOCK=32, LEAST=1e-38), weight="*bf16", codes="*u8", count="i32")
-ptx(triton_loss._cross_entropy, {"BLOCK": 1024}, **sizes, **numbers, **rows)
-ptx(triton_loss._kl, {"BLOCK": 1024, "REVERSE": True}, **sizes, **numbers, **rows)
+assert "mma.sync" in ptx(ours._product, kinds | blocks, **sizes, **codes)
+ptx(ours._decode, kinds | {"BLOCK": 1024}, **sizes, **codes)
+ptx(ours._encode, dict(MIDDLES=15, HALF=32, BLOCK=32, LEAST=1e-38), weight="*bf16", codes="*u8", count="i32")
+ptx(ours._cross_entropy, {"BLOCK": 1024}, **sizes, **numbers, **rows)
+ptx(ours._kl, {"BLOCK": 1024, "REVERSE": True}, **sizes, **numbers, **rows)
 print("compiled")
 """
 
@@ -64,7 +64,7 @@ def test_the_triton_kernels_compile_to_matrix_instructions_of_an_ampere_gpu(tmp_
 
 
 @pytest.fixture
-def product():
+def ours():
     from avalab.kernels import triton as triton_kernels
 
     return triton_kernels
@@ -75,8 +75,6 @@ def product():
 def check_encoding_gives_the_bytes_of_the_reference(group_size, dtype):
     from avalab.kernels import encoding
     from avalab.kernels.formats import four_bit
-
-    pass
 
     w = torch.randn(35, 512, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     w[0], w[1, ::3] = 0.0, 0.0
@@ -89,83 +87,76 @@ def check_encoding_gives_the_bytes_of_the_reference(group_size, dtype):
         encoding.encode_triton(w, four_bit("nf4", group_size))
 
 
-@pytest.fixture
-def loss():
-    from avalab.kernels import triton as triton_kernels
-
-    return triton_kernels
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch", "rows"), [(1, 33), (16, 16), (19, 5)])
-def check_the_product_stays_within_four_roundings_of_the_exact_one(product, kind, batch, rows):
+def check_the_product_stays_within_four_roundings_of_the_exact_one(ours, kind, batch, rows):
     w = sample(DEVICE, kind=kind, rows=rows, cols=128)
     # The interpreter has no bf16 product; float16 takes the same path.
     for dtype in (torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16):
         x = torch.randn(batch, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
         exact = x.double() @ weight.decode(w, torch.float64).T
-        assert ((product.product(x, w).double() - exact).abs() <= error_bound(x, w)).all()
+        assert ((ours.product(x, w).double() - exact).abs() <= error_bound(x, w)).all()
 
 
 @pytest.mark.parametrize("group_size", [32, 96, 128])
-def check_groups_of_any_multiple_of_32_are_taken(product, group_size):
+def check_groups_of_any_multiple_of_32_are_taken(ours, group_size):
     w, x = (
         sample(DEVICE, kind="int4_zero_point", rows=8, cols=384, group_size=group_size),
         torch.ones(2, 384, device=DEVICE),
     )
-    torch.testing.assert_close(product.product(x, w), x @ weight.decode(w).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.product(x, w), x @ weight.decode(w).T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def check_strides_nan_and_what_memory_held_before_change_no_other_row(product, kind, monkeypatch):
+def check_strides_nan_and_what_memory_held_before_change_no_other_row(ours, kind, monkeypatch):
     w = sample(DEVICE, kind=kind, rows=33, cols=128)
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, ::2]
-    expected = product.product(x.contiguous(), w)
+    expected = ours.product(x.contiguous(), w)
     x[1, 7] = float("nan")
     plain = torch.empty
-    monkeypatch.setattr(product.torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
-    found = product.product(x, w)
+    monkeypatch.setattr(ours.torch, "empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    found = ours.product(x, w)
     rows = [0, 2, 3, 4]
     assert torch.equal(found[rows], expected[rows])
     assert found[1].isnan().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def check_decoding_gives_the_bits_of_the_reference(product, kind):
+def check_decoding_gives_the_bits_of_the_reference(ours, kind):
     w = sample(DEVICE, kind=kind, rows=35, cols=192)
-    assert torch.equal(product.decode(w, torch.float32), weight.decode(w))
+    assert torch.equal(ours.decode(w, torch.float32), weight.decode(w))
     if DEVICE == "cuda":  # the interpreter cuts float32 to bf16 instead of rounding
-        assert torch.equal(product.decode(w, torch.bfloat16), weight.decode(w, torch.bfloat16))
+        assert torch.equal(ours.decode(w, torch.bfloat16), weight.decode(w, torch.bfloat16))
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "temperature": 0.6}])
 @pytest.mark.parametrize("block", [16, 4096])
-def check_cross_entropy_of_rows_and_its_gradient_agree_with_torch(loss, options, block, monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK", block)
+def check_cross_entropy_of_rows_and_its_gradient_agree_with_torch(ours, options, block, monkeypatch):
+    monkeypatch.setattr(ours, "BLOCK", block)
     logits, targets = 3 * rows_of(0), torch.arange(7, device=DEVICE)
-    compare(loss.cross_entropy_rows, loss_chunks.cross_entropy_rows, logits, targets, options)
+    compare(ours.cross_entropy_rows, loss_chunks.cross_entropy_rows, logits, targets, options)
 
 
 @discarded
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("block", [16, 4096])
-def check_kl_of_rows_and_its_gradient_agree_with_torch(loss, reverse, block, monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK", block)
+def check_kl_of_rows_and_its_gradient_agree_with_torch(ours, reverse, block, monkeypatch):
+    monkeypatch.setattr(ours, "BLOCK", block)
     options = {"reverse": reverse, "temperature": 1.7}
-    compare(loss.kl_rows, loss_chunks.kl_rows, 3 * rows_of(0), 3 * rows_of(1), options)
+    compare(ours.kl_rows, loss_chunks.kl_rows, 3 * rows_of(0), 3 * rows_of(1), options)
 
 
 @discarded
-def check_a_word_the_teacher_excludes_adds_nothing(loss):
+def check_an_entry_the_teacher_excludes_adds_nothing(ours):
     teacher = rows_of(1)
     teacher[:, 20:] = float("-inf")
-    compare(loss.kl_rows, loss_chunks.kl_rows, rows_of(0), teacher, {})
+    compare(ours.kl_rows, loss_chunks.kl_rows, rows_of(0), teacher, {})
 
 
-def check_nan_stays_in_its_row(loss):
+def check_nan_stays_in_its_row(ours):
     logits = rows_of(0)
     logits[2, 5] = float("nan")
-    losses = loss.cross_entropy_rows(logits, torch.arange(7, device=DEVICE), 1.0)
+    losses = ours.cross_entropy_rows(logits, torch.arange(7, device=DEVICE), 1.0)
     assert losses.isnan().tolist() == logits.isnan().any(1).tolist() == [i == 2 for i in range(7)]
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: row order by pencil, weights and tokens read back by gguf-py and transformers, and what is refused."""
+"""GGUF files: row order by pencil, weights and tokens read back by every reader here, and what is refused."""
 
 import json
 import shutil
@@ -10,34 +10,32 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from avalab import cli, engines
+from avalab import engines
 from avalab.compress import quantize
-from avalab.engines import gguf as gguf_file
+from avalab.data import grammars
+from avalab.engines import gguf, openvino
+from avalab.engines.engine import TINY
 from avalab.kernels import block_types, formats
-from avalab.lab import artifacts
-from avalab.lab.run import Run
+from avalab.lab import process
 from avalab.models import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "data" / "tiny-llama"
 TEXTS = ("def area(width, height):\n    return 12 * 345", "<|im_start|>user\nHéllo 2026!<|im_end|>\n")
+READ_TEXTS = (
+    "def area(width, height):",
+    "<|im_start|>user\nHéllo 2026! it's we'll  two\t日本語<|im_end|>\n",
+    "x=1234567;  y = 3.14159",
+)
+ADD = {"name": "add", "parameters": {"type": "dict", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"num_key_value_heads": 1, "vocab_size": 1040, "max_position_embeddings": 128}
 
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Function from a block type to a folder that holds the tiny model in it."""
-    folder = tmp_path_factory.mktemp("gguf")
-
-    def folder_of(block: str) -> Path:
-        target = folder / block
-        if not target.is_dir():
-            target.mkdir()
-            gguf_file.export(TINY, target / f"m.{block}.gguf", block)
-        return target
-
-    return folder_of
+every_reader = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("openvino", marks=pytest.mark.needs("openvino_genai")),
+        pytest.param("llamacpp", marks=pytest.mark.needs("llama_cpp")),
+    ],
+)
 
 
 @pytest.fixture
@@ -61,12 +59,12 @@ def header(folder: Path) -> dict:
 def test_rows_that_turn_together_become_neighbours():
     """Two heads of four rows: row i turns with row i + 2."""
     rows = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]).float()
-    assert gguf_file.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
+    assert gguf.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
 
 
-def test_a_file_in_float32_computes_what_the_folder_computes(exported):
+def test_a_file_in_float32_computes_what_the_folder_computes(made):
     """Same weights in the same library; 1e-4 for the order of additions."""
-    torch.testing.assert_close(logits(exported("f32")), logits(TINY), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(made("gguf-f32")), logits(TINY), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +81,14 @@ def test_a_qwen_model_with_biases_padding_and_its_own_head_is_read_back(make, co
     source, target = tmp_path / "source", tmp_path / "target"
     checkpoint.save_model(model, checkpoint.load_tokenizer(TINY), source)
     target.mkdir()
-    gguf_file.export(source, target / "q.gguf", "f32")
+    gguf.export(source, target / "q.gguf", "f32")
     torch.testing.assert_close(logits(target), logits(source), atol=1e-4, rtol=0)
     assert header(target)["tokenizer.ggml.tokens"][1024:] == [f"[PAD{row}]" for row in range(1024, 1040)]
 
 
 @pytest.mark.parametrize("block", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
-def test_a_linear_weight_is_stored_as_its_block_type_rounds_it(block, exported):
-    reader = GGUFReader(engines.gguf_file(exported(block)))
+def test_a_linear_weight_is_stored_as_its_block_type_rounds_it(block, made):
+    reader = GGUFReader(engines.gguf_file(made(f"gguf-{block}")))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     original = checkpoint.load_model(TINY).get_parameter("model.layers.1.mlp.down_proj.weight").float()
     found = stored["blk.1.ffn_down.weight"]
@@ -101,8 +99,8 @@ def test_a_linear_weight_is_stored_as_its_block_type_rounds_it(block, exported):
     assert stored["output_norm.weight"].tensor_type.name == "F32"
 
 
-def test_a_tied_head_is_stored_once(exported):
-    names = {tensor.name for tensor in GGUFReader(engines.gguf_file(exported("bf16"))).tensors}
+def test_a_tied_head_is_stored_once(made):
+    names = {tensor.name for tensor in GGUFReader(engines.gguf_file(made("gguf-bf16"))).tensors}
     assert "token_embd.weight" in names
     assert "output.weight" not in names
     assert len(names) == 4 * 9 + 2
@@ -110,10 +108,16 @@ def test_a_tied_head_is_stored_once(exported):
 
 @pytest.mark.parametrize(("columns", "expected"), [(64, "q4_0"), (48, "f16")])
 def test_rows_that_blocks_do_not_divide_stay_in_16_bits(columns, expected):
-    assert gguf_file.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
+    assert gguf.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
 
 
-# --- grids that are kept -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("block", gguf.BLOCKS)
+def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
+    gguf.export(TINY, tmp_path / "m.gguf", block)
+    assert gguf.block_of_file(tmp_path / "m.gguf") == block
+
+
+# --- packed grids ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_rows_that_blocks_do_not_divide_stay_in_16_bits(columns, expected):
 def test_steps_get_the_smallest_block_type_that_holds_them(least, greatest, block):
     steps = torch.randint(least, greatest + 1, (2, 64), dtype=torch.int32)
     steps[0, :2] = torch.tensor([least, greatest])
-    assert gguf_file.block_of_steps(steps) == block
+    assert gguf.block_of_steps(steps) == block
 
 
 @pytest.mark.parametrize(("least", "block"), [(-8, "q4_0"), (-3, "q4_1"), (-16, "q5_0"), (-1, "q5_1"), (-100, "q8_0")])
@@ -132,48 +136,46 @@ def test_steps_and_scales_are_read_back_by_gguf_as_their_product(least, block):
     width = {"q4": 15, "q5": 31, "q8": 200}[block[:2]]
     steps = torch.randint(least, least + width + 1, (3, 128), dtype=torch.int32)
     scales = torch.tensor([[0.5, 0.25], [1.0, 2.0], [0.125, 0.5]]).bfloat16()
-    stored = gguf_file.encoded_steps(steps, scales, block).numpy()
+    stored = gguf.encoded_steps(steps, scales, block).numpy()
     found = dequantize(stored, GGMLQuantizationType[block.upper()])
     expected = steps * scales.float().repeat_interleave(64, dim=1)
     assert torch.equal(torch.from_numpy(found), expected)
 
 
-def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_format(tmp_path, monkeypatch):
+def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_format(run, base):
     """Nothing is rounded again but minimums, to 11 bits: logits within 0.02, where 4 bits move them by more than 1."""
-    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / self.name))
-    run = Run("t", "smoke")
-    artifact = quantize.compress_artifact(checkpoint.base_artifact(run), "ava", run=run)
-    exported = gguf_file.write(artifact, "kept")
+    artifact = quantize.compress_artifact(base, "ava", run=run)
+    exported = gguf.write(artifact, "kept")
     torch.testing.assert_close(logits(exported.path), logits(artifact.path), atol=0.02, rtol=0)
     assert "quantization_config" not in json.loads((exported.path / "config.json").read_text())
 
 
 def test_a_dense_model_has_no_grids_to_keep(tmp_path):
     with pytest.raises(ValueError, match="tiny-llama holds no packed integers to keep"):
-        gguf_file.export(TINY, tmp_path / "x.gguf", "kept")
+        gguf.export(TINY, tmp_path / "x.gguf", "kept")
 
 
 # --- header ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_tokenizer_in_the_file_cuts_text_like_the_one_beside_the_weights(text, exported):
-    file = engines.gguf_file(exported("q8_0"))
+def test_the_tokenizer_in_the_file_cuts_text_like_the_one_beside_the_weights(text, made):
+    file = engines.gguf_file(made("gguf-q8_0"))
     ours, theirs = checkpoint.load_tokenizer(TINY), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     assert theirs(text).input_ids == ours(text).input_ids
     assert theirs.chat_template == ours.chat_template
 
 
-def test_the_header_names_the_end_of_a_turn_and_how_text_is_cut(exported):
-    found = header(exported("q8_0"))
+def test_the_header_names_the_end_of_a_turn_and_how_text_is_cut(made):
+    found = header(made("gguf-q8_0"))
     assert found["tokenizer.ggml.eos_token_id"] == 2
     assert found["tokenizer.ggml.pre"] == "smollm"
     assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
     assert found["tokenizer.ggml.add_bos_token"] is False
 
 
-def test_a_file_without_configuration_beside_it_tells_context_vocabulary_and_end(exported):
-    assert engines.facts(exported("q8_0")) == engines.facts(TINY)
+def test_a_file_without_configuration_beside_it_tells_context_vocabulary_and_end(made):
+    assert engines.facts(made("gguf-q8_0")) == engines.facts(TINY)
 
 
 def split_by(pattern: str) -> dict:
@@ -190,19 +192,15 @@ def split_by(pattern: str) -> dict:
     ],
 )
 def test_a_way_of_cutting_text_has_the_name_that_readers_know(pre_tokenizer, name):
-    assert gguf_file.split_name(pre_tokenizer) == name
+    assert gguf.split_name(pre_tokenizer) == name
 
 
 # --- artefacts ---------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_once(tmp_path, tiny_copy):
-    def save(folder: Path) -> None:
-        shutil.copytree(tiny_copy, folder, dirs_exist_ok=True)
-
-    base = artifacts.write_artifact("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
-    made = gguf_file.write(base, "q4_0")
-    assert made.path == tmp_path / "tiny+gguf-q4_0"
+def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_once(tiny_artifact):
+    base, made = tiny_artifact, gguf.write(tiny_artifact, "q4_0")
+    assert made.path == base.path.parent / "tiny+gguf-q4_0"
     assert (made.format, made.card["base"]["sha256"]) == ("gguf-q4_0", base.sha256)
     modelfile = (made.path / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./tiny.q4_0.gguf\n")
@@ -210,21 +208,14 @@ def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_o
     assert made.bytes == engines.gguf_file(made.path).stat().st_size < base.bytes / 2
     assert engines.load("torch", made).generate([5, 6, 7], 3)
     before = engines.gguf_file(made.path).stat().st_mtime_ns
-    assert engines.gguf_file(gguf_file.write(base, "q4_0").path).stat().st_mtime_ns == before
+    assert engines.gguf_file(gguf.write(base, "q4_0").path).stat().st_mtime_ns == before
 
 
-def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tmp_path, monkeypatch, capsys, tiny_copy):
-    def save(folder: Path) -> None:
-        shutil.copytree(tiny_copy, folder, dirs_exist_ok=True)
-
-    base = artifacts.write_artifact("tiny", tmp_path, save, base={"name": "x", "sha256": "y"}, recipe=[], format="bf16")
+def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tiny_artifact, tmp_path, command):
     out = tmp_path / "there"
-    arguments = ["export", base.path, "--to", "gguf", "--weights", "q4_0", "--out", out]
-    monkeypatch.setattr("sys.argv", ["avalab", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
-    assert capsys.readouterr().out == f"{out}: 0.6 MB, gguf-q4_0\nload it with the engine openvino, llamacpp or torch\n"
+    code, said = command("export", tiny_artifact.path, "--to", "gguf", "--weights", "q4_0", "--out", out)
+    assert not code
+    assert said == f"{out}: 0.6 MB, gguf-q4_0\nload it with the engine openvino, llamacpp or torch\n"
 
 
 def overwritten(file: Path, old: bytes, new: bytes) -> None:
@@ -266,8 +257,8 @@ def emptied(file: Path) -> None:
         (with_another_beginning, r"does not begin with GGUF"),
     ],
 )
-def test_a_spoilt_file_is_refused_by_name_and_offset(spoil, says, exported, tmp_path):
-    file = Path(shutil.copy(engines.gguf_file(exported("q8_0")), tmp_path / "spoilt.gguf"))
+def test_a_spoilt_file_is_refused_by_name_and_offset(spoil, says, made, tmp_path):
+    file = Path(shutil.copy(engines.gguf_file(made("gguf-q8_0")), tmp_path / "spoilt.gguf"))
     spoil(file)
     with pytest.raises(ValueError, match=says) as caught:
         engines.load("torch", tmp_path)
@@ -290,24 +281,100 @@ def changed(folder: Path, **values) -> Path:
 )
 def test_a_model_that_is_not_exported_is_refused_by_what_it_is(values, says, tiny_copy, tmp_path):
     with pytest.raises(ValueError, match=says):
-        gguf_file.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
+        gguf.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
     assert not (tmp_path / "x.gguf").exists()
 
 
 def test_an_unknown_block_type_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no block type 'q3_x'.*q8_0, q5_1, q5_0, q4_1, q4_0, kept"):
-        gguf_file.export(TINY, tmp_path / "x.gguf", "q3_x")
+        gguf.export(TINY, tmp_path / "x.gguf", "q3_x")
 
 
 def test_gpt_2s_cut_is_called_smollms_where_no_token_joins_digits():
-    assert gguf_file.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
+    assert gguf.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
 
 
 def test_text_cut_in_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match="text is cut by Metaspace"):
-        gguf_file.split_name({"type": "Metaspace"})
+        gguf.split_name({"type": "Metaspace"})
 
 
 def test_more_tokens_than_rows_are_refused():
     with pytest.raises(ValueError, match="ids up to 1023, the embedding 1000 rows"):
-        gguf_file.vocabulary(checkpoint.load_tokenizer(TINY), 1000)
+        gguf.vocabulary(checkpoint.load_tokenizer(TINY), 1000)
+
+
+# --- readers -----------------------------------------------------------------------------------------------------
+
+
+@every_reader
+@pytest.mark.parametrize("block", ["f16", "q8_0"])
+def test_a_gguf_file_gives_the_greedy_tokens_of_transformers(name, block, made, prompt, reference, opened):
+    """16 tokens, all equal: at 8 bits and more no choice of the tiny model is close enough to flip."""
+    folder = made(f"gguf-{block}")
+    engine = opened(name, folder)
+    assert engine.generate(prompt, 16, past_end=True) == reference(folder).generate(prompt, 16, past_end=True)
+
+
+@every_reader
+@pytest.mark.parametrize("block", ["f16", "q8_0", "q4_0"])
+def test_a_gguf_file_gives_the_distributions_of_transformers(name, block, made, prompt, divergence, reference, opened):
+    folder = made(f"gguf-{block}")
+    ours, theirs = (e.logits(prompt) for e in (opened(name, folder), reference(folder)))
+    assert ours.shape == theirs.shape == (len(prompt), 1024)
+    assert divergence(ours, theirs) < 0.005
+
+
+@every_reader
+def test_a_grammar_makes_a_readable_call_in_every_engine(name, made, prompt, opened):
+    tokenizer = checkpoint.load_tokenizer(TINY)
+    grammar = grammars.call_grammar(grammars.compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
+    engine = opened(name, made("gguf-q8_0"))
+    text = tokenizer.decode(engine.generate(prompt, 120, grammar), skip_special_tokens=True)
+    call = json.loads(text.removeprefix(grammars.BEGIN).removesuffix(grammars.END))
+    assert (call[0]["name"], list(call[0]["arguments"])) == ("add", ["a"])
+
+
+@every_reader
+def test_tokens_are_told_as_they_come_and_generations_do_not_hang_together(name, made, prompt, opened):
+    engine, seen = opened(name, made("gguf-q8_0")), []
+    first = engine.generate(prompt, 8, past_end=True, on_token=seen.append)
+    assert seen == first
+    engine.generate(prompt[:3], 4)
+    engine.logits(prompt[:5])
+    assert engine.generate(prompt, 8, past_end=True) == first
+
+
+@every_reader
+def test_a_closed_engine_of_another_library_says_so(name, made, prompt):
+    engine = engines.load(name, made("gguf-q8_0"), threads=1)
+    engine.close()
+    with pytest.raises(ValueError, match=f"this {name} engine of gguf-q8_0 is closed"):
+        engine.generate(prompt, 1)
+
+
+def token_ids_of_llamacpp(request: dict) -> dict:
+    """In a process of its own: what llama.cpp's tokenizer makes of a text."""
+    from llama_cpp import Llama
+
+    model = Llama(request["file"], vocab_only=True, verbose=False)
+    return {"ids": model.tokenize(request["text"].encode(), add_bos=False, special=True)}
+
+
+def token_ids_of_openvino(request: dict) -> dict:
+    """In a process of its own: what GenAI's tokenizer makes of a text."""
+    threads = {"INFERENCE_NUM_THREADS": request["threads"]} if request["threads"] else {}
+    pipeline = openvino.pipeline(Path(request["file"]), "CPU", ATTENTION_BACKEND="SDPA", **threads)
+    encoded = pipeline.get_tokenizer().encode(request["text"], add_special_tokens=False)
+    return {"ids": encoded.input_ids.data[0].tolist()}
+
+
+@every_reader
+@pytest.mark.parametrize("text", READ_TEXTS)
+def test_readers_of_gguf_cut_text_as_the_tokenizer_beside_the_weights(name, text, made):
+    file, expected = engines.gguf_file(made("gguf-q8_0")), checkpoint.load_tokenizer(TINY)(text).input_ids
+    request = {"file": str(file), "text": text}
+    if name == "openvino":
+        request["threads"] = engines.usable_options("openvino", file.parent, threads=1)[0]["threads"]
+    found = process.call(f"{__name__}:token_ids_of_{name}", request, limit_seconds=120)
+    assert found["ids"] == expected

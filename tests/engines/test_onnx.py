@@ -1,0 +1,35 @@
+"""ONNX Runtime GenAI: folders of its own builder against transformers in float32, and what is refused."""
+
+import pytest
+import torch
+
+from avalab import engines
+from avalab.engines import onnx
+from avalab.engines.engine import TINY
+
+
+@pytest.mark.needs("onnxruntime_genai")
+def test_onnx_in_float32_has_the_tokens_and_logits_of_transformers(made, prompt, reference):
+    """Same weights, 32 bits throughout: logits within 1e-3, tokens equal."""
+    ours, theirs = engines.load("onnx", made("onnx-fp32"), threads=1), reference(TINY)
+    torch.testing.assert_close(ours.logits(prompt), theirs.logits(prompt), atol=1e-3, rtol=0)
+    assert ours.generate(prompt, 32, past_end=True) == theirs.generate(prompt, 32, past_end=True)
+
+
+@pytest.mark.needs("onnxruntime_genai")
+def test_onnx_int8_is_close_to_its_dense_model(made, prompt, divergence, reference):
+    engine = engines.load("onnx", made("onnx-int8"), threads=1)
+    assert divergence(engine.logits(prompt), reference(TINY).logits(prompt)) < 0.005
+
+
+@pytest.mark.needs("onnxruntime_genai")
+def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
+    for path in made("onnx-fp32").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:5000] if path.suffix == ".onnx" else path.read_bytes())
+    with pytest.raises(ValueError, match="ONNX Runtime cannot read"):
+        engines.load("onnx", tmp_path)
+
+
+def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"no weights 'int3' for ONNX; choose one of fp32, int8, int4"):
+        onnx.export(TINY, tmp_path, "int3")

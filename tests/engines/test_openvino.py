@@ -1,0 +1,76 @@
+"""OpenVINO: GGUF files and exported folders against transformers in float32, and what is refused."""
+
+import pytest
+import torch
+
+from avalab import engines
+from avalab.engines import gguf, openvino
+from avalab.engines.engine import TINY
+from avalab.models import checkpoint
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
+
+
+@pytest.mark.needs("openvino_genai")
+@pytest.mark.parametrize("block", ["q8_0", "q4_0"])
+def test_openvino_in_float32_has_the_logits_of_transformers(block, made, prompt, reference):
+    """Activations, keys and values in float32: logits within 1e-3, the order of additions."""
+    folder = made(f"gguf-{block}")
+    ours = engines.load("openvino", folder, threads=1, properties=EXACT)
+    torch.testing.assert_close(ours.logits(prompt), reference(folder).logits(prompt), atol=1e-3, rtol=0)
+    assert ours.generate(prompt, 16, past_end=True) == reference(folder).generate(prompt, 16, past_end=True)
+
+
+@pytest.mark.needs("openvino_genai")
+def test_openvino_reads_q4_1_as_it_is_where_minimums_are_whole_steps(tmp_path, prompt, reference):
+    """Its reader rounds a block's minimum to a whole number of steps; weights of that kind lose nothing."""
+    model = checkpoint.load_model(TINY, dtype=torch.float32)
+    for layer in checkpoint.linear_layers(model).values():
+        blocks = layer.weight.data.view(-1, 32)
+        steps = (blocks * 2**5).round().clamp(-7, 8)
+        steps[:, 0], steps[:, 1] = -7, 8  # the block's ends, so that its type finds this grid
+        layer.weight.data = (steps / 2**7).view(layer.weight.shape)
+    model.config.dtype = torch.float32
+    checkpoint.save_model(model, checkpoint.load_tokenizer(TINY), tmp_path / "grid")
+    (tmp_path / "file").mkdir()
+    gguf.export(tmp_path / "grid", tmp_path / "file" / "m.gguf", "q4_1")
+    ours = engines.load("openvino", tmp_path / "file", threads=1, properties=EXACT).logits(prompt)
+    torch.testing.assert_close(ours, reference(tmp_path / "file").logits(prompt), atol=1e-3, rtol=0)
+
+
+@pytest.mark.needs("openvino_genai")
+@pytest.mark.parametrize(("weights", "allowed"), [("f16", 0.005), ("int8", 0.005), ("int4", 0.15)])
+def test_an_openvino_folder_is_close_to_its_dense_model(weights, allowed, made, prompt, divergence, reference):
+    """Against the dense model: 0.005 is the engine's own rounding, 0.15 bounds int4 with groups of 64."""
+    engine = engines.load("openvino", made(f"openvino-{weights}"), threads=1)
+    assert divergence(engine.logits(prompt), reference(TINY).logits(prompt)) < allowed
+    assert engine.generate(prompt, 4, past_end=True)[0] == int(engine.logits(prompt)[-1].argmax())
+
+
+@pytest.mark.needs("openvino_genai")
+def test_an_openvino_artefact_names_what_it_was_made_from_and_is_made_once(tiny_artifact, monkeypatch, prompt):
+    base, made = tiny_artifact, openvino.write(tiny_artifact, "f16")
+    assert (made.name, made.format, made.card["base"]["sha256"]) == ("tiny+openvino-f16", "openvino-f16", base.sha256)
+    assert engines.load("openvino", made, threads=1).generate(prompt, 3, past_end=True)
+    monkeypatch.setattr(openvino, "export", lambda *arguments: pytest.fail("it was made a second time"))
+    assert openvino.write(base, "f16").sha256 == made.sha256
+
+
+@pytest.mark.needs("openvino_genai")
+def test_openvino_refuses_block_types_that_it_does_not_read_and_says_what_does(made):
+    with pytest.raises(engines.NotSupported, match=r"export it as f16, q8_0 or q4_0, or use llamacpp or torch"):
+        engines.load("openvino", made("gguf-q5_1"))
+
+
+@pytest.mark.needs("openvino_genai")
+def test_openvino_leaves_an_artefact_as_it_was(made, prompt):
+    """For logits GenAI writes what it read from a GGUF file: not beside the file."""
+    folder = made("gguf-q8_0")
+    before = sorted(path.name for path in folder.iterdir())
+    engines.load("openvino", folder, threads=1).logits(prompt)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"no weights 'int3' for OpenVINO; choose one of f16, int8, int4"):
+        openvino.export(TINY, tmp_path, "int3")
