@@ -116,8 +116,8 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
             equivalence.apply_transform(model, windows, parameters["transform"])
         start = time.perf_counter()
         layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name not in job.skipped}
-        sizes = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
         embedding = ava_targets.embedding_name(model)
+        sizes = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
         found = sensitivity.expected_increases(
             model, windows, sizes, target.nearest, damped_by_tokens=target.damped_by_tokens
         )

@@ -2,9 +2,9 @@
 
 | `format` | offered for a tensor, beside bf16 | artefact |
 |---|---|---|
-| `transformers` | grids of 2 to 8 bits; the embedding in int8 rows | a compressed-tensors checkpoint (`packing`) |
+| `transformers` | grids of 2 to 8 bits; the embedding in int8 rows | a compressed-tensors checkpoint (`packed`) |
 | `gguf` | GGUF's block types whose blocks divide the columns | one .gguf file, header and tokenizer in it |
-| `onnx` | grids that ONNX Runtime's operators store without waste | a folder for ONNX Runtime GenAI (`onnx_mixed`) |
+| `onnx` | grids that ONNX Runtime's operators store without waste | a folder for ONNX Runtime GenAI (`onnx_graph`) |
 
 With `embedding="packed"` a checkpoint's embedding and tied head are offered the grids of linear layers: most is won
 there below 5 bits a parameter, but only `checkpoint.load_model` reads the file, transformers and vLLM refuse it.

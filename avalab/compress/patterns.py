@@ -4,11 +4,11 @@
 which sparse tensor cores read (Mishra et al. 2021, arXiv 2104.08378). `keep` takes whole structures by their summed
 scores: `structured` patterns leave a smaller dense model (`avalab.models.smaller`), the others zeros.
 
-Layers lose the same share, or more where the model minds less (`cheapest_counts`). The weights that
-the score would remove cost 1/2 sum E[(dL/dw)^2] w^2, the second-order increase of the loss with a diagonal Fisher
-information (LeCun et al. 1990, Optimal Brain Damage). One price on a removed weight is sought at which the layers, each
-at its own best level, lose as many as asked: Lagrange's condition for the least sum (Everett 1963). Costs come from a
-sample of rows, so that an exact integer program would solve noise; updates of the weights that stay are not counted.
+Layers lose the same share, or more where the model minds less (`cheapest_counts`): removed weights cost
+1/2 sum E[(dL/dw)^2] w^2, the second-order increase of the loss with a diagonal Fisher information (LeCun et al. 1990,
+Optimal Brain Damage). One price on a removed weight is sought at which the layers, each at its own best level, lose as
+many as asked: Lagrange's condition for the least sum (Everett 1963). Costs come from a sample of rows, so that an exact
+integer program would solve noise; updates of the weights that stay are not counted.
 """
 
 from __future__ import annotations
