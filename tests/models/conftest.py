@@ -12,7 +12,7 @@ def gemma():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16}
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     rotary = {
-        kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(kinds, (10.0, 1e6), strict=False)
+        kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(kinds[:2], (10.0, 1e6), strict=True)
     }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 4}
     config = Gemma3TextConfig(**sizes, **heads, layer_types=kinds, rope_parameters=rotary)
