@@ -74,9 +74,9 @@ def main() -> None:
 def list_or_fetch(name: Annotated[str, typer.Argument(help="Asset to fetch; without it, list them all.")] = "") -> None:
     """List the assets of data/assets.toml, or fetch one and print where it is."""
     if name:
-        print(assets.fetch(name))
+        print(assets.fetch_asset(name))
         return
-    for asset in assets.manifest().values():
+    for asset in assets.known_assets().values():
         here = "here" if (assets.CACHE / asset.name).exists() else "not fetched"
         print(f"{asset.name:32} {asset.bytes / 1e6:10.1f} MB  {here:12} {asset.licence}")
 

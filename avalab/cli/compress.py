@@ -129,7 +129,7 @@ def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> Non
     from avalab.models import checkpoint, predict
 
     tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
-    text = corpora.text(run.profile.eval_texts[0], tokenizer)
+    text = corpora.evaluation_text(run.profile.eval_texts[0], tokenizer)
     against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
     kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
@@ -204,9 +204,9 @@ def prune(
 def _time_zeros(run: Run, artifact: Artifact) -> None:
     """Whether any kernel here gains from an artefact's zeros, on the last layer that has some."""
     from avalab.measure import cost
-    from avalab.models import checkpoint
+    from avalab.models import checkpoint, walk
 
-    layers = checkpoint.linear_layers(checkpoint.load_model(artifact, run.device)).values()
+    layers = walk.linear_layers(checkpoint.load_model(artifact, run.device)).values()
     weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
     for tokens in (1, run.profile.prompt_tokens):
         timings = cost.record_sparse_speed(run, f"{artifact.name}, {tokens} tokens", artifact, weight, tokens=tokens)
@@ -242,7 +242,7 @@ def recover(
     from avalab.train.loop import Schedule
 
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
-    schedule, blocks = Schedule(learning_rate=learning_rate), qat.Blocks(steps=steps)
+    schedule, blocks = Schedule(learning_rate=learning_rate), qat.BlockTraining(steps=steps)
     if kind == "both":
         recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
         between = run.artifacts_dir / f"{start.name}+blocks"
@@ -262,14 +262,14 @@ def _written(made: Artifact, engines: str) -> str:
 def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; GenAI's if packed."""
     from avalab import engines
-    from avalab.engines import onnxruntime
+    from avalab.engines import onnxruntime as onnxruntime_engine
 
     if weights == "kept" or (not weights and engines.kind(artifact.path) == "compressed-tensors"):
         return _onnx_genai(artifact, out, "kept", windows)
     if weights == "int8" or windows is not None:
         mode = "dynamic" if windows is None else "static"
-        return _written(onnxruntime.write_int8(artifact, mode, windows=windows, out=out), "onnxruntime")
-    made = onnxruntime.write(artifact, out, weights=weights or "dense")
+        return _written(onnxruntime_engine.write_int8(artifact, mode, windows=windows, out=out), "onnxruntime")
+    made = onnxruntime_engine.write(artifact, out, weights=weights or "dense")
     found = made.card["measured"]
     return (
         f"{made.path}: {found['onnx_bytes'] / 1e6:.1f} MB, weights {weights or 'dense'}\n"
@@ -280,24 +280,25 @@ def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
 
 def _onnx_genai(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """A folder for ONNX Runtime GenAI, by its own model builder; a packed artefact's layers as they are."""
-    from avalab.engines import onnx
+    from avalab.engines import onnx as genai_folder
 
     if windows is not None:
         raise ValueError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
-    made = onnx.write(artifact, weights or "int4", out=out)
+    made = genai_folder.write(artifact, weights or "int4", out=out)
     note = made.card["measured"].get("note", "")
     return _written(made, "onnx") + (f"\n{note}" if note else "")
 
 
 def _gguf(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """A GGUF file with tokenizer and chat template, and Ollama's Modelfile; K types by llama.cpp's quantiser."""
-    from avalab.engines import gguf, llamacpp
+    from avalab.engines import gguf as gguf_file
+    from avalab.engines import llamacpp
 
     if weights in llamacpp.MIXTURES:
         return _written(llamacpp.write(artifact, weights, windows=windows, out=out), "llamacpp or torch")
     if windows is not None:
         raise ValueError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
-    return _written(gguf.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
+    return _written(gguf_file.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
 
 
 def _by_engine(engine: str, default: str) -> Callable[..., str]:
@@ -320,7 +321,9 @@ class Exporter:
 
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "kept")
+
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
 EXPORTERS: dict[str, Exporter] = {
     "onnx": Exporter(_onnx, ("dense", "sparse", "bitmask", "int8", "kept"), calibrated=True),
     "onnx-genai": Exporter(_onnx_genai, ("fp32", "int8", "int4", "kept")),
@@ -331,6 +334,7 @@ EXPORTERS: dict[str, Exporter] = {
 }
 
 WEIGHTS_HELP = "How weights are stored. " + "; ".join(f"{n}: {', '.join(row.weights)}" for n, row in EXPORTERS.items())
+
 CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matrix (gguf's K types)."
 
 

@@ -72,7 +72,7 @@ def evaluate(
 
     others = [task for task in wanted if task not in ("bfcl", "humaneval")]
     if others:
-        harness.require()
+        harness.require_harness()
     respondent = answers.Respondent(found, run.device)
     for category in answers.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
         answers.record_calls(run, found.name, respondent, category=category, mode=mode, limit=limit, skip=skip)

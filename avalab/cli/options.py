@@ -19,35 +19,53 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
 
 EMBEDDED = "smollm2-135m-instruct"  # of avalab.models.checkpoint
+
 METHODS = (  # of avalab.compress.quantize
     *("nf4", "fp4", "int8", "torchao-int8", "torchao-int8-dynamic", "torchao-int4"),
     *("rtn", "gptq", "awq", "smoothquant", "ava", "autoround", "hqq"),
     *("openvino-int4", "nncf-int4", "onnx-k-quant"),
     *("gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k"),
 )
+
 SCORES = ("random", "magnitude", "wanda", "sparsegpt", "gradient", "influence")  # of avalab.compress.saliency
+
 PATTERNS = ("unstructured", "2:4", "4:8", "heads", "kv_groups", "mlp_channels", "hidden", "layers")
+
 POOLS = ("mean", "logits", "weighted", "cascade")  # of avalab.serve.ensemble: of distributions
+
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
+
 TRAINED = ("scales", "weights", "blocks", "torchao")  # of avalab.train.qat
+
 TARGETS = ("online", "sampled", "topk")  # of avalab.train.distill
+
 KINDS = (  # of examples, of avalab.data.drafts
     *("single_call", "several_candidates", "parallel_calls", "no_function"),
     *("missing_argument", "structured_output", "reasoning", "instruction"),
 )
+
 ENGINES = ("torch", "openvino", "onnx", "llamacpp", "onnxruntime", "aot", "executorch", "vllm", "tensorrt")
+
 CALL_MODES = ("free", "grammar", "forced")  # of avalab.measure.answers
+
 CHAT_MODES = ("free", "grammar")  # of avalab.serve.chat
 
 Model = Annotated[
     str, typer.Option(help="Embedded model, folder with config.json, or hub id; '' is the profile's own.")
 ]
+
 Profile = Annotated[str, typer.Option(help="Sizes of calibration and measurement: smoke, laptop, a2000 or long.")]
+
 Seed = Annotated[int, typer.Option(help="Seed of samples, adapters and intervals.")]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print records as JSON.")]
+
 Mode = Annotated[str, typer.Option(help="free (any text), grammar (a call or a refusal) or forced (a call).")]
+
 Limit = Annotated[int | None, typer.Option(min=1, help="Cases of each task (windows of text); the profile's without.")]
+
 ArtifactFolder = Annotated[Path, typer.Argument(help="Artefact folder (it holds card.json).")]
+
 NewFolder = Annotated[Path, typer.Option(help="Folder of the new artefact.")]
 
 
@@ -74,7 +92,7 @@ def new_folder(out: Path | None) -> None:
 def known_model(model: str) -> None:
     """Raise ValueError for a name that is neither an artefact, an asset, a folder with a model, nor a hub id."""
     if model not in ("", EMBEDDED) and not _is_artifact(model):
-        assets.resolve(model)
+        assets.resolve_model(model)
 
 
 def source_artifact(model: str, run: Run) -> Artifact:
@@ -98,5 +116,5 @@ def print_records(run: Run, as_json: bool) -> None:
     from avalab.report import tables
 
     for record in run.records:
-        shown = tables.show(record) if record.value is not None else record.note
-        print(f"{record.subject:32} {tables.words(record.metric):36} {shown}")
+        shown = tables.value_text(record) if record.value is not None else record.note
+        print(f"{record.subject:32} {tables.metric_words(record.metric):36} {shown}")

@@ -77,7 +77,7 @@ def ensemble(
     else:
         voters = [Respondent(member, run.device) for member in members]
         if method == "self-consistency":
-            voters = ensemble_scores.draws(
+            voters = ensemble_scores.sampling_voters(
                 members[0], samples, temperature=temperature, seed=run.seed, device=run.device
             )
         text, note = _by_vote(voters, prompt, max_new_tokens)
@@ -92,7 +92,7 @@ def _answer(respondent, prompt: str, tokens: int) -> tuple[str, str]:
 
     messages = [{"role": "user", "content": prompt}]
     text = respondent.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ((_, answer),) = grammars.answers(respondent.model, respondent.tokenizer, [text], max_new_tokens=tokens)
+    ((_, answer),) = grammars.greedy_answers(respondent.model, respondent.tokenizer, [text], max_new_tokens=tokens)
     return text, answer
 
 

@@ -66,17 +66,16 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
         artifacts.load_artifact(Path(address), verify=False)  # refuses a folder without one
         from avalab.data import synthesize, teachers
 
-        return teachers.local(Path(address), cache=cache / "local.jsonl", schema=synthesize.REWORDING)
+        return teachers.local_teacher(Path(address), cache=cache / "local.jsonl", schema=synthesize.REWORDING)
     if not model:
         raise ValueError("a teacher behind a URL needs --teacher-model")
     try:
         price_in, price_out = map(float, price.split(","))
     except ValueError:
         raise ValueError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
-    from avalab.data import teachers
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
-    return teachers.endpoint(address, model, cache=cache / f"{slug(model)}.jsonl", limits=limits)
+    return teachers.endpoint_teacher(address, model, cache=cache / f"{slug(model)}.jsonl", limits=limits)
 
 
 def finetune(
@@ -250,6 +249,6 @@ def _rows(
     if own_answers:
         chosen = packing.own_answers(student, chosen, run=run)
     if text_teacher:
-        kept = packing.fitting(tokenizer, packing.answered(chosen, text_teacher), row_tokens)
+        kept = packing.fitting(tokenizer, packing.with_answers_of(chosen, text_teacher), row_tokens)
         return packing.pack_chats(tokenizer, kept, row_tokens=row_tokens, context=row_tokens, seed=run.seed)
     return packing.chat_rows(tokenizer, chosen, row_tokens=row_tokens, seed=run.seed)

@@ -41,7 +41,7 @@ class Allocation:
         return sum(option.cost for option in self.chosen.values())
 
 
-def allocate(
+def allocate_formats(
     options: Mapping[str, list[Option]], budget_bytes: int, *, fixed_bytes: int = 0, file: str = "allocation"
 ) -> Allocation:
     """The allocation of least summed cost that fits the budget beside the fixed bytes; exact.

@@ -34,7 +34,7 @@ from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16
 from avalab.engines.onnx_graph import OnnxModel
 from avalab.lab import artifacts
-from avalab.models import checkpoint, packed, predict
+from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.packed import Packed
 
 DEFAULTS = {
@@ -46,8 +46,11 @@ DEFAULTS = {
     "engine": "any",
     "transform": equivalence.NONE,
 }
+
 BUDGET = ("bits_per_weight", "bytes")
+
 PACKED_FORMAT = "compressed-tensors-packed-embedding"  # where only avalab reads the file
+
 EMBEDDINGS = ("any", BF16, PACKED)
 
 
@@ -80,7 +83,7 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel
         work = Work(job, model, target.prepare(job, model, Path(scratch)), held_out, reference)
         found = sensitivities(job, model)
         fixed = target.fixed_bytes(work, found.options)
-        chosen = allocation.allocate(found.options, budget, fixed_bytes=fixed, file=target.file)
+        chosen = allocation.allocate_formats(found.options, budget, fixed_bytes=fixed, file=target.file)
         about = {
             "budget_bytes": budget,
             "predicted_bytes": chosen.bytes + fixed,
@@ -115,7 +118,7 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
             model = checkpoint.load_model(job.folder, job.device)
             equivalence.apply_transform(model, windows, parameters["transform"])
         start = time.perf_counter()
-        layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name not in job.skipped}
+        layers = {name: layer for name, layer in walk.linear_layers(model).items() if name not in job.skipped}
         embedding = ava_targets.embedding_name(model)
         sizes = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
         found = sensitivity.expected_increases(
@@ -143,7 +146,7 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
 _kept: dict[str, Sensitivities] = {}
 
 
-def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:
+def budget_curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:
     """The best allocation for budgets from the smallest file's to bf16's in equal steps, each with its file's bytes."""
     target, model = TARGETS[job.parameters["format"]], checkpoint.load_model(job.folder)
     with TemporaryDirectory() as scratch:
@@ -151,7 +154,7 @@ def curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int,
         fixed = target.fixed_bytes(work, found.options)
     least, most = (fixed + sum(end(o.bytes for o in row) for row in found.options.values()) for end in (min, max))
     budgets = [round(least + (most - least) * step / steps) for step in range(steps + 1)]
-    best = [allocation.allocate(found.options, budget, fixed_bytes=fixed) for budget in budgets]
+    best = [allocation.allocate_formats(found.options, budget, fixed_bytes=fixed) for budget in budgets]
     return [(one.bytes + fixed, one) for one in best]
 
 
@@ -179,7 +182,7 @@ def checked_target(parameters: Mapping) -> Target:
     return TARGETS[format]
 
 
-def shipped_as(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
+def format_and_engines(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
     """The artefact's format and the engines that load it; `count` and `folder` are the base's parameters and files.
 
     Raises ValueError as `checked_target` does.

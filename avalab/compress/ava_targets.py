@@ -35,13 +35,17 @@ from avalab.engines.onnx_graph import OnnxModel
 from avalab.kernels import block_types, formats
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import Grid, Rounded
-from avalab.models import checkpoint, packed, predict
+from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.packed import Packed
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 7, 8), (32, 64, 128)
+
 ONNX_GRIDS = ((2, False), (4, False), (4, True), (8, True))  # bits, and whether there are no zero points
+
 ONNX_INPUTS = "int8"  # what products read: the only fast kernels for 2 and 8 bits
+
 ALL_TYPES = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+
 GGUF_TYPES = {  # read as they are written, by engine
     "any": ALL_TYPES,
     "llamacpp": ALL_TYPES,
@@ -50,10 +54,15 @@ GGUF_TYPES = {  # read as they are written, by engine
 }
 
 HEADER_BYTES = 130  # of a tensor in a safetensors header, at most
+
 ENTRY_BYTES = 8 + 4 + 2 * 8 + 4 + 8 + 32  # of a tensor in GGUF's, and up to 32 of alignment; its name comes on top
+
 TABLE_DAMPING = 0.03  # of an embedding's moment; 0.003 and 0.01 were worse on other text
+
 HELD_OUT = 2  # calibration windows
+
 PACKED = "packed"
+
 PACKED_NOTE = "the embedding is packed: avalab loads this file; transformers and vLLM need embedding='any'"
 
 Options = Mapping[str, list[Option]]  # of every tensor
@@ -131,7 +140,7 @@ def _packed_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: boo
     if is_table and parameters["embedding"] != PACKED:
         return {}
     offered = grids(columns, parameters["group_size"])
-    return {grid.name: packed.stored_bytes(rows, columns, grid) for grid in offered}
+    return {grid.name: packed.packed_layer_bytes(rows, columns, grid) for grid in offered}
 
 
 def _onnx_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: bool = False) -> Sizes:
@@ -159,7 +168,7 @@ def _packed_notes(work: Work, options: Options, chosen: Allocation) -> list[str]
 def ragged_groups(model: PreTrainedModel, group_size: int) -> list[str]:
     """What a card says of layers whose columns the asked group size, or no usual one, divides."""
     ragged: Counter[str] = Counter()
-    for layer in checkpoint.linear_layers(model).values():
+    for layer in walk.linear_layers(model).values():
         size = group_sizes(layer.in_features, group_size)[0]
         if (group_size or size not in GROUP_SIZES) and size != group_size:
             wanted = group_size or "a usual size"
@@ -179,17 +188,17 @@ def _onnx_graph(job: Job, model: PreTrainedModel, scratch: Path) -> onnx_graph.G
     if job.parameters["transform"] != equivalence.NONE:
         folder = scratch / "model"
         checkpoint.save_model(model, checkpoint.load_tokenizer(job.folder), folder)
-    return onnx_graph.build(folder, scratch)
+    return onnx_graph.build_graph(folder, scratch)
 
 
 def _write_onnx(work: Work, chosen: Allocation, rounded: dict[str, Rounded], about: dict) -> OnnxModel:
-    blocks = {name: block_types.blocks(block_types.steps_of(part)) for name, part in rounded.items()}
+    blocks = {name: block_types.smallest_blocks(block_types.steps_of(part)) for name, part in rounded.items()}
     about |= {
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens, in ONNX Runtime",
-        "containers": onnx_graph.containers(blocks),
+        "containers": onnx_graph.count_containers(blocks),
     }
     check, embedding = (work.held_out, work.reference), embedding_name(work.model)
-    return onnx_graph.finished(work.prepared, blocks, embedding, inputs=ONNX_INPUTS, check=check, measured=about)
+    return onnx_graph.finish_model(work.prepared, blocks, embedding, inputs=ONNX_INPUTS, check=check, measured=about)
 
 
 # --- GGUF
@@ -223,8 +232,8 @@ def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedC
 
 def _gguf_sizes(rows: int, columns: int, parameters: Mapping, *, is_table: bool = False) -> Sizes:
     types = [block_types.FORMATS[name] for name in GGUF_TYPES[parameters["engine"]]]
-    fitting = [type for type in types if block_types.fits(type, columns)]
-    return {type.name: block_types.stored_bytes(rows, columns, type) for type in fitting}
+    fitting = [type for type in types if block_types.fits_blocks(type, columns)]
+    return {type.name: block_types.gguf_stored_bytes(rows, columns, type) for type in fitting}
 
 
 def _gguf_fixed_bytes(work: Work, options: Options) -> int:
@@ -235,7 +244,7 @@ def _gguf_fixed_bytes(work: Work, options: Options) -> int:
         gguf_file.write_tensors(work.job.folder, file, [], config=config, block=gguf_file.KEPT)
         header = file.stat().st_size
     named = dict(work.model.named_parameters())  # a head tied to the embedding is not repeated
-    entries = sum(ENTRY_BYTES + len(gguf_file.file_names(config)(name)) for name in named)
+    entries = sum(ENTRY_BYTES + len(gguf_file.tensor_namer(config)(name)) for name in named)
     rest = [p for name, p in named.items() if name.removesuffix(".weight") not in options]
     return header + entries + sum((4 if p.ndim == 1 else 2) * p.numel() for p in rest)
 
@@ -254,13 +263,13 @@ def _write_gguf(work: Work, chosen: Allocation, rounded: dict[str, BlockRounded]
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens",
         "types": {name: option.format for name, option in chosen.chosen.items()},
     }
-    names, rows = gguf_file.file_names(work.prepared), []
+    names, rows = gguf_file.tensor_namer(work.prepared), []
     for name, parameter in model.named_parameters():
         part = rounded.get(name.removesuffix(".weight"))  # brings its bytes along; other vectors are float32
         kind = part.format.name if part else ("f32" if parameter.ndim == 1 else BF16)
         content = part.packed() if part else parameter.detach().cpu()
         content = gguf_file.in_file_order(name, content, work.prepared)
-        rows.append((names(name), kind, content.numpy() if part else gguf_file.encoded(content, kind)))
+        rows.append((names(name), kind, content.numpy() if part else gguf_file.encode_tensor(content, kind)))
     return GgufModel(work.job.folder, rows, work.prepared, about)
 
 
@@ -270,7 +279,7 @@ TARGETS: dict[str, Target] = {
         ("torch",),
         "file",
         sizes=_packed_sizes,
-        nearest=lambda weight, cost, format: rounding.nearest(weight, cost, formats.grid_named(format)),
+        nearest=lambda weight, cost, format: rounding.round_to_nearest(weight, cost, formats.grid_named(format)),
         round=lambda weight, posed, format: rounding.round_weight(weight, posed, formats.grid_named(format)),
         fixed_bytes=_packed_fixed_bytes,
         notes=_packed_notes,
@@ -299,7 +308,7 @@ TARGETS: dict[str, Target] = {
         onnx_graph.ENGINES,
         "ONNX graph and weights",
         sizes=_onnx_sizes,
-        nearest=lambda weight, cost, format: rounding.nearest(weight, cost, formats.grid_named(format)),
+        nearest=lambda weight, cost, format: rounding.round_to_nearest(weight, cost, formats.grid_named(format)),
         round=lambda weight, posed, format: rounding.round_weight(weight, posed, formats.grid_named(format)),
         prepare=_onnx_graph,
         fixed_bytes=lambda work, options: onnx_graph.unchosen_bytes(

@@ -26,8 +26,11 @@ from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import NumberFormat
 
 SMALLEST = 6e-8  # of a scale: float16's smallest number
+
 MULTIPLIERS = {"q2_k": (1, 15), "q3_k": (-32, 31), "q4_k": (1, 63), "q5_k": (1, 63), "q6_k": (-128, 127)}
+
 SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # of a group's range
+
 STRETCHES = tuple(0.92 + 0.05 * step for step in range(10))  # where the largest magnitude goes, over the last code
 
 
@@ -38,7 +41,7 @@ def round_weight(
 
     Raises ValueError for columns that the type's blocks do not divide.
     """
-    if not block_types.fits(format, weight.shape[1]):
+    if not block_types.fits_blocks(format, weight.shape[1]):
         raise ValueError(f"blocks of {block_types.block_weights(format)} do not divide {weight.shape[1]} columns")
     weight = weight.float()
     scales, offsets, fields = stored(*search(weight, posed.column_cost, format), format)

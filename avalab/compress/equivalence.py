@@ -38,9 +38,13 @@ NONE, SCALE, ROTATE = "none", "scale", "rotate"
 TRANSFORMS = (NONE, SCALE, ROTATE, f"{SCALE}+{ROTATE}")
 
 BITS = 3  # of the grid that judges factors: what is easier there is so at 2 and 4
+
 GROUP_SIZES = (64, 32, 128)
+
 EXPONENTS = tuple((a, b) for a in (0.0, 0.25, 0.5, 0.75) for b in (0.0, 0.25, 0.5))  # of inputs, of weights
+
 WINDOWS = 16  # of calibration text, at most
+
 SAMPLED_ROWS = 32  # of a layer
 
 
@@ -92,9 +96,9 @@ def scale_channels(
 ) -> dict[str, int]:
     """Fold activation-aware factors into the model, in place; how many sites got which exponents."""
     found: Counter[str] = Counter()
-    for site in walk.sites(model, windows[:WINDOWS]):
+    for site in walk.calibration_sites(model, windows[:WINDOWS]):
         pair = _pair(model, site)
-        cost = rounding.problem(site.moment, damping=rounding.damping_of(site)).column_cost
+        cost = rounding.rounding_problem(site.moment, damping=rounding.damping_of(site)).column_cost
         (a, b), factors = _best(pair, site.moment.diagonal(), cost, exponents)
         if (a, b) != (0, 0):
             fold(pair, factors)
@@ -201,4 +205,4 @@ def _error(sample: Tensor, cost: Tensor) -> float:
     """Cost-weighted error of rounding rows to the nearest points of the grid that judges."""
     columns = sample.shape[1]
     grid = Grid(BITS, next((size for size in GROUP_SIZES if columns % size == 0), columns))
-    return float(((rounding.nearest(sample, cost, grid) - sample).square() * cost).sum())
+    return float(((rounding.round_to_nearest(sample, cost, grid) - sample).square() * cost).sum())

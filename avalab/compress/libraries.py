@@ -33,14 +33,19 @@ from avalab.kernels import NestedScales, Weight4, formats
 from avalab.kernels.formats import Grid, Rounded
 from avalab.kernels.weight import NESTED_GROUP
 from avalab.lab import artifacts
-from avalab.models import checkpoint, packed, stored
+from avalab.models import checkpoint, packed, stored, walk
 from avalab.models.packed import Packed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 AUTOROUND_BATCH = 8  # windows; the library's own
+
 HQQ_BITS = (2, 3, 4, 8)
+
 NNCF_GROUP_SIZE = 64
+
 K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
+
 GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
 
 
@@ -87,11 +92,11 @@ def bitsandbytes_4bit(job: Job) -> PreTrainedModel:
         bnb_4bit_use_double_quant=double,
         llm_int8_skip_modules=["lm_head", *job.skipped],
     )
-    for name, plain in checkpoint.linear_layers(model).items():
+    for name, plain in walk.linear_layers(model).items():
         if name not in job.skipped:
             weight = kernels.encode(plain.weight.data, format)
             layer = four_bit_layer(plain, weight, job.method, config.bnb_4bit_compute_dtype)
-            checkpoint.replace_linear(model, name, layer)
+            walk.replace_linear(model, name, layer)
     model.hf_quantizer = AutoHfQuantizer.from_config(config)
     model.config.quantization_config = config
     return model
@@ -250,7 +255,7 @@ def autoround(job: Job) -> Packed:
             device_map=job.device,
         )
         tuned = rounder.quantize()[0]
-    layers = checkpoint.linear_layers(tuned).items()
+    layers = walk.linear_layers(tuned).items()
     rounded = {name: autoround_integers(layer, grid) for name, layer in layers if name not in job.skipped}
     return packed.pack_model(tuned, rounded, measured={"iterations": parameters["iterations"]})
 
@@ -284,7 +289,7 @@ def hqq(job: Job) -> dict:
     if parameters["bits"] not in HQQ_BITS:
         raise ValueError(f"HQQ has no {parameters['bits']} bits; choose one of {', '.join(map(str, HQQ_BITS))}")
     model = checkpoint.load_model(job.folder)
-    layers = [name for name in checkpoint.linear_layers(model) if name not in job.skipped]
+    layers = [name for name in walk.linear_layers(model) if name not in job.skipped]
     others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
     if parameters["embedding"] == "int8":
         table = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
@@ -349,4 +354,4 @@ def onnx_k_quant(job: Job) -> dict:
 def llama_cpp(job: Job) -> dict:
     """llama.cpp's own quantisation into the mixture that the method names."""
     base = artifacts.load_artifact(job.folder, verify=False)
-    return llamacpp.quantise(base, job.out, job.method.removeprefix(GGUF), job.calibration)
+    return llamacpp.quantise_to_gguf(base, job.out, job.method.removeprefix(GGUF), job.calibration)

@@ -22,7 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 LARGEST_STEP = 64  # channels: what kernels and quantization groups like to divide
+
 LEVELS = torch.linspace(0, 1, 21, dtype=torch.float64)  # shares of a layer that may go
+
 SAMPLED_ROWS = 64  # of a layer
 
 
@@ -89,7 +91,7 @@ def step_size(count: int, *, of_heads: int = 1) -> int:
     return lcm(size, of_heads)
 
 
-def removed(count: int, sparsity: float, *, of: str, granularity: int = 1) -> int:
+def removed_count(count: int, sparsity: float, *, of: str, granularity: int = 1) -> int:
     """How many of `count` structures go: the nearest multiple of the granularity.
 
     Raises ValueError where that is all of them, or none though some were asked for; it names what is possible.
@@ -102,7 +104,7 @@ def removed(count: int, sparsity: float, *, of: str, granularity: int = 1) -> in
     return gone
 
 
-def keep(scores: Float[Tensor, "item"], gone: int) -> Int[Tensor, "kept"]:
+def kept_indices(scores: Float[Tensor, "item"], gone: int) -> Int[Tensor, "kept"]:
     """Indices of what stays when the `gone` lowest scores go, ascending."""
     return scores.argsort(stable=True)[gone:].sort().values
 

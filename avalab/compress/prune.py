@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from avalab.compress import patterns, quantize, saliency
-from avalab.compress.patterns import PATTERNS, keep, lowest, n_of_m, removed, step_size
+from avalab.compress.patterns import PATTERNS, kept_indices, lowest, n_of_m, removed_count, step_size
 from avalab.compress.saliency import SCORES, Evidence
 from avalab.data import corpora
 from avalab.lab import artifacts, cache
@@ -45,7 +45,9 @@ from avalab.models.smaller import Kept, Sizes
 from avalab.models.walk import block_index
 
 ALLOCATIONS = ("uniform", "sensitivity")
+
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the residual stream
+
 # A configuration has one size for all blocks: these layers have to be among the targets.
 CUT = {"heads": ("o_proj",), "kv_groups": ("o_proj",), "mlp_channels": ("down_proj",), "hidden": READERS}
 
@@ -95,7 +97,7 @@ def prune_artifact(
     """
     if base.format != "bf16":
         raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be pruned")
-    plan = planned(
+    plan = plan_pruning(
         base.path,
         score,
         pattern,
@@ -120,7 +122,7 @@ def prune_artifact(
     return artifact
 
 
-def planned(
+def plan_pruning(
     folder: Path,
     score: str,
     pattern: str,
@@ -138,9 +140,9 @@ def planned(
     """
     _refuse_mismatch(score, pattern, allocation, sparsity)
     skeleton = checkpoint.skeleton(folder)
-    layers = checkpoint.linear_layers(skeleton)
+    layers = walk.linear_layers(skeleton)
     wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
-    targets = checkpoint.select_linear(skeleton, wanted) if wanted else list(layers)
+    targets = walk.select_linear(skeleton, wanted) if wanted else list(layers)
     plan = Plan(score, pattern, float(sparsity), targets, allocation, seed)
     if PATTERNS[pattern].structured:
         _refuse_structures(plan, list(layers), smaller.structure_sizes(skeleton))
@@ -173,7 +175,7 @@ def _refuse_structures(plan: Plan, names: list[str], of: Sizes) -> None:
     if plan.pattern == "hidden":
         _hidden_channels_gone(plan, of)
     elif plan.pattern == "layers":
-        gone = removed(of.blocks, plan.sparsity, of="blocks")
+        gone = removed_count(of.blocks, plan.sparsity, of="blocks")
         candidates = {block_index(name) for name in plan.targets}
         if gone > len(candidates):
             raise ValueError(f"sparsity {plan.sparsity} removes {gone} blocks; the targets are in {len(candidates)}")
@@ -193,12 +195,12 @@ def pruning_label(plan: Plan, folder: Path) -> str:
     parts = [plan.score] + ([plan.pattern.replace(":", "of")] if plan.pattern != "unstructured" else [])
     parts += [f"s{100 * plan.sparsity:.4g}"] if fixed is None else []
     parts += [plan.allocation] if plan.allocation != "uniform" else []
-    names = list(checkpoint.linear_layers(checkpoint.skeleton(folder)))
+    names = list(walk.linear_layers(checkpoint.skeleton(folder)))
     only = artifacts.sha256_of_text(",".join(plan.targets))[:4]
     return "-".join(parts + ([f"only{len(plan.targets)}.{only}"] if plan.targets != names else []))
 
 
-def total_seconds(made: Iterable[Artifact]) -> float:
+def total_pruning_seconds(made: Iterable[Artifact]) -> float:
     """Seconds that some pruned artefacts took together: what they share of calibration counts once."""
     measured = [artifact.card["measured"] for artifact in made]
     walks = {m["calibration_seconds"] for m in measured}  # stored with the walk: equal where it was the same one
@@ -211,7 +213,7 @@ def record_pruning(run: Run, subject: str, artifact: Artifact) -> None:
     `artifact_bytes` are those of the file that engines load, `sparse_bytes` those of the compressed layout, where zeros
     were made. `compress_seconds` count calibration, whoever needed it first. The base itself has sparsity 0.
     """
-    measured, sparse = artifact.card["measured"], artifact.path / stored.FILE
+    measured, sparse = artifact.card["measured"], artifact.path / stored.SPARSE_FILE
     about = {"artifact_sha256": artifact.sha256, "details": {"recipe": artifact.card["recipe"]}}
     run.record(subject, "sparsity", measured.get("sparsity", 0.0), "1", **about)
     count = checkpoint.parameter_count(checkpoint.skeleton(artifact.path))
@@ -226,22 +228,22 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
     start = time.perf_counter()
     model, tokenizer = checkpoint.load_model(base, run.device), checkpoint.load_tokenizer(base)
     checkpoint.refuse_non_finite(model)
-    before = sum(layer.weight.numel() for layer in checkpoint.linear_layers(model).values())
+    before = sum(layer.weight.numel() for layer in walk.linear_layers(model).values())
     known, calibration_seconds, waited = _calibrated(model, base, plan, run)
     if PATTERNS[plan.pattern].structured:
         smaller.save_smaller(model, kept_structures(model, plan, known), folder)
         tokenizer.save_pretrained(folder)
-        after = sum(layer.weight.numel() for layer in checkpoint.linear_layers(checkpoint.skeleton(folder)).values())
+        after = sum(layer.weight.numel() for layer in walk.linear_layers(checkpoint.skeleton(folder)).values())
         sizes = {}
     else:
         apply_zeros(model, plan, known, progress)
         checkpoint.save_model(model, tokenizer, folder)
-        after = sum(int(layer.weight.count_nonzero()) for layer in checkpoint.linear_layers(model).values())
+        after = sum(int(layer.weight.count_nonzero()) for layer in walk.linear_layers(model).values())
         tensors = model.state_dict()
         if model.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
         names, layout = [f"{name}.weight" for name in plan.targets], "2:4" if plan.pattern == "2:4" else "bitmask"
-        sizes = {"sparse_bytes": stored.write_sparse(tensors, names, folder / stored.FILE, layout=layout)}
+        sizes = {"sparse_bytes": stored.write_sparse(tensors, names, folder / stored.SPARSE_FILE, layout=layout)}
     own = time.perf_counter() - start - waited
     seconds = {"compress_seconds": own + calibration_seconds, "calibration_seconds": calibration_seconds}
     return seconds | sizes | {"sparsity": 1 - after / before}
@@ -266,7 +268,7 @@ def _calibrated(model, base: Artifact, plan: Plan, run: Run) -> tuple[Known, flo
 @torch.no_grad()
 def apply_zeros(model: PreTrainedModel, plan: Plan, known: Known, progress: Path) -> None:
     """Set the plan's weights to zero, in place. Finished blocks of calibrated scores are kept in `progress`."""
-    layers = {name: layer for name, layer in checkpoint.linear_layers(model).items() if name in plan.targets}
+    layers = {name: layer for name, layer in walk.linear_layers(model).items() if name in plan.targets}
     if plan.allocation == "uniform":
         counts = {name: round(plan.sparsity * layer.weight.numel()) for name, layer in layers.items()}
     else:
@@ -315,20 +317,20 @@ def scored(name: str, layer: nn.Linear, plan: Plan, known: Known) -> Tensor:
     moment = walk.stored_moment(known.moments, name).to(device) if needs == "moments" else None
     squared = walk.stored_squared_gradient(known.gradients, name).to(device) if needs == "gradients" else None
     seen = Evidence(moment, squared, saliency.layer_seed(plan.seed, name))
-    return saliency.of_layer(plan.score, layer.weight.detach(), seen)
+    return saliency.score_weights(plan.score, layer.weight.detach(), seen)
 
 
 @torch.no_grad()
 def kept_structures(model: PreTrainedModel, plan: Plan, known: Known) -> Kept:
     """What the plan keeps. A score with an update changes, in place, the layers that read what goes."""
-    of, layers = smaller.structure_sizes(model), checkpoint.linear_layers(model)
+    of, layers = smaller.structure_sizes(model), walk.linear_layers(model)
     if plan.pattern == "layers":
         return Kept(blocks=_kept_blocks(layers, plan, known, of))
     readers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in CUT[plan.pattern]}
     scores = {name: scored(name, layer, plan, known).square().sum(0) for name, layer in readers.items()}
     if plan.pattern == "hidden":  # one choice, by the mean share that channels have in the scores of what reads them
         shares = sum((columns.cpu() / columns.cpu().sum() for columns in scores.values()), torch.zeros(of.hidden))
-        kept = dict.fromkeys(readers, keep(shares, _hidden_channels_gone(plan, of)))
+        kept = dict.fromkeys(readers, kept_indices(shares, _hidden_channels_gone(plan, of)))
     else:
         kept = {n: chosen_structures(plan.pattern, columns, plan.sparsity, of) for n, columns in scores.items()}
     if SCORES[plan.score].updates:
@@ -353,15 +355,15 @@ def chosen_structures(pattern: str, columns: Tensor, sparsity: float, of: Sizes)
     "heads": equally many of each KV group; where every head has its own keys, and for "kv_groups", whole groups.
     """
     if pattern == "mlp_channels":
-        gone = removed(of.channels, sparsity, of="MLP channels", granularity=step_size(of.channels))
-        return keep(columns, gone).cpu()
+        gone = removed_count(of.channels, sparsity, of="MLP channels", granularity=step_size(of.channels))
+        return kept_indices(columns, gone).cpu()
     groups = columns.view(of.kv_heads, of.heads // of.kv_heads, of.head_dim).sum(2).cpu()
     shared = groups.shape[1]
     if pattern == "heads" and shared > 1:
-        gone = removed(shared, sparsity, of="query heads of each KV group")
-        return torch.cat([keep(scores, gone) + group * shared for group, scores in enumerate(groups)])
-    gone = removed(of.kv_heads, sparsity, of="KV groups of each block")
-    return smaller.query_heads(keep(groups.sum(1), gone), of)
+        gone = removed_count(shared, sparsity, of="query heads of each KV group")
+        return torch.cat([kept_indices(scores, gone) + group * shared for group, scores in enumerate(groups)])
+    gone = removed_count(of.kv_heads, sparsity, of="KV groups of each block")
+    return smaller.query_heads(kept_indices(groups.sum(1), gone), of)
 
 
 def _kept_blocks(layers: dict[str, nn.Linear], plan: Plan, known: Known, of: Sizes) -> list[int]:
@@ -373,11 +375,11 @@ def _kept_blocks(layers: dict[str, nn.Linear], plan: Plan, known: Known, of: Siz
         for name, layer in layers.items():
             if block_index(name) in scores:
                 scores[block_index(name)] += float(scored(name, layer, plan, known).square().sum())
-    gone = removed(of.blocks, plan.sparsity, of="blocks")
+    gone = removed_count(of.blocks, plan.sparsity, of="blocks")
     going = sorted(scores, key=lambda block: (scores[block], block))[:gone]
     return [block for block in range(of.blocks) if block not in going]
 
 
 def _hidden_channels_gone(plan: Plan, of: Sizes) -> int:
     granularity = step_size(of.hidden, of_heads=of.heads)
-    return removed(of.hidden, plan.sparsity, of="hidden channels", granularity=granularity)
+    return removed_count(of.hidden, plan.sparsity, of="hidden channels", granularity=granularity)

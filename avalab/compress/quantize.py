@@ -47,15 +47,20 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.process import quietly
 from avalab.lab.run import Run
-from avalab.models import checkpoint, packed
+from avalab.models import checkpoint, packed, walk
 
 LAB = 'pip install -e ".[lab]"'
+
 HQQ = "pip install hqq==0.2.8.post1"
+
 INT8_EMBEDDING = "int8, a scale a row"
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
+
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
+
 NUMBERS = ("threshold", "grid_points", "smoothing_strength", "iterations")  # that a label shows where not the default
+
 CHOICES = {"compute_dtype": tuple(libraries.DTYPES), "embedding": ("bf16", "int8")}
 
 
@@ -93,7 +98,7 @@ def compress_artifact(
     if base.format != "bf16":
         raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     row, parameters = checked_method(method, parameters)
-    layers = checkpoint.linear_layers(checkpoint.skeleton(base.path))
+    layers = walk.linear_layers(checkpoint.skeleton(base.path))
     skipped = _expand(skip, list(layers))
     if skipped and not row.skips:
         raise ValueError(f"method {method!r} keeps no single layer in bf16; leave out skip")
@@ -106,7 +111,7 @@ def compress_artifact(
     format, loaded_by = row.format, row.engines
     if row.compress is ava.compress_model:
         size = checkpoint.parameter_count(checkpoint.skeleton(base.path))
-        format, loaded_by = ava.shipped_as(parameters, size, base.path)
+        format, loaded_by = ava.format_and_engines(parameters, size, base.path)
 
     def fill(folder: Path) -> dict:
         if row.library and importlib.util.find_spec(row.library) is None:
@@ -231,6 +236,7 @@ def _fill(row: Method, job: Job) -> dict:
 
 
 _GROUPS = {"bits": 4, "group_size": 64}
+
 _WEIGHTS = {**_GROUPS, "symmetric": False, "embedding": "bf16"}
 
 _NF4 = Method(
@@ -239,7 +245,9 @@ _NF4 = Method(
     {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"},
     library="bitsandbytes",
 )
+
 _TORCHAO = Method(libraries.torchao, "torchao", library="torchao")
+
 _GPTQ = Method(
     libraries.llmcompressor,
     "compressed-tensors",
@@ -248,6 +256,7 @@ _GPTQ = Method(
     library="llmcompressor",
     smallest_group=0,
 )
+
 _NNCF = Method(
     libraries.nncf_int4,
     "openvino-int4",
@@ -258,6 +267,7 @@ _NNCF = Method(
     embedding=INT8_EMBEDDING,
     skips=False,
 )
+
 _LLAMA_CPP = Method(
     libraries.llama_cpp,
     "gguf",

@@ -31,16 +31,20 @@ from avalab.models import walk
 from avalab.models.walk import Site
 
 DAMPING = 0.01  # of the moment's mean diagonal
+
 # Of a layer's usual damping, up to 1, in a walk: more of it fits the calibration text less closely, which is what other
 # text gains from. SmolLM2-135M at 4.5 bits a parameter on text like that of calibration, which the rounding had not
 # seen: 10, 30 and 100 times gave 0.80, 0.77, 0.79x the KL divergence, on GGUF's types 10 and 30 times 0.85 and 0.78x.
 DAMPING_TIMES = 30.0
+
 ENOUGH_TOKENS, FEW_TOKENS = 5, 3  # for each column
 
 SHRINKS = tuple(1 - 0.04 * step for step in range(12))  # of a group's range, tried in this order
 
 BLOCK_COLUMNS = 32
+
 CHUNK_WEIGHTS = 2**20  # worked on at a time: a few MiB, near the cores
+
 CHUNK_ROWS = 16384  # of an embedding, rounded at a time: some copies of them in float32
 
 Round = Callable[[Tensor, "Problem", str], Rounded | BlockRounded]  # weight, problem, format's name
@@ -81,7 +85,7 @@ def damped_moment(moment: Float[Tensor, "cols cols"], damping: float) -> Float[T
     return moment + torch.eye(len(moment), device=moment.device) * (unit * damping)
 
 
-def problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAMPING) -> Problem:
+def rounding_problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAMPING) -> Problem:
     """Damp a second moment and factorise its inverse, columns of large moment first.
 
     Columns that never carry anything (a zero on the diagonal) cost nothing. Raises ValueError as `damped_moment` does,
@@ -126,13 +130,13 @@ def round_model(
         table = model.get_submodule(name).weight
         rounded[name] = round(table.detach(), tables[name], formats[name])
         table.data = rounded[name].decode(table.dtype)
-    for site in walk.sites(model, windows):
+    for site in walk.calibration_sites(model, windows):
         by_format: dict[str, list[str]] = {}
         for name in site.layers:
             if name in formats:
                 by_format.setdefault(formats[name], []).append(name)
         if by_format:
-            posed = problem(site.moment, damping=damping_of(site))
+            posed = rounding_problem(site.moment, damping=damping_of(site))
             damped += posed.attempts > 1
         for format, names in by_format.items():
             layers = [site.layers[name] for name in names]
@@ -174,13 +178,15 @@ def round_weight(
     return Rounded(grid, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def error(weight: Float[Tensor, "rows cols"], rounded: Rounded | BlockRounded, moment: Tensor) -> Float[Tensor, "rows"]:
+def output_error(
+    weight: Float[Tensor, "rows cols"], rounded: Rounded | BlockRounded, moment: Tensor
+) -> Float[Tensor, "rows"]:
     """Mean squared output error of each row under the moment."""
     difference = rounded.decode(torch.float32) - weight
     return ((difference @ moment) * difference).sum(1)
 
 
-def nearest(weight: Tensor, cost: Tensor, grid: Grid) -> Float[Tensor, "rows cols"]:
+def round_to_nearest(weight: Tensor, cost: Tensor, grid: Grid) -> Float[Tensor, "rows cols"]:
     """The weight on the grid of least cost-weighted error, each value at its nearest point: without compensation."""
     scales, zeros = (part[..., None] for part in search(weight, cost, grid))
     groups = weight.unflatten(1, (-1, grid.group_size))

@@ -39,6 +39,7 @@ from avalab.compress.rounding import BLOCK_COLUMNS, Problem, damped_moment
 from avalab.lab import artifacts
 
 REFINEMENTS = 4  # steps of conjugate gradients
+
 DAMPING = 0.1  # of the moment's mean diagonal: what keeps the weights near where calibration text says too little
 
 
@@ -74,7 +75,7 @@ def sparsegpt(weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tenso
     return weight.abs() / inverse.sqrt()
 
 
-def of_layer(score: str, weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
+def score_weights(score: str, weight: Float[Tensor, "rows cols"], seen: Evidence) -> Float[Tensor, "rows cols"]:
     """The score of every weight, in float32. Raises ValueError for one that is defined for whole blocks only."""
     compute = SCORES[score].compute
     if compute is None:

@@ -42,16 +42,19 @@ from avalab.kernels import formats
 from avalab.kernels.formats import NumberFormat
 from avalab.lab import statistics
 from avalab.lab.run import Run
-from avalab.models import checkpoint, packed, predict, walk
+from avalab.models import packed, predict, walk
 from avalab.models.predict import Reference
 
 BF16 = "bf16"
 
 FISHER_WINDOWS = 8
+
 LAYER_ROWS = 64  # of a layer, sampled for its expected errors
+
 TABLE_ROWS, TABLE_WINDOWS = 2048, 2  # of embedding and head: sampled for their errors, and to measure on
 
 Sizes = dict[str, int]  # the formats that a tensor may get, and its bytes in each
+
 Nearest = Callable[[Tensor, Tensor, str], Tensor]  # what a format makes of rows, given the costs of their columns
 
 
@@ -89,7 +92,7 @@ def expected_increases(
         if last[0] is not inputs:
             rows = inputs.detach().flatten(0, -2)
             damping = rounding.damping_for(rows.shape[1], len(rows)) if damped_by_tokens else rounding.DAMPING
-            posed = rounding.problem(walk.second_moment(rows) / len(rows), damping=damping)
+            posed = rounding.rounding_problem(walk.second_moment(rows) / len(rows), damping=damping)
             last[:] = inputs, posed.column_cost
         weight, cost = module.weight.detach(), last[1]
         step = max(1, module.out_features // LAYER_ROWS)
@@ -174,9 +177,9 @@ def table_options(
     if not sizes:
         return options, None
     damping = damping or rounding.damping_for(table.shape[1], found.tokens)
-    posed = rounding.problem(found.moments[name], damping=damping)
+    posed = rounding.rounding_problem(found.moments[name], damping=damping)
     sample = table.detach()[:: max(1, len(table) // TABLE_ROWS)].float()
-    errors = {f: float(rounding.error(sample, round(sample, posed, f), posed.moment).sum()) for f in sizes}
+    errors = {f: float(rounding.output_error(sample, round(sample, posed, f), posed.moment).sum()) for f in sizes}
     ranked, known = sorted(sizes, key=errors.get), {}
     for format in dict.fromkeys((ranked[-1], ranked[len(ranked) // 2])[:measured]):
         values = round(table.detach(), posed, format).decode(table.dtype)
@@ -201,7 +204,7 @@ def layer_by_layer(
     The model is left as it was. Layers whose columns the format's groups do not divide raise ValueError.
     """
     entering = _block_calls(model, against.windows)
-    for name, layer in tqdm(checkpoint.linear_layers(model).items(), desc="sensitivity", leave=False):
+    for name, layer in tqdm(walk.linear_layers(model).items(), desc="sensitivity", leave=False):
         kept = layer.weight.data
         layer.weight.data = formats.round_to_nearest(kept.float(), format).to(kept.dtype)
         try:
@@ -273,12 +276,14 @@ def measure_choices_alone(
 ) -> Iterator[float]:
     """The KL divergence of each choice with everything else as it was; the model is left unchanged."""
     names = {name for name, _ in choices}
-    moments = {name: site.moment for site in walk.sites(model, windows) for name in site.layers if name in names}
+    moments = {
+        name: site.moment for site in walk.calibration_sites(model, windows) for name in site.layers if name in names
+    }
     for name, option in tqdm(choices, desc="single choices", leave=False):
         layer = model.get_submodule(name)
         kept = layer.weight.data
         damping = rounding.damping_for(layer.in_features, windows.numel())
-        posed = rounding.problem(moments[name], damping=damping)
+        posed = rounding.rounding_problem(moments[name], damping=damping)
         try:
             layer.weight.data = round(kept.float(), posed, option.format).decode(kept.dtype)
             yield float(predict.score_model(model, against).kl.mean())
@@ -291,14 +296,14 @@ def rank_correlation(expected: Sequence[float], measured: Sequence[float]) -> fl
     return float(stats.spearmanr(expected, measured).statistic)
 
 
-def level_factor(expected: Sequence[float], measured: Sequence[float]) -> float:
+def measured_over_expected(expected: Sequence[float], measured: Sequence[float]) -> float:
     """Geometric mean of measured over expected. Raises ValueError for values that are not positive."""
     if min(*expected, *measured) <= 0:
         raise ValueError("a ratio needs positive values on both sides")
     return float(np.exp(np.mean(np.log(np.asarray(measured) / np.asarray(expected)))))
 
 
-def heat_rows(options: Mapping[str, list[Option]], formats: Sequence[str]) -> dict[str, float]:
+def heat_map_rows(options: Mapping[str, list[Option]], formats: Sequence[str]) -> dict[str, float]:
     """Expected increases as subjects of a heat map: `layer 07/mlp.down_proj q4_0`, kinds and formats as rows."""
     found = {}
     for name, row in options.items():

@@ -22,10 +22,15 @@ from functools import cache
 from avalab.lab.words import pool_lines, pools, said_forms
 
 MILLION = 1_000_000
+
 PER_CENT = (*range(1, 13), 5, 10, 15, 18, 20, 25, 30, 40, 50, 60, 75, 80, 90, 95, 99)  # those that are said as such
+
 PER_CENT += (0.5, 1.5, 2.5, 3.2, 3.75, 4.5, 6.5, 7.25, 9.8, 12.5, 22)
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
 SCALES = {"billion": 1000 * MILLION, "million": MILLION, "thousand": 1000}
+
 MONTHS = tuple(calendar.month_name[1:])
 
 

@@ -37,12 +37,17 @@ from avalab.data import toolbox
 from avalab.lab import assets
 
 LIVE_CATEGORIES = ("live_simple", "live_multiple", "live_irrelevance")
+
 BFCL_CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance", *LIVE_CATEGORIES)
+
 TOOLBOX = ("toolbox_simple", "toolbox_multiple", "toolbox_irrelevance")  # need no download
+
 CATEGORIES = (*BFCL_CATEGORIES, *TOOLBOX)
+
 LISTED = 3  # tools on offer in toolbox_multiple and toolbox_irrelevance
 
 CALL_ERRORS = ("wrong_function", "missing_argument", "extra_argument", "wrong_type", "wrong_value")
+
 ERRORS = ("no_call", "not_json", "unwanted_call", "wrong_count", *CALL_ERRORS)
 
 # The declared type's name (BFCL's or JSON Schema's) -> the Python type of a value. "any" is text in the reference.
@@ -50,12 +55,17 @@ PYTHON_TYPES: dict[str, type] = {
     **{"string": str, "any": str, "integer": int, "float": float, "number": float, "boolean": bool},
     **{"array": list, "tuple": list, "dict": dict, "object": dict},
 }
+
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+
 REWRITTEN_KEYWORDS = ("type", "items", "properties", "required", "optional")
 
 _IGNORED_IN_STRINGS = str.maketrans({**dict.fromkeys(" ,./-_*^"), "'": '"'})
+
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
 _FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
+
 _PYTHON_CALL = re.compile(r"\[?\s*[A-Za-z_][\w.]*\s*\(")
 
 
@@ -99,7 +109,7 @@ def cases(category: str, limit: int | None = None) -> list[Case]:
     if category not in CATEGORIES:
         raise ValueError(f"unknown category {category!r}; choose one of {', '.join(CATEGORIES)}")
     if category not in TOOLBOX:
-        return load_cases(assets.fetch("bfcl-v4"), category, limit)
+        return load_cases(assets.fetch_asset("bfcl-v4"), category, limit)
     if limit is None:
         raise ValueError(f"{category} has no end; give a limit")
     heldout, found = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"], []

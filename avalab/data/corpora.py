@@ -31,8 +31,11 @@ from avalab.lab import artifacts, assets
 from avalab.lab.run import Run
 
 BFCL_CATEGORIES = ("simple_python", "multiple")
+
 CHAT_EXAMPLES = 400  # of the toolbox; more than any profile's windows need
+
 OVERLAP_WORDS = 8
+
 # As many public manifests give it (data/README.md); a commit that does not exist is refused by the hub.
 WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
@@ -51,10 +54,10 @@ class Text:
 
 def evaluation_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """The texts that the run's profile evaluates on, in order."""
-    return [text(name, tokenizer) for name in run.profile.eval_texts]
+    return [evaluation_text(name, tokenizer) for name in run.profile.eval_texts]
 
 
-def text(name: str, tokenizer: PreTrainedTokenizerBase) -> Text:
+def evaluation_text(name: str, tokenizer: PreTrainedTokenizerBase) -> Text:
     """One evaluation text by name. Raises ValueError listing the names for an unknown one."""
     if name not in TEXTS:
         raise ValueError(f"unknown text {name!r}; choose one of {', '.join(TEXTS)}")
@@ -158,7 +161,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 def bfcl_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
     """Tools and question of each case of two leaderboard categories, alternating, in the model's chat format."""
-    folder = assets.fetch("bfcl-v4")
+    folder = assets.fetch_asset("bfcl-v4")
     pairs = zip(*(calls.load_cases(folder, category) for category in BFCL_CATEGORIES), strict=False)
     chats = [
         [{"role": "system", "content": toolbox.system_prompt(case.functions)}, *case.messages]

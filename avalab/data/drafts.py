@@ -23,14 +23,15 @@ from random import Random
 
 from avalab.data import phrasing
 from avalab.data.arguments import kind_of, say_value
-from avalab.data.phrasing import Dress, Tool
-from avalab.data.toolbox import call_text, system_prompt
+from avalab.data.phrasing import Dress
+from avalab.data.toolbox import Tool, call_text, system_prompt
 from avalab.lab.words import lines_of
 
 VAGUE = {  # stems that say nothing about what a tool does
     *("find", "retur", "compu", "list", "searc", "with", "from", "whole", "numbe", "somet", "somew", "into", "that"),
     *("what", "some", "many", "much", "long"),
 }
+
 DRESS = frozenset(  # stems that only dress a tool (`phrasing.Dress`)
     word[:5].lower() for verbs, openings in phrasing.VERBS.values() for word in " ".join((*verbs, *openings)).split()
 )

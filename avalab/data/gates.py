@@ -35,8 +35,11 @@ from avalab.lab.words import said_numbers
 Gate = Callable[[dict], str]
 
 LARGEST_NUMBER = 10_000  # an argument of an executed function; factorial(10 ** 9) would run for hours
+
 LONGEST_REQUEST = 1200
+
 STOP_WORDS = {"whether", "the", "are", "and", "not", "too", "default", "true", "false", "only", "for", "with", "also"}
+
 COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -44,10 +47,12 @@ COMMON = frozenset(
         "please tell that the this to want was what when which who with work you your did now we us our will has any",
     )
 )
+
 PURE_MODULES = {
     *("math", "statistics", "calendar", "difflib", "heapq", "textwrap", "html", "shlex", "fnmatch", "posixpath"),
     *("ipaddress", "urllib.parse", "string", "bisect", "operator", "colorsys", "unicodedata", "keyword"),
 }
+
 PURE = {"re.escape"}
 
 
@@ -218,7 +223,7 @@ def perplexity_band(score: Callable[[str], float], low: float, high: float) -> G
     return gate
 
 
-def band(trusted: Sequence[float], share: float = 0.98) -> tuple[float, float]:
+def perplexity_interval(trusted: Sequence[float], share: float = 0.98) -> tuple[float, float]:
     """The interval that holds the central `share` of trusted perplexities. Raises ValueError for no values."""
     if not trusted or not 0 < share <= 1:
         raise ValueError(f"a share of {share} of {len(trusted)} values; it needs values, and a share in (0, 1]")
@@ -250,10 +255,10 @@ STANDARD: dict[str, Gate] = {
 }
 
 
-def standard(sets: Iterable[EvaluationSet] = (), more: dict[str, Gate] | None = None) -> dict[str, Gate]:
+def standard_gates(sets: Iterable[EvaluationSet] = (), more: dict[str, Gate] | None = None) -> dict[str, Gate]:
     """All gates in order, with the stateful ones made anew; `more` gates stand before those that remember."""
-    last = {"diversity": repeats.spread(), "near_duplicates": repeats.near_duplicates()}
-    return {**STANDARD, "overlap": repeats.overlap(sets), **(more or {}), **last}
+    last = {"diversity": repeats.spread_gate(), "near_duplicates": repeats.near_duplicate_gate()}
+    return {**STANDARD, "overlap": repeats.overlap_gate(sets), **(more or {}), **last}
 
 
 def verdict(example: dict, gates: dict[str, Gate]) -> tuple[str, str]:

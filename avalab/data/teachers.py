@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from avalab.lab.artifacts import Artifact, load_artifact
 
 Teacher = Callable[[list[dict]], str]
+
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another attempt may cure
 
 
@@ -54,7 +55,7 @@ class Limits:
     new_tokens: int = 256
 
 
-def endpoint(
+def endpoint_teacher(
     base_url: str,
     model: str,
     *,
@@ -158,7 +159,7 @@ class Local:
         model, tokenizer, grammar = self._loaded
         prompts = [tokenizer.apply_chat_template(q, tokenize=False, add_generation_prompt=True) for q in new.values()]
         form = None if grammar is None else [grammar] * len(prompts)
-        found = grammars.answers(model, tokenizer, prompts, grammars=form, max_new_tokens=self.new_tokens)
+        found = grammars.greedy_answers(model, tokenizer, prompts, grammars=form, max_new_tokens=self.new_tokens)
         for index, text in tqdm(found, total=len(new), desc=progress, disable=not progress, leave=False):
             self.answers.add(keys[index], text, 0.0, 0.0)
 
@@ -174,12 +175,12 @@ class Local:
         model, tokenizer = checkpoint.load_model(self.folder, self.device), checkpoint.load_tokenizer(self.folder)
         if self.schema is None:
             return model, tokenizer, None
-        engine = grammars.compiler(tokenizer, model.config.vocab_size).engine
+        engine = grammars.grammar_compiler(tokenizer, model.config.vocab_size).engine
         compiled = engine.compile_json_schema(json.dumps(self.schema), any_whitespace=False)
         return model, tokenizer, grammars.CallGrammar(compiled)
 
 
-def local(
+def local_teacher(
     artifact: Artifact | Path,
     *,
     cache: Path | str,

@@ -27,13 +27,17 @@ from avalab.data.arguments import Parameter, kind_of
 from avalab.lab.words import lines_of
 
 SPLITS = ("train", "heldout")
+
 HELDOUT_ONE_IN = 5  # tools whose name's hash is divisible by this are never trained on
+
 TOOL_PROMPT = (
     "You answer with function calls. These functions exist, described by JSON schema:\n<tools>",
     "</tools>\nChoose the function that does what the user asks and reply in this form only:\n"
     '<tool_call>[{"name": "function", "arguments": {"parameter": "value"}}]</tool_call>',
 )
+
 QUESTIONS = "What is {}?;Please work out {}.;I need {}.;Tell me {}.;Could you find {} for me?;Give me {}."
+
 ORDERS = "Please {}.;Could you {}?;I want you to {}.;Can you {} for me?;{}, please.;Go ahead and {}."
 
 

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from avalab.engines import aot, executorch, llamacpp, onnx, onnxruntime, openvino, tensorrt, torch, vllm
+from avalab.engines import aot, executorch, llamacpp, tensorrt
+from avalab.engines import onnx as genai_folder
+from avalab.engines import onnxruntime as onnxruntime_engine
+from avalab.engines import openvino as openvino_engine
+from avalab.engines import torch as torch_engine
+from avalab.engines import vllm as vllm_engine
 from avalab.engines.engine import (
     OWN_FILES,
     READERS,
@@ -19,26 +24,26 @@ from avalab.engines.engine import (
     EngineUnavailable,
     Facts,
     NotSupported,
-    facts,
     gguf_file,
-    kind,
     require,
     usable,
 )
+from avalab.engines.engine import artifact_kind as kind
+from avalab.engines.engine import model_facts as facts
 from avalab.lab.artifacts import Artifact
 
 __all__ = ["ENGINES", "OWN_FILES", "READERS", "Engine", "EngineUnavailable", "Facts", "NotSupported", "facts",
            "gguf_file", "kind", "load", "require", "usable_options"]  # fmt: skip
 
 ENGINES: dict[str, Callable[..., Engine]] = {
-    "torch": torch.load,
-    "openvino": openvino.load,
-    "onnx": onnx.load,
+    "torch": torch_engine.load,
+    "openvino": openvino_engine.load,
+    "onnx": genai_folder.load,
     "llamacpp": llamacpp.load,
-    "onnxruntime": onnxruntime.load,
+    "onnxruntime": onnxruntime_engine.load,
     "aot": aot.load,
     "executorch": executorch.load,
-    "vllm": vllm.load,
+    "vllm": vllm_engine.load,
     "tensorrt": tensorrt.load,
 }
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -43,7 +44,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
         package, sizes = opened(str(file))
     except RuntimeError as error:
         raise ValueError(f"torch cannot load the package {file}: {str(error).strip().splitlines()[0]}") from error
-    return engine.from_reader("aot", folder, engine.facts(folder), {"package": package, "sizes": sizes}, _reader)
+    return engine.from_reader("aot", folder, engine.model_facts(folder), {"package": package, "sizes": sizes}, _reader)
 
 
 def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
@@ -54,7 +55,9 @@ def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Te
 # --- what is compiled ------------------------------------------------------------------------------------------------
 
 PROGRAM = "generate.py"
+
 LARGEST_BATCH = 1024
+
 WAY_OUT = "install one (apt-get install g++; conda install gxx), name it in CXX, or use another engine such as torch"
 
 
@@ -89,7 +92,7 @@ def export(folder: Path, out: Path, weights: str = "bf16", *, dynamic: bool = Tr
             },
         )
     (out / PROGRAM).write_text(program_text())
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -110,6 +113,7 @@ from collections.abc import Callable
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}'''
+
 FOOTER = """if __name__ == "__main__":
     main(*sys.argv[1:])
 """

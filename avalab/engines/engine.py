@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -82,7 +81,7 @@ class Facts:
     stops: tuple[int, ...]
 
 
-def kind(folder: Path) -> str:
+def artifact_kind(folder: Path) -> str:
     """A key of `READERS`. Raises ValueError for a folder without a model, or one quantised by an unknown method."""
     for name, file in OWN_FILES.items():
         if (folder / file).is_file():
@@ -101,7 +100,7 @@ def kind(folder: Path) -> str:
 def folder_for(engine: str, artifact: Artifact | Path) -> Path:
     """The artefact's folder. Raises NotSupported naming the engines that can load it when `engine` cannot."""
     folder = Path(artifact.path if isinstance(artifact, Artifact) else artifact)
-    found = kind(folder)
+    found = artifact_kind(folder)
     if engine not in READERS[found]:
         able = ", ".join(READERS[found]) or "no engine"
         reads = ", ".join(name for name, engines in READERS.items() if engine in engines)
@@ -118,10 +117,10 @@ def require(engine: str, modules: str | Sequence[str], install: str, *, gpu: boo
         raise EngineUnavailable(f"engine {engine} needs an NVIDIA GPU; on a processor use openvino, llamacpp or torch")
 
 
-def facts(folder: Path, *, context: int | None = None) -> Facts:
+def model_facts(folder: Path, *, context: int | None = None) -> Facts:
     """Context (at most the one given), vocabulary and end tokens of an artefact; an adapter has its base's."""
-    if kind(folder) == "adapter":
-        return facts(checkpoint.base_of(artifacts.load_artifact(folder, verify=False)).path, context=context)
+    if artifact_kind(folder) == "adapter":
+        return model_facts(checkpoint.base_of(artifacts.load_artifact(folder, verify=False)).path, context=context)
     file = {} if (folder / "config.json").is_file() else {"gguf_file": gguf_file(folder).name}
     config = AutoConfig.from_pretrained(folder, **file).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
@@ -142,8 +141,8 @@ def check_dense(folder: Path, weights: str, *, known: Sequence[str], form: str) 
     """Raise ValueError for weights that a form of export does not have, or a model that is quantised already."""
     if weights not in known:
         raise ValueError(f"no weights {weights!r} for {form}; choose one of {', '.join(known)}")
-    if kind(folder) != "dense":
-        raise ValueError(f"{folder.name} is {kind(folder)}; export the dense model that it was made from")
+    if artifact_kind(folder) != "dense":
+        raise ValueError(f"{folder.name} is {artifact_kind(folder)}; export the dense model that it was made from")
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ def from_reader(name: str, folder: Path, facts: Facts, state: dict, reader: Call
 
 def greedy(step: Callable[[list[int]], Float[Tensor, "vocab"]], request: Request) -> list[int]:
     """The most likely token at each step, within the grammar; `step` reads tokens and gives the last one's logits."""
-    mask = grammars.constrain([request.grammar]) if request.grammar else None
+    mask = grammars.logits_mask([request.grammar]) if request.grammar else None
     tokens, read = [], request.prompt
     while len(tokens) < request.max_new_tokens:
         logits = step(read)
@@ -262,10 +261,15 @@ NATIVE = {  # engines whose libraries are checked, and the distributions whose v
 }
 
 CHECKS = assets.CACHE / "engine-checks"
+
 CHECK_SECONDS = 900  # for the largest artefact that is opened
+
 SMALL_BYTES = 64 * 2**20  # an artefact up to this size is opened itself
+
 TINY = ROOT / "data" / "tiny-llama"
+
 OUT_OF_MEMORY = "SIGKILL"  # a matter of the moment: not kept
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -297,7 +301,7 @@ def usable(
         note = f"threads were left to {name}: {said}"
         logging.getLogger(__name__).warning(note)
         return others, note
-    able = [other for other in READERS[kind(folder)] if other != name]
+    able = [other for other in READERS[artifact_kind(folder)] if other != name]
     way = f"use {' or '.join(able)}, or " if able else ""
     raise EngineUnavailable(f"{said}; {way}export the model in another format (what was found is kept in {CHECKS})")
 
@@ -343,7 +347,11 @@ def _death(load: Callable, folder: Path, options: dict, about: list[str]) -> str
 @contextlib.contextmanager
 def _stand_in(folder: Path) -> Iterator[Path]:
     """The folder itself, or for a large GGUF file of one block type the tiny model's: it is not opened twice."""
-    block = "" if kind(folder) != "gguf" or _bytes(folder) <= SMALL_BYTES else gguf.block_of_file(gguf_file(folder))
+    block = (
+        ""
+        if artifact_kind(folder) != "gguf" or _bytes(folder) <= SMALL_BYTES
+        else gguf.block_of_file(gguf_file(folder))
+    )
     if not block or not TINY.is_dir():
         yield folder
         return
@@ -355,7 +363,7 @@ def _stand_in(folder: Path) -> Iterator[Path]:
 
 def _format(folder: Path) -> str:
     """How an artefact's weights are stored, as far as the kernels that open it differ."""
-    if (found := kind(folder)) == "gguf":
+    if (found := artifact_kind(folder)) == "gguf":
         return f"gguf of {', '.join(sorted(gguf.check(gguf_file(folder))))}"
     card = folder / artifacts.CARD
     return json.loads(card.read_text())["format"] if card.is_file() else f"{found} of {_bytes(folder)} bytes"

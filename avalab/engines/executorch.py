@@ -20,14 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avalab.engines import aot, engine, gguf
+from avalab.engines import aot, engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
 
 INSTALL = 'pip install -e ".[executorch]"'
+
 METHODS, CHUNK = ("one", "many"), 32
+
 SIZES = ("layers", "heads", "dim", "context")
 
 
@@ -49,7 +52,9 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
     except (RuntimeError, AttributeError) as error:  # a method that is not there is None
         raise ValueError(f"ExecuTorch cannot load {file}: {error}") from error
     state = {"program": program, "methods": methods, "sizes": sizes}
-    return engine.from_reader("executorch", folder, engine.facts(folder, context=sizes["context"]), state, _reader)
+    return engine.from_reader(
+        "executorch", folder, engine.model_facts(folder, context=sizes["context"]), state, _reader
+    )
 
 
 def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
@@ -75,6 +80,7 @@ def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Te
 # --- export ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("fp32",)
+
 CONTEXT = 512  # tokens of the fixed cache, which attention reads whole at each step
 
 
@@ -113,4 +119,4 @@ def export(folder: Path, out: Path, weights: str = "fp32", *, context: int = CON
         lowered = to_edge_transform_and_lower(traced, partitioner=kernels, constant_methods=shape).to_executorch()
     with (out / engine.OWN_FILES["executorch"]).open("wb") as file:
         lowered.write_to_file(file)
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)

@@ -48,12 +48,19 @@ from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
 KEPT = "kept"  # a mixed-grid artefact of `ava`: every layer in the smallest type that holds its own integers
+
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+
 BLOCK_WEIGHTS = 32
+
 ENGINES = ("torch", "openvino", "llamacpp")
+
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
 HEADS = ("token_embd.weight", "output.weight")
+
 CHATML = """TEMPLATE \"\"\"{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -142,18 +149,18 @@ def block_of(name: str, tensor: Tensor, block: str) -> str:
     return "q8_0" if name in HEADS else block
 
 
-def encoded(tensor: Tensor, block: str) -> np.ndarray:
+def encode_tensor(tensor: Tensor, block: str) -> np.ndarray:
     """A tensor's values (f32, f16) or its bytes, row by row (bf16 and blocks)."""
     if block in ("f32", "f16"):
         return tensor.to({"f32": torch.float32, "f16": torch.float16}[block]).numpy()
     if block == "bf16":
         return tensor.bfloat16().contiguous().view(torch.uint8).numpy()
-    return block_types.pack(formats.encode(tensor.float(), block_types.FORMATS[block])).numpy()
+    return block_types.pack_blocks(formats.encode(tensor.float(), block_types.FORMATS[block])).numpy()
 
 
 def stored_tensors(folder: Path, config: PreTrainedConfig, block: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Name, block type and content of every tensor of the file, in the file's order of rows."""
-    names = file_names(config)
+    names = tensor_namer(config)
     if block == KEPT:
         tensors, block = packed_tensors(folder), "bf16"  # what is not packed
     else:
@@ -167,10 +174,10 @@ def stored_tensors(folder: Path, config: PreTrainedConfig, block: str) -> Iterat
             yield found, kind, encoded_steps(steps, scales, kind).numpy()
         else:
             kind = block_of(found, value, block)
-            yield found, kind, encoded(in_file_order(name, value.detach().cpu(), config), kind)
+            yield found, kind, encode_tensor(in_file_order(name, value.detach().cpu(), config), kind)
 
 
-def file_names(config: PreTrainedConfig) -> Callable[[str], str]:
+def tensor_namer(config: PreTrainedConfig) -> Callable[[str], str]:
     """The function from transformers' name of a tensor to the file's; it raises ValueError for one without."""
     import gguf
 
@@ -238,7 +245,9 @@ BYTE_LEVEL = "ByteLevel"
 
 # The part of a splitting pattern that tells the families apart: how many digits make one piece.
 PATTERNS = {r"\p{N}{1,3}": "llama-bpe", r"|\p{N}|": "qwen2"}
+
 DIGITS = set("0123456789")
+
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of gguf's TokenType
 
 
@@ -304,6 +313,7 @@ def split_name(pre_tokenizer: dict[str, Any], *, digits_stand_alone: bool = Fals
 # --- steps and scales that are kept ----------------------------------------------------------------------------------
 
 RANGES = (("q4_0", -8, 7), ("q4_1", None, 15), ("q5_0", -16, 15), ("q5_1", None, 31), ("q8_0", -127, 127))
+
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a packed layer
 
 
@@ -361,12 +371,13 @@ def encoded_steps(
     codes = blocks if least is None else blocks - least[:, None]
     minimums = None if least is None else (least * each.float()).half()
     dtype = torch.int8 if format.low < 0 else torch.uint8
-    return block_types.pack(Encoded(format, codes.to(dtype).view(steps.shape), each, minimums))
+    return block_types.pack_blocks(Encoded(format, codes.to(dtype).view(steps.shape), each, minimums))
 
 
 # --- whether a file is whole -----------------------------------------------------------------------------------------
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
+
 STRING, ARRAY, ALIGNMENT = 8, 9, "general.alignment"
 
 

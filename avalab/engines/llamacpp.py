@@ -29,13 +29,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint, walk
 
 INSTALL = "make setup-llamacpp (it compiles llama.cpp and then the extra [llamacpp]; a C++ compiler is needed)"
+
 BATCH = 512  # tokens of a prompt that are read at once
 
 
@@ -51,7 +53,7 @@ def load(
     engine.require("llamacpp", "llama_cpp", INSTALL)
     from llama_cpp import GGML_TYPE_F16, GGML_TYPE_Q8_0, Llama
 
-    facts = engine.facts(folder, context=context)
+    facts = engine.model_facts(folder, context=context)
     file, kept = engine.gguf_file(folder), GGML_TYPE_Q8_0 if cache_bits == 8 else GGML_TYPE_F16
     try:
         model = Llama(
@@ -102,6 +104,7 @@ def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Te
 # --- K types by llama.cpp's quantiser --------------------------------------------------------------------------------
 
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
 READ_BY = ("torch", "llamacpp")  # OpenVINO GenAI reads no K types
 
 
@@ -117,10 +120,12 @@ def write(
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "llama.cpp", "mixture": mixture, "calibration": text}
     about = artifacts.Export(step, f"gguf-{mixture}", READ_BY)
-    return artifacts.write_export(artifact, about, lambda folder: quantise(artifact, folder, mixture, windows), out=out)
+    return artifacts.write_export(
+        artifact, about, lambda folder: quantise_to_gguf(artifact, folder, mixture, windows), out=out
+    )
 
 
-def quantise(
+def quantise_to_gguf(
     artifact: Artifact, out: Path, mixture: str, windows: Int[Tensor, "window time"] | None = None
 ) -> dict[str, object]:
     """Fill `out` with one GGUF file; the block types that llama.cpp chose are returned under `formats`.
@@ -131,21 +136,21 @@ def quantise(
     columns = {} if windows is None else importance(artifact, windows)
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "model.gguf"
-        gguf.export(artifact.path, source, "f16")
+        gguf_file.export(artifact.path, source, "f16")
         _quantise_file(source, target, mixture, columns)
         modelfile = (source.parent / "Modelfile").read_text()
     (out / "Modelfile").write_text(modelfile.replace(source.name, target.name))
-    gguf.copy_beside(artifact.path, out)
-    types = gguf.check(target)
+    gguf_file.copy_beside(artifact.path, out)
+    types = gguf_file.check(target)
     return {"formats": dict(sorted(types.items())), "calibration_tokens": 0 if windows is None else windows.numel()}
 
 
 def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[str, np.ndarray]:
     """Mean squared input of each column, float32, by the file's name of each linear layer."""
     model = checkpoint.load_model(artifact)
-    names = gguf.file_names(gguf.checked_config(artifact.path))
+    names = gguf_file.tensor_namer(gguf_file.checked_config(artifact.path))
     found = {}
-    for site in walk.sites(model, windows):
+    for site in walk.calibration_sites(model, windows):
         column = site.moment.detach().diagonal().contiguous().float().numpy()  # read through a bare pointer
         found |= {names(f"{layer}.weight"): column for layer in site.layers}
     return found
@@ -185,6 +190,7 @@ SETS = {  # the build's name of an instruction set: the processor's flags that i
 }
 
 EITHER = {"AVX512_VBMI"}  # kernels name this flag one way or the other
+
 CPUINFO = Path("/proc/cpuinfo")
 
 

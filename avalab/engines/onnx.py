@@ -37,12 +37,13 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
         model = onnxruntime_genai.Model(config)
     except RuntimeError as error:
         raise ValueError(f"ONNX Runtime cannot read {folder}: {error}") from error
-    return engine.from_reader("onnx", folder, engine.facts(folder), {"model": model}, onnx_graph.token_reader)
+    return engine.from_reader("onnx", folder, engine.model_facts(folder), {"model": model}, onnx_graph.token_reader)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
 KEPT = "kept"
+
 WEIGHTS = ("fp32", "int8", "int4")
 
 

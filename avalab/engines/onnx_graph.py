@@ -34,15 +34,20 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.kernels import block_types
 from avalab.kernels.block_types import Blocks
 from avalab.models import checkpoint, predict
 
 INSTALL = 'pip install -e ".[onnx]"'
+
 PACKAGES = ("onnxruntime_genai", "onnx_ir")
+
 BESIDE = ("config.json", "generation_config.json")
+
 LIMIT_SECONDS = 3600
+
 REFUSAL = "not currently supported"  # of the builder, for a family of models
 
 
@@ -72,11 +77,17 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
 
 
 FILE, DATA = "model.onnx", "model.onnx.data"
+
 INPUTS = {"int8": 4, "float32": 1}  # what products read, and the operator's accuracy level
+
 OPTIONS = ("fuse_qkv=false",)
+
 ALIGNMENT = 64
+
 LAYER_BYTES = 800  # of a layer's nodes and tensors in the graph's file, and of alignment, at most
+
 KINDS = {1: torch.float32, 2: torch.uint8, 7: torch.int64, 10: torch.float16, 16: torch.bfloat16}  # ONNX's numbers
+
 MICROSOFT = "com.microsoft"
 
 
@@ -97,7 +108,7 @@ class Graph:
         return {tensor.name: tensor for tensor in self.proto.graph.initializer}
 
 
-def build(folder: Path, scratch: Path) -> Graph:
+def build_graph(folder: Path, scratch: Path) -> Graph:
     """The float32 graph of a dense model, its weights in the folder `scratch`, which has to outlive it."""
     import onnx
 
@@ -295,7 +306,9 @@ def _kept(graph: Graph, name: str) -> Tensor:
 # --- packed checkpoints ----------------------------------------------------------------------------------------------
 
 FORMAT, ENGINES = "onnx-mixed", ("onnx",)
+
 DIFFERENT = 1.0  # nats a token: a wrong graph, not arithmetic
+
 CHECKED = "A language model gives every next word a probability. This one was rounded, and here it is read back."
 
 
@@ -341,23 +354,23 @@ def export_packed(folder: Path, out: Path, *, inputs: str = "int8") -> dict:
     )
     with tempfile.TemporaryDirectory() as dense, tempfile.TemporaryDirectory() as scratch:
         checkpoint.save_model(model, tokenizer, Path(dense))
-        graph = build(Path(dense), Path(scratch))
+        graph = build_graph(Path(dense), Path(scratch))
         if _tied_head(graph):
             layers.pop(head, None)  # the same codes as the embedding's
         measured = {
             "measured_on": f"{tokens.numel()} tokens, ONNX Runtime against transformers in bf16",
-            "containers": containers(layers),
+            "containers": count_containers(layers),
             "note": f"nothing was rounded again: {len(layers)} packed weights take "
             f"{sum(part.bytes for part in layers.values()):,} bytes in ONNX Runtime's 2, 4 and 8 bits and "
             f"{own_bytes:,} in the artefact; products read {inputs}",
         }
-        made = finished(graph, layers, embedding, inputs=inputs, check=(tokens, expected), measured=measured)
+        made = finish_model(graph, layers, embedding, inputs=inputs, check=(tokens, expected), measured=measured)
     made.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return made.measured
 
 
-def finished(
+def finish_model(
     graph: Graph,
     layers: Mapping[str, Blocks],
     embedding: str,
@@ -393,12 +406,12 @@ def packed_blocks(folder: Path) -> tuple[dict[str, Blocks], int]:
             f"{folder.name} holds no packed layers to keep; ava, gptq, awq and rtn make some, and a dense model is "
             "exported with weights int4, int8 or fp32"
         )
-    parts = (f"{name}.{part}" for name in names for part in (*gguf.PARTS, "weight"))
+    parts = (f"{name}.{part}" for name in names for part in (*gguf_file.PARTS, "weight"))
     own_bytes = sum(tensors[n].numel() * tensors[n].element_size() for n in parts if n in tensors)
-    return {name: block_types.blocks(gguf.steps_of_layer(name, tensors)) for name in names}, own_bytes
+    return {name: block_types.smallest_blocks(gguf_file.steps_of_layer(name, tensors)) for name in names}, own_bytes
 
 
-def containers(layers: Mapping[str, Blocks]) -> dict[str, int]:
+def count_containers(layers: Mapping[str, Blocks]) -> dict[str, int]:
     """How many weights are stored in which bits and blocks: `int4-b64`, `int4-b64-zeros`."""
     named = (f"int{p.bits}-b{p.block_size}" + ("" if p.zeros is None else "-zeros") for p in layers.values())
     return dict(sorted(Counter(named).items()))

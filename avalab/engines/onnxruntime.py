@@ -32,7 +32,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -40,8 +41,11 @@ from avalab.models import checkpoint
 from avalab.models.stored import to_bitmask
 
 INSTALL = 'pip install -e ".[onnx]"'
+
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 FILE = engine.OWN_FILES["onnx-graph"]
+
 INPUTS, HEAD = ["input_ids"], "logits"
 
 
@@ -60,7 +64,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
     inputs = [given.name for given in session.get_inputs()]
     if inputs != INPUTS:
         raise engine.NotSupported(f"{file} takes {', '.join(inputs)}; onnxruntime runs graphs of {INPUTS[0]} alone")
-    return engine.from_reader("onnxruntime", folder, engine.facts(folder), {"session": session}, _reader)
+    return engine.from_reader("onnxruntime", folder, engine.model_facts(folder), {"session": session}, _reader)
 
 
 def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
@@ -85,9 +89,13 @@ def _session(model: Path | bytes, threads: int):
 # --- graphs in float32, zeros stored apart ---------------------------------------------------------------------------
 
 WEIGHTS = ("dense", "sparse", "bitmask")
+
 OPSET, IR_VERSION = 20, 10  # what torch's exporter writes too
+
 TOLERANCE = 1e-3  # of the largest logit: both sides compute in float32, in another order
+
 FILE_BYTES = 2**31 - 2**24  # what one protobuf can hold, with room for the graph
+
 SPARSE_FROM = 1 / 16  # share of zeros from which a matrix counts as pruned: where a bitmask begins to pay
 
 CONSTANTS = {
@@ -158,7 +166,7 @@ def difference(model: PreTrainedModel, file: Path, tokens: Int[Tensor, "batch ti
     }
 
 
-def product(weight: Float[Tensor, "rows cols"], *, sparse: bool) -> Callable[[Tensor], Tensor]:
+def runtime_product(weight: Float[Tensor, "rows cols"], *, sparse: bool) -> Callable[[Tensor], Tensor]:
     """The product of rows with one weight as ONNX Runtime computes it in float32, given as a sparse tensor or not."""
     engine.require("onnxruntime", PACKAGES, INSTALL)
     from onnx import TensorProto, helper
@@ -329,7 +337,7 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
             _quantise_static(proto, out / FILE, windows)
     finally:
         logging.getLogger().removeFilter(_is_not_advice)
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 def _is_not_advice(record: logging.LogRecord) -> bool:

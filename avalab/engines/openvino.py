@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -50,12 +51,12 @@ def load(
     """
     folder = engine.folder_for("openvino", artifact)
     engine.require("openvino", "openvino_genai", INSTALL)
-    source = engine.gguf_file(folder) if engine.kind(folder) == "gguf" else folder
+    source = engine.gguf_file(folder) if engine.artifact_kind(folder) == "gguf" else folder
     options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     state = {"source": source, "device": device, "options": options | (properties or {})}
     backend = {} if paged else {"ATTENTION_BACKEND": "SDPA"}
     state["pipeline"] = pipeline(source, device, **backend, **state["options"])
-    return Engine("openvino", folder, engine.facts(folder), state, _new_tokens, _logits)
+    return Engine("openvino", folder, engine.model_facts(folder), state, _new_tokens, _logits)
 
 
 def _new_tokens(state: dict, request: Request) -> list[int]:
@@ -156,6 +157,7 @@ def compiled(source: Path, device: str, options: dict[str, str | int]):
 # --- export ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("f16", "int8", "int4")
+
 GROUP_SIZE = 64
 
 
@@ -178,8 +180,8 @@ def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = 
     graph = engine.OWN_FILES["openvino"]
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
-        gguf.export(folder, file, "f16")
-        gguf.copy_beside(folder, file.parent)
+        gguf_file.export(folder, file, "f16")
+        gguf_file.copy_beside(folder, file.parent)
         engine.usable("openvino", load, file.parent, {})  # raises where reading the file would end this process
         pipeline(file, "CPU", enable_save_ov_model=True)
         model = openvino.Core().read_model(str(file.parent / graph))
@@ -188,7 +190,7 @@ def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = 
         openvino.save_model(model, str(out / graph), compress_to_fp16=False)
         for path in file.parent.glob("openvino_*tokenizer.*"):
             shutil.copyfile(path, out / path.name)
-    gguf.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out)
 
 
 def _compressed(model, weights: str, group_size: int):

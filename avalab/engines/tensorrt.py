@@ -15,6 +15,7 @@ from avalab.engines.engine import Engine, Request
 from avalab.lab.artifacts import Artifact
 
 INSTALL = 'pip install -e ".[tensorrt]" (from NVIDIA\'s package index, in an environment of its own)'
+
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -34,7 +35,7 @@ def load(
     from tensorrt_llm import LLM
     from tensorrt_llm.llmapi import KvCacheConfig
 
-    facts = engine.facts(folder, context=context)
+    facts = engine.model_facts(folder, context=context)
     cache = KvCacheConfig(enable_block_reuse=False)  # timing one prompt twice would time nothing
     model = LLM(model=str(folder), dtype=PRECISIONS[precision], max_seq_len=facts.context, kv_cache_config=cache)
     return Engine("tensorrt", folder, facts, {"model": model}, _new_tokens, _logits)

@@ -32,7 +32,7 @@ from avalab.engines.engine import Engine, Request
 from avalab.kernels import Weight4
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.models import adapters, checkpoint
+from avalab.models import adapters, checkpoint, walk
 
 SMALLEST_CACHE = 128  # tokens; shorter ones would only mean more graphs
 
@@ -51,7 +51,7 @@ def load(
     Without `own_kernels`, 4-bit layers stay those of their library.
     """
     folder = engine.folder_for("torch", artifact)
-    found, facts = engine.kind(folder), engine.facts(folder)
+    found, facts = engine.artifact_kind(folder), engine.model_facts(folder)
     if threads:
         torch.set_num_threads(threads)
     if found == "gguf":
@@ -70,9 +70,7 @@ def load(
 @torch.inference_mode()
 def _compiled(model: PreTrainedModel, folder: Path) -> Callable:
     """The compiled step. Raises NotSupported where a layer is bitsandbytes' own."""
-    kept = [
-        name for name, layer in checkpoint.linear_layers(model).items() if type(layer).__module__.startswith("bitsa")
-    ]
+    kept = [name for name, layer in walk.linear_layers(model).items() if type(layer).__module__.startswith("bitsa")]
     if kept:
         raise engine.NotSupported(
             f"{folder.name}: {len(kept)} layers of bitsandbytes, {kept[0]} the first, are not compiled; "
@@ -140,7 +138,7 @@ def apply_kernels(model: PreTrainedModel) -> int:
     refuse (a group of nothing but zeros) stays as it is, and a warning in the log names its layer and group.
     """
     replaced = 0
-    for name, layer in checkpoint.linear_layers(model).items():
+    for name, layer in walk.linear_layers(model).items():
         if getattr(layer.weight, "quant_state", None) is None:
             continue
         try:
@@ -148,6 +146,6 @@ def apply_kernels(model: PreTrainedModel) -> int:
         except ValueError as error:
             logging.getLogger(__name__).warning("%s stays with bitsandbytes: %s", name, error)
             continue
-        checkpoint.replace_linear(model, name, FourBitLinear(weight, layer.bias))
+        walk.replace_linear(model, name, FourBitLinear(weight, layer.bias))
         replaced += 1
     return replaced

@@ -36,7 +36,7 @@ def load(
     engine.require("vllm", "vllm", INSTALL, gpu=True)
     import vllm
 
-    facts = engine.facts(folder, context=context)
+    facts = engine.model_facts(folder, context=context)
     model = vllm.LLM(
         model=str(folder),
         max_model_len=facts.context,

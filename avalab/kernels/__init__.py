@@ -12,8 +12,10 @@ from avalab.kernels.encoding import ENCODE, encode
 from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
 from avalab.kernels.loss_sparse import SPARSE, linear_sparse
-from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed, prepare
-from avalab.kernels.weight import NestedScales, Weight4, checked, decode, from_bitsandbytes, from_encoded
+from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
+from avalab.kernels.product import prepare_small_batches as prepare
+from avalab.kernels.weight import NestedScales, Weight4, decode, from_bitsandbytes, from_encoded
+from avalab.kernels.weight import checked_scales as checked
 
 OPERATIONS: dict[str, tuple[Form, ...]] = {
     "encode": ENCODE,

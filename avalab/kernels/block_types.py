@@ -87,7 +87,7 @@ class BlockRounded:
             codes = torch.bucketize(codes.float(), torch.tensor(self.format.levels)).to(torch.uint8)
         elif self.format.low == 0:
             codes = codes.to(torch.uint8)
-        return join(self.format, codes, self.fields)
+        return join_fields(self.format, codes, self.fields)
 
     def split(self, rows: list[int]) -> list["BlockRounded"]:
         """The layers that were rounded together, each by its number of rows."""
@@ -100,27 +100,27 @@ class BlockRounded:
         ]
 
 
-def fits(format: NumberFormat, columns: int) -> bool:
+def fits_blocks(format: NumberFormat, columns: int) -> bool:
     """Whether whole blocks fill a row."""
     return columns % block_weights(format) == 0
 
 
-def stored_bytes(rows: int, columns: int, format: NumberFormat) -> int:
+def gguf_stored_bytes(rows: int, columns: int, format: NumberFormat) -> int:
     """Bytes of a weight in the file."""
     return rows * columns // block_weights(format) * block_bytes(format)
 
 
-def pack(encoded: Encoded) -> UInt8[Tensor, "rows bytes"]:
+def pack_blocks(encoded: Encoded) -> UInt8[Tensor, "rows bytes"]:
     """The bytes of a weight encoded in one of the simple types, row after row.
 
     Raises ValueError for a format that has no block type, or a K type.
     """
     if "multipliers" in (field.name for field in _layout(encoded.format)):
         raise ValueError(f"{encoded.format.name} is only decoded here; packed are {', '.join(_SIMPLE)}")
-    return join(encoded.format, encoded.codes, {"scale": encoded.scales, "minimum": encoded.offsets})
+    return join_fields(encoded.format, encoded.codes, {"scale": encoded.scales, "minimum": encoded.offsets})
 
 
-def join(
+def join_fields(
     format: NumberFormat, codes: UInt8[Tensor, "rows cols"] | Int8[Tensor, "rows cols"], fields: dict[str, Tensor]
 ) -> UInt8[Tensor, "rows bytes"]:
     """Codes, and the fields that are not codes (float16, or the bytes of `joined_multipliers`), one row a block."""
@@ -295,7 +295,7 @@ def block_size(columns: int, group_size: int, *, bits: int = 4) -> int:
     return known[0]
 
 
-def container(bits: int, columns: int, group_size: int) -> int:
+def container_bits(bits: int, columns: int, group_size: int) -> int:
     """Bits of the codes that hold a grid of `bits` bits. Raises ValueError for groups without blocks."""
     block_size(columns, group_size)
     two = bits <= 2 and any(group_size % size == 0 for size in FAST_TWO_BIT)
@@ -304,21 +304,21 @@ def container(bits: int, columns: int, group_size: int) -> int:
 
 def onnx_stored_bytes(rows: int, columns: int, grid: Grid) -> int:
     """Bytes of codes, scales (two each) and zero points of a weight on a grid, at most."""
-    bits = container(grid.bits, columns, grid.group_size)
+    bits = container_bits(grid.bits, columns, grid.group_size)
     size = block_size(columns, grid.group_size, bits=bits)
     count = ceil(columns / size)
     zeros = ceil(count * bits / 8) if bits == grid.bits and not grid.symmetric else 0
     return rows * (count * size * bits // 8 + 2 * (columns // grid.group_size) + zeros)
 
 
-def blocks(weight: Steps) -> Blocks:
+def smallest_blocks(weight: Steps) -> Blocks:
     """The smallest blocks that hold the steps exactly. Raises ValueError for steps or groups that none hold."""
     rows, columns = weight.steps.shape
     group_size = columns // weight.scales.shape[1]
     groups = weight.steps.view(rows, -1, group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     spread, least, most = int((high - low).max()), int(low.min()), int(high.max())
-    for bits in (b for b in BITS if b >= container(1, columns, group_size)):
+    for bits in (b for b in BITS if b >= container_bits(1, columns, group_size)):
         centred = -least <= 2 ** (bits - 1) and most < 2 ** (bits - 1)
         if centred or spread < 2**bits:
             zeros = torch.full_like(low, 2 ** (bits - 1)) if centred else -low

@@ -34,7 +34,7 @@ class Form:
     check: Callable[[str], None] | None = None  # device -> raises when the form disagrees; None: the reference
 
 
-def choose(operation: str, forms: tuple[Form, ...], device: torch.device, *arguments, **options) -> Form:
+def choose_form(operation: str, forms: tuple[Form, ...], device: torch.device, *arguments, **options) -> Form:
     """The first form of `forms` that serves these arguments and has passed its check on `device`.
 
     Raises ValueError when the environment switch names a form that no operation has.

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from avalab.kernels.dispatch import Form, choose
+from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.formats import NumberFormat, encode_scales, four_bit
 from avalab.kernels.formats import encode as encode_by_definition
 from avalab.kernels.weight import Weight4, check_groups, from_encoded, nested_scales
@@ -39,7 +39,7 @@ def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
     check_groups(weight.shape[1], format.group_size or weight.shape[1])
-    return choose("encode", ENCODE, weight.device, weight, format).run(weight, format)
+    return choose_form("encode", ENCODE, weight.device, weight, format).run(weight, format)
 
 
 def encode_reference(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from avalab.kernels.dispatch import Form, choose
-from avalab.kernels.product import multiply, multiply_transposed, sample
+from avalab.kernels.dispatch import Form, choose_form
+from avalab.kernels.product import multiply, multiply_transposed, sample_weight
 from avalab.kernels.weight import Weight4, decode
 
 
@@ -46,7 +46,7 @@ def linear(
         raise ValueError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a weight of {(rows, cols)}")
     if a is not None:
         a, b = a.to(x.dtype), b.to(x.dtype)
-    return choose("lora", LORA, x.device, x, weight).run(x, weight, a, b, scaling)
+    return choose_form("lora", LORA, x.device, x, weight).run(x, weight, a, b, scaling)
 
 
 def lora_reference(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
@@ -92,7 +92,7 @@ def lora_fused(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor 
 
 
 def _check(device: str) -> None:
-    packed = sample(device, kind="int4_zero_point", rows=32, cols=64)
+    packed = sample_weight(device, kind="int4_zero_point", rows=32, cols=64)
     for weight in (packed, decode(packed, torch.float64)):
         generator = torch.Generator().manual_seed(2)
         parts = [torch.randn(s, generator=generator).double().to(device) for s in ((5, 64), (4, 64), (32, 4))]

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from avalab.kernels import loss_chunks, loss_trained_head
-from avalab.kernels.dispatch import Form, choose
+from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.loss_chunks import Head, Hidden, Labels, Logits, cross_entropy_rows, kl_rows, working_dtype
 
 
@@ -49,7 +49,7 @@ def linear_cross_entropy(
         raise ValueError(f"label smoothing is {label_smoothing}; it must be in [0, 1)")
     labels = targets.reshape(-1)[kept]
     loss_chunks.refuse_outside_vocabulary(labels, len(weight))
-    form = choose("linear_cross_entropy", CROSS_ENTROPY, weight.device, flat)
+    form = choose_form("linear_cross_entropy", CROSS_ENTROPY, weight.device, flat)
     return form.run(flat, weight, labels, label_smoothing=label_smoothing, temperature=temperature)
 
 
@@ -77,7 +77,7 @@ def linear_kl(
             f"the teacher has {len(states)} rows of {entries} vocabulary entries, the student {tokens} of {len(weight)}"
         )
     heard = _Teacher(states, None if head is None else head.detach(), kept)
-    form = choose("linear_kl", KL, weight.device, flat)
+    form = choose_form("linear_kl", KL, weight.device, flat)
     return form.run(flat, weight, heard, reverse=reverse, temperature=temperature)
 
 

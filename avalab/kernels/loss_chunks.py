@@ -29,12 +29,17 @@ from torch.autograd.function import once_differentiable
 from avalab.kernels.weight import DTYPES
 
 LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of the buffer: about the CPU's cache; enough to fill a GPU
+
 FEWEST_TOKENS = 16  # a chunk: fewer make the matrix products slow
+
 WIDE_VALUES = 2**19  # widened at a time
+
 PANEL_VALUES = 2**21  # of the head's gradient, added at a time
 
 Hidden, Head = Float[Tensor, "token width"], Float[Tensor, "vocab width"]
+
 Logits, Labels = Float[Tensor, "token vocab"], Int[Tensor, "token"]
+
 PerToken = Float[Tensor, "token"]
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from avalab.kernels import loss_chunks
-from avalab.kernels.dispatch import Form, choose
+from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.loss_chunks import Head, Hidden, Logits, PerToken, wide, working_dtype
 
 LEAST_TAIL = 1e-6  # what is left beside the known entries counts as at least this: float32 knows no less
@@ -49,7 +49,7 @@ def linear_sparse(
         raise ValueError(f"ids and weights of shapes {shapes} do not fit {tokens} hidden states")
     known, shares = (t.reshape(-1, t.shape[-1])[kept] for t in (ids, weights))
     loss_chunks.refuse_outside_vocabulary(known, len(weight))
-    form = choose("linear_sparse", SPARSE, weight.device, flat)
+    form = choose_form("linear_sparse", SPARSE, weight.device, flat)
     return form.run(flat, weight, (known, shares.to(working_dtype(flat.dtype))), tail=tail, temperature=temperature)
 
 

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from avalab.kernels.dispatch import Form, choose
+from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.formats import LEVELS
 from avalab.kernels.weight import (
     DTYPES,
@@ -44,11 +44,14 @@ from avalab.kernels.weight import (
 )
 
 TILE_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}  # a few MiB of cache; few launches
+
 PANEL_COLS = 256  # fewer columns a panel make the matrix library slow
 
 # Rows of activations up to which each beats the tiled form, on 4096 x 4096, one thread of a Zen 5.
 SMALL_BATCH = {"bitsandbytes": 64, "int4pack": 48}
+
 INT4PACK_GROUPS = (32, 64, 128, 256)
+
 LANES = 32  # rows of the weight that the kernels take together
 
 KINDS = ("nf4", "nf4_nested", "int4", "int4_zero_point", "int4_minimum")  # of samples
@@ -60,13 +63,13 @@ def multiply(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, 
     Raises ValueError for a dtype or device without a form, columns that differ, or an x that wants a gradient.
     """
     _refuse(x, weight, weight.shape[1], "columns")
-    return choose("product", PRODUCT, x.device, x, weight).run(x, weight)
+    return choose_form("product", PRODUCT, x.device, x, weight).run(x, weight)
 
 
 def multiply_transposed(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Float[Tensor, "*batch cols"]:
     """g times the weight: the gradient of `product` with respect to x. Raises what `multiply` raises."""
     _refuse(g, weight, weight.shape[0], "rows")
-    return choose("product_transposed", TRANSPOSED, g.device, g, weight).run(g, weight)
+    return choose_form("product_transposed", TRANSPOSED, g.device, g, weight).run(g, weight)
 
 
 def _refuse(x: Tensor, weight: Weight4, width: int, name: str) -> None:
@@ -124,13 +127,13 @@ def _tile_weights(x: Tensor) -> int:
 
 def decoded(weight: Weight4, dtype: torch.dtype) -> Float[Tensor, "rows cols"]:
     """The weight in `dtype`, by the fastest form that gives the reference's bits."""
-    return choose("decode", DECODE, weight.device, weight, dtype).run(weight, dtype)
+    return choose_form("decode", DECODE, weight.device, weight, dtype).run(weight, dtype)
 
 
 # --- kernels of libraries for few rows --------------------------------------------------------------------------
 
 
-def prepare(weight: Weight4) -> Weight4:
+def prepare_small_batches(weight: Weight4) -> Weight4:
     """The weight with a second copy of its codes for small batches, where a library here has a kernel for it.
 
     Otherwise the weight as it is: another format or group size, rows that 32 does not divide, a GPU, another CPU.
@@ -268,7 +271,9 @@ def error_bound(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float64[Ten
     return 4 * torch.finfo(x.dtype).eps * (x.double().abs() @ reach.T)
 
 
-def sample(device: str | torch.device, *, kind: str, rows: int = 96, cols: int = 192, group_size: int = 64) -> Weight4:
+def sample_weight(
+    device: str | torch.device, *, kind: str, rows: int = 96, cols: int = 192, group_size: int = 64
+) -> Weight4:
     """A weight of random codes, one of `KINDS`; always the same for the same arguments."""
     generator = torch.Generator().manual_seed(rows * cols)
     codes = torch.randint(0, 256, (rows, cols // 2), generator=generator).to(torch.uint8)
@@ -289,7 +294,7 @@ def product_check(run: Callable, *batches: int, kinds: tuple[str, ...] = KINDS) 
 
     def check(device: str) -> None:
         for kind in kinds:
-            weight = prepare(sample(device, kind=kind))
+            weight = prepare_small_batches(sample_weight(device, kind=kind))
             if run is product_library and weight.small_batch is None:
                 continue
             exact = decode(weight, torch.float64).T
@@ -304,7 +309,7 @@ def product_check(run: Callable, *batches: int, kinds: tuple[str, ...] = KINDS) 
 
 def _check_transposed(device: str) -> None:
     for kind in KINDS:
-        weight = sample(device, kind=kind)
+        weight = sample_weight(device, kind=kind)
         g = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(3)).double().to(device)
         torch.testing.assert_close(transposed_tiles(g, weight), g @ decode(weight, torch.float64))
 
@@ -314,7 +319,7 @@ def decode_check(run: Callable, kinds: tuple[str, ...] = KINDS) -> Callable[[str
 
     def check(device: str) -> None:
         for kind in kinds:
-            weight = sample(device, kind=kind)
+            weight = sample_weight(device, kind=kind)
             if not torch.equal(run(weight, torch.bfloat16), decode(weight, torch.bfloat16)):
                 raise ArithmeticError(f"{kind} decodes to other bits than the reference")
 

@@ -31,9 +31,13 @@ from avalab.kernels.loss_chunks import Labels, Logits, PerToken
 from avalab.kernels.weight import NESTED_GROUP, NestedScales, Weight4
 
 BLOCK_BYTES = 1024  # made by a program
+
 BLOCK = 4096  # logits read at a time
+
 FEW_ROWS = 16  # of activations: one tile of the matrix units
+
 BLOCK_ROWS = 16  # of the weight, a program
+
 SMALLEST = 1e-38  # a scale below is taken for this: the reciprocal must not overflow
 
 

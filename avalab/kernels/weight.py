@@ -125,7 +125,7 @@ def from_encoded(encoded: Encoded, *, zero_scales: bool = False) -> Weight4:
         zero_points=offsets if form.offset == "zero_point" else None,
         minimums=offsets if form.offset == "minimum" else None,
     )
-    return checked(weight, zero_scales=zero_scales)
+    return checked_scales(weight, zero_scales=zero_scales)
 
 
 def nested_scales(nested: Encoded, mean: Float32[Tensor, ""], count: int) -> NestedScales:
@@ -154,7 +154,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], prefix: str = "weight") -> We
     else:
         scales = scales.float().view(rows, -1)
     codes = state[prefix].view(torch.uint8).reshape(rows, cols // 2)
-    return checked(Weight4(codes, state[f"{prefix}.quant_map"].float(), scales))
+    return checked_scales(Weight4(codes, state[f"{prefix}.quant_map"].float(), scales))
 
 
 def check_groups(cols: int, group_size: int) -> None:
@@ -165,7 +165,7 @@ def check_groups(cols: int, group_size: int) -> None:
         raise ValueError(f"{cols} columns: two codes share a byte, so the number of columns must be even")
 
 
-def checked(weight: Weight4, *, zero_scales: bool = False) -> Weight4:
+def checked_scales(weight: Weight4, *, zero_scales: bool = False) -> Weight4:
     """The weight itself, when every scale is finite and, unless `zero_scales` allows pruned groups, not zero.
 
     Raises ValueError naming the first bad group by row and number.

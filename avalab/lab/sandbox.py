@@ -43,12 +43,18 @@ from functools import cache
 from pathlib import Path
 
 FILE_BYTES = 4 << 20  # of one file, standard output included
+
 SMALL = f"size={16 << 20},nr_inodes=2000"  # the temporary folder, where `root` is active
+
 OUTPUT_CHARACTERS = 20_000
+
 STARTUP_SECONDS = 10  # on top of the time limit, for a busy machine to start the process
+
 NOBODY = 65534
+
 # Exit codes of the confined process; FINISHED is not 0, so that a stray exit() is no success.
 FINISHED, FAILED, OUT_OF_MEMORY = 113, 1, 114
+
 # x86-64 numbers. Processes and threads (56, 435) are treated apart.
 DENIED_CALLS = {
     "network": (41, 42, 43, 44, 46, 49, 50, 53, 288, 307),
@@ -59,8 +65,11 @@ DENIED_CALLS = {
     "shared memory, queues, io_uring, keys": (29, 30, 64, 68, 240, 248, 249, 250, 319, 425, 426, 427, 447),
     "system": (103, 135, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 227, 246, 305, 313, 320),
 }
+
 DENIED_EVENTS = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.system")
+
 INSIDE = "/sandbox.py"  # this file, where bubblewrap shows it
+
 LAYERS = ("limits", "namespaces", "root", "landlock", "user", "seccomp", "audit")
 
 

@@ -30,7 +30,9 @@ from scipy import stats
 from avalab.lab.run import Run
 
 TAIL = 0.99
+
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"perplexity": np.exp, "mean": lambda mean: mean}
+
 LEVELS = ("nominal", "ordinal", "interval")
 
 
@@ -76,7 +78,7 @@ def perplexity(nll: Float[Any, "window token"], *, resamples: int, seed: int) ->
     return Estimate(value, low, high, found.n)
 
 
-def tail(values: Float[Any, "window token"], *, resamples: int, seed: int, share: float = TAIL) -> Estimate:
+def tail_percentile(values: Float[Any, "window token"], *, resamples: int, seed: int, share: float = TAIL) -> Estimate:
     """The percentile `share` of all tokens, with a 95 % percentile-bootstrap interval that resamples windows."""
     rows = _doubles(values)
     value = float(np.quantile(rows, share))
@@ -278,7 +280,7 @@ def record_recovered(
     run.record(subject, f"recovered:{part}", unit="1", **vars(found))
 
 
-def alpha(values: Float[np.ndarray, "rater unit"], *, level: str = "ordinal") -> float:
+def krippendorff_alpha(values: Float[np.ndarray, "rater unit"], *, level: str = "ordinal") -> float:
     """Krippendorff's alpha of scores, NaN where a rater gave none; `level` is one of `LEVELS`.
 
     Source: Krippendorff, "Computing Krippendorff's alpha-reliability" (2011). Raises ValueError when no unit has two
@@ -290,7 +292,7 @@ def alpha(values: Float[np.ndarray, "rater unit"], *, level: str = "ordinal") ->
     return found
 
 
-def agreement(
+def rater_agreement(
     values: Float[np.ndarray, "rater unit"],
     clusters: Sequence,
     *,
@@ -310,7 +312,7 @@ def agreement(
     again = again[~np.isnan(again)]
     low, high = np.quantile(again, (0.025, 0.975)) if len(names) > 1 and len(again) else (None, None)
     ends = (None if end is None else float(end) for end in (low, high))
-    return Estimate(alpha(values, level=level), *ends, len(names))
+    return Estimate(krippendorff_alpha(values, level=level), *ends, len(names))
 
 
 def reliability(found: Estimate) -> str:

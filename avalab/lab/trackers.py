@@ -24,7 +24,9 @@ from pathlib import Path
 import psutil
 
 Arms = dict[str, Callable[[], object]]
+
 COLD_BYTES = 2**27  # more than the last cache holds
+
 POWERCAP = Path("/sys/class/powercap")
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 
 
-def read(folder: str, name: str) -> str:
+def read_packaged(folder: str, name: str) -> str:
     """A packaged data file's text. Raises FileNotFoundError."""
     return resources.files("avalab").joinpath("data", folder, name).read_text(encoding="utf-8")
 
@@ -26,14 +26,16 @@ def data_files(folder: str) -> list[str]:
 @cache
 def lines_of(name: str) -> tuple[str, ...]:
     """The lines of a prompt file without empty lines and comments."""
-    return tuple(line for line in read("prompts", name).splitlines() if line and not line.startswith("#"))
+    return tuple(line for line in read_packaged("prompts", name).splitlines() if line and not line.startswith("#"))
 
 
 @cache
 def pool_lines() -> tuple[str, ...]:
     """The lines of all pool files."""
     names = sorted(entry.name for entry in resources.files("avalab").joinpath("data", "domains").iterdir())
-    return tuple(line for name in names if name.startswith("pools") for line in read("domains", name).splitlines())
+    return tuple(
+        line for name in names if name.startswith("pools") for line in read_packaged("domains", name).splitlines()
+    )
 
 
 @cache

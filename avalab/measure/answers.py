@@ -49,8 +49,11 @@ from avalab.measure.quality import LIMIT_SECONDS, TORCH, engine_code
 from avalab.models import checkpoint, predict
 
 MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
+
 CALL_TOKENS, CODE_TOKENS = 128, 256
+
 SECONDS_PER_ANSWER = 60.0  # an engine that answers slower than that is stopped; what it answered is kept
+
 _END_OF_FUNCTION = re.compile(r"\n(?=\S)|<\|")
 
 
@@ -75,7 +78,7 @@ class Respondent:
     @cached_property
     def compiler(self) -> grammars.Compiler:
         """Makes grammars for this tokenizer and this number of logits."""
-        return grammars.compiler(self.tokenizer, self.model.config.vocab_size)
+        return grammars.grammar_compiler(self.tokenizer, self.model.config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def answer_questions(request: dict) -> dict:
     def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
         opened = engines.load(request["engine"], Path(request["folder"]))
         tokenizer = checkpoint.load_tokenizer(Path(request["folder"]))
-        compiler = grammars.compiler(tokenizer, opened.facts.vocabulary)
+        compiler = grammars.grammar_compiler(tokenizer, opened.facts.vocabulary)
         try:
             for position, index in enumerate(wanted):
                 prompt = tokenizer(questions[index].prompt, add_special_tokens=False).input_ids
@@ -140,7 +143,7 @@ def answer_questions(request: dict) -> dict:
 
 def _in_batches(respondent: Respondent, questions: list[Question], tokens: int) -> Iterator[tuple[int, str]]:
     bound = [_grammar(respondent.compiler, question) for question in questions if question.functions is not None]
-    return grammars.answers(
+    return grammars.greedy_answers(
         respondent.model,
         respondent.tokenizer,
         [question.prompt for question in questions],
@@ -258,7 +261,7 @@ def record_calls(
 def code_problems(run: Run, limit: int | None = None) -> list[Problem]:
     """The first problems of the profile's set: HumanEval, or the lab's own few where nothing may be downloaded."""
     source = run.profile.code_problems
-    path = ROOT / source if (ROOT / source).is_file() else assets.fetch(source)
+    path = ROOT / source if (ROOT / source).is_file() else assets.fetch_asset(source)
     return sandbox.load_problems(path)[: limit or run.profile.humaneval_items]
 
 

@@ -40,12 +40,17 @@ from avalab.measure import cell, training
 from avalab.models import checkpoint
 
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s")
+
 PEAKS = ("peak_rss_bytes:engine", "peak_rss_bytes", "peak_vram_bytes")
+
 PEAK_SECONDS = 300  # at most, of a process that measures a peak
+
 HEADER = ("work", "form", "tokens/s", "of the first form [rounds]", "peak memory [MB]")
+
 BEFORE, AFTER, REFERENCE, PEFT = "transformers-bitsandbytes", "avalab", "reference", "peft-bitsandbytes"
 
 Told = Callable[[list[int], int], list[float]]  # prompt, new tokens -> seconds from the call to each token
+
 Rows = tuple[tuple[str, ...], ...]
 
 
@@ -66,6 +71,7 @@ SIZES = {
     "laptop": Sizes(5, 32, (2, 2), 2, 16),
     "a2000": Sizes(11, 64, (3, 8), 7, 16),
 }
+
 SIZES["long"] = SIZES["laptop"]
 
 

@@ -50,9 +50,13 @@ from avalab.models import checkpoint
 from avalab.models.sizes import folder_of, kv_cache_bytes, shape_of, weight_bytes_read, weight_file_bytes
 
 FAILURES = {"EngineUnavailable": engines.EngineUnavailable, "NotSupported": engines.NotSupported}
+
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
+
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
 MALLOC_RETURNS = 2**20  # bytes from which a freed block goes back to the system while memory is measured
+
 MALLOC_KEEPS = 2**25  # glibc's own upper limit, where its sliding threshold ends in a process that runs tensors
 
 

@@ -41,9 +41,13 @@ from avalab.measure.cell import Workload
 from avalab.models import sizes
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+
 CACHE_BITS = (16, 8)
+
 LIMIT_SECONDS = 600
+
 LIBRARIES = {"openvino": "openvino_genai", "llamacpp": "llama_cpp", "onnx": "onnxruntime_genai"}
+
 QUANTIZED_CACHE = (
     "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
     "not install); openvino and llamacpp have one of 8 bits"
@@ -213,7 +217,7 @@ def _storage_of(folder: Path, engine: str) -> sizes.Storage:
     if engine != "torch" or not (folder / artifacts.CARD).is_file():
         return sizes.BF16
     try:
-        return sizes.of_artifact(artifacts.load_artifact(folder, verify=False))[0]
+        return sizes.storage_of_artifact(artifacts.load_artifact(folder, verify=False))[0]
     except (ValueError, IndexError):  # a step that stores dense weights, or no recipe at all
         return sizes.BF16
 

@@ -105,7 +105,7 @@ def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage |
     found = cached_cell(artifact, work, run.artifacts_dir / "cache")
     memory = predict_memory(
         model,
-        stored or sizes.of_artifact(artifact)[0],
+        stored or sizes.storage_of_artifact(artifact)[0],
         weight_bytes=artifact.bytes,
         work=work,
         runtime_bytes=found.runtime_bytes if found.peak_vram_bytes is None else 0,
@@ -155,6 +155,7 @@ def _record_time(record: Callable, found: Cell, load: dict) -> None:
 # --- whether zeros make a layer faster --------------------------------------------------------------------------------
 
 BASELINE = "dense bf16"
+
 TOLERANCE = 0.03  # of the largest output: bf16 has eight bits
 
 Product = Callable[[], Tensor]
@@ -192,7 +193,7 @@ def onnx_runtime(weight: Tensor, inputs: Tensor, *, sparse: bool) -> Product:
     """The product in ONNX Runtime, which makes a weight that it is given as a sparse tensor dense."""
     if weight.is_cuda:
         raise RuntimeError("ONNX Runtime is measured on the CPU only")
-    product, rows = onnxruntime_engine.product(weight, sparse=sparse), inputs.float()
+    product, rows = onnxruntime_engine.runtime_product(weight, sparse=sparse), inputs.float()
     return lambda: product(rows)
 
 

@@ -41,8 +41,11 @@ from avalab.lab.statistics import Estimate
 from avalab.models import checkpoint
 
 BATCH = 16
+
 KEPT = ("results", "n-samples", "versions", "n-shot", "higher_is_better")  # of the harness's answer
+
 INSTALL = 'pip install -e ".[harness]"'
+
 Z = 1.959964  # the 97.5 % point of the normal distribution
 
 
@@ -71,7 +74,7 @@ def record_tasks(
     prompts into the chat template. Raises EngineUnavailable without the library, ValueError for a task it does not
     know, AssetUnavailable naming the task whose data cannot be reached.
     """
-    require()
+    require_harness()
     if not tasks:
         raise ValueError("no task named; give at least one, such as hellaswag, mmlu or gsm8k")
     settings = {"limit": limit or run.profile.call_items, "chat": chat, "seed": run.seed, "batch": BATCH}
@@ -85,7 +88,7 @@ def record_tasks(
     return recorded
 
 
-def require() -> None:
+def require_harness() -> None:
     """Raise EngineUnavailable with the install command where lm-eval is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise EngineUnavailable(f"tasks of lm-evaluation-harness need the package lm-eval; install it: {INSTALL}")

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from avalab import kernels
 from avalab.kernels import encoding, formats, product
-from avalab.kernels.product import sample
+from avalab.kernels.product import sample_weight
 from avalab.kernels.weight import Weight4, decode, group_scales
 from avalab.lab import trackers
 from avalab.lab.run import PROFILES, Run, load_average
@@ -41,6 +41,7 @@ from avalab.lab.statistics import median_and_range
 from avalab.lab.trackers import Arms
 
 ALLOWED_DIFFERENCE = 0.05  # of the plain form's result, in norm: bf16 and 4-bit scales in bf16 stay far below
+
 PLAIN = ("bf16", "dense", "reference")  # the arm that the others must agree with
 
 
@@ -62,6 +63,7 @@ SIZES = {
     "laptop": Sizes(((1536, 576), (4096, 4096)), (1, 16, 512, 2048), 16, 1024, (2048, 576, 49152), 5, 2048),
     "a2000": Sizes(((8192, 2048), (14336, 4096)), (1, 16, 512, 4096), 16, 4096, (4096, 2048, 151936), 15, 8192),
 }
+
 SIZES["long"] = SIZES["laptop"]
 
 
@@ -77,11 +79,11 @@ def read_rate(size: int, device: str = "cpu") -> float:
     return data.nbytes / min(trackers.interleaved({"read": data.sum}, 5, device)["read"]) * 1e3
 
 
-def products(run: Run, sizes: Sizes) -> None:
+def record_products(run: Run, sizes: Sizes) -> None:
     """Every form of the 4-bit product and its peers, for each format, shape and batch."""
     peak = matrix_peak(sizes.peak_side, run.device)
     for kind, (rows, cols) in itertools.product(("nf4", "int4_zero_point"), sizes.shapes):
-        weight = product.prepare(sample(run.device, kind=kind, rows=rows, cols=cols))
+        weight = product.prepare_small_batches(sample_weight(run.device, kind=kind, rows=rows, cols=cols))
         dense = decode(weight, torch.bfloat16)
         limits = peak, read_rate(rows * cols // 2, run.device)
         for batch in sizes.batches:
@@ -92,7 +94,7 @@ def products(run: Run, sizes: Sizes) -> None:
             record_arms(run, subject, arms, flops=flops, read=read, limits=limits)
 
 
-def encodings(run: Run, sizes: Sizes) -> None:
+def record_encodings(run: Run, sizes: Sizes) -> None:
     """A bf16 weight rounded to NF4 and packed, and its peers; no operations are counted, only what has to be read."""
     for rows, cols in sizes.shapes:
         arms = encode_arms(run.device, (rows, cols))
@@ -101,7 +103,7 @@ def encodings(run: Run, sizes: Sizes) -> None:
         record_arms(run, f"encode nf4 {rows}x{cols}", arms, flops=0, read=read, limits=limits)
 
 
-def lora(run: Run, sizes: Sizes) -> None:
+def record_lora(run: Run, sizes: Sizes) -> None:
     """One forward and backward pass of a quantised linear layer with LoRA, and its peers."""
     rows, cols = sizes.shapes[0]
     arms = lora_arms(run.device, (rows, cols), tokens=sizes.lora_tokens, rank=sizes.rank)
@@ -112,7 +114,7 @@ def lora(run: Run, sizes: Sizes) -> None:
     record_arms(run, subject, arms, flops=flops, read=read, limits=limits)
 
 
-def losses(run: Run, sizes: Sizes) -> None:
+def record_losses(run: Run, sizes: Sizes) -> None:
     """Chunked and dense losses with a trained and a frozen head: time, and peak memory in a process of its own."""
     tokens, width, vocab = sizes.loss
     limits = matrix_peak(sizes.peak_side, run.device), read_rate(2 * width * vocab, run.device)
@@ -128,7 +130,7 @@ def losses(run: Run, sizes: Sizes) -> None:
             run.record(f"{subject}:{arm}", "peak_bytes", int(printed.split()[-1]), "byte", n=1, details=details)
 
 
-def absent(run: Run) -> None:
+def record_missing_kernels(run: Run) -> None:
     """A record without value for every peer, and every form of ours, that cannot run here; its note says why."""
     found = reasons(run.device)
     if not run.device.startswith("cuda"):
@@ -235,7 +237,7 @@ def encode_arms(device: str, shape: tuple[int, int]) -> Arms:
 
 def lora_arms(device: str, shape: tuple[int, int], *, tokens: int, rank: int) -> Arms:
     """Forward and backward of a layer of this shape with an adapter, gradients of input and adapter."""
-    weight = sample(device, kind="nf4", rows=shape[0], cols=shape[1])
+    weight = sample_weight(device, kind="nf4", rows=shape[0], cols=shape[1])
     dense = decode(weight, torch.bfloat16)
     shapes = ((tokens, shape[1]), (rank, shape[1]), (shape[0], rank))
     x, a, b = (torch.randn(each, device=device).bfloat16().requires_grad_() for each in shapes)
@@ -397,11 +399,11 @@ def main() -> None:
         return
     run, sizes = Run("bench_kernels", chosen.profile), SIZES[chosen.profile]
     print(f"load average {load_average()}, {torch.get_num_threads()} threads")
-    products(run, sizes)
-    encodings(run, sizes)
-    lora(run, sizes)
-    losses(run, sizes)
-    absent(run)
+    record_products(run, sizes)
+    record_encodings(run, sizes)
+    record_lora(run, sizes)
+    record_losses(run, sizes)
+    record_missing_kernels(run)
     for record in run.records:
         shown = "-" if record.value is None else f"{record.value:.4g}"
         print(f"{record.subject:60} {record.metric:18} {shown:>10} {record.unit} {record.note}")

@@ -41,8 +41,11 @@ from avalab.models import checkpoint, predict
 from avalab.models.predict import Reference
 
 SAME_BYTES = 0.01  # two files within this share are of one size
+
 FORMS: dict[str, dict] = {"ava": {}, "ava-packed": {"embedding": "packed"}, "ava-gguf": {"format": "gguf"}}
+
 SHOWN = ("kl_divergence", "kl_divergence_p99", "top1_agreement", "perplexity")
+
 # Bits and group sizes of the methods that take them; each with its embedding in bf16, and in int8 rows (-int8emb).
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "rtn": ((4, 64), (3, 64), (2, 64)),
@@ -51,20 +54,27 @@ SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "autoround": ((6, 64), (4, 64), (4, 32), (3, 64), (2, 64)),
     "hqq": ((4, 64), (3, 64), (2, 64)),
 }
+
 WITHOUT_SIZES = ("openvino-int4", "nncf-int4", "onnx-k-quant", "gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k")
+
 PEERS: dict[str, tuple[str, dict]] = {
     f"{method}-w{bits}g{group}{ending}": (method, {"bits": bits, "group_size": group, "embedding": embedding})
     for ending, embedding in (("", "bf16"), ("-int8emb", "int8"))
     for method, sizes in SIZES.items()
     for bits, group in sizes
 }
+
 PEERS |= {"nf4": ("nf4", {}), "nf4-dq": ("nf4", {"double_quantization": True})}
+
 PEERS |= {method: (method, {}) for method in WITHOUT_SIZES}
+
 # The libraries that calibrate, at three sizes, and NNCF: two hours on one thread, most of them AutoRound's.
 SHORT = (*(f"{method}-w{bits}g64-int8emb" for bits in (4, 3, 2) for method in ("gptq", "autoround")), "nncf-int4")
 
 MODE, ALL = "forced", "all"
+
 SHARE = answers.MODES[MODE]
+
 DIFFERENCE = f"{SHARE}_difference"
 
 Right = dict[str, list[bool]]  # by category, and over all
@@ -133,9 +143,9 @@ def record_peer(
     for text, reference in against.items():
         ours = quality.score_artifact(artifact, reference, cache, run.device, engine=engine)
         base = quality.score_artifact(reference.base, reference, cache, run.device)
-        for metric, unit, estimate in quality.estimates(run, ours, base):
+        for metric, unit, estimate in quality.quality_estimates(run, ours, base):
             record(f"{metric}:{text}", unit=unit, **vars(estimate))
-        tail = statistics.tail(ours.kl, resamples=resamples, seed=run.seed)
+        tail = statistics.tail_percentile(ours.kl, resamples=resamples, seed=run.seed)
         record(f"kl_divergence_p99:{text}", unit="nats/token", **vars(tail))
         for form, rival in (rivals or {}).items():
             theirs = quality.score_artifact(rival, reference, cache, run.device)
@@ -276,7 +286,7 @@ def record_difference(run: Run, subject: str, ours: Right, theirs: Right, *, for
         )
 
 
-def columns(run: Run, scores: Sequence[str] = SHOWN) -> list[str]:
+def peers_columns(run: Run, scores: Sequence[str] = SHOWN) -> list[str]:
     """The metrics of a table of peers: bytes, seconds; on each text scores and ratios to every form; function calls."""
     texts, forms = run.profile.eval_texts, [_ending(form) for form in FORMS]
     return [
@@ -313,7 +323,7 @@ def main() -> None:
     calls = run.profile.call_items if options.calls is None else options.calls
     if calls:
         record_peer_calls(run, calls)
-    print(peers_table(run.records, columns(run)))
+    print(peers_table(run.records, peers_columns(run)))
     print(f"load average {load_average()}; records: {run.records_path.relative_to(ROOT)}")
 
 

@@ -45,16 +45,23 @@ from avalab.lab.statistics import Estimate
 from avalab.measure.answers import Question, Respondent, answer
 
 PROMPTS = Path(toolbox.__file__).with_name("prompts") / "side_by_side.txt"
+
 PLAIN_KINDS, TOOL_KINDS = ("question", "writing", "reasoning", "instruction"), ("call", "no_tool", "ask_back")
+
 ANSWER_TOKENS = 128
+
 CRITERIA = {
     "coherence": "it is well formed, holds together and does not contradict or repeat itself",
     "helpfulness": "it does what was asked, correctly and without what nobody asked for",
     "tool_use": "it calls the right tool with the right values, asks for a missing one, or rightly calls none",
 }
+
 SCORES = (1, 2, 3, 4, 5)
+
 FIELDS = ("prompt", "answer", "rater", *CRITERIA, "note", "when")
+
 NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
+
 NOBODY = "not measured: nobody has rated yet"
 
 
@@ -84,7 +91,7 @@ class Prompt:
         return [*system, {"role": "user", "content": self.request}]
 
 
-def prompts(count: int = 0, path: Path = PROMPTS) -> list[Prompt]:
+def load_prompts(count: int = 0, path: Path = PROMPTS) -> list[Prompt]:
     """The first `count` requests of a file (0: all).
 
     Raises ValueError naming file and line for one that is not `kind | tools | request`, with known kinds and tools.
@@ -113,7 +120,7 @@ def _parsed(line: str, known: set[str]) -> Prompt:
     return Prompt(kind, tools, parts[2])
 
 
-def answers(
+def answer_prompts(
     artifact: Artifact,
     asked: Sequence[Prompt],
     cache: Path,
@@ -168,7 +175,7 @@ def answer_id(prompt: Prompt, text: str) -> str:
     return sha256_of_text(f"{prompt.key} {text.strip()}")[:16]
 
 
-def order(sheet: dict, rater: str) -> list[tuple[dict, list[str]]]:
+def order_for_rater(sheet: dict, rater: str) -> list[tuple[dict, list[str]]]:
     """The requests in this rater's order, each with the ids of its answers in this rater's order."""
 
     def shuffled(things: list, seed: str) -> list:
@@ -233,22 +240,22 @@ def checked_name(rater: str) -> str:
     return rater
 
 
-def pending(sheet: dict, ratings: Sequence[dict], rater: str) -> list[dict]:
+def pending_requests(sheet: dict, ratings: Sequence[dict], rater: str) -> list[dict]:
     """The requests of the sheet that this rater has not scored all answers of."""
     known = {(row["prompt"], row["answer"]) for row in ratings if row["rater"] == rater}
     return [p for p in sheet["prompts"] if any((p["key"], answer) not in known for answer in p["answers"])]
 
 
-def raters(sheet: dict, ratings: Sequence[dict]) -> dict[str, int]:
+def requests_left(sheet: dict, ratings: Sequence[dict]) -> dict[str, int]:
     """How many requests each rater has left, of those who scored anything that is on the sheet."""
     on_sheet = {(p["key"], answer) for p in sheet["prompts"] for answer in p["answers"]}
     names = sorted({row["rater"] for row in ratings if (row["prompt"], row["answer"]) in on_sheet})
-    return {name: len(pending(sheet, ratings, name)) for name in names}
+    return {name: len(pending_requests(sheet, ratings, name)) for name in names}
 
 
-def missing(sheet: dict, ratings: Sequence[dict]) -> str:
+def why_no_result(sheet: dict, ratings: Sequence[dict]) -> str:
     """Why there is no result yet, '' when there is one: somebody rated, and all who began have finished."""
-    left = raters(sheet, ratings)
+    left = requests_left(sheet, ratings)
     unfinished = [f"{name} has {count} of {len(sheet['prompts'])} left" for name, count in left.items() if count]
     if not left:
         return NOBODY
@@ -275,9 +282,9 @@ def preference_scores(
     sheet: dict, key: dict, ratings: Sequence[dict], criterion: str
 ) -> dict[str, Float[Tensor, "prompt rater"]]:
     """Each subject's scores. Raises ValueError, with the reason, while there is no result."""
-    if reason := missing(sheet, ratings):
+    if reason := why_no_result(sheet, ratings):
         raise ValueError(reason)
-    names = list(raters(sheet, ratings))
+    names = list(requests_left(sheet, ratings))
     asked = [p["key"] for p in sheet["prompts"] if criterion in criteria_of(p)]
     known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}
     return {
@@ -299,7 +306,7 @@ def prefer(
 
 def record_preferences(run: Run, sheet: dict, key: dict, ratings: Sequence[dict], *, baseline: str) -> str:
     """Append scores, preferences over `baseline` and agreement; without a result, one record whose note is returned."""
-    if reason := missing(sheet, ratings):
+    if reason := why_no_result(sheet, ratings):
         run.record("all", "rating", None, "1", note=reason)
         return reason
     resamples, seed = run.profile.resamples, run.seed
@@ -320,7 +327,7 @@ def record_preferences(run: Run, sheet: dict, key: dict, ratings: Sequence[dict]
 
 def _record_agreement(run: Run, sheet: dict, ratings: Sequence[dict], criterion: str) -> None:
     record = partial(run.record, "raters", f"krippendorff_alpha:{criterion}", unit="1")
-    names = list(raters(sheet, ratings))
+    names = list(requests_left(sheet, ratings))
     if len(names) < 2:
         record(value=None, note="agreement needs two raters; there is one")
         return
@@ -329,7 +336,7 @@ def _record_agreement(run: Run, sheet: dict, ratings: Sequence[dict], criterion:
     values = np.array([[known[name, *unit] for unit in units] for name in names], dtype=float)
     clusters, resamples = [key for key, _ in units], run.profile.resamples
     try:
-        found = statistics.agreement(values, clusters, resamples=resamples, seed=run.seed)
+        found = statistics.rater_agreement(values, clusters, resamples=resamples, seed=run.seed)
     except ValueError as error:  # everybody gave everything the same score
         record(value=None, note=str(error))
         return

@@ -31,6 +31,7 @@ from avalab.models import checkpoint, predict
 from avalab.models.predict import Reference, TokenScores
 
 TORCH = "torch"
+
 LIMIT_SECONDS = 600.0
 
 
@@ -94,7 +95,7 @@ def record_quality(
         record(f"kl_divergence:{text.name}", None, "nats/token", note=str(error))
         return None
     base = score_artifact(against.base, against, cache, run.device)
-    for metric, unit, estimate in estimates(run, scores, base):
+    for metric, unit, estimate in quality_estimates(run, scores, base):
         details = {"text_sha256": text.sha256, "windows_sha256": predict.windows_sha256(against.windows)}
         if metric == "loss_rise":
             details["verdict"] = statistics.verdict(estimate)
@@ -102,7 +103,9 @@ def record_quality(
     return scores
 
 
-def estimates(run: Run, scores: TokenScores, base: TokenScores | None = None) -> list[tuple[str, str, Estimate]]:
+def quality_estimates(
+    run: Run, scores: TokenScores, base: TokenScores | None = None
+) -> list[tuple[str, str, Estimate]]:
     """Metric, unit and estimate of what token scores say; the increase in loss only where the base's are given."""
     resamples, seed = run.profile.resamples, run.seed
     found = [

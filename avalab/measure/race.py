@@ -48,17 +48,23 @@ from avalab.measure.cell import Cell, Workload
 from avalab.models import checkpoint
 
 FAILED = "decode_tokens_per_s"  # the metric of a record that says why a cell was not measured
+
 WANTED = 0.05  # width of the interval over the median
+
 CAPS = {"smoke": 1.0, "laptop": 400.0}  # seconds of a whole race; others 1800
+
 VISITS = {  # sizes of one; others those of `Workload`
     "smoke": Workload(prompts=(8, 32), new_tokens=4, samples=2, limit_seconds=60),
     "laptop": Workload(prompts=(16, 512), new_tokens=16, samples=3, limit_seconds=120),
 }
+
 BATCHES = {  # several sequences at once; others 256 tokens and 32 new ones, 5 samples
     "smoke": Workload(prompts=(8,), new_tokens=4, samples=2, limit_seconds=60, batches=(1, 4)),
     "laptop": Workload(prompts=(32,), new_tokens=8, samples=2, limit_seconds=180),
 }
+
 SAME_AS_DENSE = (("gguf", "torch"),)  # the torch engine decodes a GGUF file to the dense model, once more bf16
+
 AVA_BITS = 6  # a weight of the whole model: what GGUF's 4-bit files of a small one come to, embedding included
 
 # --- who takes part ---------------------------------------------------------------------------------------------------
@@ -91,6 +97,7 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "openvino-int4": lambda base, run: openvino_engine.write(base, "int4"),
     "onnx-int4": lambda base, run: genai_folder.write(base, "int4"),
 }
+
 SOME = {"smoke": ("bf16", "nf4", "openvino-int4", "onnx-int4")}  # profiles that race a few forms only
 
 
@@ -149,7 +156,7 @@ def list_entries(
     return found
 
 
-def workload(run: Run) -> Workload:
+def visit_workload(run: Run) -> Workload:
     """What is asked in a visit, in the run's profile; on a GPU the torch engine runs there."""
     return replace(VISITS.get(run.profile_name, Workload()), seed=run.seed, device=_device(run))
 
@@ -309,7 +316,7 @@ def main() -> None:
     print(f"load average {load_average()}")
     entries = list_entries(make_forms(run), threads=thread_counts(chosen.profile), skip=SAME_AS_DENSE)
     cap = chosen.cap if chosen.cap is not None else CAPS.get(chosen.profile, 1800.0)
-    record_batches(run, entries_that_ran(hold_race(run, entries, work=workload(run), cap_seconds=cap)))
+    record_batches(run, entries_that_ran(hold_race(run, entries, work=visit_workload(run), cap_seconds=cap)))
     for record in run.records:
         shown = record.note if record.value is None else f"{record.value:14.4g} {record.unit}"
         print(f"{record.subject:28} {record.threads:2} threads  {record.metric:36} {shown}")

@@ -47,7 +47,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, PreTrainedModel
 
 from avalab.compress import quantize
 from avalab.data import packing, synthesize
-from avalab.data.packing import IGNORED, Encoded, collate
+from avalab.data.packing import IGNORED, Encoded, one_row_batch
 from avalab.lab import artifacts, process, trackers
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import PROFILES, ROOT, Run, load_average
@@ -57,18 +57,25 @@ from avalab.models.attention import apply_packed_attention
 from avalab.models.sizes import Shape
 from avalab.train import distill, finetune, loop, losses, memory, targets
 from avalab.train.distill import ONLINE, Recipe
-from avalab.train.memory import Step
-from avalab.train.targets import Form
+from avalab.train.memory import TrainingStep
+from avalab.train.targets import TargetForm
 
 ARMS = ("peft", "unfused", "packed", "decoded")
+
 EXAMPLES_PER_STEP = 4
+
 CURVE_STEPS = 50  # the curves are compared up to here
 
 LIMIT_BYTES = 4 * 2**30
+
 LIMIT_SECONDS = 1800.0  # at most, of the process of one arm
+
 TOKENS = 1024
+
 WARM_UP, TIMED = 2, 7  # steps
+
 FRUGAL = {"recompute": True, "chunked_loss": True, "optimizer_bytes": 2, "decoded": False}
+
 LIMIT_ARMS = {
     "all": {},
     "activations kept": {"recompute": False},
@@ -77,6 +84,7 @@ LIMIT_ARMS = {
     "weights decoded": {"decoded": True},
     "none": {"recompute": False, "chunked_loss": False, "optimizer_bytes": 8},
 }
+
 PEERS = ("peft", "unsloth")
 
 
@@ -90,6 +98,7 @@ class Sizes:
 
 
 SIZES = {"smoke": Sizes(3, 2, 4), "laptop": Sizes(11, 5, 16), "a2000": Sizes(11, 10, 16)}
+
 SIZES["long"] = SIZES["laptop"]
 
 LOADED: dict = {}  # of an arm's own process
@@ -154,7 +163,7 @@ def training_step(arm: str, folder: Path, device: str, *, rank: int, steps: int)
     model = checkpoint.load_model(folder, device)
     adapters.attach_adapters(model, rank=rank, alpha=2 * rank, seed=0)
     if arm in ("packed", "decoded"):
-        adapters.apply_fused(model, decoded=arm == "decoded")
+        adapters.apply_fused_adapters(model, decoded=arm == "decoded")
     if arm != "peft":
         apply_packed_attention(model)
     model.train()
@@ -181,7 +190,9 @@ def example_batches(arm: str, folder: Path, device: str, steps: int) -> Iterator
     for start in range(0, len(encoded), EXAMPLES_PER_STEP):
         members = encoded[start : start + EXAMPLES_PER_STEP]
         count = sum(len(member.ids) for member in members)
-        batch = padded(members) if arm == "peft" else collate(packing.pack_rows(members, row_tokens=count, seed=0))
+        batch = (
+            padded(members) if arm == "peft" else one_row_batch(packing.pack_rows(members, row_tokens=count, seed=0))
+        )
         yield {name: value.to(device) for name, value in batch.items()}, count
 
 
@@ -202,9 +213,9 @@ def padded(members: list[Encoded]) -> dict[str, Tensor]:
 # --- the limit --------------------------------------------------------------------------------------------------------
 
 
-def limit_step(arm: str, rank: int, tokens: int = TOKENS) -> Step:
+def limit_step(arm: str, rank: int, tokens: int = TOKENS) -> TrainingStep:
     """The step of an arm of `LIMIT_ARMS`, as the predictor takes it."""
-    step = Step(tokens=tokens, example_tokens=tokens, rank=rank, on_gpu=True)
+    step = TrainingStep(tokens=tokens, example_tokens=tokens, rank=rank, on_gpu=True)
     return replace(step, **(FRUGAL | LIMIT_ARMS[arm]))
 
 
@@ -319,7 +330,7 @@ def _random_tensors(shape: Shape) -> dict[str, Tensor]:
 
 def run_alone(folder: Path, arm: str, device: str, rank: int) -> dict:
     """`time_steps` in a process of its own under the limit, or `why_not`. Raises RuntimeError when it fails."""
-    if arm == "unsloth" and finetune.backend(device) != "unsloth":
+    if arm == "unsloth" and finetune.training_backend(device) != "unsloth":
         return {"why_not": "unsloth is not installed, or there is no GPU"}
     return process.call(
         "avalab.measure.training:answer_time_steps",
@@ -344,7 +355,7 @@ def time_steps(base: Artifact, arm: str, device: str, rank: int) -> dict:
     model, loss = limit_model(base, arm, device, rank)
     ids = torch.randint(3, model.config.vocab_size, (TOKENS + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     row = packing.pack_rows([Encoded(ids[:-1], ids[1:])], row_tokens=TOKENS, seed=0)
-    batch = {name: value.to(device) for name, value in collate(row).items()}
+    batch = {name: value.to(device) for name, value in one_row_batch(row).items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     if device.startswith("cuda") and LIMIT_ARMS.get(arm, {}).get("optimizer_bytes", 2) == 2:
         import bitsandbytes as bnb
@@ -373,7 +384,7 @@ def limit_model(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTr
         adapters.attach_adapters(model, rank=rank, alpha=2 * rank, seed=0)
     ours = limit_step(arm, rank) if arm in LIMIT_ARMS else None
     if ours:
-        adapters.apply_fused(model, decoded=ours.decoded)
+        adapters.apply_fused_adapters(model, decoded=ours.decoded)
         with torch.no_grad():  # the kernels check themselves in their first call, which recomputation must not watch
             model(torch.tensor([[3, 4]], device=device))
         apply_packed_attention(model)
@@ -407,9 +418,11 @@ def record_step_times(
     apply_packed_attention(model)
 
     def pass_of(name: str, recipe: Recipe) -> Callable[[], None]:
-        form = Form(recipe.teacher, recipe.count, recipe.temperature, run.seed) if recipe.teacher != ONLINE else None
+        form = (
+            TargetForm(recipe.teacher, recipe.count, recipe.temperature, run.seed) if recipe.teacher != ONLINE else None
+        )
         row = targets.attach_targets(run, rows, teacher, form)[0][0] if form else rows[0]
-        batch = {key: value.to(run.device) for key, value in collate([row]).items()}
+        batch = {key: value.to(run.device) for key, value in one_row_batch([row]).items()}
         loss = distill.objective_of(model, teacher, recipe, rows=rows, device=run.device, identity=name)
         learner = loop.Student(model, loss).train()
 

@@ -32,7 +32,7 @@ from avalab import kernels
 from avalab.kernels import Weight4
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
-from avalab.models import checkpoint
+from avalab.models import checkpoint, walk
 
 ADAPTER = "default"  # PEFT's name for the only one
 
@@ -54,7 +54,7 @@ def attach_adapters(
 
     if rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank is {rank}, dropout {dropout}; rank must be at least 1 and dropout in [0, 1)")
-    names = checkpoint.select_linear(model, target_modules)
+    names = walk.select_linear(model, target_modules)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def apply_fused(model: PreTrainedModel, *, decoded: bool = True) -> None:
+def apply_fused_adapters(model: PreTrainedModel, *, decoded: bool = True) -> None:
     """Let every adapter layer without dropout compute through `kernels.linear`; see the module for `decoded`."""
     for layer in adapter_layers(model).values():
         if isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
@@ -124,7 +124,7 @@ def merge_adapters(adapter: Artifact, *, name: str = "", directory: Path | None 
             replace_quantised(model)
         weights = merged_weights(checkpoint.load_model(adapter))
         for layer, weight in weights.items():
-            checkpoint.linear_layers(model)[layer].weight.data = weight
+            walk.linear_layers(model)[layer].weight.data = weight
         checkpoint.save_model(model, checkpoint.load_tokenizer(adapter), folder)
 
     return artifacts.make_artifact(out, fill, base=adapter, step={"step": "merge", "dtype": "bfloat16"}, format="bf16")
@@ -142,12 +142,12 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Float[Tensor, "rows cols
 
 def replace_quantised(model: PreTrainedModel) -> None:
     """Turn bitsandbytes' 4-bit layers into bf16 ones of the same values, and forget that there were any."""
-    for name, layer in checkpoint.linear_layers(model).items():
+    for name, layer in walk.linear_layers(model).items():
         if type(layer) is not nn.Linear:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             dense.weight = nn.Parameter(frozen_weight(layer, decoded=True), requires_grad=False)
             dense.bias = layer.bias
-            checkpoint.replace_linear(model, name, dense)
+            walk.replace_linear(model, name, dense)
     checkpoint.forget_quantisation(model)
 
 
@@ -156,7 +156,7 @@ def apply_wide_weights(model: PreTrainedModel, target_modules: tuple[str, ...] =
 
     Raises ValueError for a quantised layer, or targets that match nothing.
     """
-    layers, names = checkpoint.linear_layers(model), checkpoint.select_linear(model, target_modules)
+    layers, names = walk.linear_layers(model), walk.select_linear(model, target_modules)
     model.requires_grad_(False)
     for name in names:
         layer = layers[name]
@@ -175,7 +175,7 @@ def _rounded(layer: nn.Linear, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def restore_narrow_weights(model: PreTrainedModel) -> None:
     """Round the trained layers to bf16 and let them compute as usual."""
-    for layer in checkpoint.linear_layers(model).values():
+    for layer in walk.linear_layers(model).values():
         if "forward" in vars(layer):
             del layer.forward
             layer.weight.data = layer.weight.data.to(torch.bfloat16)

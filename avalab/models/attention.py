@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 NAME = "packed"
+
 LONGEST = 640  # tokens: beyond, kept probabilities cost more memory than the time is worth
 
 

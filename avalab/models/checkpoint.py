@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -32,9 +31,11 @@ from avalab.lab.run import Run
 from avalab.models import stored
 
 EMBEDDED = "smollm2-135m-instruct"
+
 EMBEDDED_GGUF = "smollm2-135m-instruct-gguf"
 
 RESCALE_RANGE = 0.2
+
 RESCALE_SEED = 20260
 
 # The norm before the MLP, by family: Gemma has norms behind attention and MLP as well, which nothing here touches.
@@ -43,6 +44,7 @@ MLP_NORMS = dict.fromkeys(("llama", "qwen2", "qwen3"), "post_attention_layernorm
 }
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 ADAPTER_CONFIG = "adapter_config.json"  # its presence makes a folder an adapter in PEFT's format
@@ -59,7 +61,7 @@ def base_artifact(run: Run) -> Artifact:
     """
     name = run.name_of_model
     try:
-        source = assets.fetch(EMBEDDED_GGUF) if run.model == EMBEDDED else assets.resolve(run.model)
+        source = assets.fetch_asset(EMBEDDED_GGUF) if run.model == EMBEDDED else assets.resolve_model(run.model)
     except ValueError as error:
         raise ValueError(f"{error} (embedded: {EMBEDDED})") from error
     if source.suffix == ".gguf":  # already on a grid
@@ -84,7 +86,7 @@ def base_artifact(run: Run) -> Artifact:
 
 def _licence(model: str) -> str:
     """The licence of an asset; the embedded base's cards have always said `see base`."""
-    asset = assets.manifest().get(model)
+    asset = assets.known_assets().get(model)
     return asset.licence if asset else "see base"
 
 
@@ -185,7 +187,7 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
     `dtype` is the compute dtype of whatever is not quantised. Raises ValueError when the folder holds no config, no
     safe weights or a damaged file.
     """
-    folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve(str(Path(artifact).resolve()))
+    folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve_model(str(Path(artifact).resolve()))
     if (folder / ADAPTER_CONFIG).is_file():
         model = load_model(base_of(artifacts.load_artifact(folder, verify=False)), device, dtype)
         with process.quietly():
@@ -264,39 +266,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     process.quiet_libraries()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-# --- layers by name --------------------------------------------------------------------------------------------------
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers inside the transformer blocks by qualified name, in order; the LM head is not one of them."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{name}"}
-
-
-def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that any pattern fits: a kind (`attention`, `mlp`), a glob, a name or its end.
-
-    Raises ValueError for a pattern that matches nothing.
-    """
-    names = list(linear_layers(model))
-
-    def fits(name: str, pattern: str) -> bool:
-        return component(name) == pattern or fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
-
-    for pattern in patterns:
-        if not any(fits(name, pattern) for name in names):
-            raise ValueError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
-    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
-
-
-def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the linear layer `name` was. Raises ValueError when there is no such layer."""
-    known = linear_layers(model)
-    if name not in known:
-        raise ValueError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:7])}, ...")
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def component(parameter_name: str) -> str:

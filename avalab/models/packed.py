@@ -40,7 +40,9 @@ from avalab.lab.artifacts import Artifact
 from avalab.models import stored
 
 INT8_ROWS = "int8-rows"
+
 WEIGHTS = "model.safetensors"
+
 CODES, SCALES, ZEROS = "weight_packed", "weight_scale", "weight_zero_point"
 
 
@@ -181,7 +183,7 @@ def packed_tensors(rounded: Rounded) -> dict[str, Tensor]:
     return found
 
 
-def stored_bytes(rows: int, columns: int, grid: Grid) -> int:
+def packed_layer_bytes(rows: int, columns: int, grid: Grid) -> int:
     """Bytes of a packed layer's four tensors."""
     groups = columns // grid.group_size
     packed = rows * ceil(columns * grid.bits / 32) * 4

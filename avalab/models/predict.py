@@ -31,6 +31,7 @@ from avalab.lab.code import code_of
 from avalab.models import checkpoint
 
 CHUNK_TOKENS = 256  # rows of float32 logits held at once
+
 BATCH_WINDOWS = 4
 
 Candidate = Callable[[slice], Float[Tensor, "token vocab"]]  # rows of a window -> log-probabilities

@@ -24,7 +24,9 @@ from avalab.lab.artifacts import Artifact
 from avalab.models import checkpoint
 
 COMPONENTS = ("embedding", "head", "attention", "mlp", "norm", "scales", "overhead")
+
 PAYLOAD = ("weight", "bias", "weight_packed", "qdata")  # how the name of a tensor of weights ends
+
 WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data", ".bin", ".pt2", ".pte")
 
 
@@ -83,7 +85,7 @@ class Storage:
 BF16 = Storage("bf16", (Part("weight", 16),), decodes=False)
 
 
-def of_method(method: str, parameters: dict) -> Storage:
+def storage_of_method(method: str, parameters: dict) -> Storage:
     """The storage of an `avalab.compress.quantize` method with its (merged) parameters; `bf16` for the base.
 
     Raises ValueError for a method whose storage is not known.
@@ -110,19 +112,19 @@ def of_method(method: str, parameters: dict) -> Storage:
     raise ValueError(f"the storage of method {method!r} is not known; give a Storage of your own")
 
 
-def of_artifact(artifact: Artifact) -> tuple[Storage, list[str]]:
+def storage_of_artifact(artifact: Artifact) -> tuple[Storage, list[str]]:
     """Storage of an artefact and the linear layers it keeps in bf16, from the last step of its card's recipe."""
     step = artifact.card["recipe"][-1]
     if step["step"] == "ava":  # each layer has a format of its own; transformers unpacks them all
         measured = artifact.card["measured"]
         unpacked = "int8-rows" in measured["formats"] or measured.get("embedding", "bf16") != "bf16"
         return Storage("ava", (), copy_bits=16, embedding_copy_bits=16 * unpacked, decodes=False), step["skip"]
-    return of_method(step["step"], step), step.get("skip", [])
+    return storage_of_method(step["step"], step), step.get("skip", [])
 
 
 def predicted_bytes(artifact: Artifact) -> dict[str, int]:
     """What an artefact's file was expected to weigh: by `predict_bytes`, or as its own allocation announced."""
-    stored, kept = of_artifact(artifact)
+    stored, kept = storage_of_artifact(artifact)
     if stored.name == "ava":
         return {"allocation": artifact.card["measured"]["predicted_bytes"]}
     return predict_bytes(shape_of(artifact), stored, kept)

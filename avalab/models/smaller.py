@@ -36,7 +36,9 @@ ROWS = dict.fromkeys(("o_proj", "down_proj"), "hidden") | {
     "gate_proj": "channels",
     "up_proj": "channels",
 }
+
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")  # of the residual stream
+
 COLUMNS = dict.fromkeys(READERS, "hidden") | {"o_proj": "heads", "down_proj": "channels"}
 
 

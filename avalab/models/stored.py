@@ -41,17 +41,22 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-FILE = "model.sparse"  # safetensors inside; another suffix, so that nothing loads it for the weights
+SPARSE_FILE = "model.sparse"  # safetensors inside; another suffix, so that nothing loads it for the weights
+
 LAYOUTS = ("bitmask", "2:4")
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of the GGUF specification
+
 SPACE = "\u2581"
+
 SENTENCEPIECE_FAMILIES = ("gemma3_text",)  # transformers' names
 
 HQQ = "hqq"
 
 PACKED_EMBEDDING = "packed_embedding"  # its name among the configuration's groups
+
 PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
 CHUNK_ROWS = 16384  # unpacked at a time
 
 
@@ -94,7 +99,7 @@ def read_sparse(path: Path) -> dict[str, Tensor]:
     return dense
 
 
-def predicted_bytes(rows: int, columns: int, kept: int, *, layout: str = "bitmask") -> int:
+def predicted_sparse_bytes(rows: int, columns: int, kept: int, *, layout: str = "bitmask") -> int:
     """Bytes of one layer's tensors in bf16, the header left out."""
     if layout == "2:4":
         return rows * columns // 8 + rows * columns + 16

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -41,8 +42,46 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.models import checkpoint, predict
 
+# --- layers by name --------------------------------------------------------------------------------------------------
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers inside the transformer blocks by qualified name, in order; the LM head is not one of them."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{name}"}
+
+
+def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that any pattern fits: a kind (`attention`, `mlp`), a glob, a name or its end.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    names = list(linear_layers(model))
+
+    def fits(name: str, pattern: str) -> bool:
+        return checkpoint.component(name) == pattern or fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
+
+    for pattern in patterns:
+        if not any(fits(name, pattern) for name in names):
+            raise ValueError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
+    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+
+
+def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the linear layer `name` was. Raises ValueError when there is no such layer."""
+    known = linear_layers(model)
+    if name not in known:
+        raise ValueError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:7])}, ...")
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# --- the walk over a causal LM's blocks -----------------------------------------------------------------------------
+
+
 BATCH_WINDOWS = 8
+
 GRADIENT_WINDOWS = 8
+
 INFLUENCE, SECONDS = "influence", "seconds"
 
 Call = tuple[tuple, dict]  # positional and keyword arguments of a block
@@ -74,7 +113,7 @@ def block_index(name: str) -> int:
 
 
 @torch.no_grad()
-def sites(
+def calibration_sites(
     model: PreTrainedModel, windows: Int[Tensor, "window time"], *, dtype: torch.dtype = torch.float32
 ) -> Iterator[Site]:
     """Yield every site of the model in order of execution; see the module for what may be changed meanwhile.
@@ -341,7 +380,7 @@ def measure_squared_gradients(
     if _is_readable(path):
         return path
     start = time.perf_counter()
-    names = {layer: name for name, layer in checkpoint.linear_layers(model).items()}
+    names = {layer: name for name, layer in linear_layers(model).items()}
     found: dict[str, Tensor] = {}
 
     def keep_squares(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> None:

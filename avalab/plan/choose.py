@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from avalab.lab.run import Record
 
 GIB = 2**30
+
 BUDGETS = (GIB // 2, GIB, 2 * GIB, 4 * GIB)
 
 
@@ -54,7 +55,7 @@ TARGETS = (
 )
 
 
-def candidates(records: Sequence[Record], *, kl: str, threads: int, calls: str = "") -> list[Candidate]:
+def read_candidates(records: Sequence[Record], *, kl: str, threads: int, calls: str = "") -> list[Candidate]:
     """Every subject that has memory, the metric `kl` and, at this number of threads, speeds.
 
     Decoding is that after the shortest prompt and prefill that of the longest.
@@ -77,7 +78,7 @@ def candidates(records: Sequence[Record], *, kl: str, threads: int, calls: str =
     ]
 
 
-def choose(found: Sequence[Candidate], budget_bytes: int, *, kl_limit: float) -> tuple[Candidate | None, str]:
+def choose_candidate(found: Sequence[Candidate], budget_bytes: int, *, kl_limit: float) -> tuple[Candidate | None, str]:
     """The candidate for a budget and the reason; None where nothing fits."""
     fitting = [c for c in found if c.memory.value <= budget_bytes]
     if not fitting:
@@ -93,16 +94,18 @@ def choices(
     found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS
 ) -> list[tuple[int, Candidate | None, str]]:
     """(bytes, what to use, why) of each budget, the smallest first."""
-    return [(budget, *choose(found, budget, kl_limit=kl_limit)) for budget in sorted(budgets)]
+    return [(budget, *choose_candidate(found, budget, kl_limit=kl_limit)) for budget in sorted(budgets)]
 
 
-def default(found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS) -> Candidate | None:
+def default_candidate(
+    found: Sequence[Candidate], *, kl_limit: float, budgets: Sequence[int] = BUDGETS
+) -> Candidate | None:
     """The choice of the smallest budget in which something is good enough; None where nothing is."""
     chosen = [c for _, c, _ in choices(found, kl_limit=kl_limit, budgets=budgets)]
     return next((c for c in chosen if c and c.kl.value <= kl_limit), None)
 
 
-def judge(
+def judge_targets(
     found: dict[int, list[Candidate]],
     chosen: str,
     *,

@@ -31,9 +31,13 @@ from avalab.lab.run import write_atomically
 from avalab.measure import people
 
 VERDICTS = ("accept", "reject", "edit")
+
 FIELDS = ("key", "verdict", "request", "note", "when")
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 COLUMN = {"flex": "1 1 18em", "border": "1px solid silver", "padding": "0.5em", "margin": "0.2em"}
+
 WIDE = {"width": "95%"}
 
 # --- verdicts on examples ---
@@ -222,8 +226,8 @@ def rating_form(sheet: dict, folder: Path) -> ipywidgets.VBox:
 
     def show() -> None:
         rater, ratings = name.value.strip(), people.load_preferences(folder)
-        left = {prompt["key"] for prompt in people.pending(sheet, ratings, rater)}
-        following = [each for each in people.order(sheet, rater) if each[0]["key"] in left]
+        left = {prompt["key"] for prompt in people.pending_requests(sheet, ratings, rater)}
+        following = [each for each in people.order_for_rater(sheet, rater) if each[0]["key"] in left]
         current.clear()
         note.value, columns.children, about.value = "", (), ""
         said.value = f"{len(sheet['prompts']) - len(left)} of {len(sheet['prompts'])} requests scored"

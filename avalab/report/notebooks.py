@@ -31,8 +31,11 @@ from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, write
 from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
 COMMON = ("pyproject.toml", "data/assets.toml", "avalab/lab/profiles.toml")  # every notebook depends on these
+
 WIDGETS = "application/vnd.jupyter.widget-view+json"
+
 STOPPED = 130  # what a shell reports for Ctrl-C
+
 CHECKOUT = Path(__file__).resolve().parents[2]  # whose package a kernel imports
 
 # --- the plan ---
@@ -118,7 +121,7 @@ def plan(profile: str, *, model: str = "", seed: str = "0", notebooks: str = "")
 # --- one run ---
 
 
-def execute(notebook: str, profile: str, *, model: str = "", seed: int = 0) -> Path:
+def execute_notebook(notebook: str, profile: str, *, model: str = "", seed: int = 0) -> Path:
     """Run `notebooks/<notebook>.ipynb` and return the executed copy.
 
     Raises ValueError for an unknown notebook or parameter, RuntimeError with the error's last line when it fails.
@@ -255,7 +258,7 @@ def path_shortener(more: dict[str, str] | None = None) -> Callable[[str], str]:
     return lambda text: pattern.sub(lambda m: "" if names[m[1]] + m[2] == "./" else names[m[1]] + m[2], text)
 
 
-def summary(name: str, notebooks: list[str]) -> int:
+def print_summary(name: str, notebooks: list[str]) -> int:
     """Print one line a notebook of run `name`: done, failed (with its error) or not run; 0 when all are done."""
     results = ROOT / "results" / name
     width, missing = max(map(len, notebooks)), 0
@@ -301,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
             stale = sum(state.startswith("stale") for state in states.values())
             print(f"{stale} of {len(states)} results/{given.name} are stale")
         elif given.verb == "summary":
-            return summary(given.name, given.notebook)
+            return print_summary(given.name, given.notebook)
         else:
             return _run_all(notebook_names(given.notebooks), given.profile, given.model, int(given.seed))
     except (ValueError, OSError) as error:
@@ -318,7 +321,7 @@ def _run_all(selected: list[str], profile: str, model: str, seed: int) -> int:
         started = time.monotonic()
         print(f"[{known.index(notebook) + 1:02}/{len(known):02}] {notebook} ({profile})", flush=True)
         try:
-            executed = execute(notebook, profile, model=model, seed=seed)
+            executed = execute_notebook(notebook, profile, model=model, seed=seed)
         except KeyboardInterrupt:
             print(f"\n{notebook}: stopped; the next run starts it again", file=sys.stderr)
             return STOPPED

@@ -33,18 +33,23 @@ from PIL import Image, UnidentifiedImageError
 
 from avalab.lab.run import ROOT, Record, load_records, write_atomically
 from avalab.report.dependencies import code_states
-from avalab.report.tables import show, words
+from avalab.report.tables import metric_words, value_text
 
 TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td", "caption", "p", "small", "sup"}
+
 TABLE_ATTRIBUTES = {"scope", "colspan", "rowspan"}
+
 MARKERS = ("<!-- findings -->", "<!-- /findings -->")
+
 FILE_WORDS = {
     "ipynb": "executed notebook",
     "json": "records",
     "failed.ipynb": "failed copy",
     "traceback.txt": "traceback",
 }
+
 PROVENANCE = {"model": "model", "seed": "seed", "commit": "commit", "device": "", "threads": "threads"}  # and its word
+
 AGES = {
     "stale": "Results older than the code they come from",
     "cannot tell": "Results that may be older than the code they come from",
@@ -229,7 +234,7 @@ def render_page(name: str, entries: list[Entry], states: dict[str, str] | None =
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"inline": inline, "quote": quote, "show": show, "words": words}
+    environment.filters |= {"inline": inline, "quote": quote, "show": value_text, "words": metric_words}
     counts = [(state, sum(entry.state == state for entry in entries)) for state in ("done", "failed", "not run")]
     aged = [(said, [n for n, s in (states or {}).items() if s.startswith(state)]) for state, said in AGES.items()]
     return environment.get_template("page.html.j2").render(

@@ -31,13 +31,27 @@ from matplotlib.patheffects import withStroke
 from avalab.lab.run import Record
 from avalab.report import style
 from avalab.report.style import BASELINE_COLOUR, COLOURS, STYLE, Picture, Records, baseline_line, family, subject_styles
-from avalab.report.tables import axis_label, components, described, frame, measured, number, predictions, show, words
+from avalab.report.tables import (
+    axis_label,
+    components,
+    described,
+    frame,
+    measured,
+    metric_words,
+    number,
+    predictions,
+    value_text,
+)
 
 # What is predicted before it is measured, and the error that the design allows the prediction.
 BANDS = {"artifact_bytes": 0.01, "peak_rss_bytes": 0.15, "peak_vram_bytes": 0.15}
+
 REJECTED, ALONE = "rejected_share", "rejected_alone_share"  # by a gate; by no other gate
+
 SINGLE = "single "  # how a subject begins that is one choice measured alone
+
 WINDOW = 15  # steps of the running median of a training loss
+
 _JOINED = re.compile(r"\w+-s[\d.]+")  # `wanda-s50` is joined to the other shares of wanda; `wanda-2of4` stands alone
 
 # --- 1. points with intervals ---
@@ -92,8 +106,8 @@ def accuracy(
     records: list[Record], metrics: Sequence[str], *, baseline: str = "bf16", path: Path | None = None
 ) -> Picture:
     """Shares of right answers with 95 % intervals; dashed: the baseline. Paired tests decide, not overlapping bars."""
-    shares = "; ".join(f"{s} {show(r)}" for s, r in measured(records, metrics[0]).record.items())
-    alt = f"{words(metrics[0])}, dashed: {baseline}. {shares}."
+    shares = "; ".join(f"{s} {value_text(r)}" for s, r in measured(records, metrics[0]).record.items())
+    alt = f"{metric_words(metrics[0])}, dashed: {baseline}. {shares}."
     return points(records, metrics, baseline=baseline, limits=(-3, 103), alt=alt, path=path)
 
 
@@ -120,7 +134,7 @@ def gaps(records: list[Record], metrics: Sequence[str], *, path: Path | None = N
     }
     opponents = {r.subject: r.details["against"] for m in reversed(metrics) for r in measured(found, m).record}
     names = {subject: f"{subject} against {other}" for subject, other in opponents.items()}
-    first = "; ".join(f"{s} {show(r)}" for s, r in measured(found, metrics[0]).record.items())
+    first = "; ".join(f"{s} {value_text(r)}" for s, r in measured(found, metrics[0]).record.items())
     alt = f"Gap to the single artefact (dashed), right is worse, hollow: not distinguishable. {first}."
     return points(found, metrics, dashed=0, labels=labels, names=names, hollow_at_zero=True, alt=alt, path=path)
 
@@ -133,7 +147,7 @@ def losses(records: list[Record], part: str, *, baseline: str, path: Path | None
         loss: "loss of the right answer [nats/token]",
         increase: "increase over the baseline, paired [nats/token]",
     }
-    found = "; ".join(f"{s} {show(r)}" for s, r in measured(records, increase).record.items() if s != baseline)
+    found = "; ".join(f"{s} {value_text(r)}" for s, r in measured(records, increase).record.items() if s != baseline)
     alt = f"Loss and its increase over {baseline} (dashed), bars: 95 % intervals. Increase: {found}."
     return points(records, (loss, increase), baseline=baseline, labels=labels, alt=alt, path=path)
 
@@ -190,7 +204,8 @@ def pareto(
         axes, {shown[s]: at for s, at in where.items()}, bold={shown[s] for s in best}, drawn=[stairs, forecast]
     )
     order = sorted(best, key=lambda s: where[s]) if looks else best
-    alt = f"{words(y)} against {words(x)} of {len(where)} subjects. On the Pareto front: {', '.join(order)}."
+    drawn = f"{metric_words(y)} against {metric_words(x)} of {len(where)} subjects"
+    alt = f"{drawn}. On the Pareto front: {', '.join(order)}."
     return style.finish(figure, path, alt, found, (x, y))
 
 
@@ -330,7 +345,8 @@ def curves(
             drawn = [list(zip(curve.x, curve.value, strict=True)) for _, curve in joined.groupby("series")]
     style.legend_above(figure, columns=6)
     style.place_names(panels[0], named, drawn=drawn)
-    alt = f"{' and '.join(map(words, metrics))} against sparsity, dashed: {baseline}. Highest: {value.value.idxmax()}."
+    drawn = " and ".join(map(metric_words, metrics))
+    alt = f"{drawn} against sparsity, dashed: {baseline}. Highest: {value.value.idxmax()}."
     return style.finish(figure, path, alt, found, metrics)
 
 
@@ -394,7 +410,7 @@ def heat_map(records: list[Record], metric: str = "kl_divergence", path: Path | 
     corner = (grid.columns.get_loc(int(worst.layer.split()[1])), grid.index.get_loc(worst.kind))
     halo = [withStroke(linewidth=5, foreground="white")]  # the largest cell is as dark as its frame
     axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec="black", lw=2, clip_on=False, path_effects=halo))
-    alt = f"Largest increase (framed): {worst.layer}, {worst.kind}, {show(worst.record)}"
+    alt = f"Largest increase (framed): {worst.layer}, {worst.kind}, {value_text(worst.record)}"
     axes.set(xlabel="layer [index from 0]", ylabel="", title=alt)
     return style.finish(figure, path, alt, found, (metric,))
 
@@ -425,9 +441,9 @@ def predicted_against_measured(records: list[Record], path: Path | None = None, 
             style.dot(axes, *at, **look)
             if abs(ratio[subject] - 1) > band:
                 axes.annotate(f"{at[0]:.3f}", at, (0, 7), textcoords="offset points", ha="center", fontsize=8)
-                outside.append(f"{subject} {words(metric)} {at[0]:.3f}")
+                outside.append(f"{subject} {metric_words(metric)} {at[0]:.3f}")
         widest = max(2 * band, 1.3 * (ratio - 1).abs().max())
-        title = f"{words(metric)}, band ±{band:.0%}"
+        title = f"{metric_words(metric)}, band ±{band:.0%}"
         axes.set(xlim=(1 - widest, 1 + widest), title=title, xlabel="measured / predicted [1]")
     alt = f"Measured over predicted. Outside the band: {', '.join(outside) or 'none'}."
     return style.finish(figure, path, alt, found, tuple(ratios))
@@ -457,5 +473,5 @@ def predicted_and_measured(
     )
     axes.legend(loc="lower right", frameon=False)
     style.place_names(axes, whole, drawn=[zip(ends, ends, strict=True)])
-    alt = f"{words(metric)} against what was expected: {len(single)} single choices, {len(whole)} allocations."
+    alt = f"{metric_words(metric)} against what was expected: {len(single)} single choices, {len(whole)} allocations."
     return style.finish(figure, path, alt, found, (metric,))

@@ -19,14 +19,20 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from avalab.lab.run import Record
 from avalab.report import plots, style
 from avalab.report.style import BASELINE_COLOUR, DASHES, STYLE, Picture
-from avalab.report.tables import axis_label, frame, measured, words
+from avalab.report.tables import axis_label, frame, measured, metric_words
 
 BASELINE = "bf16 in torch"
+
 ENGINES = ("torch", "openvino", "onnx", "llamacpp", "vllm", "tensorrt")  # others follow in order of appearance
+
 PERCENTILES = {"p50": "o", "p95": "^", "p99": "D"}
+
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+
 TIME, MEMORY = "token_latency_ms", "peak_rss_bytes"
+
 PREDICTED = {TIME: "predicted_token_latency_ms", MEMORY: "predicted_bytes:peak_rss"}
+
 _AT_CONTEXT = r"(?P<quantity>.+):context(?P<x>\d+):cache(?P<bits>\d+)"
 
 
@@ -80,7 +86,7 @@ def latencies(
         style.plain_ticks(axes.xaxis)
     style.legend_above(figure, columns=3)
     fastest = value.p50[subjects].idxmin()
-    alt = f"Percentiles of {' and '.join(map(words, metrics))}; dashed: {baseline}. Fastest at last: {fastest}."
+    alt = f"Percentiles of {' and '.join(map(metric_words, metrics))}; dashed: {baseline}. Fastest at last: {fastest}."
     return style.finish(figure, path, alt, found, [f"{metric}:p50" for metric in metrics])
 
 
@@ -100,7 +106,7 @@ def batches(records: list[Record], *, baseline: str = BASELINE, path: Path | Non
     figure, panels = style.new_figure(5.2, len(RATES))
     for axes, metric in zip(panels, RATES, strict=True):
         plots.lines(axes, sized[sized.name == metric], looks)
-        axes.set(xscale="log", yscale="log", xlabel="sequences at once [1]", title=words(metric))
+        axes.set(xscale="log", yscale="log", xlabel="sequences at once [1]", title=metric_words(metric))
         axes.set_xticks(sorted(sized.x.unique()), minor=False)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
@@ -138,13 +144,13 @@ def speed_up(
         corner.set(fontsize=8, color="0.4")
         style.baseline_line(axes, y=1)
         axes.margins(x=0.5, y=0.2)
-        axes.set(xlabel=f"{baseline} parameters / parameters [x]", title=words(metric))
+        axes.set(xlabel=f"{baseline} parameters / parameters [x]", title=metric_words(metric))
         axes.set_ylabel(f"speed / {baseline} speed [x]")
         named.append((axes, where, ends))
     for axes, where, ends in named:  # when every panel has its place
         style.place_names(axes, where, bold=[baseline], drawn=[zip(ends, ends, strict=True)])
     fastest = max(where, key=lambda s: where[s][1])
-    alt = f"Speed against size, dashed: {baseline}. Fastest {words(metrics[-1])}: {fastest}."
+    alt = f"Speed against size, dashed: {baseline}. Fastest {metric_words(metrics[-1])}: {fastest}."
     return style.finish(figure, path, alt, found, metrics)
 
 

@@ -42,7 +42,9 @@ LOOKS = {
     "liger": (COLOURS[5], "h"),
     "cut-cross-entropy": (COLOURS[6], "8"),
 }
+
 UNKNOWN_LOOK = (COLOURS[7], "X")
+
 QUANTITIES = {"kernel_ms": "time", "peak_bytes": "peak memory"}
 
 
@@ -162,7 +164,7 @@ def _plain(arms: dict[str, Record]) -> Record | None:
 # --- tables and verdicts ---
 
 
-def times(records: list[Record]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def time_rows(records: list[Record]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Header and rows of a table: `median ms (share of the limit)`, a row each work, a column each form."""
     timed, shares = _by_work(records, "kernel_ms"), _by_work(records, "roofline_fraction")
     arms = [arm for arm in LOOKS if any(arm in work for work in timed.values())]
@@ -216,9 +218,13 @@ class Verdict:
 
 
 _LARGE = r" .* batch (?!1$|16$)\d+$"
+
 _BNB, _DECODED = "bitsandbytes", "bitsandbytes-decoded"
+
 _FUSED = ("liger", "cut-cross-entropy")
+
 _PEERS = (_BNB, _DECODED, "bitsandbytes-gemm", "bitsandbytes-gemv", "torch-int4pack", "gemlite")
+
 _GPU_PRODUCT = "product .* 14336x4096 batch 1$"
 
 TARGETS = (
@@ -243,7 +249,7 @@ TARGETS = (
 )  # fmt: skip
 
 
-def judge(records: list[Record], target: Target) -> Verdict:
+def judge_target(records: list[Record], target: Target) -> Verdict:
     """The worst case of a target among the records (of one thread, for a CPU)."""
     mine = [r for r in records if target.device == "cuda" or r.threads == 1]
     mine = [r for r in mine if r.device.startswith(target.device)]
@@ -259,7 +265,7 @@ def judge(records: list[Record], target: Target) -> Verdict:
     return worst(measured, key=lambda case: case.value, default=Verdict(target, reason=missing))
 
 
-def verdicts(judged: list[Verdict]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def verdict_rows(judged: list[Verdict]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Header and rows of a table of verdicts, the range of the rounds and the worst case beside each."""
     rows = []
     for v in judged:

@@ -35,11 +35,17 @@ from avalab.lab.run import Record
 from avalab.report.tables import frame
 
 WIDTH_INCHES, DPI, MAX_BYTES = 9.0, 100, 100_000
+
 BASELINE_COLOUR = "black"
+
 COLOURS = seaborn.color_palette("colorblind", 10).as_hex()
+
 MARKERS = "osD^vPXph<"
+
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++", "oo")
+
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+
 STYLE = {
     **seaborn.axes_style("whitegrid"),
     "font.family": ["DejaVu Sans"],
@@ -50,7 +56,9 @@ STYLE = {
     "grid.color": "0.9",
     "hatch.linewidth": 0.6,
 }
+
 DOT = {"markersize": 7, "mec": "black", "mew": 0.6, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
+
 MARKER_EDGE = 6 * np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])  # pixels around a marker's centre
 
 Records = Iterable[Record] | pandas.DataFrame

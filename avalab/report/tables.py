@@ -116,10 +116,12 @@ def table(
     for metric in metrics:
         name = metric.removesuffix("/baseline")
         if name != metric:
-            header.append(f"{words(name)}, {'gain' if described(name).higher_is_better else 'times smaller'} [x]")
+            header.append(
+                f"{metric_words(name)}, {'gain' if described(name).higher_is_better else 'times smaller'} [x]"
+            )
         else:
             unit = _unit(name, first.get(name))
-            header.append(words(name) if unit == "1" else f"{words(name)} [{unit}]")
+            header.append(metric_words(name) if unit == "1" else f"{metric_words(name)} [{unit}]")
     return Table(tuple(header), tuple(rows), tuple(f"({n}) {note}" for note, n in notes.items()))
 
 
@@ -131,14 +133,14 @@ def _cell(newest: dict, subject: str, metric: str, baseline: str, notes: dict[st
         reason = (record.note if record else "") or "not measured"
         return f"({notes.setdefault(reason, len(notes) + 1)})"
     if name == metric:
-        return show(record, unit=False)
+        return value_text(record, unit=False)
     if base is None or not base.value or not record.value:
         return f"({notes.setdefault(f'no ratio to {baseline}', len(notes) + 1)})"
     ratio = record.value / base.value
     return f"{ratio if described(name).higher_is_better else 1 / ratio:.2f}x"
 
 
-def budgets(choices: Sequence[tuple], *, kl_limit: float) -> Table:
+def budget_table(choices: Sequence[tuple], *, kl_limit: float) -> Table:
     """What to use for each budget and why, of `choose.choices`."""
     speeds = ("decode [tokens/s]", "prefill [tokens/s]")
     header = ("memory", "use", "needs [MB]", *speeds, "KL [nats/token]", "calls", "why")
@@ -147,20 +149,20 @@ def budgets(choices: Sequence[tuple], *, kl_limit: float) -> Table:
         cells = ["nothing", *[""] * 5]
         if chosen:
             needs = (chosen.memory, chosen.decode, chosen.prefill, chosen.kl)
-            calls = show(chosen.calls) if chosen.calls else ""
-            cells = [chosen.subject, *[show(record, unit=False) for record in needs], calls]
+            calls = value_text(chosen.calls) if chosen.calls else ""
+            cells = [chosen.subject, *[value_text(record, unit=False) for record in needs], calls]
         rows.append((f"{budget / 2**30:g} GiB", *cells, why))
     note = f"good enough: a KL divergence of at most {kl_limit:g} nats/token; memory above the process's runtime"
     return Table(header, tuple(rows), (note,))
 
 
-def verdicts(judged: Sequence[tuple]) -> Table:
+def target_table(judged: Sequence[tuple]) -> Table:
     """What was asked of the default and what was found, of `choose.judge`."""
     rows = [(target.claim, f"at least {target.wanted:g}x", sentence) for target, _, sentence in judged]
     return Table(("target", "asked", "found"), tuple(rows))
 
 
-def show(record: Record, *, unit: bool = True) -> str:
+def value_text(record: Record, *, unit: bool = True) -> str:
     """`0.231 [0.214, 0.249] nats/token`; the interval's half width is shown with two digits.
 
     Raises ValueError when the record has no value.
@@ -205,7 +207,7 @@ def display_factor(record: Record) -> float:
     return 1.0 if record.unit == row.unit else row.factor
 
 
-def words(metric: str) -> str:
+def metric_words(metric: str) -> str:
     """`KL divergence, function calls` for `kl_divergence:function_calls`."""
     name, _, part = metric.partition(":")
     whole = METRICS.get(part) or METRICS.get(f"{part}_bytes")  # predicted_bytes:peak_rss
@@ -226,7 +228,7 @@ def _unit(metric: str, record: Record | None) -> str:
 def axis_label(values: pandas.DataFrame) -> str:
     """`KL divergence [nats/token]`, of what `measured` found."""
     record = values.record.iloc[0]
-    return f"{words(record.metric)} [{_unit(record.metric, record)}]"
+    return f"{metric_words(record.metric)} [{_unit(record.metric, record)}]"
 
 
 def frame(records: Iterable[Record] | pandas.DataFrame) -> pandas.DataFrame:

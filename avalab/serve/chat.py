@@ -22,10 +22,15 @@ from avalab.measure.answers import Respondent
 from avalab.serve.tools import Tool, execute, shown_call
 
 MODES = ("free", "grammar")
+
 ROUNDS, MAX_CALLS = 4, 4  # answers in a turn, calls in an answer
+
 ANSWER_TOKENS, DEFAULT_CONTEXT = 256, 2048
+
 QUIT = "/quit"
+
 Answer = Callable[[list[dict]], str]  # chat messages in, the artefact's text out
+
 Read, Say = Callable[[str], str], Callable[[str], object]
 
 
@@ -112,7 +117,7 @@ def answerer(
             do_sample=False,
             eos_token_id=stops,
             pad_token_id=stops[0],
-            logits_processor=[grammars.constrain([grammar])] if grammar else [],
+            logits_processor=[grammars.logits_mask([grammar])] if grammar else [],
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         )
         return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)

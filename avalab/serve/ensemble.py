@@ -50,9 +50,13 @@ from avalab.measure.answers import Respondent
 from avalab.models import checkpoint
 
 POOLS = ("mean", "logits", "weighted", "cascade")  # of distributions
+
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
+
 GAP_NATS = 1e-6  # fitted weights are this close to the best ones' loss, or better
+
 MAX_UPDATES = 20_000
+
 Key = Callable[[str], str | None]  # of an answer; None abstains
 
 

@@ -65,7 +65,7 @@ def held_out_cases(asked: Sequence[Case], count: int) -> list[Case]:
     return found
 
 
-def alone(run: Run, respondent: Respondent, asked: list[Case], mode: str) -> Answered:
+def answer_alone(run: Run, respondent: Respondent, asked: list[Case], mode: str) -> Answered:
     """The greedy answers of one respondent; it agrees with itself."""
     cache = run.artifacts_dir / "cache"
     texts = answers.answer_calls(respondent, asked, mode, cache, progress=respondent.artifact.name)
@@ -73,15 +73,15 @@ def alone(run: Run, respondent: Respondent, asked: list[Case], mode: str) -> Ans
     return Answered(texts, [1.0] * len(texts), 1 / rate if rate else None)
 
 
-def vote(run: Run, voters: Sequence[Respondent], asked: list[Case], mode: str) -> Answered:
+def answer_by_vote(run: Run, voters: Sequence[Respondent], asked: list[Case], mode: str) -> Answered:
     """The plurality of the voters' answers; on a tie, the earliest voter's. They answer one after another."""
-    each = [alone(run, voter, asked, mode) for voter in voters]
+    each = [answer_alone(run, voter, asked, mode) for voter in voters]
     texts, agreement = ensemble.plurality([answered.texts for answered in each])
     seconds = [answered.seconds for answered in each]
     return Answered(texts, agreement, None if None in seconds else sum(seconds))
 
 
-def draws(
+def sampling_voters(
     artifact: Artifact, samples: int, *, temperature: float, seed: int = 0, device: str = "cpu"
 ) -> list[Respondent]:
     """The artefact as `samples` voters that each sample with a seed of their own, sharing one loaded model."""
@@ -97,13 +97,13 @@ def self_consistency(
     run: Run, artifact: Artifact, asked: list[Case], mode: str, *, samples: int, temperature: float
 ) -> Answered:
     """The plurality of `samples` draws of one artefact."""
-    voters = draws(artifact, samples, temperature=temperature, seed=run.seed, device=run.device)
-    return vote(run, voters, asked, mode)
+    voters = sampling_voters(artifact, samples, temperature=temperature, seed=run.seed, device=run.device)
+    return answer_by_vote(run, voters, asked, mode)
 
 
 def choose_rule(run: Run, pair: tuple[Respondent, Respondent], cases: list[Case], mode: str) -> ensemble.Rule:
     """The threshold for (small, large) on held-out cases; a wrong answer loses 1, a right one 0."""
-    texts = [alone(run, respondent, cases, mode).texts for respondent in pair]
+    texts = [answer_alone(run, respondent, cases, mode).texts for respondent in pair]
     small, large = ([float(not v.correct) for v in answers.judge_calls(cases, column)] for column in texts)
     return ensemble.choose_threshold(confidence(pair[0], cases, texts[0]), small, large)
 
@@ -115,7 +115,7 @@ def answer_cascade(
 
     The seconds are the small one's, and the large one's for its share.
     """
-    small, large = (alone(run, respondent, asked, mode) for respondent in pair)
+    small, large = (answer_alone(run, respondent, asked, mode) for respondent in pair)
     sure = confidence(pair[0], asked, small.texts)
     to_large = rule.deferred(sure)
     texts = [theirs if go else ours for go, ours, theirs in zip(to_large, small.texts, large.texts, strict=True)]
@@ -271,7 +271,7 @@ def record_distributions(run: Run, subject: str, about: Ensemble, found: TokenSc
     """Append perplexity, KL divergence and top-1 agreement of an ensemble, `:<text>` each."""
     settings = {"method": about.method, "weights": list(about.weights), "threshold": about.threshold}
     details = {"text_sha256": text.sha256, "members": [member.name for member in about.members], **settings}
-    for metric, unit, estimate in quality.estimates(run, found):
+    for metric, unit, estimate in quality.quality_estimates(run, found):
         run.record(
             subject,
             f"{metric}:{text.name}",

@@ -21,8 +21,11 @@ from avalab.data.calls import Call
 from avalab.lab import sandbox
 
 FIELDS = ("name", "description", "parameters", "callable")
+
 BUILT_IN = ("math", "statistics", "calendar")  # modules of the toolbox's tools that are on offer without a file
+
 SECONDS, MEMORY_BYTES = 5.0, 256 << 20  # of one call
+
 SHOWN_CHARACTERS = 1000  # of a result
 
 # What the sandbox runs. Many built-in functions take their arguments by place only: then in the schema's order.

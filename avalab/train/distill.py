@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab import kernels
-from avalab.data.packing import IGNORED, Rows, collate
+from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
@@ -42,7 +42,7 @@ from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint, predict
 from avalab.models.attention import apply_packed_attention
 from avalab.train import finetune, loop, losses, targets
-from avalab.train.targets import FORMS, Form
+from avalab.train.targets import FORMS, TargetForm
 
 ONLINE = "online"
 
@@ -166,7 +166,7 @@ def with_targets(run: Run, rows: Rows, teacher: Artifact | None, recipe: Recipe)
     """The rows with what the teacher said where it was asked before, and the bytes a token that takes."""
     if not recipe.kl or recipe.teacher == ONLINE:
         return rows, 0.0
-    form = Form(recipe.teacher, recipe.count, recipe.temperature, run.seed)
+    form = TargetForm(recipe.teacher, recipe.count, recipe.temperature, run.seed)
     return targets.attach_targets(run, rows, teacher, form)
 
 
@@ -275,7 +275,7 @@ def _projections(model: PreTrainedModel, teacher: PreTrainedModel, pairs: tuple,
     apply_packed_attention(model)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pairs]
     for row in rows[:FITTED_ROWS]:
-        batch = {name: value.to(model.device) for name, value in collate([row]).items()}
+        batch = {name: value.to(model.device) for name, value in one_row_batch([row]).items()}
         ours, theirs = (teacher_outputs(each, batch, layers=True).hidden_states for each in (model, teacher))
         for place, (mine, other) in zip(seen, pairs, strict=True):
             place.append((ours[mine + 1][0], theirs[other + 1][0]))

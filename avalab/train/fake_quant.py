@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from avalab.kernels.formats import Grid, Rounded
-from avalab.models import checkpoint
+from avalab.models import walk
 
 RATES = {"log_scale": 1.0, "shift": 10.0, "position": 10.0}
 
@@ -185,7 +185,7 @@ def replace_layers(
     for a layer that the model does not have.
     """
     model.requires_grad_(False)
-    known = checkpoint.linear_layers(model)
+    known = walk.linear_layers(model)
     for name, start in layers.items():
         if name not in known:
             raise ValueError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:3])}, ...")
@@ -194,7 +194,7 @@ def replace_layers(
             fake = Torchao(known[name], start, weight)
         else:
             fake = FakeQuantized(known[name], start, weight=weight, zeros=zeros)
-        checkpoint.replace_linear(model, name, fake.to(known[name].weight.device))
+        walk.replace_linear(model, name, fake.to(known[name].weight.device))
 
 
 def positions(start: Rounded, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:

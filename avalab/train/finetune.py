@@ -25,7 +25,7 @@ from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.run import Run
-from avalab.models import adapters, checkpoint
+from avalab.models import adapters, checkpoint, walk
 from avalab.train import loop, losses
 from avalab.train.loop import Schedule
 
@@ -83,19 +83,19 @@ def train_adapter(
         loop.fit_kept(model, rows, folder, run=run, name=name, schedule=recipe.schedule, loss=loss, held_out=kept)
         adapters.save_adapters(model, folder)
         tokenizer.save_pretrained(folder)
-        return {"tokens": sum(len(row["input_ids"]) for row in rows), "backend": backend(run.device)}
+        return {"tokens": sum(len(row["input_ids"]) for row in rows), "backend": training_backend(run.device)}
 
     return loop.train_artifact(run.artifacts_dir / name, train, base=base, step=step, format="peft")
 
 
-def backend(device: str) -> str:
+def training_backend(device: str) -> str:
     """`unsloth` on a GPU where it is installed, else `peft`."""
     return "unsloth" if device.startswith("cuda") and importlib.util.find_spec("unsloth") else "peft"
 
 
 def prepare_model(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
     """The base with trainable adapters, ready for `loop.fit`."""
-    if backend(run.device) == "unsloth":
+    if training_backend(run.device) == "unsloth":
         return _unsloth(base, recipe, run.seed)
     model = checkpoint.load_model(base, run.device)
     adapters.attach_adapters(
@@ -107,14 +107,14 @@ def prepare_model(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
         seed=run.seed,
     )
     if recipe.fused:
-        adapters.apply_fused(model, decoded=recipe.decoded)
+        adapters.apply_fused_adapters(model, decoded=recipe.decoded)
     return model
 
 
 def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
     """Bytes of the adapter's numbers: rank x (rows + columns) of every target layer, in float32."""
     model = checkpoint.skeleton(base.path)
-    layers, names = checkpoint.linear_layers(model), checkpoint.select_linear(model, recipe.target_modules)
+    layers, names = walk.linear_layers(model), walk.select_linear(model, recipe.target_modules)
     return 4 * recipe.rank * sum(layers[name].in_features + layers[name].out_features for name in names)
 
 
@@ -146,7 +146,7 @@ def _unsloth(base: Artifact, recipe: Recipe, seed: int) -> PreTrainedModel:
     model, _ = FastLanguageModel.from_pretrained(
         str(base.path), max_seq_length=recipe.row_tokens, load_in_4bit=four_bits, local_files_only=True
     )
-    names = checkpoint.select_linear(model, recipe.target_modules)
+    names = walk.select_linear(model, recipe.target_modules)
     model = FastLanguageModel.get_peft_model(
         model,
         r=recipe.rank,

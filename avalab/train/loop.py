@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from avalab.data.packing import IGNORED, Rows, collate
+from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run, write_atomically
@@ -50,6 +50,7 @@ from avalab.train.losses import Loss, next_token
 SETTINGS, HISTORY = "settings.json", "history.json"
 
 LOGGED = ("step", "tokens", "loss", "seconds", "learning_rate", "grad_norm")
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -163,7 +164,7 @@ def fit(
     trainer = Trainer(
         student,
         arguments,
-        data_collator=collate,
+        data_collator=one_row_batch,
         train_dataset=rows,
         eval_dataset=held_out or None,
         callbacks=[Progress(), *([EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],

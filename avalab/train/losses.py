@@ -33,6 +33,7 @@ from avalab.data.packing import IGNORED
 Loss = Callable[[Tensor, Tensor, dict], Tensor]
 
 RIDGE = 1e-3  # of the mean squared student channel: least squares stay solvable with few tokens
+
 Map = tuple[tuple[int, int], ...]  # (student's block, teacher's block), counted from zero
 
 

@@ -30,7 +30,7 @@ from avalab.models.sizes import Shape
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """One micro-batch of training."""
 
     tokens: int
@@ -44,11 +44,13 @@ class Step:
     on_gpu: bool = False  # fused attention, and a larger buffer for logits
 
 
-def predict_memory(shape: Shape, step: Step) -> dict[str, int]:
+def predict_memory(shape: Shape, step: TrainingStep) -> dict[str, int]:
     """Bytes of `weights`, `adapters`, `activations`, `backward` and `loss`; their sum is the peak."""
     trained = step.rank * sum(rows + columns for rows, columns in shape.linears().values()) * shape.layers
     dense = 2 * sum(rows * columns for rows, columns in shape.linears().values()) * shape.layers
-    stored = sizes.BF16 if step.method == "bf16" else sizes.of_method(step.method, {"double_quantization": True})
+    stored = (
+        sizes.BF16 if step.method == "bf16" else sizes.storage_of_method(step.method, {"double_quantization": True})
+    )
     block = step.tokens * block_activation_bytes(shape, step)
     kept = block + 2 * shape.hidden * step.tokens * (shape.layers - 1) if step.recompute else block * shape.layers
     chunk = loss_chunks.tokens_in_chunk("cuda" if step.on_gpu else "cpu", 2 * shape.vocab)
@@ -62,7 +64,7 @@ def predict_memory(shape: Shape, step: Step) -> dict[str, int]:
     }
 
 
-def block_activation_bytes(shape: Shape, step: Step) -> int:
+def block_activation_bytes(shape: Shape, step: TrainingStep) -> int:
     """Bytes a token that one block keeps for the backward pass; see the module."""
     h, m, q, k = shape.hidden, shape.mlp, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = 2 * q + 4 * shape.heads if step.on_gpu else 2 * shape.heads * step.example_tokens

@@ -57,7 +57,7 @@ KINDS = ("scales", "weights", "blocks", "torchao")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockTraining:
     """How long each block is trained, on how many windows a step, and how far a step moves at first."""
 
     steps: int = 40
@@ -76,7 +76,7 @@ class Recipe:
     count: int = 50  # draws a token
     windows_per_row: int = 2  # read at once; a step costs a rounding of all weights, however many they are
     schedule: Schedule = field(default_factory=lambda: Schedule(learning_rate=3e-3))
-    blocks: Blocks = field(default_factory=Blocks)  # of `blocks` only, which has no schedule
+    blocks: BlockTraining = field(default_factory=BlockTraining)  # of `blocks` only, which has no schedule
 
 
 def training_windows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int) -> Int[Tensor, "window time"]:
@@ -169,7 +169,12 @@ def _prepared(start: Artifact, teacher: Artifact, layers: dict, recipe: Recipe, 
 
 
 def reconstruct(
-    student: PreTrainedModel, teacher: PreTrainedModel, windows: Int[Tensor, "window time"], how: Blocks, *, seed: int
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    windows: Int[Tensor, "window time"],
+    how: BlockTraining,
+    *,
+    seed: int,
 ) -> list[tuple[float, float]]:
     """Train the student's fake quantizers block by block, in place; each block's relative error before and after.
 
@@ -207,7 +212,7 @@ def reconstruct(
 
 
 def _fit(
-    block: nn.Module, calls: list[Call], aims: list[Tensor], how: Blocks, generator: torch.Generator
+    block: nn.Module, calls: list[Call], aims: list[Tensor], how: BlockTraining, generator: torch.Generator
 ) -> tuple[float, float]:
     layers = fake_quant.fake_layers(block).values()
     rates = [(p, rate) for layer in layers for p, rate in layer.trainable(how.position_rate, how.scale_rate)]

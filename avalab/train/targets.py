@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab.data.packing import IGNORED, Rows, collate
+from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
@@ -42,7 +42,7 @@ FORMS = ("sampled", "topk")
 
 
 @dataclass(frozen=True)
-class Form:
+class TargetForm:
     """How much of a distribution is kept."""
 
     name: str = "sampled"
@@ -58,7 +58,7 @@ class Form:
             )
 
 
-def attach_targets(run: Run, rows: Rows, teacher: Artifact, form: Form) -> tuple[Rows, float]:
+def attach_targets(run: Run, rows: Rows, teacher: Artifact, form: TargetForm) -> tuple[Rows, float]:
     """The rows with `target_ids`, `target_weights` and `target_entropy`, and the file's bytes per scored token.
 
     Computed once: the file in the run's cache is named after rows, teacher and form, and read when it is there.
@@ -72,7 +72,7 @@ def attach_targets(run: Run, rows: Rows, teacher: Artifact, form: Form) -> tuple
     return load_targets(path, rows), path.stat().st_size / max(1, scored)
 
 
-def header(rows: Rows, teacher: Artifact, form: Form) -> dict:
+def header(rows: Rows, teacher: Artifact, form: TargetForm) -> dict:
     """What a file of targets says about itself; the code's hash because older draws are not trusted."""
     code = code_of(attach_targets)[:12]
     return {"rows": rows_sha256(rows), "teacher": teacher.sha256, "code": code, **asdict(form)}
@@ -89,7 +89,7 @@ def write_targets(path: Path, rows: Rows, teacher: PreTrainedModel, about: dict)
     """Compute the targets of all rows and keep them under `path`."""
     apply_packed_attention(teacher)
     generator = torch.Generator().manual_seed(about["seed"])
-    form, parts = Form(about["name"], about["count"], about["temperature"], about["seed"]), []
+    form, parts = TargetForm(about["name"], about["count"], about["temperature"], about["seed"]), []
     for row in tqdm(rows, desc="teacher", unit="row", leave=False):
         for log_p in distributions(teacher, row, form.temperature):
             ids, kept = sampled(log_p, form.count, generator) if form.name == "sampled" else topk(log_p, form.count)
@@ -103,7 +103,7 @@ def write_targets(path: Path, rows: Rows, teacher: PreTrainedModel, about: dict)
 
 def distributions(teacher: PreTrainedModel, row: dict[str, Tensor], temperature: float) -> Iterator[Tensor]:
     """Log-probabilities ["token vocab"] at a temperature of the tokens that are scored, some tokens at a time."""
-    inputs = {n: v.to(teacher.device) for n, v in collate([row]).items() if n in ("input_ids", "position_ids")}
+    inputs = {n: v.to(teacher.device) for n, v in one_row_batch([row]).items() if n in ("input_ids", "position_ids")}
     hidden = teacher.base_model(**inputs, boundaries=row["boundaries"], use_cache=False).last_hidden_state[0]
     head, softcap = predict.output_head(teacher)
     for part in (row["labels"] != IGNORED).nonzero()[:, 0].split(predict.CHUNK_TOKENS):
@@ -152,7 +152,7 @@ def load_targets(path: Path, rows: Rows) -> Rows:
     return [{**row, **extra} for row, extra in zip(rows, _unpacked(rows, found, about), strict=True)]
 
 
-def _packed(parts: list[tuple[Tensor, Tensor, Tensor]], vocab: int, form: Form) -> dict[str, Tensor]:
+def _packed(parts: list[tuple[Tensor, Tensor, Tensor]], vocab: int, form: TargetForm) -> dict[str, Tensor]:
     """One flat tensor a kind: unused places are left out."""
     used = [kept > 0 for _, kept, _ in parts]
     ids = torch.cat([ids[mask] for (ids, _, _), mask in zip(parts, used, strict=True)])

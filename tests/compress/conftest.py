@@ -19,5 +19,5 @@ def calibration(run):
 def against(run, base):
     """What the base predicts on text that nothing is calibrated on."""
     tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
+    windows = corpora.windows(corpora.evaluation_text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
     return predict.make_reference(base, windows, run.artifacts_dir / "cache")

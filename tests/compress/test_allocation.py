@@ -26,7 +26,7 @@ def test_two_tensors_by_hand_spend_the_bytes_where_they_save_most():
         "a": [Option("small", 1, 1.0), Option("big", 3, 0.1)],
         "b": [Option("small", 1, 0.3), Option("big", 3, 0.1)],
     }
-    found = allocation.allocate(options, 4)
+    found = allocation.allocate_formats(options, 4)
     assert {name: option.format for name, option in found.chosen.items()} == {"a": "big", "b": "small"}
     assert found.bytes == 4
     assert found.cost == pytest.approx(0.4)
@@ -40,7 +40,7 @@ def test_the_cheapest_allocation_under_a_budget_beats_every_other_one(seed: int,
     smallest, largest = min(everything)[0], max(everything)[0]
     budget = round(smallest + share * (largest - smallest))
     best = min(cost for size, cost in everything if size <= budget)
-    found = allocation.allocate(options, budget)
+    found = allocation.allocate_formats(options, budget)
     assert found.bytes <= budget
     assert found.cost == pytest.approx(best, abs=1e-9)
 
@@ -48,7 +48,7 @@ def test_the_cheapest_allocation_under_a_budget_beats_every_other_one(seed: int,
 def test_a_larger_budget_never_costs_more():
     options = random_options(3, tensors=12, formats=6)
     smallest = sum(min(o.bytes for o in row) for row in options.values())
-    costs = [allocation.allocate(options, size).cost for size in range(smallest, smallest * 6, smallest // 2)]
+    costs = [allocation.allocate_formats(options, size).cost for size in range(smallest, smallest * 6, smallest // 2)]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -56,8 +56,8 @@ def test_the_order_of_tensors_and_options_changes_nothing():
     options = random_options(5, tensors=6)
     reversed_options = {name: row[::-1] for name, row in reversed(options.items())}
     budget = 2 * sum(min(o.bytes for o in row) for row in options.values())
-    assert allocation.allocate(options, budget).cost == pytest.approx(
-        allocation.allocate(reversed_options, budget).cost
+    assert allocation.allocate_formats(options, budget).cost == pytest.approx(
+        allocation.allocate_formats(reversed_options, budget).cost
     )
 
 
@@ -75,10 +75,10 @@ def test_the_solvers_tolerance_is_never_paid_with_bytes_over_the_budget():
 def test_a_budget_below_the_smallest_allocation_is_refused_with_that_size():
     options = {"a": [Option("x", 700, 1.0)], "b": [Option("x", 600, 1.0), Option("y", 900, 0.5)]}
     with pytest.raises(ValueError, match=r"1,000 bytes is below the smallest allocation, 1,300 bytes"):
-        allocation.allocate(options, 1000)
+        allocation.allocate_formats(options, 1000)
 
 
 @pytest.mark.parametrize("options", [{"w": []}, {"w": [Option("x", 1, float("nan"))]}])
 def test_a_tensor_without_a_usable_format_is_named(options: dict):
     with pytest.raises(ValueError, match="'w'"):
-        allocation.allocate(options, 10)
+        allocation.allocate_formats(options, 10)

@@ -86,7 +86,7 @@ def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, cal
 
 def test_the_curve_runs_from_the_smallest_file_to_bf16_and_never_rises(base, calibration):
     job = job_of(base.path, calibration, format="gguf")
-    found = ava.curve(job, ava.sensitivities(job), steps=6)
+    found = ava.budget_curve(job, ava.sensitivities(job), steps=6)
     sizes, costs = [size for size, _ in found], [allocation.cost for _, allocation in found]
     assert sizes == sorted(sizes)
     assert costs == sorted(costs, reverse=True)
@@ -219,11 +219,11 @@ def test_a_checkpoint_decodes_to_the_weights_that_were_scored_in_memory(base, tm
     layer = model.get_submodule(name)
     for grid in (Grid(3, 64), Grid(4, 128, symmetric=True), Grid(8, 32)):
         rounded = rounding.round_weight(
-            layer.weight.detach().float(), rounding.problem(torch.eye(layer.in_features)), grid
+            layer.weight.detach().float(), rounding.rounding_problem(torch.eye(layer.in_features)), grid
         )
         stored = packed.packed_tensors(rounded)
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        assert size == packed.stored_bytes(*layer.weight.shape, grid)
+        assert size == packed.packed_layer_bytes(*layer.weight.shape, grid)
         packed.pack_model(model, {name: rounded}, measured={}).save_pretrained(tmp_path)
         assert torch.equal(checkpoint.load_model(tmp_path).get_submodule(name).weight, rounded.decode())
 

@@ -23,7 +23,7 @@ def correlated(columns: int = 512, rows: int = 24) -> tuple[torch.Tensor, torch.
 @pytest.fixture(scope="module")
 def made() -> dict[str, block_types.BlockRounded]:
     weight, moment = correlated()
-    posed = rounding.problem(moment)
+    posed = rounding.rounding_problem(moment)
     return {name: block_rounding.round_weight(weight, posed, block_types.FORMATS[name]) for name in TYPES}
 
 
@@ -38,7 +38,7 @@ def test_the_bytes_decode_in_the_gguf_package_to_the_weights_that_were_chosen(na
     stored = made[name].packed().numpy()
     found = gguf.dequantize(stored, gguf.GGMLQuantizationType[name.upper()])
     torch.testing.assert_close(torch.from_numpy(found), made[name].decode(torch.float32), atol=1e-7, rtol=1e-6)
-    assert stored.nbytes == block_types.stored_bytes(24, 512, block_types.FORMATS[name])
+    assert stored.nbytes == block_types.gguf_stored_bytes(24, 512, block_types.FORMATS[name])
 
 
 @pytest.mark.parametrize("name", SIMPLE)
@@ -59,7 +59,7 @@ def test_a_weight_on_a_grid_is_kept_exactly_when_nothing_is_correlated():
     """Whole numbers from -8 to 7, one of them -8 in each block, times a scale that float16 holds."""
     codes = torch.randint(-8, 8, (4, 64), generator=torch.Generator().manual_seed(1))
     codes[:, ::32] = -8
-    posed = rounding.problem(torch.eye(64))
+    posed = rounding.rounding_problem(torch.eye(64))
     rounded = block_rounding.round_weight(codes * 0.125, posed, block_types.FORMATS["q4_0"])
     assert torch.equal(rounded.decode(torch.float32), codes * 0.125)
 
@@ -67,7 +67,7 @@ def test_a_weight_on_a_grid_is_kept_exactly_when_nothing_is_correlated():
 @pytest.mark.parametrize("name", TYPES)
 def test_zeros_stay_finite(name):
     rounded = block_rounding.round_weight(
-        torch.zeros(3, 256), rounding.problem(torch.eye(256)), block_types.FORMATS[name]
+        torch.zeros(3, 256), rounding.rounding_problem(torch.eye(256)), block_types.FORMATS[name]
     )
     assert rounded.decode(torch.float32).abs().max() < 1e-4
 
@@ -75,7 +75,7 @@ def test_zeros_stay_finite(name):
 @pytest.mark.parametrize("name", ["q4_1", "q3_k"])
 def test_layers_rounded_together_are_those_rounded_alone(name):
     weight, moment = correlated()
-    posed, format = rounding.problem(moment), block_types.FORMATS[name]
+    posed, format = rounding.rounding_problem(moment), block_types.FORMATS[name]
     parts = block_rounding.round_weight(weight, posed, format).split([16, 8])
     for part, rows in zip(parts, weight.split([16, 8]), strict=True):
         alone = block_rounding.round_weight(rows, posed, format)
@@ -87,5 +87,5 @@ def test_layers_rounded_together_are_those_rounded_alone(name):
 def test_columns_that_blocks_do_not_divide_are_refused(name, columns, block):
     with pytest.raises(ValueError, match=f"blocks of {block} do not divide {columns} columns"):
         block_rounding.round_weight(
-            torch.zeros(2, columns), rounding.problem(torch.eye(columns)), block_types.FORMATS[name]
+            torch.zeros(2, columns), rounding.rounding_problem(torch.eye(columns)), block_types.FORMATS[name]
         )

@@ -101,7 +101,7 @@ def test_weights_change_and_the_function_does_not(family, transform):
 def test_any_factors_cancel_at_every_pair(family):
     model = random_model(family)
     before, pairs = logits(model), 0
-    for site in walk.sites(model, TOKENS):
+    for site in walk.calibration_sites(model, TOKENS):
         pair = equivalence._pair(model, site)
         channels = len(pair.source.weight)
         equivalence.fold(pair, torch.exp(torch.randn(channels, generator=torch.Generator().manual_seed(pairs))))
@@ -161,9 +161,9 @@ def test_a_channel_shared_by_two_query_heads_has_their_mean_and_one_factor():
 def test_the_search_never_takes_factors_that_round_worse():
     """Error of rounding every reader to the nearest, weighted as in the search, over that without factors."""
     model = random_model("llama").requires_grad_(False)
-    for site in walk.sites(model, TOKENS):
+    for site in walk.calibration_sites(model, TOKENS):
         pair = equivalence._pair(model, site)
-        cost = rounding.problem(site.moment, damping=1.0).column_cost
+        cost = rounding.rounding_problem(site.moment, damping=1.0).column_cost
         _, factors = equivalence._best(pair, site.moment.diagonal(), cost, equivalence.EXPONENTS)
         columns = pair.columns(factors)
         ratios = []

@@ -68,13 +68,13 @@ def test_hidden_channels_stay_a_multiple_of_the_heads(hidden, heads, expected):
 
 
 def test_structures_are_rounded_to_the_step():
-    assert patterns.removed(1536, 0.25, of="channels", granularity=64) == 384
-    assert patterns.removed(9, 1 / 3, of="heads") == 3
-    assert patterns.removed(9, 0.0, of="heads") == 0
+    assert patterns.removed_count(1536, 0.25, of="channels", granularity=64) == 384
+    assert patterns.removed_count(9, 1 / 3, of="heads") == 3
+    assert patterns.removed_count(9, 0.0, of="heads") == 0
 
 
 def test_what_is_kept_is_in_order_and_scores_highest():
-    assert patterns.keep(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2).tolist() == [0, 2]
+    assert patterns.kept_indices(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_is_kept_is_in_order_and_scores_highest():
 )
 def test_removing_all_or_none_is_refused_with_what_is_possible(sparsity, message):
     with pytest.raises(ValueError, match=message):
-        patterns.removed(3, sparsity, of="KV groups")
+        patterns.removed_count(3, sparsity, of="KV groups")
 
 
 def test_a_group_that_does_not_divide_the_columns_is_refused():

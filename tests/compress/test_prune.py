@@ -34,7 +34,7 @@ def run(run):
 @pytest.fixture(scope="module")
 def against(run, base):
     tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=8, tokens=64)
+    windows = corpora.windows(corpora.evaluation_text("python_docs", tokenizer), tokenizer, count=8, tokens=64)
     return predict.make_reference(base, windows, run.artifacts_dir / "cache")
 
 
@@ -46,7 +46,7 @@ def made(run, base) -> dict[str, Artifact]:
 
 def linear_weights(artifact: Artifact) -> dict[str, torch.Tensor]:
     tensors = load_file(artifact.path / "model.safetensors")
-    return {n: tensors[f"{n}.weight"] for n in checkpoint.linear_layers(checkpoint.skeleton(artifact.path))}
+    return {n: tensors[f"{n}.weight"] for n in walk.linear_layers(checkpoint.skeleton(artifact.path))}
 
 
 def kl(model_or_artifact, against) -> float:
@@ -104,7 +104,7 @@ def test_more_sparsity_diverges_more_and_none_changes_nothing(run, base, against
 
 def test_the_compressed_file_holds_the_very_weights_in_the_bytes_that_the_card_says(run, base, made):
     for artifact in (made["wanda"], prune.prune_artifact(base, "wanda", "2:4", run=run, sparsity=0.5)):
-        path = artifact.path / stored.FILE
+        path = artifact.path / stored.SPARSE_FILE
         dense = load_file(artifact.path / "model.safetensors")
         back = stored.read_sparse(path)
         assert back.keys() == dense.keys()
@@ -143,7 +143,7 @@ def test_every_structure_goes_by_half_and_the_artefact_is_smaller_and_runs(score
     assert checkpoint.parameter_count(model) < 0.95 * checkpoint.parameter_count(checkpoint.load_model(base))
     assert 0 < kl(model, against) < 20
     assert 0.05 < artifact.card["measured"]["sparsity"] < 0.8
-    assert not (artifact.path / stored.FILE).exists()
+    assert not (artifact.path / stored.SPARSE_FILE).exists()
 
 
 @pytest.mark.parametrize("pattern", ["kv_groups", "mlp_channels"])
@@ -196,7 +196,7 @@ def test_a_score_is_charged_for_calibration_alone_and_together_they_pay_it_once(
     assert all(m["compress_seconds"] > m["calibration_seconds"] for m in alone.values())
     pair = [made["wanda"], made["sparsegpt"]]
     both = sum(artifact.card["measured"]["compress_seconds"] for artifact in pair)
-    assert prune.total_seconds(pair) == pytest.approx(both - shared)
+    assert prune.total_pruning_seconds(pair) == pytest.approx(both - shared)
 
 
 def test_a_killed_run_goes_on_at_the_first_unfinished_block_and_ends_the_same(run, base, monkeypatch, tmp_path):
@@ -300,7 +300,7 @@ def test_a_pattern_that_does_not_divide_a_layer_is_refused_by_name(run, base, tm
     model.config.intermediate_size = 390
     model.config.save_pretrained(tmp_path)
     with refused("groups of 4 do not divide the 390 columns of model.layers.0.mlp.down_proj"):
-        prune.planned(tmp_path, "wanda", "2:4", sparsity=0.5)
+        prune.plan_pruning(tmp_path, "wanda", "2:4", sparsity=0.5)
 
 
 def test_an_artefact_that_is_quantised_is_not_pruned(run, base):

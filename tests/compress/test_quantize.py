@@ -11,7 +11,7 @@ from avalab.kernels import formats
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import Run
-from avalab.models import checkpoint, predict
+from avalab.models import checkpoint, predict, walk
 
 FOUR_BITS = ("nf4", "fp4", "torchao-int4", "rtn", "gptq", "awq")
 EIGHT_BIT_WEIGHTS = ("int8", "torchao-int8")
@@ -61,7 +61,7 @@ def test_a_method_writes_a_smaller_artefact_that_loads_back_and_scores(method, m
 @pytest.mark.parametrize("method", LIBRARIES)
 def test_a_library_changes_the_linear_layers_and_nothing_else(method, made, loaded, base):
     source, stored = tensors(base), tensors(made[method])
-    linear = {f"{name}.weight" for name in checkpoint.linear_layers(checkpoint.load_model(base))}
+    linear = {f"{name}.weight" for name in walk.linear_layers(checkpoint.load_model(base))}
     untouched = source.keys() - linear
     if method in ("awq", "smoothquant"):  # both move scales from activations into the norms
         untouched = {name for name in untouched if "layernorm" not in name}
@@ -91,7 +91,7 @@ def test_a_forward_pass_changes_neither_the_artefact_nor_the_next_load(made, aga
 def test_the_four_bit_file_holds_exactly_the_codes_and_scales_of_our_own_format(method, block_size, run, base):
     artifact = quantize.compress_artifact(base, method, run=run, block_size=block_size)
     source, stored = tensors(base), tensors(artifact)
-    for name in checkpoint.linear_layers(checkpoint.skeleton(base.path)):
+    for name in walk.linear_layers(checkpoint.skeleton(base.path)):
         weight = source[f"{name}.weight"]
         ours = formats.encode(weight, formats.four_bit(method, block_size))
         codes = formats.unpack_nibbles(stored[f"{name}.weight"].flatten(), *weight.shape)
@@ -106,7 +106,7 @@ def test_loaded_nf4_weights_decode_to_those_of_our_own_format(double_quantizatio
     artifact = quantize.compress_artifact(base, "nf4", run=run, double_quantization=double_quantization)
     format = formats.four_bit("nf4", double_quantization=double_quantization)
     source, model = tensors(base), checkpoint.load_model(artifact)
-    for name, layer in checkpoint.linear_layers(model).items():
+    for name, layer in walk.linear_layers(model).items():
         theirs = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         ours = formats.round_to_nearest(source[f"{name}.weight"], format)
         assert torch.equal(theirs.view(ours.shape).to(ours.dtype), ours), name
@@ -148,7 +148,7 @@ def test_rounding_by_the_row_rounds_as_our_own_integers_do(run, base):
         quantize.compress_artifact(base, "rtn", run=run, bits=8, group_size=0, symmetric=True)
     )
     source = tensors(base)
-    for name, layer in checkpoint.linear_layers(model).items():
+    for name, layer in walk.linear_layers(model).items():
         weight = source[f"{name}.weight"].float()
         ours = formats.encode(weight, formats.integer(8, symmetric=True))
         assert ((layer.weight.float() - formats.decode(ours)).abs() <= 1.6 * ours.scales[:, None]).all(), name
@@ -158,10 +158,10 @@ def test_rounding_by_the_row_rounds_as_our_own_integers_do(run, base):
 def test_skipped_layers_and_no_others_stay_in_bf16(method, run, base):
     artifact = quantize.compress_artifact(base, method, run=run, skip=("*.0.mlp.down_proj", "model.layers.3.mlp.down*"))
     source, stored = tensors(base), tensors(artifact)
-    names = checkpoint.linear_layers(checkpoint.skeleton(base.path))
+    names = walk.linear_layers(checkpoint.skeleton(base.path))
     kept = [n for n in names if f"{n}.weight" in stored and stored[f"{n}.weight"].dtype == torch.bfloat16]
     assert kept == KEPT
-    layers = checkpoint.linear_layers(checkpoint.load_model(artifact))
+    layers = walk.linear_layers(checkpoint.load_model(artifact))
     for name in KEPT:
         assert torch.equal(stored[f"{name}.weight"], source[f"{name}.weight"])
         assert torch.equal(layers[name].weight.data, source[f"{name}.weight"])

@@ -30,7 +30,7 @@ def plain(weight: torch.Tensor, grid: Grid) -> formats.Rounded:
 
 def test_two_columns_by_hand_the_second_makes_up_for_the_first():
     """H = [[1, .9], [.9, 1]]; 0.5 rounds to 0 on the grid of integers, and the second column takes 0.9 x 0.5 of it."""
-    posed = rounding.problem(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=1e-7)
+    posed = rounding.rounding_problem(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=1e-7)
     grid, one, zero = Grid(4, 2), torch.ones(1, 1), torch.zeros(1, 1)
     codes = rounding.compensated(torch.tensor([[0.4, 1.2]]), posed, grid, one, zero)
     assert codes.tolist() == [[0.0, 2.0]]  # 1.2 + 0.9 * 0.4 = 1.56
@@ -38,7 +38,7 @@ def test_two_columns_by_hand_the_second_makes_up_for_the_first():
 
 def test_the_cost_of_a_column_is_what_remains_after_the_later_ones_made_up_for_it():
     """The first of two columns: 1 - 0.9^2 = 0.19; the last one pays in full."""
-    posed = rounding.problem(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=1e-7)
+    posed = rounding.rounding_problem(torch.tensor([[1.0, 0.9], [0.9, 1.0]]), damping=1e-7)
     torch.testing.assert_close(posed.column_cost, torch.tensor([0.19, 1.0]), atol=1e-5, rtol=1e-5)
 
 
@@ -46,9 +46,9 @@ def test_the_cost_of_a_column_is_what_remains_after_the_later_ones_made_up_for_i
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_compensation_beats_rounding_to_nearest_and_repair_beats_both(bits: int, symmetric: bool):
     weight, moment = correlated()
-    grid, posed = Grid(bits, 32, symmetric), rounding.problem(moment)
+    grid, posed = Grid(bits, 32, symmetric), rounding.rounding_problem(moment)
     errors = [
-        float(rounding.error(weight, rounded, moment).sum())
+        float(rounding.output_error(weight, rounded, moment).sum())
         for rounded in (
             plain(weight, grid),
             rounding.round_weight(weight, posed, grid, repairs=0),
@@ -60,7 +60,7 @@ def test_compensation_beats_rounding_to_nearest_and_repair_beats_both(bits: int,
 
 def test_each_step_of_the_repair_never_raises_the_error():
     weight, moment = correlated(seed=1)
-    grid, posed = Grid(3, 32), rounding.problem(moment)
+    grid, posed = Grid(3, 32), rounding.rounding_problem(moment)
     moment = posed.moment  # what is minimised
     scales, zeros = rounding.search(weight, posed.column_cost, grid)
     codes = rounding.compensated(weight, posed, grid, scales, zeros)
@@ -72,15 +72,15 @@ def test_each_step_of_the_repair_never_raises_the_error():
             else:
                 codes = rounding.descended(weight, posed, grid, codes, scales=scales, zeros=zeros)
             rounded = formats.Rounded(grid, codes.to(torch.int8), scales.bfloat16(), zeros.to(torch.int8))
-            errors.append(float(rounding.error(weight, rounded, moment).sum()))
+            errors.append(float(rounding.output_error(weight, rounded, moment).sum()))
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors)), errors
 
 
 def test_without_correlation_compensation_is_rounding_to_nearest():
     weight, _ = correlated()
-    grid, posed = Grid(4, 32), rounding.problem(torch.eye(64))
+    grid, posed = Grid(4, 32), rounding.rounding_problem(torch.eye(64))
     found = rounding.round_weight(weight, posed, grid, repairs=0).decode(torch.float32)
-    torch.testing.assert_close(found, rounding.nearest(weight, posed.column_cost, grid), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, rounding.round_to_nearest(weight, posed.column_cost, grid), atol=1e-6, rtol=1e-6)
 
 
 def test_weights_on_the_grid_come_back_exactly():
@@ -88,13 +88,13 @@ def test_weights_on_the_grid_come_back_exactly():
     codes = torch.randint(-8, 8, (6, 64), generator=torch.Generator().manual_seed(0))
     codes[:, ::32], codes[:, 1::32] = -8, 7  # both ends are used, so the range gives the scale
     weight = (codes + 3) * 0.25
-    posed = rounding.problem(correlated()[1])
+    posed = rounding.rounding_problem(correlated()[1])
     assert torch.equal(rounding.round_weight(weight, posed, grid).decode(torch.float32), weight)
 
 
 def test_rows_do_not_depend_on_what_is_rounded_beside_them():
     weight, moment = correlated()
-    grid, posed = Grid(3, 32), rounding.problem(moment)
+    grid, posed = Grid(3, 32), rounding.rounding_problem(moment)
     whole = rounding.round_weight(weight, posed, grid).split([10, 14])
     alone = rounding.round_weight(weight[10:], posed, grid)
     assert (whole[1].codes != alone.codes).float().mean() < 0.01  # sums may differ in their last bit
@@ -116,11 +116,13 @@ def test_aiming_gives_the_least_squares_weights_for_changed_inputs():
 def test_a_singular_moment_is_damped_and_columns_that_carry_nothing_are_harmless():
     moment = torch.ones(64, 64)
     moment[7], moment[:, 7] = 0, 0
-    posed = rounding.problem(moment, damping=1e-12)
+    posed = rounding.rounding_problem(moment, damping=1e-12)
     assert posed.attempts > 1
     rounded = rounding.round_weight(correlated()[0], posed, Grid(4, 32))
     assert rounded.decode().isfinite().all()
-    assert rounding.round_weight(correlated()[0], rounding.problem(torch.zeros(64, 64)), Grid(4, 32)).codes.any()
+    assert rounding.round_weight(
+        correlated()[0], rounding.rounding_problem(torch.zeros(64, 64)), Grid(4, 32)
+    ).codes.any()
 
 
 @pytest.mark.parametrize("name", ["w4g64", "w3g128-sym"])
@@ -130,9 +132,9 @@ def test_a_grids_name_says_all_of_it(name: str):
 
 def test_what_cannot_be_rounded_is_refused():
     with pytest.raises(ValueError, match="group of 48 does not divide 64"):
-        rounding.round_weight(correlated()[0], rounding.problem(torch.eye(64)), Grid(4, 48))
+        rounding.round_weight(correlated()[0], rounding.rounding_problem(torch.eye(64)), Grid(4, 48))
     with pytest.raises(ValueError, match="1 entries"):
-        rounding.problem(torch.diag(torch.tensor([1.0, float("nan")])))
+        rounding.rounding_problem(torch.diag(torch.tensor([1.0, float("nan")])))
     with pytest.raises(ValueError, match="'w9g64'"):
         formats.grid_named("w9g64")
 

@@ -14,13 +14,13 @@ ANYWHERE = PATTERNS["unstructured"]
 
 
 def test_magnitude_is_the_absolute_value():
-    assert torch.equal(saliency.of_layer("magnitude", WEIGHT, Evidence()), WEIGHT.abs())
+    assert torch.equal(saliency.score_weights("magnitude", WEIGHT, Evidence()), WEIGHT.abs())
 
 
 def test_wanda_is_the_weight_times_the_root_mean_square_of_its_input():
     """Column 0 has mean square (1 + 4 + 1) / 3 = 2, column 1 (9 + 0 + 1) / 3."""
     expected = torch.tensor([[2**0.5, 2 * (10 / 3) ** 0.5], [0.5 * 2**0.5, 4 * (10 / 3) ** 0.5]])
-    torch.testing.assert_close(saliency.of_layer("wanda", WEIGHT, Evidence(moment=MOMENT)), expected)
+    torch.testing.assert_close(saliency.score_weights("wanda", WEIGHT, Evidence(moment=MOMENT)), expected)
 
 
 def test_sparsegpt_squared_is_the_error_left_after_the_best_repair():
@@ -28,7 +28,7 @@ def test_sparsegpt_squared_is_the_error_left_after_the_best_repair():
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(3, 6, generator=generator), torch.randn(40, 6, generator=generator)
     moment = inputs.T @ inputs / 40
-    scores = saliency.of_layer("sparsegpt", weight, Evidence(moment=moment))
+    scores = saliency.score_weights("sparsegpt", weight, Evidence(moment=moment))
     damped = saliency.surgery_problem(moment).moment
     for column in range(6):
         kept = [c for c in range(6) if c != column]
@@ -42,19 +42,19 @@ def test_sparsegpt_squared_is_the_error_left_after_the_best_repair():
 def test_gradient_times_weight_is_a_product():
     squared = torch.tensor([[4.0, 1.0], [0.0, 9.0]])
     expected = torch.tensor([[2.0, 2.0], [0.0, 12.0]])
-    assert torch.equal(saliency.of_layer("gradient", WEIGHT, Evidence(squared_gradient=squared)), expected)
+    assert torch.equal(saliency.score_weights("gradient", WEIGHT, Evidence(squared_gradient=squared)), expected)
 
 
 def test_random_scores_repeat_with_the_seed_and_the_layers_name_only():
     seeds = [saliency.layer_seed(0, "a"), saliency.layer_seed(0, "a"), saliency.layer_seed(0, "b")]
-    first, again, other = (saliency.of_layer("random", WEIGHT, Evidence(seed=seed)) for seed in seeds)
+    first, again, other = (saliency.score_weights("random", WEIGHT, Evidence(seed=seed)) for seed in seeds)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_score_of_blocks_has_none_for_weights():
     with pytest.raises(ValueError, match="'influence' belongs to whole blocks; use it with pattern 'layers'"):
-        saliency.of_layer("influence", WEIGHT, Evidence())
+        saliency.score_weights("influence", WEIGHT, Evidence())
 
 
 # --- optimal brain surgery

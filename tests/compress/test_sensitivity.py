@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from avalab.compress import sensitivity
 from avalab.compress.allocation import Option
 from avalab.kernels import formats
-from avalab.models import checkpoint, predict
+from avalab.models import checkpoint, predict, walk
 
 OPTIONS = {
     "model.embed_tokens": [Option("q8_0", 9, 0.1)],
@@ -29,12 +29,12 @@ def found(model, against):
 
 
 def test_every_linear_layer_is_measured_once_and_each_one_hurts(found, model):
-    assert list(found) == list(checkpoint.linear_layers(model))
+    assert list(found) == list(walk.linear_layers(model))
     assert all(kl.mean() > 0 for kl in found.values())
 
 
 def test_starting_at_a_layers_block_gives_what_a_full_pass_gives(found, model, against):
-    for name, layer in checkpoint.linear_layers(model).items():
+    for name, layer in walk.linear_layers(model).items():
         kept = layer.weight.data
         layer.weight.data = formats.round_to_nearest(kept.float(), FORMAT).to(kept.dtype)
         full = predict.score_model(model, against).kl
@@ -80,8 +80,8 @@ def test_a_layers_subject_sorts_by_its_block():
 
 
 def test_a_level_twice_too_low_has_the_factor_two():
-    assert sensitivity.level_factor([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx(2)
-    assert sensitivity.level_factor([1.0, 1.0], [4.0, 1.0]) == pytest.approx(2)
+    assert sensitivity.measured_over_expected([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx(2)
+    assert sensitivity.measured_over_expected([1.0, 1.0], [4.0, 1.0]) == pytest.approx(2)
 
 
 def test_an_order_that_is_kept_has_rank_correlation_one():
@@ -103,11 +103,11 @@ def test_more_choices_than_layers_are_refused():
 
 def test_a_ratio_to_zero_is_refused():
     with pytest.raises(ValueError, match="positive"):
-        sensitivity.level_factor([0.0, 1.0], [1.0, 1.0])
+        sensitivity.measured_over_expected([0.0, 1.0], [1.0, 1.0])
 
 
 def test_a_heat_map_has_a_row_for_each_kind_and_format():
-    assert sensitivity.heat_rows(OPTIONS, ["q4_0", "q8_0"]) == {
+    assert sensitivity.heat_map_rows(OPTIONS, ["q4_0", "q8_0"]) == {
         "layer 00/up_proj q4_0": 0.4,
         "layer 01/up_proj q4_0": 0.2,
         "layer 01/up_proj q8_0": 0.1,

@@ -6,7 +6,7 @@ import re
 import jsonschema
 import pytest
 
-from avalab.data import gates, phrasing
+from avalab.data import gates, phrasing, toolbox
 from avalab.data.arguments import kind_of, say_value, ways_to_say
 from avalab.lab import words
 
@@ -16,8 +16,8 @@ KINDS += ["#f_days", "#f_coin", "#f_deck", "[-90000..-10000,2000..40000]", "[[13
 KINDS += ["&f_holding", "f_data_file", "f_predictor", "[f_predictor]"]
 
 
-def figure_tools() -> list[phrasing.Tool]:
-    return list(phrasing.parse_domain(words.read("domains", FIGURES)))
+def figure_tools() -> list[toolbox.Tool]:
+    return list(phrasing.parse_domain(words.read_packaged("domains", FIGURES)))
 
 
 def said_and_grounded(value: object, said: str) -> bool:

@@ -78,7 +78,7 @@ def test_evaluation_and_calibration_share_no_eight_consecutive_words(evaluation,
 def test_function_calls_and_calibration_share_no_eight_consecutive_words(tokenizer):
     if not (CACHE / "bfcl-v4").is_dir():
         pytest.skip("the leaderboard's questions were not fetched (data/cache/bfcl-v4)")
-    texts = [corpora.text("function_calls", tokenizer)]
+    texts = [corpora.evaluation_text("function_calls", tokenizer)]
     assert shared(texts[0], corpora.calibration_text(tokenizer, evaluation=texts)) == set()
 
 
@@ -92,8 +92,8 @@ def test_function_calls_are_the_cases_of_two_categories_in_turn_with_their_tools
         rows = [json.dumps({**case, "ground_truth": []}) for case in cases]
         for folder in (tmp_path, tmp_path / "possible_answer"):
             (folder / f"BFCL_v4_{category}.json").write_text("\n".join(rows))
-    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path)
-    said = corpora.text("function_calls", tokenizer).content
+    monkeypatch.setattr(assets, "fetch_asset", lambda name: tmp_path)
+    said = corpora.evaluation_text("function_calls", tokenizer).content
     asked = [line for line in said.splitlines() if line.rstrip("<|im_end>").endswith("?")]
     assert [line.split("?")[0] for line in asked] == ["simple_python 0", "multiple 0", "simple_python 1", "multiple 1"]
     assert said.count(toolbox.TOOL_PROMPT[0]) == 4
@@ -193,7 +193,7 @@ def test_too_short_a_calibration_text_is_refused_with_both_counts(tokenizer, mon
 
 def test_an_unknown_text_lists_the_known_ones(tokenizer):
     with pytest.raises(ValueError, match=r"unknown text 'novel'; choose one of python_docs, function_calls"):
-        corpora.text("novel", tokenizer)
+        corpora.evaluation_text("novel", tokenizer)
 
 
 def test_a_text_that_needs_the_hub_says_so_without_one(tokenizer, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_text_that_needs_the_hub_says_so_without_one(tokenizer, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(assets.AssetUnavailable, match="wikitext2 needs the Hugging Face hub: offline"):
-        corpora.text("wikitext2", tokenizer)
+        corpora.evaluation_text("wikitext2", tokenizer)
 
 
 def test_the_text_of_the_hub_is_asked_for_at_one_commit(tokenizer, monkeypatch):
@@ -213,7 +213,7 @@ def test_the_text_of_the_hub_is_asked_for_at_one_commit(tokenizer, monkeypatch):
         return {"text": ["= Title =", "A line."]}
 
     monkeypatch.setattr("datasets.load_dataset", rows)
-    assert corpora.text("wikitext2", tokenizer).content == "= Title =\n\nA line."
+    assert corpora.evaluation_text("wikitext2", tokenizer).content == "= Title =\n\nA line."
     assert asked == {"split": "test", "revision": corpora.WIKITEXT_COMMIT}
     assert len(corpora.WIKITEXT_COMMIT) == 40
 

@@ -135,14 +135,14 @@ def test_the_perplexity_band_names_the_value():
 
 
 def test_the_band_of_a_hundred_values_leaves_out_one_at_each_end():
-    assert gates.band([float(v) for v in range(101)], share=0.98) == (1.0, 99.0)
-    assert gates.band([3.0, 1.0, 2.0], share=1.0) == (1.0, 3.0)
+    assert gates.perplexity_interval([float(v) for v in range(101)], share=0.98) == (1.0, 99.0)
+    assert gates.perplexity_interval([3.0, 1.0, 2.0], share=1.0) == (1.0, 3.0)
 
 
 @pytest.mark.parametrize(("values", "share"), [([], 0.9), ([1.0], 0), ([1.0], 1.5)])
 def test_a_band_of_nothing_is_refused(values, share):
     with pytest.raises(ValueError, match=r"needs values, and a share in \(0, 1\]"):
-        gates.band(values, share)
+        gates.perplexity_interval(values, share)
 
 
 def said_to_be(words: str) -> dict:
@@ -163,7 +163,7 @@ def test_survivors_pass_every_gate_but_the_one_left_out():
 
 
 def test_more_gates_stand_before_those_that_remember():
-    row = gates.standard([], {"perplexity_band": lambda example: ""})
+    row = gates.standard_gates([], {"perplexity_band": lambda example: ""})
     assert list(row)[:4] == list(gates.STANDARD)
     assert list(row)[-3:] == ["perplexity_band", "diversity", "near_duplicates"]
 
@@ -220,7 +220,7 @@ def sets():
 
 
 def test_the_committed_examples_share_nothing_with_the_evaluation_sets(committed, sets):
-    gate = repeats.overlap(sets)
+    gate = repeats.overlap_gate(sets)
     assert [reason for e in committed if (reason := gate(e))] == []
     if "bfcl-v4" not in {known.name for known in sets}:
         pytest.skip("the asset bfcl-v4 is not in data/cache; the data card names the hash that was checked")

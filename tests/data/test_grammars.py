@@ -9,7 +9,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from avalab.data import grammars
 from avalab.data.calls import Case, check_calls, parse_calls, to_json_schema
-from avalab.data.grammars import answers, call_grammar, compiler, constrain, enforceable, left_padded, stop_tokens
+from avalab.data.grammars import (
+    call_grammar,
+    enforceable,
+    grammar_compiler,
+    greedy_answers,
+    left_padded,
+    logits_mask,
+    stop_tokens,
+)
 from avalab.lab import assets
 from avalab.lab.run import ROOT
 
@@ -57,7 +65,7 @@ UNTRANSLATABLE = {
 
 @pytest.fixture(scope="module")
 def tiny_compiler(tokenizer):
-    return compiler(tokenizer, len(tokenizer))
+    return grammar_compiler(tokenizer, len(tokenizer))
 
 
 def ending_bias(tokenizer, size):
@@ -73,7 +81,7 @@ def ending_bias(tokenizer, size):
 def sample(tokenizer, batch, seed, size, steps=150):
     """Sample every row under its grammar from random logits; rows that do not end in time come back as None."""
     generator = torch.Generator().manual_seed(seed)
-    mask, stop, bias = constrain(batch), stop_tokens(tokenizer)[0], ending_bias(tokenizer, size)
+    mask, stop, bias = logits_mask(batch), stop_tokens(tokenizer)[0], ending_bias(tokenizer, size)
     tokens, done = torch.full((len(batch), 1), stop), [False] * len(batch)
     for _ in range(steps):
         logits = mask(tokens, torch.randn(len(batch), size, generator=generator) * 2 + bias)
@@ -117,7 +125,7 @@ def test_the_same_holds_for_the_embedded_models_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     size = 49152
     assert tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer)) == ["<|im_end|>"]
-    batch = [call_grammar(compiler(tokenizer, size), [ADD, BOOK], refusal=False)] * 4
+    batch = [call_grammar(grammar_compiler(tokenizer, size), [ADD, BOOK], refusal=False)] * 4
     texts = [text for text in sample(tokenizer, batch, seed=1, size=size) if text is not None]
     assert texts
     assert all(assert_valid(text, [ADD, BOOK], refusal=False) for text in texts)
@@ -157,8 +165,8 @@ def test_a_refusal_is_any_text_without_the_marker_unless_it_is_forbidden(tiny_co
 
 def test_a_refusal_ends_after_its_token_limit(tokenizer, tiny_compiler, monkeypatch):
     monkeypatch.setattr(grammars, "REFUSAL_TOKENS", 5)
-    fresh = compiler(tokenizer, len(tokenizer))
-    mask, stop = constrain([call_grammar(fresh, [])]), stop_tokens(tokenizer)[0]
+    fresh = grammar_compiler(tokenizer, len(tokenizer))
+    mask, stop = logits_mask([call_grammar(fresh, [])]), stop_tokens(tokenizer)[0]
     never_stop = torch.zeros(1, len(tokenizer))
     never_stop[0, stop] = -100
     tokens = torch.tensor([[stop]])
@@ -269,11 +277,13 @@ def test_batched_answers_are_those_of_transformers_generate(model, tokenizer, ti
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, eos_token_id=stops,
-            pad_token_id=stops[0], logits_processor=[constrain([chosen[index]])] if chosen else [],
+            pad_token_id=stops[0], logits_processor=[logits_mask([chosen[index]])] if chosen else [],
         )  # fmt: skip
         expected.append([token for token in output[0, ids.shape[1] :].tolist() if token not in stops])
     for batch_size in (1, 3, 4):
-        found = dict(answers(model, tokenizer, PROMPTS, grammars=chosen, max_new_tokens=40, batch_size=batch_size))
+        found = dict(
+            greedy_answers(model, tokenizer, PROMPTS, grammars=chosen, max_new_tokens=40, batch_size=batch_size)
+        )
         assert sorted(found) == [0, 1, 2, 3]
         for index, tokens in enumerate(expected):
             # With calls only, the forced beginning is read with the prompt, in the tokenizer's own tokens: a random
@@ -286,7 +296,7 @@ def test_batched_answers_are_those_of_transformers_generate(model, tokenizer, ti
 def test_an_answer_under_a_grammar_goes_through_the_checker(model, tokenizer, tiny_compiler):
     case = Case("x", "simple_python", [], [NOW], [{"now": {}}])
     forced = [call_grammar(tiny_compiler, [NOW], refusal=False, max_calls=1)]
-    ((_, text),) = answers(model, tokenizer, ["What time is it?"], grammars=forced)
+    ((_, text),) = greedy_answers(model, tokenizer, ["What time is it?"], grammars=forced)
     assert check_calls(case, parse_calls(text)).correct
 
 
@@ -297,6 +307,6 @@ def test_padding_goes_to_the_left_and_is_not_seen():
 
 
 def test_a_processor_refuses_another_batch_size(tokenizer, tiny_compiler):
-    mask = constrain([call_grammar(tiny_compiler, [NOW])])
+    mask = logits_mask([call_grammar(tiny_compiler, [NOW])])
     with pytest.raises(ValueError, match="batch of 2 rows for 1 grammars"):
         mask(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, len(tokenizer)))

@@ -64,7 +64,7 @@ def test_packed_examples_are_scored_as_if_alone(tokenizer):
     alone = [model(torch.tensor([example.ids])).logits[0] for example in examples]
     attention.apply_packed_attention(model)
     (row,) = packing.pack_rows(examples, row_tokens=500, seed=3)
-    batch = packing.collate([row])
+    batch = packing.one_row_batch([row])
     together = model(**{k: batch[k] for k in ("input_ids", "position_ids", "boundaries")}).logits[0]
     for start, end in pairs(row["boundaries"]):
         ids = row["input_ids"][start:end].tolist()
@@ -112,7 +112,7 @@ def test_a_chat_without_an_answer_is_refused(tokenizer):
 
 def test_several_rows_in_a_batch_are_refused():
     with pytest.raises(ValueError, match="one packed row, got 2"):
-        packing.collate([{}, {}])
+        packing.one_row_batch([{}, {}])
 
 
 def heads(*shape, dtype=torch.float64):
@@ -200,7 +200,7 @@ def test_examples_are_drawn_until_they_have_the_tokens_asked_for(tokenizer, exam
 
 
 def test_answers_of_a_teacher_replace_the_examples_own(examples):
-    told = packing.answered(examples, lambda messages: f"{len(messages)} {messages[-1]['role']}")
+    told = packing.with_answers_of(examples, lambda messages: f"{len(messages)} {messages[-1]['role']}")
     assert [example["messages"][-1] for example in told] == [{"role": "assistant", "content": "2 user"}] * 6
     assert all(a["messages"][:-1] == b["messages"][:-1] for a, b in zip(told, examples, strict=True))
     assert examples[0]["messages"][-1]["content"].startswith("<tool_call>")
@@ -219,7 +219,7 @@ def test_a_teacher_who_can_is_asked_all_at_once(examples):
         def __call__(self, messages):
             return str(self.questions.index(messages))
 
-    told = packing.answered(examples, Asked())
+    told = packing.with_answers_of(examples, Asked())
     assert [example["messages"][-1]["content"] for example in told] == list("012345")
 
 

@@ -16,7 +16,7 @@ def example(request: str, *called: str, description: str = "Book a table.") -> d
 
 
 def test_near_duplicates_are_rejected_and_other_numbers_are_not():
-    gate = repeats.near_duplicates()
+    gate = repeats.near_duplicate_gate()
     text = "Could you book a table at the Copper Pot for me and my {} friends on Friday evening at seven"
     assert gate(example(text.format("old"))) == ""
     assert gate(example(text.format("old") + "!")) != ""
@@ -24,7 +24,7 @@ def test_near_duplicates_are_rejected_and_other_numbers_are_not():
 
 
 def test_the_floor_lets_the_first_ones_through_and_the_share_stops_the_rest():
-    gate = repeats.spread({"function": 0.5}, floor=2)
+    gate = repeats.spread_gate({"function": 0.5}, floor=2)
     verdicts = [gate(example(str(i), "f")) for i in range(3)]
     assert verdicts == ["", "", "2 of 2 accepted examples have the function 'f' already"]
     assert [gate(example(str(i), "g")) for i in range(2)] == ["", ""]
@@ -38,17 +38,17 @@ def test_the_floor_lets_the_first_ones_through_and_the_share_stops_the_rest():
     [("first word", ["Book one", "book two two two two two"]), ("length", ["One two three", "a b c d"])],
 )
 def test_first_words_and_lengths_have_shares_too(kind, requests):
-    gate = repeats.spread({kind: 0.1}, floor=1)
+    gate = repeats.spread_gate({kind: 0.1}, floor=1)
     assert gate(example(requests[0])) == ""
     assert f"have the {kind}" in gate(example(requests[1]))
 
 
 def test_the_report_counts_what_a_pencil_counts():
     made = [example("One two", "f"), example("one three four", "g", description="Cancel a table.")]
-    found = repeats.report(made)
+    found = repeats.diversity_report(made)
     assert (found["examples"], found["functions_offered"], found["functions_called"]) == (2, 2, 2)
     assert (found["first_words"], found["words_in_requests"], found["verbs"]) == (1, 4, 2)
-    assert repeats.report([])["request_words_5_50_95"] == []
+    assert repeats.diversity_report([])["request_words_5_50_95"] == []
 
 
 # --- overlap: a name, a run of eight words, and nothing less ---
@@ -61,7 +61,7 @@ def offering(request: str, **changed) -> dict:
 
 @pytest.fixture(scope="module")
 def gate():
-    return repeats.overlap(
+    return repeats.overlap_gate(
         [repeats.evaluation_set("known", ["One two three four five six seven eight nine"], [SECRET])]
     )
 
@@ -72,7 +72,7 @@ def test_a_run_of_eight_words_is_found_and_seven_are_not(gate):
 
 
 def test_a_short_text_is_not_a_find_even_if_it_is_a_whole_question_of_the_set():
-    short = repeats.overlap([repeats.evaluation_set("known", ["What is the time?"], [])])
+    short = repeats.overlap_gate([repeats.evaluation_set("known", ["What is the time?"], [])])
     assert short(offering("What is the time?")) == ""
 
 

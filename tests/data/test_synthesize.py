@@ -29,7 +29,7 @@ def told(text: str):
 
 @pytest.fixture
 def row():
-    return gates.standard()
+    return gates.standard_gates()
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path):
@@ -42,7 +42,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path):
 
 
 def test_what_is_loaded_is_what_was_generated(tmp_path):
-    made = list(synthesize.generate(FEW, 5, row=gates.standard([])))
+    made = list(synthesize.generate(FEW, 5, row=gates.standard_gates([])))
     report = synthesize.write_examples(tmp_path, count=FEW, seed=5, sets=[])
     loaded = synthesize.load_examples(tmp_path)
     order = sorted(made, key=lambda e: e["kind"])
@@ -54,7 +54,7 @@ def test_what_is_loaded_is_what_was_generated(tmp_path):
 def test_the_seed_of_the_data_card_makes_the_committed_examples_again():
     """The first ones, with the evaluation sets at hand: where BFCL is not, a few were rejected that now pass."""
     written, again = open_lines(ROOT / "data" / "synthetic_datasets"), []
-    for example in synthesize.generate(FEW, seed=7, row=gates.standard(repeats.evaluation_sets())):
+    for example in synthesize.generate(FEW, seed=7, row=gates.standard_gates(repeats.evaluation_sets())):
         again.append({**example, "messages": example["messages"][-2:]} in written)
     assert sum(again) >= 0.9 * FEW
 
@@ -139,7 +139,7 @@ def test_a_kind_that_never_passes_is_noticed_among_kinds_that_do(monkeypatch):
 
 def test_every_accepted_example_and_every_rejection_is_counted():
     counts = Counter()
-    made = list(synthesize.generate(FEW, 9, row=gates.standard([]), counts=counts))
+    made = list(synthesize.generate(FEW, 9, row=gates.standard_gates([]), counts=counts))
     by_gate = sum(number for name, number in counts.items() if name.startswith("refined:"))
     assert counts["accepted"] == len(made) == FEW
     assert counts["refined"] == by_gate <= FEW
@@ -231,7 +231,7 @@ def test_a_failed_generation_leaves_the_old_files_alone(tmp_path, monkeypatch):
     synthesize.write_examples(tmp_path, count=5, seed=1, sets=[])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr(synthesize, "PATIENCE", 3)
-    monkeypatch.setattr(gates, "standard", lambda sets=(): {"never": lambda example: "no"})
+    monkeypatch.setattr(gates, "standard_gates", lambda sets=(): {"never": lambda example: "no"})
     with pytest.raises(ValueError, match=r"no example survives"):
         synthesize.write_examples(tmp_path, count=5, seed=2, sets=[])
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -332,7 +332,7 @@ def test_right_answers_are_kept_and_what_cannot_be_read_or_verified_is_counted(r
     invented[0]["arguments"] = dict.fromkeys(invented[0]["arguments"], 123456)
     texts = [right(requests[0]), "I cannot do that.", "<tool_call>[{", f"<tool_call>{json.dumps(invented)}</tool_call>"]
     counts = Counter()
-    kept = select_answers(requests[:4], texts, source="self", row=gates.standard([]), counts=counts)
+    kept = select_answers(requests[:4], texts, source="self", row=gates.standard_gates([]), counts=counts)
     assert [e["calls"] for e in kept] == [requests[0]["calls"]]
     assert (counts["answered"], counts["accepted"]) == (4, 1)
     assert (counts["rejected:no_call"], counts["rejected:not_json"]) == (1, 1)
@@ -375,7 +375,7 @@ def test_nothing_asked_is_nothing_kept():
 def test_the_tiny_models_own_answers_pass_the_gates_that_they_are_said_to_pass(run, respondent, requests):
     counts, cases = Counter(), synthesize.answer_cases(requests)
     texts = answers.answer_calls(respondent, cases, "forced", run.artifacts_dir / "cache")
-    kept = select_answers(requests, texts, source="self", row=gates.standard([]), counts=counts)
+    kept = select_answers(requests, texts, source="self", row=gates.standard_gates([]), counts=counts)
     assert counts["answered"] == len(requests)
     assert counts["accepted"] == len(kept)
     for example in kept:

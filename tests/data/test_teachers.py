@@ -54,7 +54,7 @@ def server():
 
 
 def ask(server, tmp_path, limits=QUICK, sleep=time.sleep):
-    return teachers.endpoint(server.url, "m", cache=tmp_path / "answers.jsonl", limits=limits, sleep=sleep)
+    return teachers.endpoint_teacher(server.url, "m", cache=tmp_path / "answers.jsonl", limits=limits, sleep=sleep)
 
 
 def test_an_answer_comes_once_over_the_wire_and_then_from_the_disk(server, tmp_path):
@@ -126,7 +126,7 @@ def test_a_refusal_is_not_repeated(server, tmp_path):
 
 def test_a_server_that_is_down_loses_nothing_and_work_resumes(server, tmp_path):
     ask(server, tmp_path)(ASK)
-    down = teachers.endpoint("http://127.0.0.1:9/v1", "m", cache=tmp_path / "answers.jsonl", limits=QUICK)
+    down = teachers.endpoint_teacher("http://127.0.0.1:9/v1", "m", cache=tmp_path / "answers.jsonl", limits=QUICK)
     with pytest.raises(TeacherUnavailable, match=r"3 attempts.*ConnectError"):
         down(ASK)
     assert ask(server, tmp_path)(ASK) == "Done."
@@ -185,11 +185,11 @@ def test_a_damaged_line_in_the_middle_of_the_cache_is_named(tmp_path):
 
 def test_a_base_url_needs_a_scheme(tmp_path):
     with pytest.raises(ValueError, match=r"must begin with http"):
-        teachers.endpoint("api.example.org/v1", "m", cache=tmp_path / "a")
+        teachers.endpoint_teacher("api.example.org/v1", "m", cache=tmp_path / "a")
 
 
 def test_a_local_model_answers_the_same_text_twice_and_from_the_cache(base, tmp_path):
-    teacher = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=8)
+    teacher = teachers.local_teacher(base, cache=tmp_path / "answers.jsonl", new_tokens=8)
     first = teacher(ASK)
     assert teacher(ASK) == first
     assert len(Path(tmp_path / "answers.jsonl").read_text().splitlines()) == 1
@@ -197,22 +197,22 @@ def test_a_local_model_answers_the_same_text_twice_and_from_the_cache(base, tmp_
 
 def test_questions_asked_ahead_are_answered_once_and_then_known(base, tmp_path):
     questions = [[{"role": "user", "content": f"Say {word}."}] for word in ("one", "two", "one")]
-    teacher = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=4)
+    teacher = teachers.local_teacher(base, cache=tmp_path / "answers.jsonl", new_tokens=4)
     teacher.ahead(questions)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
-    again = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=4)
+    again = teachers.local_teacher(base, cache=tmp_path / "answers.jsonl", new_tokens=4)
     assert [again(q) for q in questions] == [teacher(q) for q in questions]
     assert "_loaded" not in vars(again), "the model was loaded for answers that were known"
 
 
 def test_an_answer_held_to_a_schema_begins_like_it_and_is_another_question_than_a_free_one(base, tmp_path):
     schema = {"type": "object", "properties": {"request": {"type": "string", "maxLength": 8}}, "required": ["request"]}
-    held = teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=32, schema=schema)
+    held = teachers.local_teacher(base, cache=tmp_path / "answers.jsonl", new_tokens=32, schema=schema)
     answer = json.loads(held(ASK))
     assert list(answer) == ["request"]
     assert len(answer["request"]) <= 8
     assert held.__name__ == "tiny-llama (local)"
-    teachers.local(base, cache=tmp_path / "answers.jsonl", new_tokens=32)(ASK)
+    teachers.local_teacher(base, cache=tmp_path / "answers.jsonl", new_tokens=32)(ASK)
     assert len(teachers.AnswerCache(tmp_path / "answers.jsonl").texts) == 2
 
 

@@ -42,16 +42,18 @@ def prompt() -> list[int]:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """Function from what is asked for (`gguf-q8_0`, `openvino-int8`, `onnx-fp32`) to the tiny model's folder."""
-    from avalab.engines import gguf, onnx, openvino
+    from avalab.engines import gguf as gguf_file
+    from avalab.engines import onnx as genai_folder
+    from avalab.engines import openvino as openvino_engine
 
     @functools.cache
     def folder_of(name: str) -> Path:
         target, (form, weights) = tmp_path_factory.mktemp("engines") / name, name.split("-")
         target.mkdir()
         if form == "gguf":
-            gguf.export(TINY, target / f"m.{weights}.gguf", weights)
+            gguf_file.export(TINY, target / f"m.{weights}.gguf", weights)
         else:
-            {"openvino": openvino, "onnx": onnx}[form].export(TINY, target, weights)
+            {"openvino": openvino_engine, "onnx": genai_folder}[form].export(TINY, target, weights)
         return target
 
     return folder_of

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import engine, gguf
+from avalab.engines import engine
+from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import TINY, Engine, Request
 from avalab.lab import artifacts, process
 from avalab.lab.run import Run
@@ -287,20 +288,20 @@ def test_what_a_child_process_opens_is_not_checked_again_and_torch_never_is(fold
 
 
 def test_a_large_gguf_file_is_stood_in_for_by_the_tiny_model_in_the_same_blocks(tmp_path, monkeypatch):
-    gguf.export(TINY, tmp_path / "large.gguf", "q4_0")
-    gguf.copy_beside(TINY, tmp_path)
+    gguf_file.export(TINY, tmp_path / "large.gguf", "q4_0")
+    gguf_file.copy_beside(TINY, tmp_path)
     with engine._stand_in(tmp_path) as found:
         assert found == tmp_path
     monkeypatch.setattr(engine, "SMALL_BYTES", 1000)
     with engine._stand_in(tmp_path) as found:
         assert found != tmp_path
-        assert gguf.check(engine.gguf_file(found)) == gguf.check(tmp_path / "large.gguf")
+        assert gguf_file.check(engine.gguf_file(found)) == gguf_file.check(tmp_path / "large.gguf")
 
 
-@pytest.mark.parametrize("block", gguf.BLOCKS)
+@pytest.mark.parametrize("block", gguf_file.BLOCKS)
 def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
-    gguf.export(TINY, tmp_path / "m.gguf", block)
-    assert gguf.block_of_file(tmp_path / "m.gguf") == block
+    gguf_file.export(TINY, tmp_path / "m.gguf", block)
+    assert gguf_file.block_of_file(tmp_path / "m.gguf") == block
 
 
 def test_a_cell_of_the_benchmark_runs_with_the_other_options_and_its_records_say_so(checks, tmp_path, monkeypatch):

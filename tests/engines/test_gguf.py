@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Conf
 from avalab import engines
 from avalab.compress import quantize
 from avalab.data import grammars
-from avalab.engines import gguf, openvino
+from avalab.engines import gguf as gguf_file
+from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import TINY
 from avalab.kernels import block_types, formats
 from avalab.lab import process
@@ -59,7 +60,7 @@ def header(folder: Path) -> dict:
 def test_rows_that_turn_together_become_neighbours():
     """Two heads of four rows: row i turns with row i + 2."""
     rows = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]).float()
-    assert gguf.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
+    assert gguf_file.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
 
 
 def test_a_file_in_float32_computes_what_the_folder_computes(made):
@@ -81,7 +82,7 @@ def test_a_qwen_model_with_biases_padding_and_its_own_head_is_read_back(make, co
     source, target = tmp_path / "source", tmp_path / "target"
     checkpoint.save_model(model, checkpoint.load_tokenizer(TINY), source)
     target.mkdir()
-    gguf.export(source, target / "q.gguf", "f32")
+    gguf_file.export(source, target / "q.gguf", "f32")
     torch.testing.assert_close(logits(target), logits(source), atol=1e-4, rtol=0)
     assert header(target)["tokenizer.ggml.tokens"][1024:] == [f"[PAD{row}]" for row in range(1024, 1040)]
 
@@ -108,13 +109,13 @@ def test_a_tied_head_is_stored_once(made):
 
 @pytest.mark.parametrize(("columns", "expected"), [(64, "q4_0"), (48, "f16")])
 def test_rows_that_blocks_do_not_divide_stay_in_16_bits(columns, expected):
-    assert gguf.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
+    assert gguf_file.block_of("blk.0.ffn_up.weight", torch.zeros(2, columns), "q4_0") == expected
 
 
-@pytest.mark.parametrize("block", gguf.BLOCKS)
+@pytest.mark.parametrize("block", gguf_file.BLOCKS)
 def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
-    gguf.export(TINY, tmp_path / "m.gguf", block)
-    assert gguf.block_of_file(tmp_path / "m.gguf") == block
+    gguf_file.export(TINY, tmp_path / "m.gguf", block)
+    assert gguf_file.block_of_file(tmp_path / "m.gguf") == block
 
 
 # --- packed grids ------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
 def test_steps_get_the_smallest_block_type_that_holds_them(least, greatest, block):
     steps = torch.randint(least, greatest + 1, (2, 64), dtype=torch.int32)
     steps[0, :2] = torch.tensor([least, greatest])
-    assert gguf.block_of_steps(steps) == block
+    assert gguf_file.block_of_steps(steps) == block
 
 
 @pytest.mark.parametrize(("least", "block"), [(-8, "q4_0"), (-3, "q4_1"), (-16, "q5_0"), (-1, "q5_1"), (-100, "q8_0")])
@@ -136,7 +137,7 @@ def test_steps_and_scales_are_read_back_by_gguf_as_their_product(least, block):
     width = {"q4": 15, "q5": 31, "q8": 200}[block[:2]]
     steps = torch.randint(least, least + width + 1, (3, 128), dtype=torch.int32)
     scales = torch.tensor([[0.5, 0.25], [1.0, 2.0], [0.125, 0.5]]).bfloat16()
-    stored = gguf.encoded_steps(steps, scales, block).numpy()
+    stored = gguf_file.encoded_steps(steps, scales, block).numpy()
     found = dequantize(stored, GGMLQuantizationType[block.upper()])
     expected = steps * scales.float().repeat_interleave(64, dim=1)
     assert torch.equal(torch.from_numpy(found), expected)
@@ -145,14 +146,14 @@ def test_steps_and_scales_are_read_back_by_gguf_as_their_product(least, block):
 def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_format(run, base):
     """Nothing is rounded again but minimums, to 11 bits: logits within 0.02, where 4 bits move them by more than 1."""
     artifact = quantize.compress_artifact(base, "ava", run=run)
-    exported = gguf.write(artifact, "kept")
+    exported = gguf_file.write(artifact, "kept")
     torch.testing.assert_close(logits(exported.path), logits(artifact.path), atol=0.02, rtol=0)
     assert "quantization_config" not in json.loads((exported.path / "config.json").read_text())
 
 
 def test_a_dense_model_has_no_grids_to_keep(tmp_path):
     with pytest.raises(ValueError, match="tiny-llama holds no packed integers to keep"):
-        gguf.export(TINY, tmp_path / "x.gguf", "kept")
+        gguf_file.export(TINY, tmp_path / "x.gguf", "kept")
 
 
 # --- header ------------------------------------------------------------------------------------------------------
@@ -192,14 +193,14 @@ def split_by(pattern: str) -> dict:
     ],
 )
 def test_a_way_of_cutting_text_has_the_name_that_readers_know(pre_tokenizer, name):
-    assert gguf.split_name(pre_tokenizer) == name
+    assert gguf_file.split_name(pre_tokenizer) == name
 
 
 # --- artefacts ---------------------------------------------------------------------------------------------------
 
 
 def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_once(tiny_artifact):
-    base, made = tiny_artifact, gguf.write(tiny_artifact, "q4_0")
+    base, made = tiny_artifact, gguf_file.write(tiny_artifact, "q4_0")
     assert made.path == base.path.parent / "tiny+gguf-q4_0"
     assert (made.format, made.card["base"]["sha256"]) == ("gguf-q4_0", base.sha256)
     modelfile = (made.path / "Modelfile").read_text()
@@ -208,7 +209,7 @@ def test_an_exported_artefact_has_all_that_engines_and_ollama_need_and_is_made_o
     assert made.bytes == engines.gguf_file(made.path).stat().st_size < base.bytes / 2
     assert engines.load("torch", made).generate([5, 6, 7], 3)
     before = engines.gguf_file(made.path).stat().st_mtime_ns
-    assert engines.gguf_file(gguf.write(base, "q4_0").path).stat().st_mtime_ns == before
+    assert engines.gguf_file(gguf_file.write(base, "q4_0").path).stat().st_mtime_ns == before
 
 
 def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tiny_artifact, tmp_path, command):
@@ -281,27 +282,27 @@ def changed(folder: Path, **values) -> Path:
 )
 def test_a_model_that_is_not_exported_is_refused_by_what_it_is(values, says, tiny_copy, tmp_path):
     with pytest.raises(ValueError, match=says):
-        gguf.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
+        gguf_file.export(changed(tiny_copy, **values), tmp_path / "x.gguf", "f16")
     assert not (tmp_path / "x.gguf").exists()
 
 
 def test_an_unknown_block_type_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no block type 'q3_x'.*q8_0, q5_1, q5_0, q4_1, q4_0, kept"):
-        gguf.export(TINY, tmp_path / "x.gguf", "q3_x")
+        gguf_file.export(TINY, tmp_path / "x.gguf", "q3_x")
 
 
 def test_gpt_2s_cut_is_called_smollms_where_no_token_joins_digits():
-    assert gguf.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
+    assert gguf_file.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
 
 
 def test_text_cut_in_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match="text is cut by Metaspace"):
-        gguf.split_name({"type": "Metaspace"})
+        gguf_file.split_name({"type": "Metaspace"})
 
 
 def test_more_tokens_than_rows_are_refused():
     with pytest.raises(ValueError, match="ids up to 1023, the embedding 1000 rows"):
-        gguf.vocabulary(checkpoint.load_tokenizer(TINY), 1000)
+        gguf_file.vocabulary(checkpoint.load_tokenizer(TINY), 1000)
 
 
 # --- readers -----------------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def test_a_gguf_file_gives_the_distributions_of_transformers(name, block, made, 
 @every_reader
 def test_a_grammar_makes_a_readable_call_in_every_engine(name, made, prompt, opened):
     tokenizer = checkpoint.load_tokenizer(TINY)
-    grammar = grammars.call_grammar(grammars.compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
+    grammar = grammars.call_grammar(grammars.grammar_compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
     engine = opened(name, made("gguf-q8_0"))
     text = tokenizer.decode(engine.generate(prompt, 120, grammar), skip_special_tokens=True)
     call = json.loads(text.removeprefix(grammars.BEGIN).removesuffix(grammars.END))
@@ -364,7 +365,7 @@ def token_ids_of_llamacpp(request: dict) -> dict:
 def token_ids_of_openvino(request: dict) -> dict:
     """In a process of its own: what GenAI's tokenizer makes of a text."""
     threads = {"INFERENCE_NUM_THREADS": request["threads"]} if request["threads"] else {}
-    pipeline = openvino.pipeline(Path(request["file"]), "CPU", ATTENTION_BACKEND="SDPA", **threads)
+    pipeline = openvino_engine.pipeline(Path(request["file"]), "CPU", ATTENTION_BACKEND="SDPA", **threads)
     encoded = pipeline.get_tokenizer().encode(request["text"], add_special_tokens=False)
     return {"ids": encoded.input_ids.data[0].tolist()}
 

@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from avalab import engines
-from avalab.engines import gguf, llamacpp
+from avalab.engines import gguf as gguf_file
+from avalab.engines import llamacpp
 from avalab.engines.engine import TINY
 from avalab.lab import artifacts
 from avalab.lab.run import ROOT
@@ -124,7 +125,7 @@ def test_a_missing_quantiser_is_named_with_the_way_to_get_it(small, monkeypatch)
     with pytest.raises(ValueError, match=r"no weights 'q7_k' for llama\.cpp's quantiser; choose one of q6_k, q5_k_m"):
         llamacpp.write(small, "q7_k")
     with pytest.raises(ValueError, match=r"no block type 'q4_k_m' is written.*\(K types: llamacpp\)"):
-        gguf.export(small.path, small.path / "x.gguf", "q4_k_m")
+        gguf_file.export(small.path, small.path / "x.gguf", "q4_k_m")
 
 
 # --- the build ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import onnx
+from avalab.engines import onnx as genai_folder
 from avalab.engines.engine import TINY
 
 
@@ -32,4 +32,4 @@ def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
 
 def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no weights 'int3' for ONNX; choose one of fp32, int8, int4"):
-        onnx.export(TINY, tmp_path, "int3")
+        genai_folder.export(TINY, tmp_path, "int3")

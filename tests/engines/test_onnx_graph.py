@@ -20,7 +20,7 @@ from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import ROOT, Run
-from avalab.models import checkpoint, packed, predict
+from avalab.models import checkpoint, packed, predict, walk
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install -e '.[onnx]'")
@@ -64,13 +64,13 @@ def prompt() -> list[int]:
 
 
 def rounded(weight: torch.Tensor, grid: Grid) -> formats.Rounded:
-    return rounding.round_weight(weight, rounding.problem(torch.eye(weight.shape[1])), grid, repairs=0)
+    return rounding.round_weight(weight, rounding.rounding_problem(torch.eye(weight.shape[1])), grid, repairs=0)
 
 
 def packed_artifact(run: Run, base: Artifact, name: str, grids: tuple[str, ...], table: str) -> Artifact:
     """The base with these grids in turn, its embedding in int8 rows, on a grid, or as it is."""
     model = checkpoint.load_model(base)
-    layers = checkpoint.linear_layers(model)
+    layers = walk.linear_layers(model)
     with torch.no_grad():
         parts = {
             layer: rounded(module.weight.float(), formats.grid_named(grids[at % len(grids)]))
@@ -112,7 +112,7 @@ def test_the_smallest_container_is_the_one_that_a_person_would_take():
 
     def of(*steps: int) -> tuple[int, bool]:
         row = torch.tensor([list(steps) + [0] * (32 - len(steps))], dtype=torch.int32)
-        made = block_types.blocks(Steps(row, scales))
+        made = block_types.smallest_blocks(Steps(row, scales))
         return made.bits, made.zeros is not None
 
     assert of(-2, 1) == (2, False)
@@ -128,7 +128,7 @@ def test_the_smallest_container_is_the_one_that_a_person_would_take():
 def test_codes_lie_in_their_bytes_from_the_lowest_bits_up():
     """Steps -8, -7, -6, -5 are the codes 0, 1, 2, 3: bytes 0x10 and 0x32."""
     row = torch.tensor([[-8, -7, -6, -5] * 8], dtype=torch.int32)
-    assert block_types.blocks(Steps(row, torch.ones(1, 1))).codes.flatten().tolist() == [0x10, 0x32] * 8
+    assert block_types.smallest_blocks(Steps(row, torch.ones(1, 1))).codes.flatten().tolist() == [0x10, 0x32] * 8
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_codes_lie_in_their_bytes_from_the_lowest_bits_up():
 def test_the_runtimes_product_is_that_of_the_decoded_grid_and_takes_the_bytes_that_were_expected(grid, columns):
     torch.manual_seed(0)
     part = rounded(torch.randn(24, columns), grid)
-    made = block_types.blocks(block_types.steps_of(part))
+    made = block_types.smallest_blocks(block_types.steps_of(part))
     assert made.bytes <= block_types.onnx_stored_bytes(24, columns, grid)
     helper, kinds = onnx.helper, onnx.TensorProto
     ends = [helper.make_tensor_value_info(n, kinds.FLOAT, [None, size]) for n, size in (("x", columns), ("y", 24))]
@@ -167,7 +167,7 @@ def test_the_runtimes_product_is_that_of_the_decoded_grid_and_takes_the_bytes_th
 
 def test_groups_that_no_block_divides_are_refused():
     with pytest.raises(ValueError, match="no blocks for groups of 24, only for whole rows and multiples of 16"):
-        block_types.container(4, 384, 24)
+        block_types.container_bits(4, 384, 24)
 
 
 # --- packed artefacts --------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_ava_keeps_its_budget_and_beats_one_grid_for_all_layers_at_its_bytes(run
     assert made.name.endswith("b-onnx")
     assert sum(about["formats"].values()) == 29
     tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
+    windows = corpora.windows(corpora.evaluation_text("python_docs", tokenizer), tokenizer, count=4, tokens=64)
     theirs = engines.load("torch", base, dtype=torch.float32)
     found = []
     for artifact in (made, plain):
@@ -268,7 +268,7 @@ def test_a_budget_below_the_smallest_folder_names_it(run, base):
 def test_every_grid_that_is_offered_is_stored_without_waste():
     for grid in [*ava_targets.onnx_grids(384), *ava_targets.onnx_grids(576, 64), Grid(8, 576, symmetric=True)]:
         columns = 384 if 384 % grid.group_size == 0 else 576
-        assert block_types.container(grid.bits, columns, grid.group_size) == grid.bits
+        assert block_types.container_bits(grid.bits, columns, grid.group_size) == grid.bits
     assert [g.name for g in ava_targets.onnx_grids(100)] == ["w2g100", "w4g100", "w4g100-sym", "w8g100-sym"]
 
 

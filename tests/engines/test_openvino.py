@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import gguf, openvino
+from avalab.engines import gguf as gguf_file
+from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import TINY
-from avalab.models import checkpoint
+from avalab.models import checkpoint, walk
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
 
@@ -25,7 +26,7 @@ def test_openvino_in_float32_has_the_logits_of_transformers(block, made, prompt,
 def test_openvino_reads_q4_1_as_it_is_where_minimums_are_whole_steps(tmp_path, prompt, reference):
     """Its reader rounds a block's minimum to a whole number of steps; weights of that kind lose nothing."""
     model = checkpoint.load_model(TINY, dtype=torch.float32)
-    for layer in checkpoint.linear_layers(model).values():
+    for layer in walk.linear_layers(model).values():
         blocks = layer.weight.data.view(-1, 32)
         steps = (blocks * 2**5).round().clamp(-7, 8)
         steps[:, 0], steps[:, 1] = -7, 8  # the block's ends, so that its type finds this grid
@@ -33,7 +34,7 @@ def test_openvino_reads_q4_1_as_it_is_where_minimums_are_whole_steps(tmp_path, p
     model.config.dtype = torch.float32
     checkpoint.save_model(model, checkpoint.load_tokenizer(TINY), tmp_path / "grid")
     (tmp_path / "file").mkdir()
-    gguf.export(tmp_path / "grid", tmp_path / "file" / "m.gguf", "q4_1")
+    gguf_file.export(tmp_path / "grid", tmp_path / "file" / "m.gguf", "q4_1")
     ours = engines.load("openvino", tmp_path / "file", threads=1, properties=EXACT).logits(prompt)
     torch.testing.assert_close(ours, reference(tmp_path / "file").logits(prompt), atol=1e-3, rtol=0)
 
@@ -49,11 +50,11 @@ def test_an_openvino_folder_is_close_to_its_dense_model(weights, allowed, made, 
 
 @pytest.mark.needs("openvino_genai")
 def test_an_openvino_artefact_names_what_it_was_made_from_and_is_made_once(tiny_artifact, monkeypatch, prompt):
-    base, made = tiny_artifact, openvino.write(tiny_artifact, "f16")
+    base, made = tiny_artifact, openvino_engine.write(tiny_artifact, "f16")
     assert (made.name, made.format, made.card["base"]["sha256"]) == ("tiny+openvino-f16", "openvino-f16", base.sha256)
     assert engines.load("openvino", made, threads=1).generate(prompt, 3, past_end=True)
-    monkeypatch.setattr(openvino, "export", lambda *arguments: pytest.fail("it was made a second time"))
-    assert openvino.write(base, "f16").sha256 == made.sha256
+    monkeypatch.setattr(openvino_engine, "export", lambda *arguments: pytest.fail("it was made a second time"))
+    assert openvino_engine.write(base, "f16").sha256 == made.sha256
 
 
 @pytest.mark.needs("openvino_genai")
@@ -73,4 +74,4 @@ def test_openvino_leaves_an_artefact_as_it_was(made, prompt):
 
 def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no weights 'int3' for OpenVINO; choose one of f16, int8, int4"):
-        openvino.export(TINY, tmp_path, "int3")
+        openvino_engine.export(TINY, tmp_path, "int3")

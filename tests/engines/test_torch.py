@@ -17,9 +17,9 @@ from avalab.engines import torch as torch_engine
 from avalab.engines.engine import TINY, Engine
 from avalab.engines.torch import FourBitLinear
 from avalab.kernels import dispatch, product
-from avalab.kernels.product import sample
+from avalab.kernels.product import sample_weight
 from avalab.lab.run import ROOT
-from avalab.models import adapters, checkpoint
+from avalab.models import adapters, checkpoint, walk
 
 ADD = {"name": "add", "parameters": {"type": "dict", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}}
 
@@ -66,7 +66,7 @@ def test_generation_stops_before_the_end_token(tiny, prompt):
 
 def test_a_grammar_makes_a_readable_call(tiny, prompt):
     tokenizer = checkpoint.load_tokenizer(TINY)
-    grammar = grammars.call_grammar(grammars.compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
+    grammar = grammars.call_grammar(grammars.grammar_compiler(tokenizer, 1024), [ADD], refusal=False, max_calls=1)
     text = tokenizer.decode(tiny.generate(prompt, 120, grammar), skip_special_tokens=True)
     call = json.loads(text.removeprefix(grammars.BEGIN).removesuffix(grammars.END))
     assert (call[0]["name"], list(call[0]["arguments"])) == ("add", ["a"])
@@ -89,8 +89,8 @@ def artifacts(run, base):
 def test_every_4_bit_layer_computes_through_the_kernels_with_the_artefacts_own_values(name, artifacts):
     plain, loaded = checkpoint.load_model(artifacts[name]), engines.load("torch", artifacts[name]).state["model"]
     layers = {key: m for key, m in loaded.named_modules() if isinstance(m, FourBitLinear)}
-    assert list(layers) == list(checkpoint.linear_layers(plain))
-    for key, module in checkpoint.linear_layers(plain).items():
+    assert list(layers) == list(walk.linear_layers(plain))
+    for key, module in walk.linear_layers(plain).items():
         from bitsandbytes.functional import dequantize_4bit
 
         expected = dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -108,14 +108,14 @@ def test_logits_are_as_near_to_bitsandbytes_as_bf16_allows(name, artifacts):
 
 def test_the_switch_forces_the_reference_in_a_loaded_engine(artifacts, monkeypatch):
     engine, used = engines.load("torch", artifacts["nf4"]), set()
-    choose = dispatch.choose
+    choose = dispatch.choose_form
 
     def watched(operation, forms, device, *arguments, **options):
         form = choose(operation, forms, device, *arguments, **options)
         used.add((operation, form.name))
         return form
 
-    monkeypatch.setattr(product, "choose", watched)
+    monkeypatch.setattr(product, "choose_form", watched)
     fast = engine.logits([5, 6, 7])
     assert used
     assert ("product", "reference") not in used
@@ -141,7 +141,7 @@ def test_a_form_that_fails_its_check_is_not_used_by_the_engine(artifacts, monkey
 
 
 def test_a_bias_is_added():
-    weight, bias = sample("cpu", kind="nf4"), torch.arange(96.0)
+    weight, bias = sample_weight("cpu", kind="nf4"), torch.arange(96.0)
     layer, x = FourBitLinear(weight, bias), torch.ones(2, 192)
     torch.testing.assert_close(layer(x), kernels.multiply(x, weight) + bias)
     assert "in_features=192, out_features=96, group=64" in repr(layer)
@@ -163,14 +163,14 @@ def test_layers_below_an_adapter_are_replaced_too(artifacts):
 
 def test_a_layer_with_a_group_of_zeros_stays_with_bitsandbytes_and_the_log_names_both(artifacts, caplog):
     model = checkpoint.load_model(artifacts["nf4"])
-    name, layer = list(checkpoint.linear_layers(model).items())[3]
+    name, layer = list(walk.linear_layers(model).items())[3]
     layer.weight.quant_state.absmax[2] = 0
     with caplog.at_level(logging.WARNING):
         replaced = torch_engine.apply_kernels(model)
-    assert replaced == len(checkpoint.linear_layers(checkpoint.load_model(artifacts["nf4"]))) - 1
+    assert replaced == len(walk.linear_layers(checkpoint.load_model(artifacts["nf4"]))) - 1
     assert f"{name} stays with bitsandbytes: 1 of" in caplog.text
     assert "row 1, group 0" in caplog.text  # two groups of 64 a row
-    assert type(checkpoint.linear_layers(model)[name]).__name__ == "Linear4bit"
+    assert type(walk.linear_layers(model)[name]).__name__ == "Linear4bit"
 
 
 COMPILE = """

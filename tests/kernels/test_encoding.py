@@ -86,7 +86,7 @@ def test_a_group_of_zeros_keeps_the_scale_zero_and_decodes_to_zeros():
 
 def test_the_switch_forces_the_reference(monkeypatch):
     monkeypatch.setenv(dispatch.SWITCH, "reference")
-    form = dispatch.choose("encode", encoding.ENCODE, torch.device("cpu"), normal(2, 64), FORMATS["nf4"])
+    form = dispatch.choose_form("encode", encoding.ENCODE, torch.device("cpu"), normal(2, 64), FORMATS["nf4"])
     assert form.name == "reference"
 
 

@@ -88,7 +88,7 @@ def test_q4_0_gives_the_largest_magnitude_the_code_minus_eight():
     weight[0, 0], weight[0, 16] = 8.0, -3.0
     encoded = encode(weight, ALL["q4_0"])
     assert (encoded.codes[0, 0].item(), encoded.codes[0, 16].item()) == (-8, 3)
-    assert block_types.pack(encoded)[0, :4].tolist() == [0x00, 0xBC, 0xB0, 0x88]
+    assert block_types.pack_blocks(encoded)[0, :4].tolist() == [0x00, 0xBC, 0xB0, 0x88]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_gguf_bytes_are_those_of_the_gguf_package(name, spread):
     weight[2] = (weight[2] * 8 / spread).round() * spread / 8 + 0.0  # many ties; no negative zeros
     theirs = quants.quantize(weight.numpy(), GGMLQuantizationType[name.upper()])
     encoded = encode(weight, ALL[name])
-    assert np.array_equal(block_types.pack(encoded).numpy(), theirs)
+    assert np.array_equal(block_types.pack_blocks(encoded).numpy(), theirs)
     assert np.array_equal(decode(encoded).numpy(), quants.dequantize(theirs, GGMLQuantizationType[name.upper()]))
 
 
@@ -283,7 +283,7 @@ def test_a_format_that_is_only_decoded_says_so(name):
     with pytest.raises(ValueError, match=f"{name} is only decoded"):
         encode(normal(1, 256), ALL[name])
     with pytest.raises(ValueError, match=f"{name} is only decoded here; packed are q4_0, "):
-        block_types.pack(replace(encode(normal(1, 256), ALL["q4_0"]), format=ALL[name]))
+        block_types.pack_blocks(replace(encode(normal(1, 256), ALL["q4_0"]), format=ALL[name]))
 
 
 def test_a_shape_without_weights_is_refused():
@@ -297,7 +297,7 @@ def test_formats_that_cannot_be_made_are_refused_by_name():
     with pytest.raises(ValueError, match="nf4, fp4, got 'af4'"):
         four_bit("af4")
     with pytest.raises(ValueError, match="no GGUF block type is called 'nf4'; there are q4_0, "):
-        block_types.pack(encode(normal(1, 64), FORMATS["nf4"]))
+        block_types.pack_blocks(encode(normal(1, 64), FORMATS["nf4"]))
 
 
 def test_nibbles_above_15_or_unpaired_are_refused():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from avalab import kernels
 from avalab.kernels import dispatch, lora, product
-from avalab.kernels.product import KINDS, sample
+from avalab.kernels.product import KINDS, sample_weight
 
 
 def parts(weight, rank=3, batch=(5,), dtype=torch.float64):
@@ -19,7 +19,7 @@ def parts(weight, rank=3, batch=(5,), dtype=torch.float64):
 
 @pytest.mark.parametrize("kind", ["nf4_nested", "int4_zero_point"])
 def test_gradients_agree_with_finite_differences_in_float64(kind):
-    w = sample("cpu", kind=kind, rows=8, cols=64)
+    w = sample_weight("cpu", kind=kind, rows=8, cols=64)
     x, a, b = parts(w, rank=2, batch=(2,))
     assert torch.autograd.gradcheck(lambda *t: kernels.linear(t[0], w, a=t[1], b=t[2], scaling=0.5), (x, a, b))
     assert torch.autograd.gradcheck(lambda t: kernels.linear(t, w), (x,))
@@ -34,7 +34,7 @@ def test_gradients_agree_with_finite_differences_in_float64(kind):
 )
 @settings(max_examples=30, deadline=None)
 def test_result_and_gradients_agree_with_the_reference(rows, groups, group_size, rank, kind):
-    w = sample("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
+    w = sample_weight("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
     inputs = parts(w, rank, batch=(2, 3))
     found = []
     for run in (lora.lora_fused, lora.lora_reference):
@@ -50,7 +50,10 @@ def result_and_gradients(w, inputs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_strided_input_and_memory_that_held_nan_leave_no_trace_and_the_result_repeats(kind, monkeypatch):
-    w, inputs = sample("cpu", kind=kind), parts(sample("cpu", kind=kind), batch=(2, 5), dtype=torch.bfloat16)
+    w, inputs = (
+        sample_weight("cpu", kind=kind),
+        parts(sample_weight("cpu", kind=kind), batch=(2, 5), dtype=torch.bfloat16),
+    )
     expected = result_and_gradients(w, inputs)
     strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in inputs]
     assert not any(t.is_contiguous() for t in strided)
@@ -69,7 +72,7 @@ def poisoned(tensor):
 
 
 def test_nan_in_a_token_reaches_its_result_and_the_adapters_gradients_and_no_other_token():
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     x, a, b = parts(w)
     with torch.no_grad():
         x[1, 7] = float("nan")
@@ -81,13 +84,13 @@ def test_nan_in_a_token_reaches_its_result_and_the_adapters_gradients_and_no_oth
 
 
 def test_an_adapter_whose_b_is_zero_leaves_the_product_as_it_is():
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     x, a, b = (part.detach() for part in parts(w, dtype=torch.bfloat16))
     assert torch.equal(kernels.linear(x, w, a=a, b=torch.zeros_like(b)), kernels.multiply(x, w))
 
 
 def test_bf16_gradients_are_within_a_hundredth_of_float64():
-    w = sample("cpu", kind="nf4", rows=128, cols=256)
+    w = sample_weight("cpu", kind="nf4", rows=128, cols=256)
     gradients = []
     for dtype in (torch.float64, torch.bfloat16):
         inputs = [t.detach().bfloat16().to(dtype).requires_grad_() for t in parts(w, 8, (64,))]
@@ -97,7 +100,7 @@ def test_bf16_gradients_are_within_a_hundredth_of_float64():
 
 
 def test_float32_adapters_get_float32_gradients_from_bf16_activations():
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     x, a, b = parts(w, dtype=torch.bfloat16)
     masters = [t.detach().float().requires_grad_() for t in (a, b)]
     kernels.linear(x, w, a=masters[0], b=masters[1]).sum().backward()
@@ -106,7 +109,7 @@ def test_float32_adapters_get_float32_gradients_from_bf16_activations():
 
 
 def test_what_autograd_keeps_is_the_input_the_adapter_and_its_inner_product():
-    w = sample("cpu", kind="nf4", rows=128, cols=256)
+    w = sample_weight("cpu", kind="nf4", rows=128, cols=256)
     x, a, b = parts(w, rank=4, batch=(10,), dtype=torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
@@ -117,7 +120,7 @@ def test_what_autograd_keeps_is_the_input_the_adapter_and_its_inner_product():
 def test_no_tensor_as_large_as_the_weight_is_made_in_either_direction(monkeypatch):
     monkeypatch.setitem(product.TILE_WEIGHTS, "cpu", 4096)
     monkeypatch.setattr(product, "PANEL_COLS", 64)
-    w, largest = sample("cpu", kind="nf4", rows=256, cols=512), 0
+    w, largest = sample_weight("cpu", kind="nf4", rows=256, cols=512), 0
     x, a, b = parts(w, rank=4, batch=(10,), dtype=torch.bfloat16)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -136,27 +139,27 @@ def test_no_tensor_as_large_as_the_weight_is_made_in_either_direction(monkeypatc
 
 
 def test_without_an_adapter_not_even_the_input_is_kept():
-    w, kept = sample("cpu", kind="nf4"), []
+    w, kept = sample_weight("cpu", kind="nf4"), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         kernels.linear(torch.ones(3, 192, requires_grad=True), w).sum().backward()
     assert kept == []
 
 
 def test_the_switch_runs_the_reference(monkeypatch):
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     x, a, b = parts(w)
     monkeypatch.setenv(dispatch.SWITCH, "reference")
     assert torch.equal(kernels.linear(x, w, a=a, b=b), lora.lora_reference(x, w, a, b, 1.0))
 
 
 def test_half_an_adapter_is_refused():
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     with pytest.raises(ValueError, match="an adapter is A and B, got only A"):
         kernels.linear(torch.ones(1, 192), w, a=torch.ones(2, 192))
 
 
 def test_an_adapter_of_another_shape_is_refused_by_all_three_shapes():
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     with pytest.raises(ValueError, match=r"A \(2, 100\) and B \(96, 2\) do not fit a weight of \(96, 192\)"):
         # As a user has it, without the checks of shapes that the tests install.
         kernels.linear.__wrapped__(torch.ones(1, 192), w, a=torch.ones(2, 100), b=torch.ones(96, 2))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from avalab import kernels
 from avalab.kernels import dispatch, product, weight
 from avalab.kernels.formats import FORMATS, decode, encode
-from avalab.kernels.product import KINDS, error_bound, sample
+from avalab.kernels.product import KINDS, error_bound, sample_weight
 
 FORMATS_4 = (
     "nf4",
@@ -75,7 +75,7 @@ def test_double_quantized_scales_stay_quantized_in_memory():
 @given(rows=st.integers(1, 9), groups=st.integers(1, 5), kind=st.sampled_from(KINDS), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_part_of_a_weight_decodes_to_that_part_of_the_whole(rows, groups, kind, data):
-    w = sample("cpu", kind=kind, rows=rows, cols=64 * groups)
+    w = sample_weight("cpu", kind=kind, rows=rows, cols=64 * groups)
     first, last = sorted(data.draw(st.tuples(st.integers(0, rows - 1), st.integers(1, rows))))
     left, right = sorted(data.draw(st.tuples(st.integers(0, groups - 1), st.integers(1, groups))))
     part, cols = slice(first, max(last, first + 1)), slice(64 * left, 64 * max(right, left + 1))
@@ -95,7 +95,9 @@ def test_part_of_a_weight_decodes_to_that_part_of_the_whole(rows, groups, kind, 
 )
 @settings(max_examples=80, deadline=None)
 def test_every_form_stays_within_four_roundings_of_the_exact_product(rows, groups, group_size, batch, kind, dtype):
-    w = product.prepare(sample("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size))
+    w = product.prepare_small_batches(
+        sample_weight("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
+    )
     x = normal(batch, group_size * groups, dtype=dtype)
     exact, bound = x.double() @ weight.decode(w, torch.float64).T, error_bound(x, w)
     forms = [form for form in product.PRODUCT if form.name != "triton" and form.serves(x, w)]
@@ -114,13 +116,13 @@ def test_every_form_stays_within_four_roundings_of_the_exact_product(rows, group
 )
 @settings(max_examples=40, deadline=None)
 def test_the_transposed_product_equals_the_reference_in_float64(rows, groups, group_size, batch, kind):
-    w = sample("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
+    w = sample_weight("cpu", kind=kind, rows=rows, cols=group_size * groups, group_size=group_size)
     g = normal(batch, rows, dtype=torch.float64)
     torch.testing.assert_close(product.transposed_tiles(g, w), product.transposed_reference(g, w))
 
 
 def test_tiles_of_any_size_give_the_same_product(monkeypatch):
-    w, x, g = sample("cpu", kind="int4_zero_point"), normal(7, 192).double(), normal(7, 96).double()
+    w, x, g = sample_weight("cpu", kind="int4_zero_point"), normal(7, 192).double(), normal(7, 96).double()
     for tile in (1, 1000, 5000, 2**20):
         monkeypatch.setitem(product.TILE_WEIGHTS, "cpu", tile)
         torch.testing.assert_close(product.product_tiles(x, w), product.product_reference(x, w))
@@ -129,7 +131,7 @@ def test_tiles_of_any_size_give_the_same_product(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_may_be_strided_or_have_more_dimensions(kind):
-    w = product.prepare(sample("cpu", kind=kind))
+    w = product.prepare_small_batches(sample_weight("cpu", kind=kind))
     wide = normal(2, 3, 384, dtype=torch.bfloat16)
     strided, turned = wide[..., ::2], normal(192, 3, dtype=torch.bfloat16).T
     for x in (strided, turned):
@@ -140,7 +142,7 @@ def test_activations_may_be_strided_or_have_more_dimensions(kind):
 @pytest.mark.parametrize("batch", [1, 5, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_that_held_nan_before_leaves_no_trace_and_the_result_repeats(kind, batch, monkeypatch):
-    w, x = product.prepare(sample("cpu", kind=kind)), normal(batch, 192, dtype=torch.bfloat16)
+    w, x = product.prepare_small_batches(sample_weight("cpu", kind=kind)), normal(batch, 192, dtype=torch.bfloat16)
     monkeypatch.setitem(product.TILE_WEIGHTS, "cpu", 4096)
     expected = kernels.multiply(x, w)
     poisoned_empty(monkeypatch)
@@ -164,7 +166,7 @@ def poisoned_empty(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_transposed_product_keeps_nan_in_its_row_takes_strides_and_ignores_what_memory_held(kind, monkeypatch):
-    w, g = sample("cpu", kind=kind), normal(4, 192, dtype=torch.bfloat16)[:, ::2]
+    w, g = sample_weight("cpu", kind=kind), normal(4, 192, dtype=torch.bfloat16)[:, ::2]
     g[1, 7] = float("nan")
     expected = kernels.multiply_transposed(g.contiguous(), w)
     poisoned_empty(monkeypatch)
@@ -176,7 +178,7 @@ def test_the_transposed_product_keeps_nan_in_its_row_takes_strides_and_ignores_w
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [3, 100])
 def test_nan_in_one_row_of_activations_makes_that_row_nan_and_no_other(kind, batch):
-    w, x = product.prepare(sample("cpu", kind=kind)), normal(batch, 192, dtype=torch.bfloat16)
+    w, x = product.prepare_small_batches(sample_weight("cpu", kind=kind)), normal(batch, 192, dtype=torch.bfloat16)
     x[1, 7] = float("nan")
     bad = kernels.multiply(x, w).isnan()
     assert bad[1].all()
@@ -191,11 +193,11 @@ def test_the_product_agrees_with_bitsandbytes_own():
 
 def test_the_small_batch_kernel_serves_nf4_and_int4_where_the_machine_has_it():
     for kind in ("nf4", "int4", "int4_zero_point"):
-        w, x = product.prepare(sample("cpu", kind=kind)), normal(1, 192, dtype=torch.bfloat16)
+        w, x = product.prepare_small_batches(sample_weight("cpu", kind=kind)), normal(1, 192, dtype=torch.bfloat16)
         if kind == "nf4" and product.native_code() != "avx512_bf16":
             assert w.small_batch is None
         else:
-            assert dispatch.choose("product", product.PRODUCT, x.device, x, w).name == "library"
+            assert dispatch.choose_form("product", product.PRODUCT, x.device, x, w).name == "library"
 
 
 def test_int4_decodes_as_torchao_does():
@@ -213,10 +215,10 @@ def test_int4_decodes_as_torchao_does():
 
 def test_the_switch_forces_the_reference_everywhere(monkeypatch):
     monkeypatch.setenv(dispatch.SWITCH, "reference")
-    w, x = product.prepare(sample("cpu", kind="nf4")), normal(2, 192, dtype=torch.bfloat16)
+    w, x = product.prepare_small_batches(sample_weight("cpu", kind="nf4")), normal(2, 192, dtype=torch.bfloat16)
     arguments = {"product": (x, w), "product_transposed": (x, w), "decode": (w, x.dtype), "lora": (x, w)}
     for name, forms in kernels.OPERATIONS.items():
-        assert dispatch.choose(name, forms, x.device, *arguments.get(name, (x,))).name == "reference"
+        assert dispatch.choose_form(name, forms, x.device, *arguments.get(name, (x,))).name == "reference"
 
 
 def test_a_form_that_fails_its_check_is_never_used_and_says_so_once(monkeypatch):
@@ -226,10 +228,10 @@ def test_a_form_that_fails_its_check_is_never_used_and_says_so_once(monkeypatch)
         return product.product_reference(x, w) + 1000
 
     forms = (dispatch.Form("tiles", broken, lambda *_: True, product.product_check(broken, 2)), product.PRODUCT[-1])
-    w, x = sample("cpu", kind="nf4"), normal(2, 192)
+    w, x = sample_weight("cpu", kind="nf4"), normal(2, 192)
     with pytest.warns(UserWarning, match="'tiles' failed its check on cpu, not used: nf4 times 2 rows"):
-        assert dispatch.choose("product", forms, x.device, x, w).name == "reference"
-    assert dispatch.choose("product", forms, x.device, x, w).name == "reference"
+        assert dispatch.choose_form("product", forms, x.device, x, w).name == "reference"
+    assert dispatch.choose_form("product", forms, x.device, x, w).name == "reference"
 
 
 def test_no_form_but_the_reference_is_without_a_check():
@@ -248,7 +250,7 @@ y = kernels.multiply(torch.ones(2, 192, dtype=torch.bfloat16), w)
 print(w.small_batch, y.double().sum().item())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    expected = product.product_tiles(torch.ones(2, 192, dtype=torch.bfloat16), sample("cpu", kind="nf4"))
+    expected = product.product_tiles(torch.ones(2, 192, dtype=torch.bfloat16), sample_weight("cpu", kind="nf4"))
     assert done.stdout.split() == ["None", str(expected.double().sum().item())]
 
 
@@ -258,7 +260,7 @@ def test_a_processor_without_the_instructions_falls_back_to_tiles_and_says_so_on
     product.native_code.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            weights = [product.prepare(sample("cpu", kind="nf4")) for _ in range(2)]
+            weights = [product.prepare_small_batches(sample_weight("cpu", kind="nf4")) for _ in range(2)]
     finally:
         product.native_code.cache_clear()
     assert caplog.text.count("no small-batch NF4 kernel for this CPU") == 1
@@ -272,7 +274,7 @@ def test_a_processor_without_the_instructions_falls_back_to_tiles_and_says_so_on
 
 def test_columns_that_differ_are_refused_by_both_numbers():
     with pytest.raises(ValueError, match="activations of 100 values do not match the 192 columns"):
-        kernels.multiply(normal(2, 100), sample("cpu", kind="nf4"))
+        kernels.multiply(normal(2, 100), sample_weight("cpu", kind="nf4"))
 
 
 def test_a_group_that_does_not_divide_is_refused_by_both_numbers():
@@ -285,17 +287,17 @@ def test_a_group_that_does_not_divide_is_refused_by_both_numbers():
 
 def test_an_unknown_dtype_is_refused_with_those_that_are_allowed():
     with pytest.raises(ValueError, match=r"float8_e4m3fn; the product takes .*bfloat16"):
-        kernels.multiply(normal(2, 192).to(torch.float8_e4m3fn), sample("cpu", kind="nf4"))
+        kernels.multiply(normal(2, 192).to(torch.float8_e4m3fn), sample_weight("cpu", kind="nf4"))
 
 
 def test_another_device_is_refused_by_name():
     with pytest.raises(ValueError, match="activations are on meta, the weight on cpu"):
-        kernels.multiply(torch.empty(2, 192, device="meta"), sample("cpu", kind="nf4"))
+        kernels.multiply(torch.empty(2, 192, device="meta"), sample_weight("cpu", kind="nf4"))
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_scale_of_zero_or_nan_is_refused_by_row_and_group(bad):
-    w = sample("cpu", kind="nf4")
+    w = sample_weight("cpu", kind="nf4")
     w.scales[5, 2] = bad
     with pytest.raises(ValueError, match=r"1 of 288 scales .* in row 5, group 2 \(columns 128 on\)"):
         kernels.checked(w)
@@ -305,7 +307,7 @@ def test_a_scale_of_zero_or_nan_is_refused_by_row_and_group(bad):
 
 def test_activations_that_want_a_gradient_are_sent_to_the_differentiable_layer():
     with pytest.raises(ValueError, match=r"use avalab\.kernels\.linear"):
-        kernels.multiply(normal(2, 192).requires_grad_(), sample("cpu", kind="nf4"))
+        kernels.multiply(normal(2, 192).requires_grad_(), sample_weight("cpu", kind="nf4"))
 
 
 def test_a_state_without_a_4_bit_weight_is_refused():
@@ -321,4 +323,4 @@ def test_a_format_of_other_bits_is_refused():
 def test_a_switch_that_names_no_form_is_refused(monkeypatch):
     monkeypatch.setenv(dispatch.SWITCH, "fastest")
     with pytest.raises(ValueError, match="'fastest' names no form; choose one of library, reference, tiles, triton"):
-        kernels.multiply(normal(2, 192), sample("cpu", kind="nf4"))
+        kernels.multiply(normal(2, 192), sample_weight("cpu", kind="nf4"))

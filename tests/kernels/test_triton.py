@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from avalab.kernels import loss_chunks, weight
-from avalab.kernels.product import KINDS, error_bound, sample
+from avalab.kernels.product import KINDS, error_bound, sample_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter, numpy, warns about infinity less infinity even where `tl.where` then drops the result.
@@ -90,7 +90,7 @@ def check_encoding_gives_the_bytes_of_the_reference(group_size, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch", "rows"), [(1, 33), (16, 16), (19, 5)])
 def check_the_product_stays_within_four_roundings_of_the_exact_one(ours, kind, batch, rows):
-    w = sample(DEVICE, kind=kind, rows=rows, cols=128)
+    w = sample_weight(DEVICE, kind=kind, rows=rows, cols=128)
     # The interpreter has no bf16 product; float16 takes the same path.
     for dtype in (torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16):
         x = torch.randn(batch, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
@@ -101,7 +101,7 @@ def check_the_product_stays_within_four_roundings_of_the_exact_one(ours, kind, b
 @pytest.mark.parametrize("group_size", [32, 96, 128])
 def check_groups_of_any_multiple_of_32_are_taken(ours, group_size):
     w, x = (
-        sample(DEVICE, kind="int4_zero_point", rows=8, cols=384, group_size=group_size),
+        sample_weight(DEVICE, kind="int4_zero_point", rows=8, cols=384, group_size=group_size),
         torch.ones(2, 384, device=DEVICE),
     )
     torch.testing.assert_close(ours.product(x, w), x @ weight.decode(w).T, rtol=1e-4, atol=1e-4)
@@ -109,7 +109,7 @@ def check_groups_of_any_multiple_of_32_are_taken(ours, group_size):
 
 @pytest.mark.parametrize("kind", KINDS)
 def check_strides_nan_and_what_memory_held_before_change_no_other_row(ours, kind, monkeypatch):
-    w = sample(DEVICE, kind=kind, rows=33, cols=128)
+    w = sample_weight(DEVICE, kind=kind, rows=33, cols=128)
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, ::2]
     expected = ours.product(x.contiguous(), w)
     x[1, 7] = float("nan")
@@ -123,7 +123,7 @@ def check_strides_nan_and_what_memory_held_before_change_no_other_row(ours, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def check_decoding_gives_the_bits_of_the_reference(ours, kind):
-    w = sample(DEVICE, kind=kind, rows=35, cols=192)
+    w = sample_weight(DEVICE, kind=kind, rows=35, cols=192)
     assert torch.equal(ours.decode(w, torch.float32), weight.decode(w))
     if DEVICE == "cuda":  # the interpreter cuts float32 to bf16 instead of rounding
         assert torch.equal(ours.decode(w, torch.bfloat16), weight.decode(w, torch.bfloat16))

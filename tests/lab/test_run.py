@@ -195,8 +195,8 @@ def test_a_machine_without_proc_still_has_a_device_name(monkeypatch):
 
 def test_a_clean_checkout_is_named_by_its_commit_alone(repository):
     head = subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert lab_run.commit()
-    assert head.startswith(lab_run.commit())
+    assert lab_run.commit_hash()
+    assert head.startswith(lab_run.commit_hash())
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -204,24 +204,24 @@ def test_changed_sources_add_a_plus_to_the_commit(repository, staged):
     (repository / "code.py").write_text("x = 2\n")
     if staged:
         subprocess.run(["git", "-C", str(repository), "add", "code.py"], check=True)
-    assert lab_run.commit().endswith("+")
+    assert lab_run.commit_hash().endswith("+")
 
 
 def test_results_that_the_run_writes_do_not_make_its_commit_differ(repository):
     (repository / "results" / "table.json").write_text("[1]\n")
-    assert not lab_run.commit().endswith("+")
+    assert not lab_run.commit_hash().endswith("+")
 
 
 def test_there_is_no_commit_outside_a_repository_or_before_the_first_one(root, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(root.parent))
-    assert lab_run.commit() == ""
+    assert lab_run.commit_hash() == ""
     subprocess.run(["git", "-C", str(root), "init", "-q"], check=True)
-    assert lab_run.commit() == ""
+    assert lab_run.commit_hash() == ""
 
 
 def test_a_machine_without_git_records_no_commit(root, monkeypatch):
     monkeypatch.setenv("PATH", str(root))
-    assert lab_run.commit() == ""
+    assert lab_run.commit_hash() == ""
 
 
 def test_profiles_grow_in_every_size():

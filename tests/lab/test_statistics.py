@@ -103,14 +103,14 @@ def test_scores_of_different_windows_are_not_paired():
 def test_the_tail_of_known_values_is_their_percentile():
     """0 to 99 in one window: the 99th percentile by linear interpolation is 98.01."""
     values = torch.arange(100.0).reshape(1, 100)
-    assert statistics.tail(values, resamples=10, seed=0).value == pytest.approx(98.01)
+    assert statistics.tail_percentile(values, resamples=10, seed=0).value == pytest.approx(98.01)
 
 
 def test_the_tail_has_an_interval_around_it_and_none_for_one_window():
     values = torch.from_numpy(np.random.default_rng(0).exponential(size=(12, 50))).float()
-    found = statistics.tail(values, resamples=100, seed=0)
+    found = statistics.tail_percentile(values, resamples=100, seed=0)
     assert found.low <= found.value <= found.high
-    assert statistics.tail(values[:1], resamples=100, seed=0).low is None
+    assert statistics.tail_percentile(values[:1], resamples=100, seed=0).low is None
 
 
 def test_half_of_everything_is_a_ratio_of_one_half_without_doubt():
@@ -321,12 +321,12 @@ BINARY = np.array([[0, 1, 0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 1, 0, 0, 0, 0
 
 @pytest.mark.parametrize(("level", "value"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
 def test_alpha_of_krippendorffs_four_observers_is_the_published_one(level, value):
-    assert statistics.alpha(OBSERVERS, level=level) == pytest.approx(value, abs=5e-4)
+    assert statistics.krippendorff_alpha(OBSERVERS, level=level) == pytest.approx(value, abs=5e-4)
 
 
 def test_alpha_of_krippendorffs_two_observers_is_the_published_one():
     """14 zeros and 6 ones, 4 coincidences 0-1: 1 - 19 x 4 / (14 x 6) = 0.095."""
-    assert statistics.alpha(BINARY, level="nominal") == pytest.approx(1 - 19 * 4 / (14 * 6))
+    assert statistics.krippendorff_alpha(BINARY, level="nominal") == pytest.approx(1 - 19 * 4 / (14 * 6))
 
 
 def test_ordinal_alpha_of_three_units_by_pencil():
@@ -334,17 +334,17 @@ def test_ordinal_alpha_of_three_units_by_pencil():
 
     Observed 1 x 4; expected 3 x 1 x 4 + 3 x 2 x 12.25 + 1 x 2 x 2.25 = 90: alpha = 1 - 5 x 4 / 90 = 7/9.
     """
-    assert statistics.alpha(np.array([[1.0, 1, 3], [1, 2, 3]])) == pytest.approx(7 / 9)
+    assert statistics.krippendorff_alpha(np.array([[1.0, 1, 3], [1, 2, 3]])) == pytest.approx(7 / 9)
 
 
 def test_a_unit_that_one_rater_scored_says_nothing():
     wider = np.hstack([OBSERVERS, [[5], [GAP], [GAP], [GAP]]])
-    assert statistics.alpha(wider) == pytest.approx(statistics.alpha(OBSERVERS))
+    assert statistics.krippendorff_alpha(wider) == pytest.approx(statistics.krippendorff_alpha(OBSERVERS))
 
 
 def test_equal_scores_agree_entirely_and_opposite_ones_less_than_by_chance():
-    assert statistics.alpha(np.array([[1.0, 2, 5], [1, 2, 5]])) == 1
-    assert statistics.alpha(np.array([[1.0, 5, 1, 5], [5, 1, 5, 1]])) < 0
+    assert statistics.krippendorff_alpha(np.array([[1.0, 2, 5], [1, 2, 5]])) == 1
+    assert statistics.krippendorff_alpha(np.array([[1.0, 5, 1, 5], [5, 1, 5, 1]])) < 0
 
 
 scores = st.lists(st.lists(st.integers(1, 5), min_size=3, max_size=3), min_size=2, max_size=8)
@@ -356,29 +356,29 @@ def test_the_order_of_raters_and_units_and_the_distance_of_ordinal_scores_change
     values = np.array(rows, dtype=float).T
     if len(np.unique(values)) < 2:
         return
-    value = statistics.alpha(values)
+    value = statistics.krippendorff_alpha(values)
     assert value <= 1
-    assert statistics.alpha(values[::-1, ::-1]) == pytest.approx(value)
-    assert statistics.alpha(10**values) == pytest.approx(value)
+    assert statistics.krippendorff_alpha(values[::-1, ::-1]) == pytest.approx(value)
+    assert statistics.krippendorff_alpha(10**values) == pytest.approx(value)
 
 
 def test_scores_without_a_difference_have_no_alpha():
     for values in (np.full((2, 3), 4.0), np.array([[1.0, GAP], [GAP, 2]])):
         with pytest.raises(ValueError, match="alpha is not defined for scores of 2 raters"):
-            statistics.alpha(values)
+            statistics.krippendorff_alpha(values)
 
 
 def test_an_unknown_level_of_scores_is_refused():
     with pytest.raises(ValueError, match="unknown level 'ratio'; choose one of nominal, ordinal, interval"):
-        statistics.alpha(OBSERVERS, level="ratio")
+        statistics.krippendorff_alpha(OBSERVERS, level="ratio")
 
 
 def test_the_interval_holds_the_value_and_shrinks_with_more_units():
     draw = np.random.default_rng(0)
     truth = draw.integers(1, 6, 400)
     values = np.clip(truth + draw.integers(-1, 2, (3, 400)), 1, 5).astype(float)
-    few = statistics.agreement(values[:, :40], range(40), **HOW)
-    many = statistics.agreement(values, range(400), **HOW)
+    few = statistics.rater_agreement(values[:, :40], range(40), **HOW)
+    many = statistics.rater_agreement(values, range(400), **HOW)
     assert few.low < few.value < few.high
     assert many.low < many.value < many.high
     assert many.high - many.low < 0.5 * (few.high - few.low)
@@ -386,8 +386,8 @@ def test_the_interval_holds_the_value_and_shrinks_with_more_units():
 
 
 def test_the_interval_resamples_clusters_so_that_copies_of_a_unit_do_not_narrow_it():
-    once = statistics.agreement(OBSERVERS, range(12), **HOW)
-    copied = statistics.agreement(
+    once = statistics.rater_agreement(OBSERVERS, range(12), **HOW)
+    copied = statistics.rater_agreement(
         np.repeat(OBSERVERS, 5, axis=1), [unit for unit in range(12) for _ in range(5)], **HOW
     )
     assert copied.n == 12
@@ -395,7 +395,7 @@ def test_the_interval_resamples_clusters_so_that_copies_of_a_unit_do_not_narrow_
 
 
 def test_one_cluster_has_no_interval():
-    found = statistics.agreement(OBSERVERS, ["same"] * 12, **HOW)
+    found = statistics.rater_agreement(OBSERVERS, ["same"] * 12, **HOW)
     assert (found.low, found.high, found.n) == (None, None, 1)
 
 

@@ -144,7 +144,7 @@ def test_a_forced_answer_is_one_call_to_a_listed_function_or_was_cut_off(run, re
 
 def test_a_completion_ends_where_the_function_ends_and_is_run(run, respondent, monkeypatch):
     completions = iter(["    return 1\nprint(one())\n", "    return 2\n"])
-    monkeypatch.setattr(grammars, "answers", lambda *_, **__: ((i, next(completions)) for i in range(2)))
+    monkeypatch.setattr(grammars, "greedy_answers", lambda *_, **__: ((i, next(completions)) for i in range(2)))
     if not {"namespaces", "seccomp"} & set(sandbox.layers()) or not {"root", "landlock"} & set(sandbox.layers()):
         pytest.skip("this machine's sandbox has too few layers to run model-written code")
     problems = [PROBLEM, Problem("t/1", "def one():  # again\n", "", PROBLEM.test, "one")]

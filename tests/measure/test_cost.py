@@ -18,9 +18,9 @@ from avalab.models.sizes import (
     Shape,
     bytes_by_component,
     kv_cache_bytes,
-    of_method,
     predict_bytes,
     shape_of,
+    storage_of_method,
 )
 
 TINY = ROOT / "data" / "tiny-llama"
@@ -51,7 +51,7 @@ def saved_model(tmp_path):
 
 def test_bf16_bytes_of_a_model_of_one_block_by_hand():
     """Embedding 10 x 8; q 8x8, k and v 4x8, o 8x8; three MLP matrices of 16 x 8; three norms of 8. Two bytes each."""
-    sizes = predict_bytes(PENCIL, of_method("bf16", {}))
+    sizes = predict_bytes(PENCIL, storage_of_method("bf16", {}))
     assert sizes["embedding"] == 160
     assert sizes["attention"] == 2 * (64 + 32 + 32 + 64)
     assert sizes["mlp"] == 2 * 3 * 128
@@ -66,24 +66,24 @@ def test_an_untied_head_costs_as_much_as_the_embedding():
 
 def test_nf4_halves_a_byte_and_keeps_a_scale_a_block_and_a_table_a_layer():
     """MLP: 384 weights in 192 bytes. Blocks of 64: 1+1+1+1 and 2+2+2 scales of 4 bytes; 7 x (64 + 81) of state."""
-    sizes = predict_bytes(PENCIL, of_method("nf4", {"block_size": 64}))
+    sizes = predict_bytes(PENCIL, storage_of_method("nf4", {"block_size": 64}))
     assert sizes["mlp"] == 192
     assert sizes["scales"] == 10 * 4 + 7 * (64 + 81)
 
 
 def test_double_quantization_stores_four_and_an_eighth_bits_a_weight():
     """4 + 8/64 + 32/(64 x 256) = 4.127, as the QLoRA paper counts it."""
-    assert of_method("nf4", {"double_quantization": True}).bits_per_weight == pytest.approx(4.127, abs=5e-4)
-    assert of_method("nf4", {}).bits_per_weight == 4.5
+    assert storage_of_method("nf4", {"double_quantization": True}).bits_per_weight == pytest.approx(4.127, abs=5e-4)
+    assert storage_of_method("nf4", {}).bits_per_weight == 4.5
 
 
 def test_asymmetric_groups_of_32_cost_five_eighths_of_a_bit():
     """bf16 scale and 4-bit zero-point shared by 32: 4 + 20/32."""
-    assert of_method("gptq", {"bits": 4, "group_size": 32, "symmetric": False}).bits_per_weight == 4.625
+    assert storage_of_method("gptq", {"bits": 4, "group_size": 32, "symmetric": False}).bits_per_weight == 4.625
 
 
 def test_a_kept_layer_stays_in_bf16():
-    nf4 = of_method("nf4", {})
+    nf4 = storage_of_method("nf4", {})
     sizes = predict_bytes(PENCIL, nf4, kept=["model.layers.0.mlp.up_proj"])
     assert sizes["mlp"] == 64 + 256 + 64
 
@@ -136,7 +136,7 @@ def test_a_file_that_is_not_safetensors_is_refused_by_name(tmp_path):
 
 def test_an_unknown_method_is_refused_by_name():
     with pytest.raises(ValueError, match="'int3'"):
-        of_method("int3", {})
+        storage_of_method("int3", {})
 
 
 def test_kv_cache_of_one_block_by_hand():
@@ -157,7 +157,7 @@ def test_predicted_memory_by_hand():
 
 def test_unpacked_weights_are_counted_as_a_copy_on_a_cpu_only():
     """576 linear weights, 2 bytes each, beside the packed file."""
-    packed = of_method("gptq", {"group_size": 32})
+    packed = storage_of_method("gptq", {"group_size": 32})
     assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload())["copies"] == 2 * 576
     assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload(device="cuda"))["copies"] == 0
 

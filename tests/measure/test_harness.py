@@ -95,7 +95,7 @@ def test_what_is_no_number_is_left_out():
 def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(engines.EngineUnavailable, match=r"lm-eval; install it: pip install -e \"\.\[harness\]\""):
-        harness.require()
+        harness.require_harness()
 
 
 def test_an_unknown_task_is_refused_with_its_neighbours():
@@ -131,7 +131,7 @@ def pretended(monkeypatch):
 
     manager = type("Manager", (), {"all_tasks": ["one", "two"]})
     monkeypatch.setattr(harness, "load_task", lambda task, *_: [task])
-    monkeypatch.setattr(harness, "require", lambda: None)
+    monkeypatch.setattr(harness, "require_harness", lambda: None)
     monkeypatch.setattr(harness.importlib.metadata, "version", lambda name: "0")
     monkeypatch.setattr(harness, "_manager", lambda folder: manager)
     monkeypatch.setattr(harness, "_asker", lambda *_: ask)

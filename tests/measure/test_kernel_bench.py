@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from avalab.kernels import product, weight
-from avalab.kernels.product import error_bound, sample
+from avalab.kernels.product import error_bound, sample_weight
 from avalab.lab import trackers
 from avalab.lab.run import PROFILES, ROOT, Run
 from avalab.measure import kernel_bench
@@ -37,7 +37,7 @@ def test_every_profile_has_sizes():
 
 @pytest.mark.parametrize("kind", ["nf4", "int4_zero_point"])
 def test_every_arm_of_the_product_computes_the_same(kind):
-    w, x = product.prepare(sample("cpu", kind=kind)), torch.ones(3, 192, dtype=torch.bfloat16)
+    w, x = product.prepare_small_batches(sample_weight("cpu", kind=kind)), torch.ones(3, 192, dtype=torch.bfloat16)
     exact = product.product_reference(x.double(), w)
     for arm in kernel_bench.product_arms(x, w, weight.decode(w, torch.bfloat16)).values():
         assert ((arm().double() - exact).abs() <= error_bound(x, w)).all()
@@ -107,7 +107,7 @@ def test_nan_from_a_peer_counts_as_something_else():
 def test_a_missing_peer_is_a_record_without_value_that_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(kernel_bench, "find_spec", lambda module: None if module == "liger_kernel" else True)
     run = Run("10_kernels", "smoke")
-    kernel_bench.absent(run)
+    kernel_bench.record_missing_kernels(run)
     notes = {r.subject: r.note for r in run.records if r.metric == "kernel_ms" and r.value is None}
     assert notes["loss:liger"] == "not installed: pip install liger-kernel (and it needs a GPU)"
     assert notes["product int4_zero_point:gemlite"] == "needs a GPU"

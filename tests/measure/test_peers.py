@@ -29,7 +29,7 @@ KEPT, OTHER = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 def run(run):
     """A run whose calibration text is read once, and is short."""
     tokenizer = checkpoint.load_tokenizer(checkpoint.base_artifact(run))
-    few = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=2, tokens=64, offset=20)
+    few = corpora.windows(corpora.evaluation_text("python_docs", tokenizer), tokenizer, count=2, tokens=64, offset=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "calibration_windows", lambda *arguments: few)
         yield run
@@ -38,7 +38,7 @@ def run(run):
 @pytest.fixture(scope="module")
 def against(run, base):
     tokenizer = checkpoint.load_tokenizer(base)
-    windows = corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=3, tokens=48)
+    windows = corpora.windows(corpora.evaluation_text("python_docs", tokenizer), tokenizer, count=3, tokens=48)
     return predict.make_reference(base, windows, run.artifacts_dir / "cache")
 
 
@@ -197,7 +197,7 @@ def test_a_comparison_records_peer_rival_and_what_is_missing(run, base, rounded,
         assert kept[f"{form}-{rounded.bytes}b", "artifact_bytes"].value == rounded.bytes
     assert "needs the package no_such_module" in kept["x", "kl_divergence"].note
     assert json.dumps(kept["rtn-w4g64", "artifact_bytes"].details["embedding"]) == '"bf16"'
-    shown = tables.table(run.records, ["rtn-w4g64", "x"], peers.columns(run))
+    shown = tables.table(run.records, ["rtn-w4g64", "x"], peers.peers_columns(run))
     assert shown.rows[0][1] == f"{rounded.bytes / 1e6:.4f}"
 
 

@@ -61,9 +61,9 @@ def test_raters_write_files_of_their_own_and_go_on_where_they_were(sheet, tmp_pa
         tmp_path, first, "r2", {i: {"coherence": 3, "helpfulness": 3} for i in first["answers"]}
     )
     assert sorted(path.name for path in (tmp_path / "ratings").iterdir()) == ["r1.jsonl", "r2.jsonl"]
-    assert people.raters(sheet, rows) == {"r1": 0, "r2": 1}
-    assert [p["key"] for p in people.pending(sheet, rows, "r2")] == [ASKED[1].key]
-    assert len(people.pending(sheet, rows, "r3")) == 2
+    assert people.requests_left(sheet, rows) == {"r1": 0, "r2": 1}
+    assert [p["key"] for p in people.pending_requests(sheet, rows, "r2")] == [ASKED[1].key]
+    assert len(people.pending_requests(sheet, rows, "r3")) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_while_somebody_is_still_rating_no_name_gets_a_score(sheet, tmp_path):
 def test_answers_that_changed_since_are_left_to_score(sheet, tmp_path):
     rows = rate(tmp_path, sheet, "r1", [[5, 3, 1], [4, 4, 2]])
     again = people.make_sheet(tmp_path, ASKED, ANSWERED | {"tiny": ["?", "12"]}, {})
-    assert [p["key"] for p in people.pending(again, rows, "r1")] == [ASKED[1].key]
+    assert [p["key"] for p in people.pending_requests(again, rows, "r1")] == [ASKED[1].key]
 
 
 def test_equal_answers_get_the_score_once_and_both_artefacts_have_it(sheet, tmp_path):
@@ -218,14 +218,14 @@ def lines(tmp_path, *rows: str) -> Path:
 
 
 def test_every_kind_of_request_is_among_the_first_seven_and_no_two_are_equal():
-    asked = people.prompts()
+    asked = people.load_prompts()
     assert {p.kind for p in asked[:7]} == {*people.PLAIN_KINDS, *people.TOOL_KINDS}
     assert len({p.key for p in asked}) == len(asked) >= 20
-    assert asked[:4] == people.prompts(4)
+    assert asked[:4] == people.load_prompts(4)
 
 
 def test_tools_on_offer_are_ones_that_training_never_sees():
-    offered = {name for prompt in people.prompts() for name in prompt.tools}
+    offered = {name for prompt in people.load_prompts() for name in prompt.tools}
     assert {toolbox.split_of(name) for name in offered} == {"heldout"}
 
 
@@ -249,15 +249,15 @@ def test_the_tools_stand_in_a_system_message_before_the_request():
 def test_a_line_that_is_no_request_is_named_by_file_and_line(tmp_path, row, says):
     path = lines(tmp_path, "question | - | Fine?", row)
     with pytest.raises(ValueError, match=rf"requests\.txt:3: .*{says}"):
-        people.prompts(path=path)
+        people.load_prompts(path=path)
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
 
 
 def test_answers_are_asked_once_and_a_longer_sheet_begins_with_what_is_known(artifact, tmp_path):
-    first = people.answers(artifact, ASKED[:1], tmp_path, new_tokens=4)
-    both = people.answers(artifact, ASKED, tmp_path, new_tokens=4)
+    first = people.answer_prompts(artifact, ASKED[:1], tmp_path, new_tokens=4)
+    both = people.answer_prompts(artifact, ASKED, tmp_path, new_tokens=4)
     assert both[0] == first[0]
     (cache,) = tmp_path.iterdir()
     assert len(cache.read_text().splitlines()) == 2
@@ -265,7 +265,7 @@ def test_answers_are_asked_once_and_a_longer_sheet_begins_with_what_is_known(art
 
 def test_an_unknown_engine_is_refused(artifact, tmp_path):
     with pytest.raises(ValueError, match="unknown engine 'abacus'; choose one of torch"):
-        people.answers(artifact, ASKED, tmp_path, engine="abacus")
+        people.answer_prompts(artifact, ASKED, tmp_path, engine="abacus")
 
 
 # --- the sheet ---------------------------------------------------------------------------------------------------
@@ -289,11 +289,11 @@ def test_equal_answers_stand_on_the_sheet_once(tmp_path):
 
 
 def test_each_rater_has_an_order_of_their_own_that_a_break_does_not_change(tmp_path):
-    asked = people.prompts()
+    asked = people.load_prompts()
     many = {name: [f"{name} {i}" for i in range(len(asked))] for name in "abcd"}
     sheet = people.make_sheet(tmp_path, asked, many, {})
-    one, two = (people.order(sheet, rater) for rater in ("r1", "r2"))
-    assert one == people.order(json.loads(json.dumps(sheet)), "r1") != two
+    one, two = (people.order_for_rater(sheet, rater) for rater in ("r1", "r2"))
+    assert one == people.order_for_rater(json.loads(json.dumps(sheet)), "r1") != two
     assert sorted(p["key"] for p, _ in one) == sorted(p.key for p in asked)
     places = [ids.index(people.answer_id(asked[0], "a 0")) for p, ids in one + two if p["key"] == asked[0].key]
     assert len({tuple(ids) for _, ids in one}) == len(asked)

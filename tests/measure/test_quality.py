@@ -15,7 +15,7 @@ from avalab.models import checkpoint, predict
 
 @pytest.fixture(scope="module")
 def text(base):
-    return corpora.text("python_docs", checkpoint.load_tokenizer(base))
+    return corpora.evaluation_text("python_docs", checkpoint.load_tokenizer(base))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from avalab.lab import run as lab_run
 from avalab.lab.run import ROOT, Run
 from avalab.measure import training
 from avalab.measure.training import Sizes
-from avalab.models import checkpoint, sizes
+from avalab.models import checkpoint, sizes, walk
 from avalab.models.sizes import Shape
 from avalab.train import finetune, losses, memory
 from avalab.train.distill import Recipe
@@ -143,9 +143,9 @@ def test_each_arm_switches_one_technique_and_none_switches_all_that_cost_time():
 
 def test_random_weights_are_what_the_library_reads_and_weigh_what_is_predicted(random_base):
     model = checkpoint.load_model(random_base)
-    assert {type(m).__name__ for m in checkpoint.linear_layers(model).values()} == {"Linear4bit"}
+    assert {type(m).__name__ for m in walk.linear_layers(model).values()} == {"Linear4bit"}
     assert all(torch.isfinite(p.float()).all() for p in model.parameters())
-    predicted = sizes.predict_artifact_bytes(SHAPE, sizes.of_method("nf4", {"double_quantization": True}))
+    predicted = sizes.predict_artifact_bytes(SHAPE, sizes.storage_of_method("nf4", {"double_quantization": True}))
     measured = (random_base.path / "model.safetensors").stat().st_size
     assert measured == pytest.approx(predicted, rel=0.01)
     assert sizes.shape_of(random_base) == SHAPE

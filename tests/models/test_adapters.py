@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.lab.run import ROOT
-from avalab.models import adapters, checkpoint
+from avalab.models import adapters, checkpoint, walk
 
 TINY = ROOT / "data" / "tiny-llama"
 TOKENS = torch.arange(5, 45)[None]
@@ -22,7 +22,7 @@ def test_wide_weights_change_no_output_and_are_the_only_ones_trained(model):
         adapters.apply_wide_weights(model)
         assert torch.equal(model(TOKENS).logits, before)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.removesuffix(".weight") for name in trained} == set(checkpoint.linear_layers(model))
+    assert {name.removesuffix(".weight") for name in trained} == set(walk.linear_layers(model))
     assert {p.dtype for p in trained.values()} == {torch.float32}
 
 
@@ -40,7 +40,7 @@ def test_a_step_too_small_for_bf16_is_kept_until_it_counts(model):
 def test_restored_models_have_their_usual_layers(model, tmp_path):
     adapters.apply_wide_weights(model)
     adapters.restore_narrow_weights(model)
-    assert not any("forward" in vars(layer) for layer in checkpoint.linear_layers(model).values())
+    assert not any("forward" in vars(layer) for layer in walk.linear_layers(model).values())
     checkpoint.save_model(model, checkpoint.load_tokenizer(TINY), tmp_path)
     with torch.no_grad():
         assert torch.equal(checkpoint.load_model(tmp_path)(TOKENS).logits, checkpoint.load_model(TINY)(TOKENS).logits)
@@ -55,6 +55,6 @@ def test_layers_that_are_no_plain_linear_ones_are_refused(model):
     class Odd(torch.nn.Linear):
         pass
 
-    checkpoint.replace_linear(model, "model.layers.0.mlp.down_proj", Odd(384, 128))
+    walk.replace_linear(model, "model.layers.0.mlp.down_proj", Odd(384, 128))
     with pytest.raises(ValueError, match=r"down_proj is a Odd; only bf16 weights can be trained"):
         adapters.apply_wide_weights(model)

@@ -13,7 +13,7 @@ from avalab.kernels import block_types, formats
 from avalab.kernels.formats import Encoded
 from avalab.lab import artifacts, assets
 from avalab.lab.run import Run
-from avalab.models import checkpoint
+from avalab.models import checkpoint, walk
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny-llama"
@@ -40,7 +40,7 @@ def random_llama() -> LlamaForCausalLM:
 @torch.no_grad()
 def put_on_grid(model: nn.Module) -> nn.Module:
     """Weights that codes, scales and zero points stand for, every group using its lowest and its highest code."""
-    for layer in checkpoint.linear_layers(model).values():
+    for layer in walk.linear_layers(model).values():
         codes = torch.randint(0, 16, (layer.weight.numel() // 32, 32), dtype=torch.uint8)
         codes[:, 0], codes[:, 31] = 0, 15
         scales = (torch.rand(len(codes)) * 0.01 + 0.01).half()
@@ -69,9 +69,9 @@ def largest_change_of_logits(model: nn.Module, change, tokens: torch.Tensor) -> 
 
 def test_rescaling_leaves_the_logits_of_tiny_llama_as_they_are():
     model, tokens = checkpoint.load_model(TINY, dtype=torch.float32), text_tokens(checkpoint.load_tokenizer(TINY))
-    before = {name: layer.weight.clone() for name, layer in checkpoint.linear_layers(model).items()}
+    before = {name: layer.weight.clone() for name, layer in walk.linear_layers(model).items()}
     assert largest_change_of_logits(model, checkpoint.rescale_off_grid, tokens) <= 1e-3
-    for name, layer in checkpoint.linear_layers(model).items():
+    for name, layer in walk.linear_layers(model).items():
         assert not torch.allclose(layer.weight, before[name], rtol=1e-3), name
 
 
@@ -213,7 +213,7 @@ def test_a_loaded_model_is_in_evaluation_mode_and_in_the_dtype_asked_for():
 
 def test_linear_layers_are_seven_a_block_in_order_without_the_head():
     model = random_llama()
-    names = list(checkpoint.linear_layers(model))
+    names = list(walk.linear_layers(model))
     kinds = [f"self_attn.{name}" for name in checkpoint.ATTENTION] + [f"mlp.{name}" for name in checkpoint.MLP]
     assert names == [f"model.layers.{block}.{kind}" for block in (0, 1) for kind in kinds]
     assert "lm_head" not in names
@@ -225,8 +225,8 @@ def test_a_replaced_linear_layer_is_the_one_that_computes():
     name = "model.layers.1.mlp.down_proj"
     silent = nn.Linear(96, 64, bias=False)
     nn.init.zeros_(silent.weight)
-    checkpoint.replace_linear(model, name, silent)
-    assert checkpoint.linear_layers(model)[name] is silent
+    walk.replace_linear(model, name, silent)
+    assert walk.linear_layers(model)[name] is silent
     assert model.model.layers[1].mlp(torch.randn(2, 64)).abs().max() == 0
 
 
@@ -234,7 +234,7 @@ def test_replacing_a_layer_that_is_not_there_names_it_and_some_that_are():
     with pytest.raises(
         ValueError, match=r"no linear layer 'lm_head'; this model has model\.layers\.0\.self_attn\.q_proj"
     ):
-        checkpoint.replace_linear(random_llama(), "lm_head", nn.Linear(1, 1))
+        walk.replace_linear(random_llama(), "lm_head", nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

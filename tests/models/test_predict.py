@@ -20,7 +20,7 @@ EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, database=N
 @pytest.fixture(scope="module")
 def windows(base):
     tokenizer = checkpoint.load_tokenizer(base)
-    return corpora.windows(corpora.text("python_docs", tokenizer), tokenizer, count=6, tokens=40)
+    return corpora.windows(corpora.evaluation_text("python_docs", tokenizer), tokenizer, count=6, tokens=40)
 
 
 @pytest.fixture(scope="module")

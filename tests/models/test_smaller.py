@@ -7,14 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from avalab.models import checkpoint
-from avalab.models.smaller import (
-    Kept,
-    channels_of,
-    configuration,
-    query_heads,
-    save_smaller,
-    structure_sizes,
-)
+from avalab.models.smaller import Kept, channels_of, configuration, query_heads, save_smaller, structure_sizes
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}

@@ -48,7 +48,7 @@ def against(run, base):
 
 
 def test_predicted_memory_counts_the_embedding_that_loading_unpacks(small):
-    assert sizes.of_artifact(small)[0].embedding_copy_bits == 16
+    assert sizes.storage_of_artifact(small)[0].embedding_copy_bits == 16
 
 
 def test_it_fits_the_budget_and_its_card_says_who_can_read_it(small):
@@ -70,7 +70,7 @@ def test_at_equal_bytes_it_is_closer_than_int8_rows(small, run, base, against):
 def test_what_is_loaded_is_what_was_rounded_in_memory_and_the_head_shares_it(base, windows, tmp_path):
     for grid in (Grid(2, 64), Grid(3, 128), Grid(5, 32), Grid(8, 64)):
         model = checkpoint.load_model(base)
-        posed = {NAME: rounding.problem(torch.eye(128))}
+        posed = {NAME: rounding.rounding_problem(torch.eye(128))}
         round_to = ava_targets.TARGETS["transformers"].round
         found, _ = rounding.round_model(model, windows, {NAME: grid.name}, round_to, tables=posed)
         rounded = found[NAME]
@@ -175,7 +175,7 @@ def test_what_cannot_be_asked_for_is_refused(base, windows, parameters, message)
 
 
 def test_rows_no_group_divides_are_one_group():
-    posed = rounding.problem(torch.eye(48))
+    posed = rounding.rounding_problem(torch.eye(48))
     table = torch.randn(8, 48)
     (grid,) = {g for g in ava_targets.grids(48) if g.bits == 3}
     assert rounding.round_weight(table, posed, grid).scales.shape == (8, 1)
@@ -308,19 +308,21 @@ def test_places_are_two_bits_each():
 @pytest.mark.parametrize("layout", stored.LAYOUTS)
 def test_a_file_gives_every_tensor_back_and_has_the_predicted_bytes(layout, tmp_path):
     tensors = {"norm.weight": torch.randn(16).bfloat16(), "layer.weight": two_of_four(64, 128)}
-    size = stored.write_sparse(tensors, ["layer.weight"], tmp_path / stored.FILE, layout=layout)
-    back = stored.read_sparse(tmp_path / stored.FILE)
+    size = stored.write_sparse(tensors, ["layer.weight"], tmp_path / stored.SPARSE_FILE, layout=layout)
+    back = stored.read_sparse(tmp_path / stored.SPARSE_FILE)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     kept = int((tensors["layer.weight"] != 0).sum())
-    predicted = stored.predicted_bytes(64, 128, kept, layout=layout) + 32
+    predicted = stored.predicted_sparse_bytes(64, 128, kept, layout=layout) + 32
     assert 0 < size - predicted < 600  # the header
 
 
 def test_half_the_weights_are_nine_sixteenths_of_the_bytes():
     """2 bytes of 16 weights' 32 for the mask, 16 for the eight values: 18 / 32."""
-    assert stored.predicted_bytes(1024, 1024, 2**19) / (2 * 2**20) == pytest.approx(9 / 16, abs=1e-4)
-    assert stored.predicted_bytes(1024, 1024, 2**19, layout="2:4") / (2 * 2**20) == pytest.approx(9 / 16, abs=1e-4)
+    assert stored.predicted_sparse_bytes(1024, 1024, 2**19) / (2 * 2**20) == pytest.approx(9 / 16, abs=1e-4)
+    assert stored.predicted_sparse_bytes(1024, 1024, 2**19, layout="2:4") / (2 * 2**20) == pytest.approx(
+        9 / 16, abs=1e-4
+    )
 
 
 def test_what_is_not_two_of_four_is_refused_by_name(tmp_path):

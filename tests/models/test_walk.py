@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avalab.models import checkpoint, walk
+from avalab.models import walk
 
 
 @pytest.fixture
@@ -39,24 +39,24 @@ def inputs_of(model: LlamaForCausalLM, name: str) -> torch.Tensor:
 
 
 def test_every_linear_layer_is_visited_once_and_those_with_one_input_together(model):
-    sites = list(walk.sites(model, WINDOWS))
+    sites = list(walk.calibration_sites(model, WINDOWS))
     visited = [name for site in sites for name in site.layers]
-    assert sorted(visited) == sorted(checkpoint.linear_layers(model))
+    assert sorted(visited) == sorted(walk.linear_layers(model))
     assert [len(site.layers) for site in sites] == [3, 1, 2, 1] * 3
     assert [site.block for site in sites] == [0] * 4 + [1] * 4 + [2] * 4
     assert {site.tokens for site in sites} == {40}
 
 
 def test_a_moment_is_the_mean_outer_product_of_what_the_layer_reads(model):
-    for site in walk.sites(model, WINDOWS):
+    for site in walk.calibration_sites(model, WINDOWS):
         rows = inputs_of(model, next(iter(site.layers)))
         torch.testing.assert_close(site.moment, rows.T @ rows / len(rows), atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(site.cross, site.moment, atol=1e-6, rtol=1e-4)
 
 
 def test_changed_weights_are_seen_by_what_follows_and_the_cross_moment_keeps_the_original(model):
-    original = {name: inputs_of(model, name) for name in checkpoint.linear_layers(model)}
-    for site in walk.sites(model, WINDOWS):
+    original = {name: inputs_of(model, name) for name in walk.linear_layers(model)}
+    for site in walk.calibration_sites(model, WINDOWS):
         name = next(iter(site.layers))
         now = inputs_of(model, name)
         torch.testing.assert_close(site.moment, now.T @ now / len(now), atol=1e-6, rtol=1e-4)
@@ -66,16 +66,16 @@ def test_changed_weights_are_seen_by_what_follows_and_the_cross_moment_keeps_the
 
 
 def test_batches_change_nothing(model, monkeypatch):
-    whole = [site.moment for site in walk.sites(model, WINDOWS)]
+    whole = [site.moment for site in walk.calibration_sites(model, WINDOWS)]
     monkeypatch.setattr(walk, "BATCH_WINDOWS", 1)
-    for site, moment in zip(walk.sites(model, WINDOWS), whole, strict=True):
+    for site, moment in zip(walk.calibration_sites(model, WINDOWS), whole, strict=True):
         torch.testing.assert_close(site.moment, moment, atol=1e-6, rtol=1e-4)
 
 
 def test_no_hook_is_left_behind(model):
-    next(walk.sites(model, WINDOWS))
-    list(walk.sites(model, WINDOWS))
-    walk.gradient_pass(model, WINDOWS, list(checkpoint.linear_layers(model)), lambda *_: None)
+    next(walk.calibration_sites(model, WINDOWS))
+    list(walk.calibration_sites(model, WINDOWS))
+    walk.gradient_pass(model, WINDOWS, list(walk.linear_layers(model)), lambda *_: None)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -99,12 +99,12 @@ def test_gradients_are_those_of_the_sampled_labels_and_equal_seeds_give_equal_on
 
 def test_no_calibration_text_is_refused(model):
     with pytest.raises(ValueError, match=r"\(0, 10\)"):
-        next(walk.sites(model, WINDOWS[:0]))
+        next(walk.calibration_sites(model, WINDOWS[:0]))
 
 
 def test_moments_are_those_of_the_calibration_walk(model, tmp_path):
     walk.measure_moments(model, WINDOWS, tmp_path)
-    for site in walk.sites(model, WINDOWS):
+    for site in walk.calibration_sites(model, WINDOWS):
         for name in site.layers:
             torch.testing.assert_close(walk.stored_moment(tmp_path, name), site.moment, atol=1e-6, rtol=1e-4)
         assert [f".{n}" for n in walk.stored_readers(tmp_path, name)] == [n[n.index(".", 14) :] for n in site.layers]
@@ -177,7 +177,7 @@ def test_squared_gradients_are_sums_of_each_tokens_own(model, tmp_path):
     each = torch.einsum("wtr,wtc->wtrc", gradients, inputs)
     found = walk.stored_squared_gradient(tmp_path / "g", name)
     torch.testing.assert_close(found.float(), each.square().mean((0, 1)), rtol=1e-2, atol=0)
-    assert set(checkpoint.linear_layers(model)) >= {name}
+    assert set(walk.linear_layers(model)) >= {name}
 
 
 def test_activations_that_are_not_finite_name_the_layer(model, tmp_path):
@@ -195,7 +195,7 @@ def test_no_calibration_text_is_refused_before_a_file_is_written(model, tmp_path
 @torch.no_grad()
 def test_blocks_with_rotary_embeddings_of_their_own_are_read_as_the_model_reads_them(gemma, tmp_path):
     """Gemma 3 alternates two rotary embeddings and masks; also after a walk that was killed in between."""
-    names = list(checkpoint.linear_layers(gemma))
+    names = list(walk.linear_layers(gemma))
     expected = input_moments(gemma, names)
     walk.measure_moments(gemma, WINDOWS, tmp_path)
     walk.block_file(tmp_path, 1).unlink()
@@ -240,6 +240,6 @@ def test_a_walk_sees_in_every_block_what_the_model_gives_it(gemma):
         layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args, at=index: seen.update({at: args[0]}))
     gemma(windows)
     expected = {at: walk.second_moment(rows.flatten(0, -2)) / 40 for at, rows in seen.items()}
-    for site in walk.sites(gemma, windows):
+    for site in walk.calibration_sites(gemma, windows):
         if any(name.endswith("down_proj") for name in site.layers):
             assert torch.allclose(site.moment, expected[site.block], rtol=1e-3, atol=1e-6)

@@ -32,7 +32,7 @@ def found():
             if threads == 1:
                 how = {"low": 0.9 * kl, "high": 1.1 * kl}
                 run.record(subject, "kl_divergence:docs", kl, "nats/token", **how, engine=about["engine"])
-    return {n: choose.candidates(run.records, kl="kl_divergence:docs", threads=n) for n in (1, 2)}
+    return {n: choose.read_candidates(run.records, kl="kl_divergence:docs", threads=n) for n in (1, 2)}
 
 
 def test_a_candidate_has_the_decode_of_the_shortest_prompt_and_the_prefill_of_the_longest(found):
@@ -43,7 +43,7 @@ def test_a_candidate_has_the_decode_of_the_shortest_prompt_and_the_prefill_of_th
 
 def test_a_subject_without_a_divergence_is_no_candidate(found):
     records = [r for c in found[1] for r in (c.memory, c.decode, c.prefill)]
-    assert choose.candidates(records, kl="kl_divergence:docs", threads=1) == []
+    assert choose.read_candidates(records, kl="kl_divergence:docs", threads=1) == []
 
 
 @pytest.mark.parametrize(
@@ -57,26 +57,26 @@ def test_a_subject_without_a_divergence_is_no_candidate(found):
     ],
 )
 def test_the_choice_within_a_budget(found, megabytes, limit, chosen):
-    candidate, why = choose.choose(found[1], megabytes * MB, kl_limit=limit)
+    candidate, why = choose.choose_candidate(found[1], megabytes * MB, kl_limit=limit)
     assert (candidate and candidate.subject) == chosen
     assert why == "the least that was measured is 180 MB" or candidate
 
 
 def test_more_memory_never_leads_to_a_slower_good_choice(found):
-    rates = [choose.choose(found[1], m * MB, kl_limit=0.1)[0].decode.value for m in (250, 300, 500, 1000)]
+    rates = [choose.choose_candidate(found[1], m * MB, kl_limit=0.1)[0].decode.value for m in (250, 300, 500, 1000)]
     assert rates == sorted(rates)
 
 
 def test_the_default_is_the_choice_of_the_smallest_budget_with_something_good_enough(found):
     small = (100 * MB, 260 * MB, 1000 * MB)
-    assert choose.default(found[1], kl_limit=0.1, budgets=small).subject == "q8 in llamacpp"
-    assert choose.default(found[1], kl_limit=0.1).subject == "int8 in openvino"
-    assert choose.default(found[1], kl_limit=-1) is None
+    assert choose.default_candidate(found[1], kl_limit=0.1, budgets=small).subject == "q8 in llamacpp"
+    assert choose.default_candidate(found[1], kl_limit=0.1).subject == "int8 in openvino"
+    assert choose.default_candidate(found[1], kl_limit=-1) is None
 
 
 def test_the_table_has_a_row_for_each_budget_that_says_what_and_why(found):
     chosen = choose.choices(found[1], kl_limit=0.1, budgets=(choose.GIB, choose.GIB // 8))
-    table = tables.budgets(chosen, kl_limit=0.1)
+    table = tables.budget_table(chosen, kl_limit=0.1)
     assert [row[:2] for row in table.rows] == [("0.125 GiB", "nothing"), ("1 GiB", "int8 in openvino")]
     assert all(len(row) == len(table.header) for row in table.rows)
 
@@ -84,7 +84,8 @@ def test_the_table_has_a_row_for_each_budget_that_says_what_and_why(found):
 def test_targets_compare_with_the_fastest_peer_that_is_not_closer_to_the_base(found):
     """int8 against q8 of the same divergence: 60 / 50 in decode; q4 decodes faster, at a higher divergence: 60 / 70."""
     judged = {
-        t.claim: (ratio, sentence) for t, ratio, sentence in choose.judge(found, "int8 in openvino", show=tables.show)
+        t.claim: (ratio, sentence)
+        for t, ratio, sentence in choose.judge_targets(found, "int8 in openvino", show=tables.value_text)
     }
     assert judged["decode, llama.cpp at one thread"][0] == pytest.approx(60 / 70)
     assert judged["decode, llama.cpp at one thread"][1].startswith("not reached: 0.86x [0.70, 1.05] of q4 in llamacpp")
@@ -95,7 +96,8 @@ def test_targets_compare_with_the_fastest_peer_that_is_not_closer_to_the_base(fo
 
 def test_peers_that_are_closer_to_the_base_are_named_and_not_counted(found):
     judged = {
-        t.claim: (ratio, sentence) for t, ratio, sentence in choose.judge(found, "int4 in openvino", show=tables.show)
+        t.claim: (ratio, sentence)
+        for t, ratio, sentence in choose.judge_targets(found, "int4 in openvino", show=tables.value_text)
     }
     assert judged["decode, llama.cpp at one thread"] == (
         None,
@@ -105,9 +107,9 @@ def test_peers_that_are_closer_to_the_base_are_named_and_not_counted(found):
 
 def test_without_llama_cpp_the_sentence_says_so(found):
     alone = {n: [c for c in each if c.engine != "llamacpp"] for n, each in found.items()}
-    judged = choose.judge(alone, "int8 in openvino", show=tables.show)
+    judged = choose.judge_targets(alone, "int8 in openvino", show=tables.value_text)
     assert [sentence for t, _, sentence in judged if t.peers == " in llamacpp"] == [
         "not measured: no peer in llamacpp here"
     ] * 3
-    table = tables.verdicts(judged)
+    table = tables.target_table(judged)
     assert len(table.rows) == len(choose.TARGETS)

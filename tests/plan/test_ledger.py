@@ -8,7 +8,7 @@ from avalab.compress import prune, quantize
 from avalab.data import toolbox
 from avalab.lab import artifacts
 from avalab.lab.run import Run
-from avalab.models import adapters, checkpoint
+from avalab.models import adapters, checkpoint, walk
 from avalab.plan import ledger
 from avalab.train import finetune
 from avalab.train.loop import Schedule
@@ -47,10 +47,8 @@ def test_dequantised_values_are_those_of_four_bits_and_can_be_pruned_and_quantis
     assert ledger.dequantised(nf4).sha256 == plain.sha256
     smaller = prune.prune_artifact(plain, "magnitude", "layers", run=run, sparsity=0.25)
     again = quantize.compress_artifact(smaller, "nf4", run=run, double_quantization=True)
-    codes = [layer.weight.data for layer in checkpoint.linear_layers(checkpoint.load_model(again)).values()]
-    before = {
-        layer.weight.data.numpy().tobytes() for layer in checkpoint.linear_layers(checkpoint.load_model(nf4)).values()
-    }
+    codes = [layer.weight.data for layer in walk.linear_layers(checkpoint.load_model(again)).values()]
+    before = {layer.weight.data.numpy().tobytes() for layer in walk.linear_layers(checkpoint.load_model(nf4)).values()}
     assert sum(code.numpy().tobytes() in before for code in codes) >= 0.9 * len(codes), "rounding twice is once"
 
 

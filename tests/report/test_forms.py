@@ -20,7 +20,7 @@ ANSWERED = {"bf16": ["because", "10"], "small": ["<script>x</script>", "10"], "t
 
 @pytest.fixture(scope="module")
 def examples():
-    return list(synthesize.generate(12, 4, kinds=("single_call",), row=gates.standard([])))
+    return list(synthesize.generate(12, 4, kinds=("single_call",), row=gates.standard_gates([])))
 
 
 @pytest.fixture
@@ -250,13 +250,13 @@ def test_clicks_go_through_the_sheet_and_a_new_form_goes_on_where_the_old_one_st
     save.click()
     assert "Every request is scored" in about.value
     assert (columns.children, save.disabled) == ((), True)
-    assert people.missing(sheet, people.load_preferences(tmp_path)) == ""
+    assert people.why_no_result(sheet, people.load_preferences(tmp_path)) == ""
 
 
 def test_scores_go_to_the_answer_they_were_given_to(sheet, tmp_path):
     """The longest answer gets a 5, every other one a 1, in whatever order they are shown."""
     _, _, _, columns, _, save, _ = begun(sheet, tmp_path)
-    order, left = people.order(sheet, "r1"), len(sheet["prompts"])
+    order, left = people.order_for_rater(sheet, "r1"), len(sheet["prompts"])
     for prompt, shown in order:
         longest = max(prompt["answers"].values(), key=len)
         for answer, column in zip(shown, columns.children, strict=True):

@@ -111,14 +111,14 @@ def test_an_arm_without_a_look_is_drawn_all_the_same():
 
 
 def test_a_table_cell_is_the_median_and_the_share_of_the_limit():
-    header, rows = roofline.times(RECORDS)
+    header, rows = roofline.time_rows(RECORDS)
     assert header[1:] == ("avalab", "bf16", "dense", "bitsandbytes")
     assert rows[0] == (SMALL, "0.25 (40%)", "0.5 (80%)", "", "0.45 (22%)")
 
 
 def test_a_target_is_judged_by_its_worst_case():
     """Batch 1: 0.45 / 0.25 = 1.8; batch 512: 25 / 20 = 1.25."""
-    verdict = roofline.judge(RECORDS, target())
+    verdict = roofline.judge_target(RECORDS, target())
     assert verdict.words == "not reached: 1.25x of 3x"
     assert (verdict.low, verdict.high) == (1.25, 1.5)
     assert verdict.reason == f"{LARGE}, bitsandbytes"
@@ -126,15 +126,15 @@ def test_a_target_is_judged_by_its_worst_case():
 
 def test_a_verdict_says_when_the_rounds_disagree():
     """The rounds of the large batch are 1.25, 1.25 and 1.5."""
-    assert roofline.judge(RECORDS, target(works=LARGE, wanted=1.3)).words == (
+    assert roofline.judge_target(RECORDS, target(works=LARGE, wanted=1.3)).words == (
         "not reached: 1.25x of 1.3x (rounds on both sides)"
     )
 
 
 def test_a_target_of_cost_is_ours_over_the_peers():
     memory = target(works="loss ", wanted=0.2, peers=("dense",), metric="peak_bytes", at_most=True)
-    assert roofline.judge(RECORDS, memory).words == "reached: 0.1x of 0.2x"
-    assert not roofline.judge(RECORDS, replace(memory, wanted=0.09)).reached
+    assert roofline.judge_target(RECORDS, memory).words == "reached: 0.1x of 0.2x"
+    assert not roofline.judge_target(RECORDS, replace(memory, wanted=0.09)).reached
 
 
 def test_of_speeds_the_target_is_ours_over_the_peers():
@@ -146,18 +146,18 @@ def test_of_speeds_the_target_is_ours_over_the_peers():
         for arm, s in speeds.items()
     ]
     wanted = target(device="cuda", works="decode ", peers=("slow",), metric="decode_tokens_per_s")
-    verdict = roofline.judge(made, wanted)
+    verdict = roofline.judge_target(made, wanted)
     assert verdict.words == "not reached: 1.5x of 3x"
     assert (verdict.low, verdict.high) == (1.5, 2.0)
 
 
 def test_a_target_without_peers_is_the_value_itself():
-    verdict = roofline.judge(RECORDS, target(works=SMALL, peers=(), metric="roofline_fraction", wanted=0.8))
+    verdict = roofline.judge_target(RECORDS, target(works=SMALL, peers=(), metric="roofline_fraction", wanted=0.8))
     assert verdict.words == "not reached: 0.4x of 0.8x"
 
 
 def test_what_no_record_answers_is_not_measured_and_says_why():
-    judged = [roofline.judge(RECORDS, each) for each in (target(device="cuda"), target(peers=("liger",)))]
+    judged = [roofline.judge_target(RECORDS, each) for each in (target(device="cuda"), target(peers=("liger",)))]
     assert [v.words for v in judged] == [
         "not measured: no GPU here",
         "not measured: no kernel_ms of liger for such a work",
@@ -166,12 +166,12 @@ def test_what_no_record_answers_is_not_measured_and_says_why():
 
 
 def test_two_threads_do_not_judge_a_target_of_one_thread():
-    assert roofline.judge([replace(r, threads=2) for r in RECORDS], target()).value is None
+    assert roofline.judge_target([replace(r, threads=2) for r in RECORDS], target()).value is None
 
 
 def test_every_target_of_a_cpu_finds_its_works_and_every_one_is_a_row_of_the_table():
-    judged = [roofline.judge(RECORDS, each) for each in roofline.TARGETS]
-    header, rows = roofline.verdicts(judged)
+    judged = [roofline.judge_target(RECORDS, each) for each in roofline.TARGETS]
+    header, rows = roofline.verdict_rows(judged)
     assert len({row[0] for row in rows}) == len(roofline.TARGETS)
     assert all(len(row) == len(header) for row in rows)
     answered = [v for v in judged if v.value is not None]
@@ -182,8 +182,8 @@ def test_every_target_of_a_cpu_finds_its_works_and_every_one_is_a_row_of_the_tab
 @given(st.permutations(range(len(RECORDS))))
 def test_the_order_of_the_records_changes_no_verdict(order):
     shuffled = [RECORDS[i] for i in order]
-    assert [roofline.judge(shuffled, t).value for t in roofline.TARGETS] == [
-        roofline.judge(RECORDS, t).value for t in roofline.TARGETS
+    assert [roofline.judge_target(shuffled, t).value for t in roofline.TARGETS] == [
+        roofline.judge_target(RECORDS, t).value for t in roofline.TARGETS
     ]
 
 

@@ -35,7 +35,7 @@ def test_a_prediction_is_found_under_the_metrics_name_with_or_without_its_unit()
     for name in ("predicted_bytes:peak_rss", "predicted_bytes:peak_rss_bytes"):
         made = [rec("b", name, 3.0), rec("a", name, 1.0), rec("a", "predicted_bytes:artifact", 9.0)]
         assert tables.predictions([*made, measured], "peak_rss_bytes").predicted["a"] == pytest.approx(1e-6)
-        assert tables.words(name) == "predicted, peak memory"
+        assert tables.metric_words(name) == "predicted, peak memory"
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_a_prediction_is_found_under_the_metrics_name_with_or_without_its_unit()
     ],
 )
 def test_a_record_is_shown_with_its_interval_in_its_unit(record, text):
-    assert tables.show(record) == text
+    assert tables.value_text(record) == text
 
 
 def test_a_record_without_a_value_cannot_be_shown_as_a_number():
     with pytest.raises(ValueError, match="no kernel"):
-        tables.show(rec("a", "perplexity", None, note="no kernel"))
+        tables.value_text(rec("a", "perplexity", None, note="no kernel"))
 
 
 def test_predicted_and_measured_bytes_are_printed_with_their_ratio(capsys):

@@ -139,7 +139,7 @@ def test_under_the_grammar_the_tiny_model_answers_with_a_text_or_a_readable_call
 def test_the_greedy_answer_is_that_of_the_evaluation(respondent):
     tokenizer, chat = respondent.tokenizer, [*serve_chat.opening(TOOLS), {"role": "user", "content": "Hello."}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ((_, expected),) = grammars.answers(respondent.model, tokenizer, [prompt], max_new_tokens=24)
+    ((_, expected),) = grammars.greedy_answers(respondent.model, tokenizer, [prompt], max_new_tokens=24)
     assert serve_chat.answerer(respondent, TOOLS, "free", stream=False, new_tokens=24)(chat) == expected
 
 

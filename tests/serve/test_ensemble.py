@@ -239,9 +239,9 @@ def tokens(respondent, text: str) -> torch.Tensor:
 
 
 def test_an_ensemble_of_one_answers_as_that_one_does(respondent, with_base):
-    alone = dict(grammars.answers(respondent.model, respondent.tokenizer, PROMPTS, max_new_tokens=12))
+    alone = dict(grammars.greedy_answers(respondent.model, respondent.tokenizer, PROMPTS, max_new_tokens=12))
     choir = ensemble.respondent(ensemble.assemble(with_base[:1], "mean"))
-    assert dict(grammars.answers(choir.model, choir.tokenizer, PROMPTS, max_new_tokens=12)) == alone
+    assert dict(grammars.greedy_answers(choir.model, choir.tokenizer, PROMPTS, max_new_tokens=12)) == alone
 
 
 @pytest.mark.parametrize("method", ["mean", "logits"])
@@ -287,7 +287,7 @@ def test_noise_draws_from_the_tempered_distribution(with_base, both):
 def test_draws_with_a_seed_repeat_and_another_seed_draws_anew(with_base, respondent):
     def drawn(seed: int) -> list[str]:
         choir = ensemble.respondent(ensemble.assemble(with_base[:1], "mean", temperature=1.5, draw=seed))
-        return [text for _, text in grammars.answers(choir.model, choir.tokenizer, PROMPTS, max_new_tokens=12)]
+        return [text for _, text in grammars.greedy_answers(choir.model, choir.tokenizer, PROMPTS, max_new_tokens=12)]
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)

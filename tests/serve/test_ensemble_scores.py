@@ -28,7 +28,7 @@ def tokenizer(base):
 
 @pytest.fixture(scope="module")
 def text(tokenizer):
-    return corpora.text("python_docs", tokenizer)
+    return corpora.evaluation_text("python_docs", tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def saying(monkeypatch, **texts: list[str]) -> None:
         name = respondent.artifact.name
         return Answered(texts[name][: len(asked)], [1.0] * len(asked), {"a": 1.0, "b": 2.0, "c": 4.0}[name])
 
-    monkeypatch.setattr(ensemble_scores, "alone", alone)
+    monkeypatch.setattr(ensemble_scores, "answer_alone", alone)
 
 
 def test_held_out_cases_ask_nothing_that_is_scored_and_nothing_twice():
@@ -204,7 +204,7 @@ def test_held_out_cases_ask_nothing_that_is_scored_and_nothing_twice():
 def test_a_vote_takes_the_plurality_and_the_time_of_all(monkeypatch, run):
     right, wrong = perfect(ASKED[0]), '{"name": "x", "arguments": {}}'
     saying(monkeypatch, a=[wrong], b=[right], c=[right])
-    found = ensemble_scores.vote(run, [voter("a"), voter("b"), voter("c")], ASKED[:1], "forced")
+    found = ensemble_scores.answer_by_vote(run, [voter("a"), voter("b"), voter("c")], ASKED[:1], "forced")
     assert found == Answered([right], [2 / 3], 7.0)
 
 
@@ -247,7 +247,7 @@ def test_draws_share_one_model_and_are_answered_once(run, respondents, monkeypat
 
 
 def test_the_tiny_models_vote_and_cascade_and_are_recorded(run, respondents):
-    voted = ensemble_scores.vote(run, respondents, ASKED, "forced")
+    voted = ensemble_scores.answer_by_vote(run, respondents, ASKED, "forced")
     right = ensemble_scores.record_answers(run, "vote-2", voted, ASKED, mode="forced", sha256="")
     accuracy, seconds = run.records[-2:]
     assert (accuracy.metric, accuracy.n) == ("call_accuracy_forced:toolbox_multiple", 4)
@@ -262,4 +262,4 @@ def test_the_tiny_models_vote_and_cascade_and_are_recorded(run, respondents):
 def test_no_samples_and_no_temperature_are_refused(respondents):
     for samples, temperature in ((0, 1.0), (3, 0.0)):
         with pytest.raises(ValueError, match="both must be positive"):
-            ensemble_scores.draws(respondents[0].artifact, samples, temperature=temperature)
+            ensemble_scores.sampling_voters(respondents[0].artifact, samples, temperature=temperature)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from avalab import kernels
 from avalab.compress import prune, quantize
 from avalab.data import corpora, packing
-from avalab.data.packing import collate
+from avalab.data.packing import one_row_batch
 from avalab.lab import artifacts
 from avalab.models import adapters, checkpoint, predict
 from avalab.models.attention import apply_packed_attention
@@ -55,7 +55,7 @@ def divergence(artifact, against):
 
 
 def batch_of(row):
-    return collate([row])
+    return one_row_batch([row])
 
 
 def objective(student, teacher, recipe, rows):

@@ -24,7 +24,7 @@ RECIPE = Recipe(rank=4, alpha=8, row_tokens=1000, schedule=Schedule(learning_rat
 def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(lab_run, "ROOT", tmp_path_factory.mktemp("root"))
-    yield Run("02_qlora_finetuning", "smoke", 0, str(assets.resolve("data/tiny-llama")))
+    yield Run("02_qlora_finetuning", "smoke", 0, str(assets.resolve_model("data/tiny-llama")))
     patch.undo()
 
 
@@ -122,7 +122,11 @@ def test_unsloth_trains_where_it_is_installed_and_a_gpu_is_there_and_peft_everyw
     for installed in (None, object()):
         monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name, found=installed: found)
         expected = "unsloth" if installed else "peft"
-        assert [finetune.backend(device) for device in ("cpu", "cuda", "cuda:0")] == ["peft", expected, expected]
+        assert [finetune.training_backend(device) for device in ("cpu", "cuda", "cuda:0")] == [
+            "peft",
+            expected,
+            expected,
+        ]
 
 
 def test_only_an_adapter_can_be_merged(base):
@@ -134,7 +138,7 @@ def test_an_adapter_starts_without_any_effect(base, logits):
     model = checkpoint.load_model(base)
     before = logits(model)
     adapters.attach_adapters(model, rank=2, seed=0)
-    adapters.apply_fused(model)
+    adapters.apply_fused_adapters(model)
     assert torch.equal(before, logits(model))
 
 
@@ -153,7 +157,7 @@ def test_rehearsal_rows_pull_towards_the_base_and_are_disjoint_from_evaluation(r
     assert [len(row["input_ids"]) for row in rows] == [128, 128]
     model = checkpoint.load_model(base)
     hidden = predict.hidden_states(model, rows[0]["input_ids"][None]).clone().requires_grad_()
-    batch = packing.collate(rows[:1])
+    batch = packing.one_row_batch(rows[:1])
     same = losses.rehearsed(hidden, model.lm_head.weight, batch)
     assert same.item() == pytest.approx(0, abs=1e-5)
     assert losses.rehearsed(hidden + 0.1, model.lm_head.weight, batch).item() > 0.001

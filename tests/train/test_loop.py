@@ -40,7 +40,7 @@ def student(dtype=torch.float32, fused=True, dropout=0.0):
     model = checkpoint.load_model(TINY, dtype=dtype)
     adapters.attach_adapters(model, rank=4, alpha=8, dropout=dropout, seed=1)
     if fused:
-        adapters.apply_fused(model)
+        adapters.apply_fused_adapters(model)
     return model
 
 
@@ -151,7 +151,7 @@ def test_the_libraries_own_forward_pass_and_loss_give_the_same_curve(rows, tmp_p
     fused = losses(loop.fit(student(), rows, schedule=Schedule(steps=4), folder=tmp_path / "run"))
     plain = losses(loop.fit(student(fused=False), rows, schedule=Schedule(steps=4), folder=tmp_path / "run"))
     assert fused == pytest.approx(plain, abs=1e-4)
-    model, row = student(fused=False), packing.collate(rows[:1])
+    model, row = student(fused=False), packing.one_row_batch(rows[:1])
     (start, end, *_), total, count = row["boundaries"].tolist(), 0.0, 0
     for start, end in zip(row["boundaries"][:-1].tolist(), row["boundaries"][1:].tolist(), strict=True):
         labels = row["labels"][:, start:end]
@@ -208,7 +208,7 @@ def test_the_best_checkpoint_is_the_result_where_training_stops_early(rows, tmp_
     history = loop.fit(model, rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=kept)
     held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
     with torch.inference_mode():
-        final = loop.Student(model, next_token)(**packing.collate(kept))["loss"].item()
+        final = loop.Student(model, next_token)(**packing.one_row_batch(kept))["loss"].item()
     assert final == pytest.approx(min(held_out), rel=1e-4)
     assert final < max(held_out)
 

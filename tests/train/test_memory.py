@@ -10,7 +10,7 @@ from avalab.models import adapters, sizes
 from avalab.models.attention import apply_packed_attention
 from avalab.models.sizes import Shape
 from avalab.train import loop, memory
-from avalab.train.memory import Step
+from avalab.train.memory import TrainingStep
 
 
 def kept_bytes(shape: Shape, tokens: int, rank: int) -> int:
@@ -22,7 +22,7 @@ def kept_bytes(shape: Shape, tokens: int, rank: int) -> int:
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16()
     adapters.attach_adapters(model, rank=rank)
-    adapters.apply_fused(model)
+    adapters.apply_fused_adapters(model)
     apply_packed_attention(model)
     student = loop.Student(model, lambda hidden, head, batch: hidden.float().mean())
     ids = torch.arange(tokens)[None]
@@ -47,14 +47,14 @@ def kept_bytes(shape: Shape, tokens: int, rank: int) -> int:
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_activations_agree_with_what_autograd_keeps(tokens, kv_heads):
     shape, rank = Shape(512, 96, 256, 6, 4, kv_heads, 32, True), 4
-    step = Step(tokens, tokens, rank)
+    step = TrainingStep(tokens, tokens, rank)
     predicted = memory.predict_memory(shape, step)["activations"]
     assert predicted == pytest.approx(kept_bytes(shape, tokens, rank), rel=0.08)
 
 
 def test_parts_can_be_redone_with_a_pencil():
     shape = Shape(vocab=10, hidden=4, mlp=8, layers=2, heads=2, kv_heads=1, head_dim=2, tied=True)
-    step = Step(tokens=3, example_tokens=3, rank=1, method="bf16")
+    step = TrainingStep(tokens=3, example_tokens=3, rank=1, method="bf16")
     parts = memory.predict_memory(shape, step)
     # rows + columns: q 8, k 6, v 6, o 8, gate 12, up 12, down 12 = 64 in each of two blocks; 18 bytes each
     assert parts["adapters"] == 2 * 64 * 18
@@ -69,7 +69,7 @@ def test_parts_can_be_redone_with_a_pencil():
 
 def test_recomputing_and_smaller_optimizers_need_less_and_decoding_more():
     shape = memory.KNOWN_SHAPES["qwen2.5-1.5b"]
-    step = Step(tokens=1024, example_tokens=1024, on_gpu=True)
+    step = TrainingStep(tokens=1024, example_tokens=1024, on_gpu=True)
     total = {name: sum(memory.predict_memory(shape, s).values()) for name, s in {
         "plain": step,
         "recompute": replace(step, recompute=True),

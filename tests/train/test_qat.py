@@ -15,7 +15,7 @@ from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, predict
 from avalab.train import fake_quant, loop, qat
 from avalab.train.loop import Schedule
-from avalab.train.qat import Blocks, Recipe
+from avalab.train.qat import BlockTraining, Recipe
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
 SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2)
@@ -24,7 +24,7 @@ KINDS = {
     "zeros": Recipe(zeros=True, schedule=SCHEDULE),
     "weights": Recipe(kind="weights", schedule=replace(SCHEDULE, learning_rate=1e-3)),
     "torchao": Recipe(kind="torchao", schedule=replace(SCHEDULE, learning_rate=1e-4)),
-    "blocks": Recipe(kind="blocks", blocks=Blocks(steps=16)),
+    "blocks": Recipe(kind="blocks", blocks=BlockTraining(steps=16)),
     "online": Recipe(teacher="online", schedule=SCHEDULE),
 }
 
@@ -107,7 +107,7 @@ def test_blocks_end_no_further_from_the_original_than_they_began(run, base, low,
     layers, teacher = packed.packed_layers(low), checkpoint.load_model(base)
     student, weights = checkpoint.load_model(low), {n: teacher.get_submodule(n).weight for n in layers}
     fake_quant.replace_layers(student, layers, weights=weights)
-    errors = qat.reconstruct(student, teacher, read[:4], Blocks(steps=4, windows_per_step=2), seed=0)
+    errors = qat.reconstruct(student, teacher, read[:4], BlockTraining(steps=4, windows_per_step=2), seed=0)
     assert len(errors) == len(student.model.layers)
     assert all(after <= before for before, after in errors)
     assert all(part.position is None for part in fake_quant.fake_layers(student).values())
@@ -116,10 +116,10 @@ def test_blocks_end_no_further_from_the_original_than_they_began(run, base, low,
 def test_blocks_without_fake_quantizers_or_steps_are_refused(base, low, read):
     teacher, student = checkpoint.load_model(base), checkpoint.load_model(low)
     with pytest.raises(ValueError, match="no layer of the student is a fake quantizer"):
-        qat.reconstruct(teacher, teacher, read, Blocks(), seed=0)
+        qat.reconstruct(teacher, teacher, read, BlockTraining(), seed=0)
     fake_quant.replace_layers(student, packed.packed_layers(low))
     with pytest.raises(ValueError, match="0 steps of 4 of 16 windows"):
-        qat.reconstruct(student, teacher, read, Blocks(steps=0), seed=0)
+        qat.reconstruct(student, teacher, read, BlockTraining(steps=0), seed=0)
 
 
 ATTENTION = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -137,12 +137,12 @@ def test_every_block_aims_at_what_the_teacher_gives_there(monkeypatch):
     """Gemma 3 alternates two rotary embeddings and masks: blocks get their own, not the first one's."""
     teacher, student, aims = alternating(), alternating(), []
     monkeypatch.setattr(qat, "_fit", lambda block, calls, aim, how, random: aims.append(aim) or (1.0, 1.0))
-    posed = rounding.problem(torch.eye(16))
+    posed = rounding.rounding_problem(torch.eye(16))
     name = "model.layers.1.mlp.up_proj"
     layer = rounding.round_weight(student.get_submodule(name).weight.detach(), posed, Grid(8, 16))
     fake_quant.replace_layers(student, {name: layer})
     windows = torch.arange(60).reshape(3, 20)
-    qat.reconstruct(student, teacher, windows, Blocks(windows_per_step=2), seed=0)
+    qat.reconstruct(student, teacher, windows, BlockTraining(windows_per_step=2), seed=0)
     seen = {}
     for at, block in enumerate(teacher.model.layers):
         block.register_forward_hook(lambda _module, _args, given, at=at: seen.update({at: given}))

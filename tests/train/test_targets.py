@@ -14,7 +14,7 @@ from avalab.data import packing
 from avalab.data.packing import IGNORED
 from avalab.models import checkpoint
 from avalab.train import targets
-from avalab.train.targets import Form
+from avalab.train.targets import TargetForm
 
 DRAWS = 4000
 
@@ -93,7 +93,7 @@ def test_the_most_probable_entries_alone_would_give_another_gradient():
     assert (torch.autograd.grad(renormalised, hidden)[0] - dense).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("form", [Form(), Form("topk", 24), Form("sampled", 200, temperature=2.0)])
+@pytest.mark.parametrize("form", [TargetForm(), TargetForm("topk", 24), TargetForm("sampled", 200, temperature=2.0)])
 def test_what_is_read_back_is_what_the_teacher_says(run, base, rows, form):
     found, bytes_per_token = targets.attach_targets(run, rows, base, form)
     teacher = checkpoint.load_model(base)
@@ -119,7 +119,7 @@ def test_what_is_read_back_is_what_the_teacher_says(run, base, rows, form):
 
 def test_a_vocabulary_beyond_two_bytes_keeps_its_entries(rows):
     ids, kept = torch.tensor([[5, 70_000, 131_071]]), torch.tensor([[3, 4, 0]])
-    packed = targets._packed([(ids, kept, torch.tensor([1.5]))], 131_072, Form())
+    packed = targets._packed([(ids, kept, torch.tensor([1.5]))], 131_072, TargetForm())
     row = {**rows[0], "labels": torch.tensor([IGNORED, 7])}
     (found,) = targets._unpacked([row], packed, {"count": 7, "name": "sampled"})
     assert found["target_ids"].tolist() == [[0, 0], [5, 70_000]]
@@ -128,14 +128,14 @@ def test_a_vocabulary_beyond_two_bytes_keeps_its_entries(rows):
 
 
 def test_targets_are_computed_once(run, base, rows, monkeypatch):
-    targets.attach_targets(run, rows, base, Form())
+    targets.attach_targets(run, rows, base, TargetForm())
     monkeypatch.setattr(targets, "write_targets", lambda *_: pytest.fail("computed again"))
-    targets.attach_targets(run, rows, base, Form())
+    targets.attach_targets(run, rows, base, TargetForm())
 
 
 def test_targets_of_other_rows_are_refused_by_hash(run, base, rows, tmp_path):
     path = tmp_path / "targets.safetensors"
-    targets.write_targets(path, rows, checkpoint.load_model(base), targets.header(rows, base, Form()))
+    targets.write_targets(path, rows, checkpoint.load_model(base), targets.header(rows, base, TargetForm()))
     assert len(targets.load_targets(path, rows)) == 3
     with pytest.raises(ValueError, match=r"was made for rows [0-9a-f]{12}, these are [0-9a-f]{12}"):
         targets.load_targets(path, rows[:2])
@@ -146,14 +146,14 @@ def test_targets_of_other_rows_are_refused_by_hash(run, base, rows, tmp_path):
 
 def test_a_damaged_file_of_targets_is_refused(run, base, rows, tmp_path):
     path = tmp_path / "targets.safetensors"
-    targets.write_targets(path, rows, checkpoint.load_model(base), targets.header(rows, base, Form()))
+    targets.write_targets(path, rows, checkpoint.load_model(base), targets.header(rows, base, TargetForm()))
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="is no file of targets, or damaged"):
         targets.load_targets(path, rows)
 
 
 def test_the_file_names_rows_teacher_and_form(run, base, rows):
-    about = targets.header(rows, base, Form("topk", 9))
+    about = targets.header(rows, base, TargetForm("topk", 9))
     assert about["rows"] == targets.rows_sha256(rows)
     assert (about["teacher"], about["name"], about["count"]) == (base.sha256, "topk", 9)
     json.dumps(about)
@@ -162,4 +162,4 @@ def test_the_file_names_rows_teacher_and_form(run, base, rows):
 @pytest.mark.parametrize(("change", "got"), [({"name": "all"}, "'all'"), ({"count": 256}, "256"), ({"count": 0}, "0")])
 def test_impossible_forms_are_refused(change, got):
     with pytest.raises(ValueError, match=f"{got}.*choose one of sampled, topk, 1 to 255 entries"):
-        replace(Form(), **change)
+        replace(TargetForm(), **change)
