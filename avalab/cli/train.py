@@ -64,15 +64,17 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
     cache = ROOT / "artifacts" / "teachers"
     if not _is_url(address):
         artifacts.load_artifact(Path(address), verify=False)  # refuses a folder without one
-        from avalab.data import synthesize, teachers
+        from avalab.data import synthesize
+        from avalab.data.teachers import local_teacher
 
-        return teachers.local_teacher(Path(address), cache=cache / "local.jsonl", schema=synthesize.REWORDING)
+        return local_teacher(Path(address), cache=cache / "local.jsonl", schema=synthesize.REWORDING)
     if not model:
         raise ValueError("a teacher behind a URL needs --teacher-model")
     try:
         price_in, price_out = map(float, price.split(","))
     except ValueError:
         raise ValueError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
+    from avalab.data import teachers
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
     return teachers.endpoint_teacher(address, model, cache=cache / f"{slug(model)}.jsonl", limits=limits)

@@ -9,8 +9,8 @@
    scales, and a second copy of the codes in a faster kernel's order where there is one (`kernels.prepare`).
    `kernels.dispatch` chooses anew for every call which form computes it.
 
-These layers have no gradients (`adapters.apply_fused` has). A layer that bitsandbytes has to keep (a group that does
-not divide the columns, 8 bits) is not compiled: its kernels hold state that the compiler cannot follow.
+These layers have no gradients (`adapters.apply_fused_adapters` has). A layer that bitsandbytes has to keep (a group
+that does not divide the columns, 8 bits) is not compiled: its kernels hold state that the compiler cannot follow.
 """
 
 from __future__ import annotations

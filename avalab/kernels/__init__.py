@@ -1,8 +1,8 @@
 """The hot tensor code: each operation has a reference of a few lines and faster forms that are held to it.
 
-`OPERATIONS` is the one table from an operation's name to its forms, best first, the reference last; `dispatch.choose`
-picks one by device, dtype and shape, after its check has passed. AVALAB_KERNELS=reference forces the references
-everywhere.
+`OPERATIONS` is the one table from an operation's name to its forms, best first, the reference last;
+`dispatch.choose_form` picks one by device, dtype and shape, after its check has passed. AVALAB_KERNELS=reference forces
+the references everywhere.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Weight4:
     scales: Float[Tensor, "rows groups"] | NestedScales  # in the dtype they are stored in
     zero_points: UInt8[Tensor, "rows groups"] | Float[Tensor, "rows groups"] | None = None
     minimums: Float[Tensor, "rows groups"] | None = None
-    small_batch: SmallBatch | None = None  # a second copy for few rows of activations: `product.prepare`
+    small_batch: SmallBatch | None = None  # a second copy for few rows of activations: `product.prepare_small_batches`
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -180,7 +180,7 @@ def peak_bytes(device: str, size: tuple[int, int, int], arm: str, *, trained: bo
 
 
 def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
-    """x times a weight of `product.prepare`, whose decoded form is `dense`."""
+    """x times a weight of `product.prepare_small_batches`, whose decoded form is `dense`."""
     arms: Arms = {"avalab": lambda: kernels.multiply(x, weight), "bf16": lambda: x @ dense.T}
     small = weight.small_batch
     if small is not None and small.kernel == "int4pack":

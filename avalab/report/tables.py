@@ -157,7 +157,7 @@ def budget_table(choices: Sequence[tuple], *, kl_limit: float) -> Table:
 
 
 def target_table(judged: Sequence[tuple]) -> Table:
-    """What was asked of the default and what was found, of `choose.judge`."""
+    """What was asked of the default and what was found, of `choose.judge_targets`."""
     rows = [(target.claim, f"at least {target.wanted:g}x", sentence) for target, _, sentence in judged]
     return Table(("target", "asked", "found"), tuple(rows))
 

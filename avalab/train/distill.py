@@ -15,7 +15,7 @@ The loss of a row is a sum, each part with a weight of the recipe; a part with w
 The teacher is `online` (it reads each row before the student does, without gradients; its logits exist a chunk at a
 time), or was asked before: `sampled` and `topk` targets (`targets`) are kept in a file and cost the step next to
 nothing. On-policy training is the same call with the student's own answers as rows (`packing.own_answers`), teaching
-by text alone with a teacher's answers (`packing.answered`) and `kl` = 0. Both models have one tokenizer.
+by text alone with a teacher's answers (`packing.with_answers_of`) and `kl` = 0. Both models have one tokenizer.
 
 The student is trained through adapters (`finetune.Recipe`), also on a 4-bit base, or with rank 0 as a whole
 (`adapters.apply_wide_weights`).

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from avalab import kernels
 from avalab.compress import libraries, quantize
 from avalab.compress.libraries import Job
-from avalab.engines import onnx_graph
+from avalab.engines import engine
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
 from avalab.models import checkpoint
@@ -101,7 +101,7 @@ def test_a_logger_that_another_library_made_its_own_is_standard_again(monkeypatc
 def test_onnx_runtimes_builder_is_asked_for_k_quant_and_its_failure_has_a_reason(base, run, monkeypatch):
     asked = []
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="first\nno such layer")
-    monkeypatch.setattr(onnx_graph, "require", lambda: None)
+    monkeypatch.setattr(engine, "require", lambda *_, **__: None)
     monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command) or failed)
     with pytest.raises(RuntimeError, match="the ONNX model builder failed on tiny-llama: no such layer"):
         libraries.onnx_k_quant(Job(base.path, "cpu", {}, [], None, out=run.artifacts_dir))

@@ -244,8 +244,8 @@ def test_without_bitsandbytes_the_product_is_the_same():
 import sys; sys.modules["bitsandbytes"] = None
 import torch
 from avalab import kernels
-from avalab.kernels.product import sample
-w = kernels.prepare(sample("cpu", kind="nf4"))
+from avalab.kernels.product import sample_weight
+w = kernels.prepare(sample_weight("cpu", kind="nf4"))
 y = kernels.multiply(torch.ones(2, 192, dtype=torch.bfloat16), w)
 print(w.small_batch, y.double().sum().item())
 """

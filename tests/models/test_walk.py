@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from avalab.models import walk
 
@@ -216,15 +216,6 @@ def input_moments(model: Gemma3ForCausalLM, names: list[str]) -> dict[str, torch
     for handle in handles:
         handle.remove()
     return {name: rows.T @ rows / WINDOWS.numel() for name, rows in read.items()}
-
-
-def alternating() -> Gemma3ForCausalLM:
-    kinds, thetas = ["sliding_attention", "full_attention", "sliding_attention"], (10.0, 1e6, 10.0)
-    rotary = {k: {"rope_type": "default", "rope_theta": theta} for k, theta in zip(kinds, thetas, strict=True)}
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 4}
-    torch.manual_seed(0)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, layer_types=kinds, rope_parameters=rotary)).eval()
 
 
 def test_a_block_is_found_in_its_layers_name():

@@ -229,7 +229,7 @@ torch.set_num_threads(1)
 tiny, rows_per_step, folder, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 model = checkpoint.load_model(tiny, dtype=torch.float32)
 adapters.attach_adapters(model, rank=4, alpha=8, seed=1)
-adapters.apply_fused(model)
+adapters.apply_fused_adapters(model)
 examples = list(toolbox.function_calling_examples(8, seed=5))
 assert int(__import__("os").environ.get("WORLD_SIZE", 1)) * rows_per_step == 2
 rows = packing.pack_chats(AutoTokenizer.from_pretrained(tiny), examples, row_tokens=600, context=1024, seed=0)
