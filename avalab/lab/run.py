@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(os.environ.get("AVALAB_ROOT", Path(__file__).resolve().parents[2]))
 
 # A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
-WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 @dataclass(frozen=True)
