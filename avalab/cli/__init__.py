@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+import traceback
 from typing import Annotated
 
 import typer
@@ -30,6 +32,7 @@ import typer
 from avalab.cli import compress, measure, talk, train
 from avalab.cli.options import ArtifactFolder
 from avalab.lab import artifacts, assets
+from avalab.lab.errors import LabError
 
 app = typer.Typer(
     help="How small and fast can a language model get before it stops being good?",
@@ -61,13 +64,32 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> None:
-    """Run the command; what a user did wrong becomes one line and exit code 2."""
+    """Run the command: what a user can mend becomes one line and exit code 2, a failed process or a defect code 1."""
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:  # an asset that cannot be had is a RuntimeError, too
-        print("avalab: " + " ".join(str(error).split()), file=sys.stderr)
-        a_process_failed = isinstance(error, RuntimeError) and not isinstance(error, assets.AssetUnavailable)
-        sys.exit(1 if a_process_failed else 2)
+    except KeyboardInterrupt:
+        _end("stopped; what was finished is kept, and the same command goes on from there", 130)
+    except LabError as error:
+        _end(str(error), error.exit_code)
+    except OSError as error:  # of the file system: it names the file
+        _end(str(error), 2)
+    except MemoryError as error:
+        _end(f"out of memory {error}; give a smaller model, or close other programs", 1)
+    except Exception as error:
+        _end(_defect(error), 1)
+
+
+def _end(line: str, code: int) -> None:
+    print("avalab: " + " ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _defect(error: Exception) -> str:
+    """What is said of an exception that nobody foresaw; where it was raised goes to a file."""
+    said = (str(error).strip().splitlines() or ["no message"])[0]
+    with tempfile.NamedTemporaryFile("w", prefix="avalab-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    return f"a defect of avalab, not of your input: {type(error).__name__}: {said} (report it with {file.name})"
 
 
 @app.command("assets")

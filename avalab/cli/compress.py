@@ -20,6 +20,7 @@ from avalab.cli import options
 from avalab.cli.options import AsJson, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
@@ -112,7 +113,7 @@ def byte_count(size: str) -> int:
     try:
         return int(float(number) * units[size[len(number) :].upper()])
     except (ValueError, KeyError):
-        raise ValueError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
+        raise InputError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
 
 
 def _engine(artifact: Artifact) -> str:
@@ -174,7 +175,7 @@ def prune(
     options.one_of("pattern", pattern, options.PATTERNS)
     options.one_of("allocation", allocation, ("uniform", "sensitivity"))
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
+        raise InputError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
     options.new_folder(out)
     options.known_model(model)
     from avalab.compress import prune
@@ -283,7 +284,7 @@ def _onnx_genai(artifact: Artifact, out: Path, weights: str, windows) -> str:
     from avalab.engines import onnx as genai_folder
 
     if windows is not None:
-        raise ValueError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
+        raise InputError(f"weights {weights or 'int4'} for ONNX Runtime GenAI take no calibration text")
     made = genai_folder.write(artifact, weights or "int4", out=out)
     note = made.card["measured"].get("note", "")
     return _written(made, "onnx") + (f"\n{note}" if note else "")
@@ -297,7 +298,7 @@ def _gguf(artifact: Artifact, out: Path, weights: str, windows) -> str:
     if weights in llamacpp.MIXTURES:
         return _written(llamacpp.write(artifact, weights, windows=windows, out=out), "llamacpp or torch")
     if windows is not None:
-        raise ValueError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
+        raise InputError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
     return _written(gguf_file.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
 
 
@@ -351,10 +352,10 @@ def export(
     options.one_of("format", to, EXPORTERS)
     row, run = EXPORTERS[to], Run("avalab_export", profile, seed)
     if weights and weights not in row.weights:
-        raise ValueError(f"no weights {weights!r} for {to}; choose one of {', '.join(row.weights)}")
+        raise InputError(f"no weights {weights!r} for {to}; choose one of {', '.join(row.weights)}")
     if calibrate and not row.calibrated:
         able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
-        raise ValueError(f"{to} takes no calibration text; {able} do")
+        raise InputError(f"{to} takes no calibration text; {able} do")
     found, windows = artifacts.load_artifact(artifact), None
     if calibrate:
         from avalab.data import corpora
@@ -390,7 +391,7 @@ def tensorrt(
 ) -> None:
     """Build a model for TensorRT-LLM, continue a prompt with it, and say how fast; needs an NVIDIA GPU."""
     if precision not in PRECISIONS:
-        raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        raise InputError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     run = Run("avalab_compile", profile, 0, model)
     options.known_model(model)
     from avalab.engines import tensorrt

@@ -23,6 +23,7 @@ from avalab.cli import options
 from avalab.cli.options import ArtifactFolder, AsJson, Limit, Mode, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 TASKS = ("bfcl", "text", "speed")
@@ -139,7 +140,7 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
 
     tokenizers = [checkpoint.load_tokenizer(artifact) for artifact in pair]
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise ValueError(
+        raise InputError(
             f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
         )
     cache = run.artifacts_dir / "cache"
@@ -179,7 +180,7 @@ def paired_timings(
     from avalab.measure import cell
 
     if sizes[1] < 2:
-        raise ValueError(f"need at least 2 new tokens to time one, got {sizes[1]}")
+        raise InputError(f"need at least 2 new tokens to time one, got {sizes[1]}")
     draw, vocabulary = random.Random(seed), min(ours.facts.vocabulary, theirs.facts.vocabulary)
     first, further = ([], []), ([], [])
     for number in range(rounds + 1):

@@ -16,6 +16,7 @@ import typer
 
 from avalab.lab import artifacts, assets
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 EMBEDDED = "smollm2-135m-instruct"  # of avalab.models.checkpoint
@@ -72,13 +73,13 @@ NewFolder = Annotated[Path, typer.Option(help="Folder of the new artefact.")]
 def one_of(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ValueError for a name that is not among those known."""
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+        raise InputError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
 
 
 def within(name: str, value: float | None, low: float, high: float | None = None) -> None:
     """Raise ValueError for a number that is given, and below `low` or above `high`."""
     if value is not None and not (low <= value and (high is None or value <= high)):
-        raise ValueError(
+        raise InputError(
             f"{name} is {value}; it has to be {low} or more" + ("" if high is None else f", {high} at most")
         )
 
@@ -86,7 +87,7 @@ def within(name: str, value: float | None, low: float, high: float | None = None
 def new_folder(out: Path | None) -> None:
     """Raise ValueError for a folder that is there and no artefact: it may hold somebody's files."""
     if out and out.exists() and not (out / artifacts.CARD).is_file():
-        raise ValueError(f"{out} exists and is not an artefact; name a new folder")
+        raise InputError(f"{out} exists and is not an artefact; name a new folder")
 
 
 def known_model(model: str) -> None:

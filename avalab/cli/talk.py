@@ -11,6 +11,7 @@ import typer
 from avalab.cli import options
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 
@@ -28,7 +29,7 @@ def chat(
         try:
             json.loads(tools.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{tools} is not JSON: {error}") from None
+            raise InputError(f"{tools} is not JSON: {error}") from None
     found = artifacts.load_artifact(artifact)
     from avalab.measure.answers import Respondent
     from avalab.serve import chat
@@ -57,14 +58,14 @@ def ensemble(
     run = Run("avalab_ensemble", profile, seed)
     pools, votes = options.POOLS, options.VOTES
     if method not in (*pools, *votes):
-        raise ValueError(f"unknown method {method!r}; distributions: {', '.join(pools)}; answers: {', '.join(votes)}")
+        raise InputError(f"unknown method {method!r}; distributions: {', '.join(pools)}; answers: {', '.join(votes)}")
     if method == "cascade":
-        raise ValueError("a cascade of distributions reads every token with both models; use --method answer-cascade")
+        raise InputError("a cascade of distributions reads every token with both models; use --method answer-cascade")
     members = [artifacts.load_artifact(folder) for folder in [*models, *(more or [])]]
     if method == "self-consistency" and len(members) != 1:
-        raise ValueError(f"self-consistency draws from one model, got {len(members)}; use vote")
+        raise InputError(f"self-consistency draws from one model, got {len(members)}; use vote")
     if method == "answer-cascade" and len(members) != 2:
-        raise ValueError(f"a cascade has a small and a large model, got {len(members)}")
+        raise InputError(f"a cascade has a small and a large model, got {len(members)}")
     from avalab.measure.answers import Respondent
     from avalab.serve import ensemble_scores
 

@@ -14,6 +14,7 @@ from avalab.cli import options
 from avalab.cli.options import AsJson, Model, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import ROOT, Run, slug
 
 TeacherModel = Annotated[str, typer.Option(help="The model's name at the base URL.")]
@@ -36,7 +37,7 @@ def synthesize(
 ) -> None:
     """Make examples for fine-tuning; the key of a URL is read from OPENAI_API_KEY. Stopped, it resumes its answers."""
     if overlap not in ("here", "all", "none"):
-        raise ValueError(f"unknown overlap {overlap!r}; choose here, all or none")
+        raise InputError(f"unknown overlap {overlap!r}; choose here, all or none")
     chosen = tuple(kind for kind in kinds.split(",") if kind)
     for kind in chosen:
         options.one_of("kind", kind, options.KINDS)
@@ -69,11 +70,11 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
 
         return local_teacher(Path(address), cache=cache / "local.jsonl", schema=synthesize.REWORDING)
     if not model:
-        raise ValueError("a teacher behind a URL needs --teacher-model")
+        raise InputError("a teacher behind a URL needs --teacher-model")
     try:
         price_in, price_out = map(float, price.split(","))
     except ValueError:
-        raise ValueError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
+        raise InputError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
     from avalab.data import teachers
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
@@ -104,13 +105,13 @@ def finetune(
     """Train an adapter on chats and merge it; stopped, it goes on from the last checkpoint when run again."""
     run = Run("avalab_finetune", profile, seed, model)
     if method not in ("lora", "qlora"):
-        raise ValueError(f"unknown method {method!r}; choose lora or qlora")
+        raise InputError(f"unknown method {method!r}; choose lora or qlora")
     if rank < 1:
-        raise ValueError(f"rank is {rank}; an adapter needs 1 or more")
+        raise InputError(f"rank is {rank}; an adapter needs 1 or more")
     options.new_folder(out)
     options.known_model(model)
     if data and not data.exists():
-        raise FileNotFoundError(f"no examples at {data}")
+        raise MissingFile(f"no examples at {data}")
     from avalab.compress import quantize
     from avalab.data import packing, synthesize
     from avalab.models import adapters, checkpoint
@@ -151,7 +152,7 @@ def split(examples: list[dict], count: int, held_out: int, seed: int) -> tuple[l
     order = random.Random(seed).sample(examples, len(examples))
     scored = min(held_out, len(order) // 10)
     if not order:
-        raise ValueError("no example fits into a row; raise --row-tokens or give other --data")
+        raise InputError("no example fits into a row; raise --row-tokens or give other --data")
     return order[scored : scored + count], order[:scored]
 
 
@@ -185,9 +186,9 @@ def distill(
     run, by_text = Run("avalab_distill", profile, seed), _is_url(teacher)
     options.one_of("targets", targets, options.TARGETS)
     if by_text and not teacher_model:
-        raise ValueError("a teacher behind a URL needs --teacher-model")
+        raise InputError("a teacher behind a URL needs --teacher-model")
     if data is None and (by_text or own_answers):
-        raise ValueError("answers need prompts: give --data with chats")
+        raise InputError("answers need prompts: give --data with chats")
     options.known_model(student)
     if not by_text:
         options.known_model(teacher)
@@ -232,7 +233,7 @@ def _adapter_name(student: Artifact, out: Path, rank: int) -> str:
     if student.format == "bf16" and rank:
         return f"{out.name}-adapter"
     if student.path.resolve().parent != out.resolve().parent:
-        raise ValueError(f"what is trained of {student.name} belongs beside it; use --out {student.path.parent}/NAME")
+        raise InputError(f"what is trained of {student.name} belongs beside it; use --out {student.path.parent}/NAME")
     return out.name
 
 

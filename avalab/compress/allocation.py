@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from avalab.lab import process
+from avalab.lab.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def allocate_formats(
     kept = {name: undominated(name, row) for name, row in options.items()}
     smallest = fixed_bytes + sum(row[0].bytes for row in kept.values())
     if not kept or budget_bytes < smallest:
-        raise ValueError(f"a budget of {budget_bytes:,} bytes is below the smallest {file}, {smallest:,} bytes")
+        raise InputError(f"a budget of {budget_bytes:,} bytes is below the smallest {file}, {smallest:,} bytes")
     budget_bytes -= fixed_bytes
     if budget_bytes >= sum(row[-1].bytes for row in kept.values()):
         return Allocation({name: row[-1] for name, row in kept.items()})
@@ -63,9 +64,9 @@ def allocate_formats(
 def undominated(name: str, options: list[Option]) -> list[Option]:
     """Options by rising size, each of lower cost than all smaller ones. Raises ValueError naming the tensor."""
     if not options:
-        raise ValueError(f"tensor {name!r} has no format to choose from")
+        raise InputError(f"tensor {name!r} has no format to choose from")
     if not np.isfinite([option.cost for option in options]).all():
-        raise ValueError(f"tensor {name!r} has a cost that is not finite: {[option.cost for option in options]}")
+        raise InputError(f"tensor {name!r} has a cost that is not finite: {[option.cost for option in options]}")
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.bytes, o.cost, o.format)):
         if not kept or option.cost < kept[-1].cost:

@@ -34,6 +34,7 @@ from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16
 from avalab.engines.onnx_graph import OnnxModel
 from avalab.lab import artifacts
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.packed import Packed
 
@@ -171,14 +172,14 @@ def checked_target(parameters: Mapping) -> Target:
     equivalence.checked_transform(parameters["transform"])
     format, embedding = parameters["format"], parameters["embedding"]
     if format not in TARGETS:
-        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(TARGETS)}")
+        raise InputError(f"unknown format {format!r}; choose one of {', '.join(TARGETS)}")
     if embedding not in EMBEDDINGS:
-        raise ValueError(f"embedding {embedding!r} is not one of {', '.join(EMBEDDINGS)}")
+        raise InputError(f"embedding {embedding!r} is not one of {', '.join(EMBEDDINGS)}")
     if embedding == PACKED and format != "transformers":
-        raise ValueError(f"embedding='packed' is of the own format; {format} rounds every embedding anyway")
+        raise InputError(f"embedding='packed' is of the own format; {format} rounds every embedding anyway")
     engine, engines = parameters["engine"], ava_targets.GGUF_TYPES
     if format == "gguf" and engine not in engines:
-        raise ValueError(f"no list of GGUF types for engine {engine!r}; choose one of {', '.join(engines)}")
+        raise InputError(f"no list of GGUF types for engine {engine!r}; choose one of {', '.join(engines)}")
     return TARGETS[format]
 
 
@@ -209,7 +210,7 @@ def budget_bytes(count: int, parameters: Mapping) -> int:
     """
     budget = int(parameters["bytes"] or parameters["bits_per_weight"] * count / 8)
     if budget <= 0:
-        raise ValueError(f"a budget has to be positive, got {budget} bytes")
+        raise InputError(f"a budget has to be positive, got {budget} bytes")
     return budget
 
 

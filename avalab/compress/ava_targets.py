@@ -35,6 +35,7 @@ from avalab.engines.onnx_graph import OnnxModel
 from avalab.kernels import block_types, formats
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import Grid, Rounded
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.packed import Packed
 
@@ -224,7 +225,7 @@ def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedC
     try:
         return gguf_file.checked_config(job.folder)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{error}; `ava` without format=gguf writes an artefact for transformers and vLLM, and `avalab export` "
             "writes the dense model for onnx, onnx-genai and openvino"
         ) from error

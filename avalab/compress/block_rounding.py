@@ -24,6 +24,7 @@ from avalab.compress.rounding import CHUNK_WEIGHTS, Problem
 from avalab.kernels import block_types
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import NumberFormat
+from avalab.lab.errors import InputError
 
 SMALLEST = 6e-8  # of a scale: float16's smallest number
 
@@ -42,7 +43,7 @@ def round_weight(
     Raises ValueError for columns that the type's blocks do not divide.
     """
     if not block_types.fits_blocks(format, weight.shape[1]):
-        raise ValueError(f"blocks of {block_types.block_weights(format)} do not divide {weight.shape[1]} columns")
+        raise InputError(f"blocks of {block_types.block_weights(format)} do not divide {weight.shape[1]} columns")
     weight = weight.float()
     scales, offsets, fields = stored(*search(weight, posed.column_cost, format), format)
     codes = rounding.compensated(weight, posed, format, scales, -offsets / scales)

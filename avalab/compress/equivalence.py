@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from avalab.compress import rounding
 from avalab.kernels.formats import Grid
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint, walk
 
 NONE, SCALE, ROTATE = "none", "scale", "rotate"
@@ -72,7 +73,7 @@ class Pair:
 def checked_transform(transform: str) -> str:
     """The transform; raises ValueError for an unknown one."""
     if transform not in TRANSFORMS:
-        raise ValueError(f"transform {transform!r} is not one of {', '.join(TRANSFORMS)}")
+        raise InputError(f"transform {transform!r} is not one of {', '.join(TRANSFORMS)}")
     return transform
 
 
@@ -84,7 +85,7 @@ def apply_transform(model: PreTrainedModel, windows: Int[Tensor, "window time"],
     parts = checked_transform(transform).split("+")
     if parts != [NONE] and model.config.model_type not in checkpoint.MLP_NORMS:
         known = ", ".join(checkpoint.MLP_NORMS)
-        raise ValueError(f"transform {transform!r} knows blocks of {known}, not of {model.config.model_type}: use none")
+        raise InputError(f"transform {transform!r} knows blocks of {known}, not of {model.config.model_type}: use none")
     if ROTATE in parts:
         rotate_values(model)
     return scale_channels(model, windows) if SCALE in parts else {}
@@ -131,7 +132,7 @@ def hadamard(width: int) -> Float[Tensor, "width width"]:
     """
     size = width & -width  # the greatest power of two that divides it
     if size < 2:
-        raise ValueError(f"no Hadamard matrix rotates heads of {width} channels, an odd number: use transform=scale")
+        raise InputError(f"no Hadamard matrix rotates heads of {width} channels, an odd number: use transform=scale")
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))

@@ -33,6 +33,7 @@ from avalab.kernels import NestedScales, Weight4, formats
 from avalab.kernels.formats import Grid, Rounded
 from avalab.kernels.weight import NESTED_GROUP
 from avalab.lab import artifacts
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint, packed, stored, walk
 from avalab.models.packed import Packed
 
@@ -270,7 +271,7 @@ def autoround_integers(layer: nn.Linear, grid: Grid) -> Rounded:
     steps = codes.round().clamp(0, 2**grid.bits - 1)
     distance = float((codes - steps).abs().max())
     if distance > 0.25:  # bf16 weights stand at most 2^-9 of their size, a sixteenth of a step at 4 bits, off the grid
-        raise ValueError(f"a weight is {distance:.2f} steps off AutoRound's own grid of {grid.bits} bits")
+        raise InputError(f"a weight is {distance:.2f} steps off AutoRound's own grid of {grid.bits} bits")
     offset = 2 ** (grid.bits - 1)
     return Rounded(grid, (steps - offset).flatten(1).to(torch.int8), scales, (zeros - offset).to(torch.int8))
 
@@ -287,7 +288,7 @@ def hqq(job: Job) -> dict:
     """HQQ with its defaults, in its own storage; the embedding in bf16 or int8 rows."""
     parameters = job.parameters
     if parameters["bits"] not in HQQ_BITS:
-        raise ValueError(f"HQQ has no {parameters['bits']} bits; choose one of {', '.join(map(str, HQQ_BITS))}")
+        raise InputError(f"HQQ has no {parameters['bits']} bits; choose one of {', '.join(map(str, HQQ_BITS))}")
     model = checkpoint.load_model(job.folder)
     layers = [name for name in walk.linear_layers(model) if name not in job.skipped]
     others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from avalab.lab.errors import InputError
+
 LARGEST_STEP = 64  # channels: what kernels and quantization groups like to divide
 
 LEVELS = torch.linspace(0, 1, 21, dtype=torch.float64)  # shares of a layer that may go
@@ -49,7 +51,7 @@ def lowest(scores: Float[Tensor, "rows cols"], count: int, *, compared: str = "l
     """
     rows, columns = scores.shape
     if not 0 <= count <= rows * columns:
-        raise ValueError(f"cannot remove {count} of {rows * columns} weights")
+        raise InputError(f"cannot remove {count} of {rows * columns} weights")
     if compared == "layer":
         mask = torch.zeros(rows * columns, dtype=torch.bool, device=scores.device)
         mask[scores.flatten().topk(count, largest=False, sorted=False).indices] = True
@@ -76,7 +78,7 @@ def n_of_m(scores: Float[Tensor, "rows cols"], zeros: int, group: int) -> Bool[T
 def refuse_ragged(columns: int, group: int, name: str) -> None:
     """Raise ValueError naming the layer whose columns a group does not divide."""
     if columns % group:
-        raise ValueError(f"groups of {group} do not divide the {columns} columns of {name}")
+        raise InputError(f"groups of {group} do not divide the {columns} columns of {name}")
 
 
 def step_size(count: int, *, of_heads: int = 1) -> int:
@@ -100,7 +102,7 @@ def removed_count(count: int, sparsity: float, *, of: str, granularity: int = 1)
     if gone >= count or (sparsity > 0 and gone == 0):
         possible = ", ".join(f"{k / count:.3g}" for k in range(granularity, count, granularity))
         which = "every one" if gone >= count else "none"
-        raise ValueError(f"sparsity {sparsity} removes {which} of {count} {of}; possible: {possible or 'nothing'}")
+        raise InputError(f"sparsity {sparsity} removes {which} of {count} {of}; possible: {possible or 'nothing'}")
     return gone
 
 

@@ -39,6 +39,7 @@ from avalab.data import corpora
 from avalab.lab import artifacts, cache
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, smaller, stored, walk
 from avalab.models.smaller import Kept, Sizes
@@ -96,7 +97,7 @@ def prune_artifact(
     Raises ValueError for a base that is not in bf16 and for everything that `planned` refuses.
     """
     if base.format != "bf16":
-        raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be pruned")
+        raise InputError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be pruned")
     plan = plan_pruning(
         base.path,
         score,
@@ -155,35 +156,35 @@ def _refuse_mismatch(score: str, pattern: str, allocation: str, sparsity: float)
     tables = {"score": (score, SCORES), "pattern": (pattern, PATTERNS), "allocation": (allocation, ALLOCATIONS)}
     for kind, (name, known) in tables.items():
         if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+            raise InputError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
     if allocation == "sensitivity" and pattern != "unstructured":
-        raise ValueError(f"pattern {pattern!r} takes the same share of every layer; allocation has to be 'uniform'")
+        raise InputError(f"pattern {pattern!r} takes the same share of every layer; allocation has to be 'uniform'")
     if SCORES[score].compute is None and pattern != "layers":
-        raise ValueError(f"score {score!r} belongs to whole blocks; use it with pattern 'layers', not {pattern!r}")
+        raise InputError(f"score {score!r} belongs to whole blocks; use it with pattern 'layers', not {pattern!r}")
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
+        raise InputError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
     fixed = PATTERNS[pattern].fixed_sparsity
     if fixed is not None and sparsity != fixed:
-        raise ValueError(f"pattern {pattern!r} removes exactly {fixed}; got sparsity {sparsity}")
+        raise InputError(f"pattern {pattern!r} removes exactly {fixed}; got sparsity {sparsity}")
 
 
 def _refuse_structures(plan: Plan, names: list[str], of: Sizes) -> None:
     """Raise where nothing or everything of a kind would go, or targets leave out some of what is cut everywhere."""
     endings = CUT.get(plan.pattern, ())
     if left_out := [n for n in names if n.rpartition(".")[2] in endings and n not in plan.targets]:
-        raise ValueError(f"pattern {plan.pattern!r} cuts all blocks alike, but the targets leave out {left_out[0]}")
+        raise InputError(f"pattern {plan.pattern!r} cuts all blocks alike, but the targets leave out {left_out[0]}")
     if plan.pattern == "hidden":
         _hidden_channels_gone(plan, of)
     elif plan.pattern == "layers":
         gone = removed_count(of.blocks, plan.sparsity, of="blocks")
         candidates = {block_index(name) for name in plan.targets}
         if gone > len(candidates):
-            raise ValueError(f"sparsity {plan.sparsity} removes {gone} blocks; the targets are in {len(candidates)}")
+            raise InputError(f"sparsity {plan.sparsity} removes {gone} blocks; the targets are in {len(candidates)}")
     else:
         columns = of.channels if plan.pattern == "mlp_channels" else of.heads * of.head_dim
         left = len(chosen_structures(plan.pattern, torch.zeros(columns), plan.sparsity, of))
         if plan.pattern != "mlp_channels" and of.hidden % left:
-            raise ValueError(
+            raise InputError(
                 f"sparsity {plan.sparsity} leaves {left} of {of.heads} heads; a Llama configuration needs a number "
                 f"that divides the hidden size {of.hidden}"
             )

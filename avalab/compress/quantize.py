@@ -45,6 +45,7 @@ from avalab.engines import openvino as openvino_engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.process import quietly
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed, walk
@@ -96,12 +97,12 @@ def compress_artifact(
     without the method's library.
     """
     if base.format != "bf16":
-        raise ValueError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
+        raise InputError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     row, parameters = checked_method(method, parameters)
     layers = walk.linear_layers(checkpoint.skeleton(base.path))
     skipped = _expand(skip, list(layers))
     if skipped and not row.skips:
-        raise ValueError(f"method {method!r} keeps no single layer in bf16; leave out skip")
+        raise InputError(f"method {method!r} keeps no single layer in bf16; leave out skip")
     if not row.ragged:
         _refuse_ragged_groups(row, parameters, {n: m.in_features for n, m in layers.items() if n not in skipped})
     # The code's hash: an artefact that an older version of it made is made again, not trusted.
@@ -172,21 +173,21 @@ def method_label(method: str, parameters: dict, skipped: list[str] | tuple[str, 
 def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
     """The method's row and its parameters merged with the defaults; ValueError for what it does not know."""
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     row = METHODS[method]
     unknown = sorted(set(parameters) - set(row.defaults))
     if unknown:
         allowed = ", ".join(row.defaults) or "none"
-        raise ValueError(f"method {method!r} has no parameter {', '.join(unknown)}; it has: {allowed}, skip")
+        raise InputError(f"method {method!r} has no parameter {', '.join(unknown)}; it has: {allowed}, skip")
     merged = {**row.defaults, **parameters}
     for name, allowed in CHOICES.items():
         if method != "ava" and merged.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} {merged[name]!r} is not one of {', '.join(allowed)}")
+            raise InputError(f"{name} {merged[name]!r} is not one of {', '.join(allowed)}")
     if not 2 <= merged.get("bits", 8) <= 8:
-        raise ValueError(f"bits {merged['bits']} is not one of 2 to 8")
+        raise InputError(f"bits {merged['bits']} is not one of 2 to 8")
     for name in ("group_size", "block_size"):
         if merged.get(name, row.smallest_group) < row.smallest_group:
-            raise ValueError(f"{name} {merged[name]} of {method!r} is below {row.smallest_group}")
+            raise InputError(f"{name} {merged[name]} of {method!r} is below {row.smallest_group}")
     return row, merged
 
 
@@ -198,7 +199,7 @@ def _code(row: Method) -> str:
 def _expand(globs: tuple[str, ...], names: list[str]) -> list[str]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
+            raise InputError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
@@ -213,9 +214,9 @@ def _refuse_ragged_groups(row: Method, parameters: dict, columns: dict[str, int]
     advice += "" if row.smallest_group else ", or 0 for one group a row"
     for name, count in columns.items():
         if count % group:
-            raise ValueError(f"a group of {group} does not divide the {count} columns of {name}; {advice}")
+            raise InputError(f"a group of {group} does not divide the {count} columns of {name}; {advice}")
     if "block_size" in parameters and group not in BLOCK_SIZES:
-        raise ValueError(f"bitsandbytes has no blocks of {group}; {advice}")
+        raise InputError(f"bitsandbytes has no blocks of {group}; {advice}")
 
 
 def _fill(row: Method, job: Job) -> dict:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import Grid, NumberFormat, Rounded
+from avalab.lab.errors import InputError
 from avalab.models import walk
 from avalab.models.walk import Site
 
@@ -80,7 +81,7 @@ def damping_for(columns: int, tokens: int) -> float:
 def damped_moment(moment: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
     """The moment with a share of its mean diagonal added. Raises ValueError for NaN or infinity, naming how many."""
     if not moment.isfinite().all():
-        raise ValueError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
+        raise InputError(f"{int((~moment.isfinite()).sum())} entries of the second moment are NaN or infinite")
     unit = moment.diagonal().mean().clamp(min=1e-30)
     return moment + torch.eye(len(moment), device=moment.device) * (unit * damping)
 
@@ -99,7 +100,7 @@ def rounding_problem(moment: Float[Tensor, "cols cols"], *, damping: float = DAM
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
             return Problem(damped, factor, order, attempt)
-    raise ValueError(f"a second moment of {len(moment)} columns stayed singular at damping {damping * 4**10:.3g}")
+    raise InputError(f"a second moment of {len(moment)} columns stayed singular at damping {damping * 4**10:.3g}")
 
 
 def aim(weight: Tensor, moment: Tensor, cross: Tensor, *, damping: float = DAMPING) -> Tensor:
@@ -164,7 +165,7 @@ def round_weight(
     Raises ValueError for a group size that does not divide the columns.
     """
     if weight.shape[1] % grid.group_size:
-        raise ValueError(f"a group of {grid.group_size} does not divide {weight.shape[1]} columns")
+        raise InputError(f"a group of {grid.group_size} does not divide {weight.shape[1]} columns")
     repairs = min(2, max(0, 6 - grid.bits)) if repairs is None else repairs
     parts = []
     for rows in weight.split(CHUNK_ROWS):

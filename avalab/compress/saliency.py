@@ -37,6 +37,7 @@ from torch import Tensor
 from avalab.compress.patterns import Pattern, lowest
 from avalab.compress.rounding import BLOCK_COLUMNS, Problem, damped_moment
 from avalab.lab import artifacts
+from avalab.lab.errors import InputError
 
 REFINEMENTS = 4  # steps of conjugate gradients
 
@@ -79,7 +80,7 @@ def score_weights(score: str, weight: Float[Tensor, "rows cols"], seen: Evidence
     """The score of every weight, in float32. Raises ValueError for one that is defined for whole blocks only."""
     compute = SCORES[score].compute
     if compute is None:
-        raise ValueError(f"score {score!r} belongs to whole blocks; use it with pattern 'layers'")
+        raise InputError(f"score {score!r} belongs to whole blocks; use it with pattern 'layers'")
     return compute(weight.float(), seen)
 
 

@@ -41,6 +41,7 @@ from avalab.compress.rounding import Problem, Round
 from avalab.kernels import formats
 from avalab.kernels.formats import NumberFormat
 from avalab.lab import statistics
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import packed, predict, walk
 from avalab.models.predict import Reference
@@ -201,7 +202,7 @@ def layer_by_layer(
 ) -> Iterator[tuple[str, Float[Tensor, "window token"]]]:
     """Yield every linear layer's name and the KL divergence per token when only that layer is in `format`.
 
-    The model is left as it was. Layers whose columns the format's groups do not divide raise ValueError.
+    The model is left as it was. Layers whose columns the format's groups do not divide raise InputError.
     """
     entering = _block_calls(model, against.windows)
     for name, layer in tqdm(walk.linear_layers(model).items(), desc="sensitivity", leave=False):
@@ -261,7 +262,7 @@ def draw_choices(options: Mapping[str, list[Option]], count: int, *, seed: int) 
     open_to = {n: [o for o in row if o.cost > 0] for n, row in options.items() if ".layers." in n}
     names = [name for name, row in open_to.items() if row]
     if count > len(names):
-        raise ValueError(f"{count} choices were asked for; only {len(names)} layers have one")
+        raise InputError(f"{count} choices were asked for; only {len(names)} layers have one")
     random = np.random.default_rng(seed)
     picked = sorted(random.choice(len(names), count, replace=False))
     return [(names[i], open_to[names[i]][random.integers(len(open_to[names[i]]))]) for i in picked]
@@ -299,7 +300,7 @@ def rank_correlation(expected: Sequence[float], measured: Sequence[float]) -> fl
 def measured_over_expected(expected: Sequence[float], measured: Sequence[float]) -> float:
     """Geometric mean of measured over expected. Raises ValueError for values that are not positive."""
     if min(*expected, *measured) <= 0:
-        raise ValueError("a ratio needs positive values on both sides")
+        raise InputError("a ratio needs positive values on both sides")
     return float(np.exp(np.mean(np.log(np.asarray(measured) / np.asarray(expected)))))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from avalab.lab.errors import InputError
 from avalab.lab.words import pool_lines, pools, said_forms
 
 MILLION = 1_000_000
@@ -110,7 +111,7 @@ def kind_of(text: str) -> Kind:
         return _typed("integer" if whole else "number", lambda rng: rng.choice(values))
     if text in pools():
         return _typed("string", lambda rng: _pooled(text, rng))
-    raise ValueError(f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*NAMED, *pools()])}")
+    raise InputError(f"unknown kind {text!r}; a range, an enumeration, %, {', '.join([*NAMED, *pools()])}")
 
 
 def _typed(json_type: str, sample: Callable[[random.Random], object]) -> Kind:

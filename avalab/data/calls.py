@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from avalab.data import toolbox
 from avalab.lab import assets
+from avalab.lab.errors import InputError, MissingFile
 
 LIVE_CATEGORIES = ("live_simple", "live_multiple", "live_irrelevance")
 
@@ -107,11 +108,11 @@ def cases(category: str, limit: int | None = None) -> list[Case]:
     Raises ValueError for an unknown category, or when the toolbox is asked for without a limit.
     """
     if category not in CATEGORIES:
-        raise ValueError(f"unknown category {category!r}; choose one of {', '.join(CATEGORIES)}")
+        raise InputError(f"unknown category {category!r}; choose one of {', '.join(CATEGORIES)}")
     if category not in TOOLBOX:
         return load_cases(assets.fetch_asset("bfcl-v4"), category, limit)
     if limit is None:
-        raise ValueError(f"{category} has no end; give a limit")
+        raise InputError(f"{category} has no end; give a limit")
     heldout, found = [t for t in toolbox.tools() if toolbox.split_of(t["name"]) == "heldout"], []
     for number, example in enumerate(toolbox.function_calling_examples(limit, seed=2, split="heldout")):
         (call,), messages = example["calls"], [m for m in example["messages"] if m["role"] == "user"]
@@ -148,26 +149,26 @@ def load_cases(folder: Path | str, category: str, limit: int | None = None) -> l
     file.
     """
     if category not in BFCL_CATEGORIES:
-        raise ValueError(f"unknown BFCL category {category!r}; choose one of {', '.join(BFCL_CATEGORIES)}")
+        raise InputError(f"unknown BFCL category {category!r}; choose one of {', '.join(BFCL_CATEGORIES)}")
     places = [Path(folder, below) for below in ("", "data", "bfcl_eval/data")]
     paths = [place / f"BFCL_v4_{category}.json" for place in places]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no {paths[0].name} in {', '.join(map(str, places))}")
+        raise MissingFile(f"no {paths[0].name} in {', '.join(map(str, places))}")
     rows = list(islice(_rows(path, ("id", "question", "function")), limit))
     expected = {row["id"]: [] for row in rows}
     if not category.endswith("irrelevance"):
         answers = path.parent / "possible_answer" / path.name
         expected = {row["id"]: row["ground_truth"] for row in _rows(answers, ("id", "ground_truth"))}
     if unanswered := [row["id"] for row in rows if row["id"] not in expected]:
-        raise ValueError(f"{path} asks what possible_answer/{path.name} does not answer: {', '.join(unanswered)}")
+        raise InputError(f"{path} asks what possible_answer/{path.name} does not answer: {', '.join(unanswered)}")
     return [Case(row["id"], category, row["question"][0], row["function"], expected[row["id"]]) for row in rows]
 
 
 def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
     for place, row in json_lines(path):
         if missing := [field for field in fields if field not in row]:
-            raise ValueError(f"{place}: no field {', '.join(missing)}")
+            raise InputError(f"{place}: no field {', '.join(missing)}")
         yield row
 
 
@@ -176,12 +177,12 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
         try:
             yield f"{path}:{number}", json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+            raise InputError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def _json_call(item: Any) -> Call:
 
 def _python_call(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError("not a call with keyword arguments only")
+        raise InputError("not a call with keyword arguments only")
     arguments = {}
     for keyword in node.keywords:
         try:

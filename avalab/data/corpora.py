@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from avalab.data import calls, toolbox
 from avalab.lab import artifacts, assets
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 BFCL_CATEGORIES = ("simple_python", "multiple")
@@ -60,7 +61,7 @@ def evaluation_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Text]
 def evaluation_text(name: str, tokenizer: PreTrainedTokenizerBase) -> Text:
     """One evaluation text by name. Raises ValueError listing the names for an unknown one."""
     if name not in TEXTS:
-        raise ValueError(f"unknown text {name!r}; choose one of {', '.join(TEXTS)}")
+        raise InputError(f"unknown text {name!r}; choose one of {', '.join(TEXTS)}")
     return Text(name, TEXTS[name](tokenizer))
 
 
@@ -91,7 +92,7 @@ def windows(
     ids = ids[offset * length :]
     available = min(count, len(ids) // length)
     if available < 1:
-        raise ValueError(f"text {source.name!r} has {len(ids)} tokens left, shorter than one window of {tokens}")
+        raise InputError(f"text {source.name!r} has {len(ids)} tokens left, shorter than one window of {tokens}")
     body = ids[: available * length].view(available, length)
     return torch.cat([torch.tensor([start] * available, dtype=body.dtype), body], 1) if start else body
 
@@ -115,7 +116,7 @@ def shuffled_windows(
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(run.seed))[skip:]
     if count is not None and count > len(order):
         beside = f" besides the first {skip}" if skip else ""
-        raise ValueError(f"calibration text has {len(order)} windows of {tokens} tokens{beside}, asked for {count}")
+        raise InputError(f"calibration text has {len(order)} windows of {tokens} tokens{beside}, asked for {count}")
     return everything[order[:count]]
 
 

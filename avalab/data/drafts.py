@@ -25,6 +25,7 @@ from avalab.data import phrasing
 from avalab.data.arguments import kind_of, say_value
 from avalab.data.phrasing import Dress
 from avalab.data.toolbox import Tool, call_text, system_prompt
+from avalab.lab.errors import InputError
 from avalab.lab.words import lines_of
 
 VAGUE = {  # stems that say nothing about what a tool does
@@ -263,7 +264,7 @@ def dialogues(
     """
     pool = [example for example in examples if example["kind"] == "single_call"]
     if len(pool) < 2:
-        raise ValueError(f"{len(pool)} of {len(examples)} examples are single calls; a dialogue needs two or more")
+        raise InputError(f"{len(pool)} of {len(examples)} examples are single calls; a dialogue needs two or more")
     by_domain: dict[str, dict[str, list[dict]]] = {}
     for example in pool:
         domain, _, tool = example.get("made_for", "").partition(".")

@@ -30,6 +30,7 @@ import jsonschema
 from avalab.data import calls, phrasing, repeats, toolbox
 from avalab.data.arguments import SCALES, WORDS, ways_to_say
 from avalab.data.repeats import EvaluationSet
+from avalab.lab.errors import InputError
 from avalab.lab.words import said_numbers
 
 Gate = Callable[[dict], str]
@@ -91,7 +92,7 @@ def checked_schema(tool: dict) -> dict:
         schema = calls.to_json_schema(tool)
         jsonschema.Draft202012Validator.check_schema(schema)
     except (jsonschema.SchemaError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"tool {tool.get('name')!r} is not valid JSON Schema: {str(error).splitlines()[0]}") from error
+        raise InputError(f"tool {tool.get('name')!r} is not valid JSON Schema: {str(error).splitlines()[0]}") from error
     return schema
 
 
@@ -173,9 +174,9 @@ def is_pure(name: str) -> bool:
 def execute(name: str, arguments: dict) -> object:
     """Call a whitelisted function. Raises ValueError for another one or for arguments too large to be safe."""
     if not is_pure(name):
-        raise ValueError(f"{name!r} is not executed; allowed are functions of {', '.join(sorted(PURE_MODULES))}")
+        raise InputError(f"{name!r} is not executed; allowed are functions of {', '.join(sorted(PURE_MODULES))}")
     if large := [n for n in _sizes(list(arguments.values())) if abs(n) > LARGEST_NUMBER]:
-        raise ValueError(f"{large[0]} is larger than {LARGEST_NUMBER}")
+        raise InputError(f"{large[0]} is larger than {LARGEST_NUMBER}")
     function = toolbox.resolve(name)
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -226,7 +227,7 @@ def perplexity_band(score: Callable[[str], float], low: float, high: float) -> G
 def perplexity_interval(trusted: Sequence[float], share: float = 0.98) -> tuple[float, float]:
     """The interval that holds the central `share` of trusted perplexities. Raises ValueError for no values."""
     if not trusted or not 0 < share <= 1:
-        raise ValueError(f"a share of {share} of {len(trusted)} values; it needs values, and a share in (0, 1]")
+        raise InputError(f"a share of {share} of {len(trusted)} values; it needs values, and a share in (0, 1]")
     ordered, cut = sorted(trusted), (1 - share) / 2
     return ordered[math.floor(cut * (len(ordered) - 1))], ordered[math.ceil((1 - cut) * (len(ordered) - 1))]
 
@@ -275,6 +276,6 @@ def survivors(examples: Iterable[dict], row: dict[str, Gate], *, without: str = 
     Gates that remember must be new: give each call a row of its own. Raises ValueError for a gate that is not there.
     """
     if without and without not in row:
-        raise ValueError(f"no gate {without!r} in the row; it has {', '.join(row)}")
+        raise InputError(f"no gate {without!r} in the row; it has {', '.join(row)}")
     left = {name: gate for name, gate in row.items() if name != without}
     return [example for example in examples if verdict(example, left) == ("", "")]

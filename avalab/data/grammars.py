@@ -29,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from xgrammar import Grammar
 
 from avalab.data.calls import to_json_schema
+from avalab.lab.errors import InputError
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -87,7 +88,7 @@ def call_grammar(
     `functions` have `name` and `parameters` (BFCL's dialect or JSON Schema). Raises ValueError when nothing is allowed.
     """
     if not functions and not refusal:
-        raise ValueError("no functions and no refusal: nothing could be answered; pass one or allow the other")
+        raise InputError("no functions and no refusal: nothing could be answered; pass one or allow the other")
     key = json.dumps([functions, refusal, max_calls], sort_keys=True)
     if key not in compiler.made:
         compiler.made[key] = _compile(compiler.engine, functions, refusal=refusal, max_calls=max_calls)
@@ -182,7 +183,7 @@ def logits_mask(grammars: list[CallGrammar]) -> Callable[[Tensor, Tensor], Tenso
     def mask(tokens: Tensor, logits: Tensor) -> Tensor:
         nonlocal started
         if len(tokens) != len(matchers):
-            raise ValueError(f"a batch of {len(tokens)} rows for {len(matchers)} grammars; give one grammar a row")
+            raise InputError(f"a batch of {len(tokens)} rows for {len(matchers)} grammars; give one grammar a row")
         if started:
             _advance(matchers, tokens[:, -1].tolist())
         started = True

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from avalab.data import corpora, grammars
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
 
@@ -55,13 +56,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Enc
     """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages) or "no message"
-        raise ValueError(f"a chat to learn from ends with an assistant's answer, this one has {roles}")
+        raise InputError(f"a chat to learn from ends with an assistant's answer, this one has {roles}")
     ids, learned, done = [], [], ""
     for answered in [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]:
         prompt = tokenizer.apply_chat_template(messages[:answered], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages[: answered + 1], tokenize=False).rstrip()
         if not (prompt.startswith(done) and whole.startswith(prompt)):
-            raise ValueError("the chat template renders an answered prompt differently; answers cannot be told apart")
+            raise InputError("the chat template renders an answered prompt differently; answers cannot be told apart")
         # The template's newline after the end token is never generated: it belongs to the next prompt.
         for text, counts in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
             tokens = tokenizer(text, add_special_tokens=False).input_ids
@@ -79,9 +80,9 @@ def pack_chats(
         encoded.append(encode_chat(tokenizer, example["messages"]))
         length = len(encoded[-1].ids)
         if length > context:
-            raise ValueError(f"example {number} has {length} tokens, the model's context {context}; leave it out")
+            raise InputError(f"example {number} has {length} tokens, the model's context {context}; leave it out")
         if length > row_tokens:
-            raise ValueError(f"example {number} has {length} tokens, a row {row_tokens}; raise row_tokens")
+            raise InputError(f"example {number} has {length} tokens, a row {row_tokens}; raise row_tokens")
     return pack_rows(encoded, row_tokens=row_tokens, seed=seed)
 
 
@@ -118,7 +119,7 @@ def pack_rows(examples: list[Encoded], *, row_tokens: int, seed: int) -> Rows:
 def one_row_batch(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of one row, with the batch axis that models expect. Raises ValueError for several rows."""
     if len(batch) != 1:
-        raise ValueError(f"a batch is one packed row, got {len(batch)}; use longer rows or gradient accumulation")
+        raise InputError(f"a batch is one packed row, got {len(batch)}; use longer rows or gradient accumulation")
     return {name: value if name == "boundaries" else value[None] for name, value in batch[0].items()}
 
 
@@ -148,7 +149,7 @@ def sample_examples(
         chosen.append(example)
         total += len(encode_chat(tokenizer, example["messages"]).ids)
     if not chosen:
-        raise ValueError("no example fits into a row; use longer rows or other examples")
+        raise InputError("no example fits into a row; use longer rows or other examples")
     return chosen
 
 

@@ -34,6 +34,7 @@ from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
 from avalab.lab import statistics, words
 from avalab.lab.artifacts import sha256_of
+from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import write_atomically
 from avalab.lab.statistics import Estimate
 
@@ -95,7 +96,7 @@ def candidates(
 
 def _shares(kinds: tuple[str, ...]) -> dict[str, float]:
     if unknown := set(kinds) - set(drafts.KINDS):
-        raise ValueError(f"unknown kind {min(unknown)!r}; choose of {', '.join(drafts.KINDS)}")
+        raise InputError(f"unknown kind {min(unknown)!r}; choose of {', '.join(drafts.KINDS)}")
     return {name: share for name, (_, share) in drafts.KINDS.items() if not kinds or name in kinds}
 
 
@@ -131,7 +132,7 @@ def _accepted(
             continue
         failed[kind][example] += 1
         if failed[kind].total() >= PATIENCE:
-            raise ValueError(
+            raise InputError(
                 f"no example survives: {failed[kind].total()} of {kind} in a row were rejected, most by the gate "
                 f"{failed[kind].most_common(1)[0][0]!r}; accepted so far {accepted} of {count}"
             )
@@ -269,12 +270,12 @@ def load_examples(path: Path | str) -> list[dict]:
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"{path} holds no .jsonl file")
+        raise MissingFile(f"{path} holds no .jsonl file")
     found = []
     for file in files:
         for place, example in calls.json_lines(file):
             if complaint := _malformed(example):
-                raise ValueError(f"{place}: {complaint}")
+                raise InputError(f"{place}: {complaint}")
             found.append(with_system(example))
     return found
 

@@ -26,17 +26,18 @@ import httpx
 from tqdm.auto import tqdm
 
 from avalab.lab.artifacts import Artifact, load_artifact
+from avalab.lab.errors import InputError, Unavailable
 
 Teacher = Callable[[list[dict]], str]
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another attempt may cure
 
 
-class TeacherUnavailable(RuntimeError):
+class TeacherUnavailable(Unavailable):
     """The teacher gave no usable answer after every attempt; what was answered before is in the cache."""
 
 
-class CostLimitReached(RuntimeError):
+class CostLimitReached(Unavailable):
     """The next question might cost more than the limit allows; names both sums."""
 
 
@@ -70,7 +71,7 @@ def endpoint_teacher(
     CostLimitReached. Raises ValueError for a base URL without http(s).
     """
     if not base_url.startswith(("http://", "https://")):
-        raise ValueError(f"base URL {base_url!r}; it must begin with http:// or https://")
+        raise InputError(f"base URL {base_url!r}; it must begin with http:// or https://")
     url, answers, last = base_url.rstrip("/") + "/chat/completions", AnswerCache(Path(cache)), [float("-inf")]
 
     def ask(messages: list[dict]) -> str:
@@ -115,7 +116,7 @@ class AnswerCache:
                 self.texts[row["key"]], self.spent = row["text"], self.spent + row["cost"]
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines):  # a complete line: not the trace of a crash
-                    raise ValueError(f"{path}:{number}: not an answer of the cache ({error})") from error
+                    raise InputError(f"{path}:{number}: not an answer of the cache ({error})") from error
                 path.write_bytes(b"\n".join([*lines[:-1], b""]))
 
     def add(self, key: str, text: str, cost_in: float, cost_out: float) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from avalab.data.arguments import Parameter, kind_of
+from avalab.lab.errors import InputError
 from avalab.lab.words import lines_of
 
 SPLITS = ("train", "heldout")
@@ -110,7 +111,7 @@ def call_text(calls: list[dict]) -> str:
 def function_calling_examples(count: int, seed: int, split: str = "train") -> Iterator[dict]:
     """`count` chats: `{"messages", "tools", "calls"}`, the same for a seed. Raises ValueError for another split."""
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     of_split = [row for row in rows() if split_of(row.name) == split]
     rng = random.Random(f"{split}-{seed}")
     return (_example(of_split, rng) for _ in range(count))

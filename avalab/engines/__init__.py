@@ -31,6 +31,7 @@ from avalab.engines.engine import (
 from avalab.engines.engine import artifact_kind as kind
 from avalab.engines.engine import model_facts as facts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 
 __all__ = ["ENGINES", "OWN_FILES", "READERS", "Engine", "EngineUnavailable", "Facts", "NotSupported", "facts",
            "gguf_file", "kind", "load", "require", "usable_options"]  # fmt: skip
@@ -63,5 +64,5 @@ def load(name: str, artifact: Artifact | Path, **options) -> Engine:
 def usable_options(name: str, artifact: Artifact | Path, **options) -> tuple[dict[str, object], str]:
     """The options with which `load` would open the artefact, and a note, also logged, where they are others."""
     if name not in ENGINES:
-        raise ValueError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
+        raise InputError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
     return usable(name, ENGINES[name], artifact, options)

@@ -28,6 +28,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint
 
 
@@ -43,7 +44,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
     try:
         package, sizes = opened(str(file))
     except RuntimeError as error:
-        raise ValueError(f"torch cannot load the package {file}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"torch cannot load the package {file}: {str(error).strip().splitlines()[0]}") from error
     return engine.from_reader("aot", folder, engine.model_facts(folder), {"package": package, "sizes": sizes}, _reader)
 
 

@@ -37,6 +37,7 @@ from avalab.data.grammars import CallGrammar
 from avalab.engines import gguf
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError, Unavailable
 from avalab.lab.run import ROOT, write_atomically
 from avalab.models import checkpoint
 
@@ -64,11 +65,11 @@ OWN_FILES = {
 }
 
 
-class EngineUnavailable(RuntimeError):
+class EngineUnavailable(Unavailable):
     """The engine's library or device is missing, or the library crashes here; the message names the way round."""
 
 
-class NotSupported(ValueError):
+class NotSupported(InputError):
     """The engine cannot do this; the message names what can."""
 
 
@@ -89,11 +90,11 @@ def artifact_kind(folder: Path) -> str:
     if list(folder.glob("*.gguf")):
         return "gguf"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no artefact: it holds neither config.json nor a .gguf file")
+        raise InputError(f"{folder} is no artefact: it holds neither config.json nor a .gguf file")
     quantised = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     found = quantised.get("quant_method", "dense")
     if found not in READERS:
-        raise ValueError(f"{folder} is quantised by {found!r}; read are {', '.join(READERS)}")
+        raise InputError(f"{folder} is quantised by {found!r}; read are {', '.join(READERS)}")
     return found
 
 
@@ -132,7 +133,7 @@ def gguf_file(folder: Path) -> Path:
     """The one GGUF file of a folder. Raises ValueError for none, several, or one that is damaged (file and offset)."""
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise ValueError(f"{folder} has to hold one .gguf file, found {', '.join(f.name for f in files) or 'none'}")
+        raise InputError(f"{folder} has to hold one .gguf file, found {', '.join(f.name for f in files) or 'none'}")
     gguf.check(files[0])
     return files[0]
 
@@ -140,9 +141,9 @@ def gguf_file(folder: Path) -> Path:
 def check_dense(folder: Path, weights: str, *, known: Sequence[str], form: str) -> None:
     """Raise ValueError for weights that a form of export does not have, or a model that is quantised already."""
     if weights not in known:
-        raise ValueError(f"no weights {weights!r} for {form}; choose one of {', '.join(known)}")
+        raise InputError(f"no weights {weights!r} for {form}; choose one of {', '.join(known)}")
     if artifact_kind(folder) != "dense":
-        raise ValueError(f"{folder.name} is {artifact_kind(folder)}; export the dense model that it was made from")
+        raise InputError(f"{folder.name} is {artifact_kind(folder)}; export the dense model that it was made from")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Engine:
         Raises ValueError for an empty prompt, an unknown token, or more tokens than the model's context holds.
         """
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens has to be 1 or more, got {max_new_tokens}")
+            raise InputError(f"max_new_tokens has to be 1 or more, got {max_new_tokens}")
         self._check(prompt_tokens, max_new_tokens)
         stops = () if past_end else self.facts.stops
         return self.new_tokens(self.state, Request(list(prompt_tokens), max_new_tokens, grammar, stops, on_token))
@@ -206,12 +207,12 @@ class Engine:
 
     def _check(self, tokens: Sequence[int], more: int) -> None:
         if not self.state:
-            raise ValueError(f"this {self.name} engine of {self.folder.name} is closed; load it again")
+            raise InputError(f"this {self.name} engine of {self.folder.name} is closed; load it again")
         if not len(tokens) or not 0 <= min(tokens) <= max(tokens) < self.facts.vocabulary:
             shown = f"ids {min(tokens)} to {max(tokens)}" if len(tokens) else "none"
-            raise ValueError(f"tokens have to be ids below {self.facts.vocabulary}, at least one; got {shown}")
+            raise InputError(f"tokens have to be ids below {self.facts.vocabulary}, at least one; got {shown}")
         if len(tokens) + more > self.facts.context:
-            raise ValueError(f"{len(tokens)} + {more} tokens exceed the model's context of {self.facts.context}")
+            raise InputError(f"{len(tokens)} + {more} tokens exceed the model's context of {self.facts.context}")
 
 
 def from_reader(name: str, folder: Path, facts: Facts, state: dict, reader: Callable) -> Engine:

@@ -25,6 +25,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint
 
 INSTALL = 'pip install -e ".[executorch]"'
@@ -50,7 +51,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
         sizes = {name: program.load_method(name).execute([])[0] for name in SIZES}
         methods = {name: program.load_method(name) for name in METHODS}
     except (RuntimeError, AttributeError) as error:  # a method that is not there is None
-        raise ValueError(f"ExecuTorch cannot load {file}: {error}") from error
+        raise InputError(f"ExecuTorch cannot load {file}: {error}") from error
     state = {"program": program, "methods": methods, "sizes": sizes}
     return engine.from_reader(
         "executorch", folder, engine.model_facts(folder, context=sizes["context"]), state, _reader

@@ -45,6 +45,7 @@ from avalab.kernels.block_types import Steps
 from avalab.kernels.formats import Encoded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -88,7 +89,7 @@ def export(folder: Path, file: Path, block: str = "q8_0") -> None:
     """Write one GGUF file from a model folder in transformers' format, and Ollama's `Modelfile` beside it."""
     if block not in (*BLOCKS, KEPT):
         known = ", ".join((*BLOCKS, KEPT))
-        raise ValueError(f"no block type {block!r} is written; choose one of {known} (K types: llamacpp)")
+        raise InputError(f"no block type {block!r} is written; choose one of {known} (K types: llamacpp)")
     config = checked_config(folder, kept=block == KEPT)
     write_tensors(folder, file, stored_tensors(folder, config, block), config=config, block=block)
 
@@ -128,13 +129,13 @@ def checked_config(folder: Path, *, kept: bool = False) -> PreTrainedConfig:
     """The configuration of a model that can be exported. Raises ValueError naming what is not exported."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"{folder.name} is a {config.model_type}; exported are {', '.join(ARCHITECTURES)}")
+        raise InputError(f"{folder.name} is a {config.model_type}; exported are {', '.join(ARCHITECTURES)}")
     if getattr(config, "quantization_config", None) and not kept:
         method = config.quantization_config["quant_method"]
-        raise ValueError(f"{folder.name} is quantised already ({method}); export the dense model that it was made from")
+        raise InputError(f"{folder.name} is quantised already ({method}); export the dense model that it was made from")
     rotary = config.rope_parameters["rope_type"]
     if rotary != "default":
-        raise ValueError(f"{folder.name} has rotary embeddings of type {rotary!r}; exported is 'default'")
+        raise InputError(f"{folder.name} has rotary embeddings of type {rotary!r}; exported is 'default'")
     return config
 
 
@@ -186,7 +187,7 @@ def tensor_namer(config: PreTrainedConfig) -> Callable[[str], str]:
     def file_name(name: str) -> str:
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ValueError(f"{name} has no name in GGUF's {config.model_type} models")
+            raise InputError(f"{name} has no name in GGUF's {config.model_type} models")
         return found
 
     return file_name
@@ -259,7 +260,7 @@ def _write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, *, rows: int) -
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = described["model"]["type"]
     if kind != "BPE" or BYTE_LEVEL not in json.dumps(described["pre_tokenizer"]):
-        raise ValueError(f"the tokenizer is no byte-level BPE (model {kind}); only those are exported")
+        raise InputError(f"the tokenizer is no byte-level BPE (model {kind}); only those are exported")
     tokens, types = vocabulary(tokenizer, rows)
     writer.add_tokenizer_model("gpt2")
     alone = not any(len(text) > 1 and set(text) & DIGITS for text in described["model"]["vocab"])
@@ -282,7 +283,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[list[str]
     """Text and type of each of `rows` ids. Raises ValueError for more tokens than rows."""
     known = {index: text for text, index in tokenizer.get_vocab().items()}
     if max(known) >= rows:
-        raise ValueError(f"the tokenizer has ids up to {max(known)}, the embedding {rows} rows")
+        raise InputError(f"the tokenizer has ids up to {max(known)}, the embedding {rows} rows")
     tokens = [known.get(index, f"[PAD{index}]") for index in range(rows)]
     types = [NORMAL if index in known else UNUSED for index in range(rows)]
     for index, added in tokenizer.added_tokens_decoder.items():
@@ -307,7 +308,7 @@ def split_name(pre_tokenizer: dict[str, Any], *, digits_stand_alone: bool = Fals
         for telling, name in PATTERNS.items():
             if telling in pattern:
                 return name
-    raise ValueError(f"text is cut by {' then '.join(kinds)}; known are {BYTE_LEVEL}, Digits, and Llama 3's and Qwen's")
+    raise InputError(f"text is cut by {' then '.join(kinds)}; known are {BYTE_LEVEL}, Digits, and Llama 3's and Qwen's")
 
 
 # --- steps and scales that are kept ----------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ def packed_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Steps]]:
     config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     formats = {group.get("format") for group in config.get("config_groups", {}).values()}
     if not formats or formats - {"pack-quantized", "int-quantized"}:
-        raise ValueError(f"{folder.name} holds no packed integers to keep; export it with a block type instead")
+        raise InputError(f"{folder.name} holds no packed integers to keep; export it with a block type instead")
     tensors = load_file(folder / "model.safetensors")
     for name in sorted(tensors):
         layer, _, part = name.rpartition(".")
@@ -444,21 +445,21 @@ def check(file: Path) -> Counter[str]:
     import gguf
 
     if not (size := file.stat().st_size):
-        raise ValueError(f"{file} is damaged: it is empty")
+        raise InputError(f"{file} is damaged: it is empty")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         header = _Header(data)
         try:
             tensors = header.tensors()
         except struct.error as error:
-            raise ValueError(f"{file} is damaged: its header breaks off at byte {header.at} ({error})") from error
+            raise InputError(f"{file} is damaged: its header breaks off at byte {header.at} ({error})") from error
     types = Counter()
     for name, elements, kind, start in tensors:
         if kind not in list(gguf.GGMLQuantizationType):
-            raise ValueError(f"{file}: tensor {name} at byte {start} has the unknown type {kind}")
+            raise InputError(f"{file}: tensor {name} at byte {start} has the unknown type {kind}")
         types[gguf.GGMLQuantizationType(kind).name.lower()] += 1
         weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         if (end := start + elements // weights * block_bytes) > size:
-            raise ValueError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
+            raise InputError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
     return types
 
 

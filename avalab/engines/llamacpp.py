@@ -34,6 +34,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.models import checkpoint, walk
 
 INSTALL = "make setup-llamacpp (it compiles llama.cpp and then the extra [llamacpp]; a C++ compiler is needed)"
@@ -70,7 +71,7 @@ def load(
             verbose=False,
         )
     except ValueError as error:
-        raise ValueError(f"llama.cpp cannot read {file}: {error}") from error
+        raise InputError(f"llama.cpp cannot read {file}: {error}") from error
     return engine.from_reader("llamacpp", folder, facts, {"model": model}, _reader)
 
 
@@ -92,7 +93,7 @@ def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Te
         code = llama_cpp.llama_decode(model.ctx, batch)
         llama_cpp.llama_batch_free(batch)
         if code:
-            raise RuntimeError(f"llama.cpp stopped with code {code} while reading {size} tokens from position {read}")
+            raise ProcessFailed(f"llama.cpp stopped with code {code} while reading {size} tokens from position {read}")
         read += size
         rows = size if every else 1
         found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(model.ctx), shape=(rows, model.n_vocab()))
@@ -170,7 +171,7 @@ def _quantise_file(source: Path, target: Path, mixture: str, columns: dict[str, 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a line a tensor
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
     if code:
-        raise RuntimeError(f"llama.cpp stopped with code {code} while quantising {source.name} to {mixture}")
+        raise ProcessFailed(f"llama.cpp stopped with code {code} while quantising {source.name} to {mixture}")
 
 
 # --- how llama.cpp is built for this machine -------------------------------------------------------------------------

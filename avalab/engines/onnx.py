@@ -18,6 +18,7 @@ from avalab.engines import engine, onnx_graph
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 
 
 def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
@@ -36,7 +37,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
             config.overlay(json.dumps({"model": {"decoder": options}}))
         model = onnxruntime_genai.Model(config)
     except RuntimeError as error:
-        raise ValueError(f"ONNX Runtime cannot read {folder}: {error}") from error
+        raise InputError(f"ONNX Runtime cannot read {folder}: {error}") from error
     return engine.from_reader("onnx", folder, engine.model_facts(folder), {"model": model}, onnx_graph.token_reader)
 
 

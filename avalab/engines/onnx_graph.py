@@ -38,6 +38,7 @@ from avalab.engines import engine
 from avalab.engines import gguf as gguf_file
 from avalab.kernels import block_types
 from avalab.kernels.block_types import Blocks
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.models import checkpoint, predict
 
 INSTALL = 'pip install -e ".[onnx]"'
@@ -66,11 +67,11 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         if REFUSAL in last:
-            raise ValueError(
+            raise InputError(
                 f"{folder.name}: {last.partition(': ')[2] or last} That is said by ONNX Runtime GenAI's builder; "
                 "packed artefacts stay readable in transformers and vLLM, and `avalab export` writes gguf and openvino"
             )
-        raise RuntimeError(f"the ONNX model builder failed on {folder.name}: {last}")
+        raise ProcessFailed(f"the ONNX model builder failed on {folder.name}: {last}")
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
@@ -145,10 +146,10 @@ def replace_products(graph: Graph, layers: Mapping[str, Blocks], *, embedding: s
     Raises ValueError for layers that are no products of their own in the graph, or `inputs` that are not in `INPUTS`.
     """
     if inputs not in INPUTS:
-        raise ValueError(f"products read {' or '.join(INPUTS)}, not {inputs!r}")
+        raise InputError(f"products read {' or '.join(INPUTS)}, not {inputs!r}")
     known, head = _products(graph), _tied_head(graph)
     if absent := sorted(layers.keys() - known.keys() - {embedding}):
-        raise ValueError(
+        raise InputError(
             f"the ONNX graph has no product of its own for {', '.join(absent[:3])} ({len(absent)} in all); "
             "such a model stays a transformers artefact, or is exported as gguf"
         )
@@ -398,11 +399,11 @@ def packed_blocks(folder: Path) -> tuple[dict[str, Blocks], int]:
     groups = (config.get("quantization_config") or {}).get("config_groups", {}).values()
     tensors = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
     if any(group.get("input_activations") for group in groups) or any(n.endswith("_g_idx") for n in tensors):
-        raise ValueError(f"{folder.name} rounds activations or reorders columns; the ONNX graph keeps neither")
+        raise InputError(f"{folder.name} rounds activations or reorders columns; the ONNX graph keeps neither")
     codes = (n.rpartition(".") for n, t in tensors.items() if t.dtype in (torch.int32, torch.int8))
     names = [n for n, _, part in codes if part in ("weight_packed", "weight") and f"{n}.weight_scale" in tensors]
     if not names:
-        raise ValueError(
+        raise InputError(
             f"{folder.name} holds no packed layers to keep; ava, gptq, awq and rtn make some, and a dense model is "
             "exported with weights int4, int8 or fp32"
         )
@@ -438,5 +439,5 @@ def _divergence(expected: Tensor, found: Tensor) -> float:
     reference, candidate = (part[:, : expected.shape[1]].float().log_softmax(-1) for part in (expected, found))
     divergence = float(predict.kl_divergence(reference, candidate).mean())
     if not divergence < DIFFERENT:
-        raise RuntimeError(f"ONNX Runtime's distributions diverge by {divergence:.2f} nats: the graph is wrong")
+        raise ProcessFailed(f"ONNX Runtime's distributions diverge by {divergence:.2f} nats: the graph is wrong")
     return divergence

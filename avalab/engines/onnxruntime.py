@@ -37,6 +37,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.models import checkpoint
 from avalab.models.stored import to_bitmask
 
@@ -60,7 +61,7 @@ def load(artifact: Artifact | Path, *, threads: int = 0) -> Engine:
     try:
         session = _session(file, threads)
     except Exception as error:  # each of its error classes derives from Exception alone
-        raise ValueError(f"ONNX Runtime cannot read {file}: {error}") from error
+        raise InputError(f"ONNX Runtime cannot read {file}: {error}") from error
     inputs = [given.name for given in session.get_inputs()]
     if inputs != INPUTS:
         raise engine.NotSupported(f"{file} takes {', '.join(inputs)}; onnxruntime runs graphs of {INPUTS[0]} alone")
@@ -122,9 +123,9 @@ def write(artifact: Artifact, out: Path, *, weights: str = "dense") -> Artifact:
     RuntimeError where ONNX Runtime's logits differ by more than `TOLERANCE` of the largest.
     """
     if weights not in WEIGHTS:
-        raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}")
+        raise InputError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}")
     if artifact.format != "bf16":
-        raise ValueError(f"{artifact.name} is in format {artifact.format!r}; only bf16 artefacts become ONNX files")
+        raise InputError(f"{artifact.name} is in format {artifact.format!r}; only bf16 artefacts become ONNX files")
     engine.require("onnxruntime", PACKAGES, INSTALL)
     about = artifacts.Export({"step": "onnx", "weights": weights}, "onnx", ("onnxruntime",))
     out = artifacts.checked_target(out)
@@ -143,7 +144,7 @@ def export(artifact: Artifact, out: Path, weights: str) -> dict:
     )
     size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) + sparse
     if sparse and size > FILE_BYTES:
-        raise ValueError(f"{artifact.name} takes {size:,} bytes; a file with sparse tensors ends at {FILE_BYTES:,}")
+        raise InputError(f"{artifact.name} takes {size:,} bytes; a file with sparse tensors ends at {FILE_BYTES:,}")
     onnx.save_model(proto, out / FILE, save_as_external_data=size > FILE_BYTES, location=f"{FILE}.data")
     tokenizer.save_pretrained(out)
     model.config.save_pretrained(out)  # context and vocabulary, for the engine
@@ -151,7 +152,7 @@ def export(artifact: Artifact, out: Path, weights: str) -> dict:
     tokens = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     found = difference(model, out / FILE, tokens)
     if not found["logit_difference"] <= TOLERANCE:
-        raise RuntimeError(f"ONNX Runtime's logits differ by {found['logit_difference']:.2g} of the largest one")
+        raise ProcessFailed(f"ONNX Runtime's logits differ by {found['logit_difference']:.2g} of the largest one")
     return {"onnx_bytes": sum(file.stat().st_size for file in out.glob(f"{FILE}*")), **found}
 
 
@@ -322,7 +323,7 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
     """
     engine.check_dense(folder, mode, known=MODES, form="8-bit ONNX")
     if mode == "static" and windows is None:
-        raise ValueError("static 8-bit ONNX needs windows of calibration tokens, such as corpora.calibration_windows")
+        raise InputError("static 8-bit ONNX needs windows of calibration tokens, such as corpora.calibration_windows")
     engine.require("onnxruntime", PACKAGES, INSTALL)
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -33,6 +33,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import Engine, Request
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 
 INSTALL = 'pip install -e ".[openvino]"'
 
@@ -124,7 +125,7 @@ def pipeline(source: Path, device: str, **options):
                 f"openvino does not read all tensors of {source.name}; export it as f16, q8_0 or q4_0, or use llamacpp "
                 "or torch"
             ) from error
-        raise ValueError(f"openvino cannot read {source}: {str(error).strip().splitlines()[-1]}") from error
+        raise InputError(f"openvino cannot read {source}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def compiled(source: Path, device: str, options: dict[str, str | int]):

@@ -13,6 +13,7 @@ from torch import Tensor
 from avalab.engines import engine
 from avalab.engines.engine import Engine, Request
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 
 INSTALL = 'pip install -e ".[tensorrt]" (from NVIDIA\'s package index, in an environment of its own)'
 
@@ -44,7 +45,7 @@ def load(
 def require(precision: str) -> None:
     """Raise what `load` raises for another precision, without the library, or without a GPU."""
     if precision not in PRECISIONS:
-        raise ValueError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        raise InputError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     engine.require("tensorrt", "tensorrt_llm", INSTALL, gpu=True)
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from avalab.kernels.formats import Encoded, Grid, Groups, NumberFormat, Rounded
+from avalab.lab.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def pack_blocks(encoded: Encoded) -> UInt8[Tensor, "rows bytes"]:
     Raises ValueError for a format that has no block type, or a K type.
     """
     if "multipliers" in (field.name for field in _layout(encoded.format)):
-        raise ValueError(f"{encoded.format.name} is only decoded here; packed are {', '.join(_SIMPLE)}")
+        raise InputError(f"{encoded.format.name} is only decoded here; packed are {', '.join(_SIMPLE)}")
     return join_fields(encoded.format, encoded.codes, {"scale": encoded.scales, "minimum": encoded.offsets})
 
 
@@ -150,7 +151,7 @@ def block_bytes(format: NumberFormat) -> int:
 
 def _layout(format: NumberFormat) -> tuple[Field, ...]:
     if format.name not in LAYOUTS:
-        raise ValueError(f"no GGUF block type is called {format.name!r}; there are {', '.join(LAYOUTS)}")
+        raise InputError(f"no GGUF block type is called {format.name!r}; there are {', '.join(LAYOUTS)}")
     return LAYOUTS[format.name]
 
 
@@ -289,7 +290,7 @@ def block_size(columns: int, group_size: int, *, bits: int = 4) -> int:
     if found:
         return found[-1]
     if group_size < columns or bits == 2:
-        raise ValueError(
+        raise InputError(
             f"ONNX Runtime has no blocks for groups of {group_size}, only for whole rows and multiples of {known[0]}"
         )
     return known[0]
@@ -327,7 +328,7 @@ def smallest_blocks(weight: Steps) -> Blocks:
             codes = pad((groups + zeros[..., None]).reshape(rows, columns), (0, count * size - columns))
             stored = None if centred else _bytes(zeros.repeat_interleave(count // zeros.shape[1], dim=1), bits)
             return Blocks(bits, size, columns, _bytes(codes, bits).view(rows, count, -1), weight.scales, stored)
-    raise ValueError(f"steps from {least} to {most} do not fit into 8 bits")
+    raise InputError(f"steps from {least} to {most} do not fit into 8 bits")
 
 
 def _bytes(codes: Tensor, bits: int) -> UInt8[Tensor, "rows bytes"]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from avalab.lab.errors import InputError
+
 SWITCH = "AVALAB_KERNELS"
 
 _verdicts: dict[tuple[str, str, str], bool] = {}
@@ -41,7 +43,7 @@ def choose_form(operation: str, forms: tuple[Form, ...], device: torch.device, *
     """
     only = os.environ.get(SWITCH, "")
     if only and only not in FORM_NAMES:
-        raise ValueError(f"{SWITCH}={only!r} names no form; choose one of {', '.join(sorted(FORM_NAMES))}, or unset it")
+        raise InputError(f"{SWITCH}={only!r} names no form; choose one of {', '.join(sorted(FORM_NAMES))}, or unset it")
     for form in forms[:-1]:
         if only in ("", form.name) and form.serves(*arguments, **options) and passes(operation, form, device.type):
             return form

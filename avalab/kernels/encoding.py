@@ -24,6 +24,7 @@ from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.formats import NumberFormat, encode_scales, four_bit
 from avalab.kernels.formats import encode as encode_by_definition
 from avalab.kernels.weight import Weight4, check_groups, from_encoded, nested_scales
+from avalab.lab.errors import InputError
 
 TILE_WEIGHTS = 2**17  # half a MiB of float32
 
@@ -35,9 +36,9 @@ def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Weight4:
     and weights that are NaN or infinite (how many, where the first is).
     """
     if format.bits != 4:
-        raise ValueError(f"{format.name} has {format.bits} bits a code; this packs 4")
+        raise InputError(f"{format.name} has {format.bits} bits a code; this packs 4")
     if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
+        raise InputError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
     check_groups(weight.shape[1], format.group_size or weight.shape[1])
     return choose_form("encode", ENCODE, weight.device, weight, format).run(weight, format)
 

@@ -26,6 +26,8 @@ from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from avalab.lab.errors import InputError
+
 CHUNK_WEIGHTS = 2**20  # coded at a time: bounds the float32 copies to a few MiB
 
 Groups = Float32[Tensor, "group width"]
@@ -128,7 +130,7 @@ def grid_named(name: str) -> Grid:
     """The grid of a name like `w4g64` or `w4g64-sym`. Raises ValueError for another."""
     found = re.fullmatch(r"w([2-8])g(\d+)(-sym)?", name)
     if not found:
-        raise ValueError(f"grids are called like w4g64 or w4g64-sym with 2 to 8 bits, got {name!r}")
+        raise InputError(f"grids are called like w4g64 or w4g64-sym with 2 to 8 bits, got {name!r}")
     return Grid(int(found[1]), int(found[2]), bool(found[3]))
 
 
@@ -139,13 +141,13 @@ def encode(weight: Float[Tensor, "rows cols"], format: NumberFormat) -> Encoded:
     columns (and those that do), scales beyond the range of the format's, or a format that is only decoded.
     """
     if format.scale_rule is None:
-        raise ValueError(f"{format.name} is only decoded here; encode to a format with a scale rule instead")
+        raise InputError(f"{format.name} is only decoded here; encode to a format with a scale rule instead")
     if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
+        raise InputError(f"a weight has rows and columns, got the shape {tuple(weight.shape)}")
     cols, size = weight.shape[1], format.group_size or weight.shape[1]
     if cols % size:
         fitting = ", ".join(str(g) for g in (16, 32, 64, 128, 256) if cols % g == 0) or "none of the usual ones"
-        raise ValueError(f"group size {size} of {format.name} does not divide {cols} columns; these do: {fitting}")
+        raise InputError(f"group size {size} of {format.name} does not divide {cols} columns; these do: {fitting}")
     groups = weight.detach().reshape(-1, size)
     parts = [_encode_groups(part.float(), format) for part in groups.split(ceil(CHUNK_WEIGHTS / size))]
     codes, scales, offsets = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
@@ -215,9 +217,9 @@ def encode_scales(scales: Float32[Tensor, "group"], format: NumberFormat) -> tup
 def _refuse_unbounded(weight: Tensor, format: NumberFormat) -> None:
     bad = (~weight.isfinite()).nonzero()
     if not len(bad):
-        raise ValueError(f"{weight.abs().max():.4g} is too large: scales of {format.name} are {format.scale_dtype}")
+        raise InputError(f"{weight.abs().max():.4g} is too large: scales of {format.name} are {format.scale_dtype}")
     row, col = bad[0].tolist()
-    raise ValueError(f"{len(bad)} of {weight.numel()} weights are NaN or infinite, first at row {row}, column {col}")
+    raise InputError(f"{len(bad)} of {weight.numel()} weights are NaN or infinite, first at row {row}, column {col}")
 
 
 def absmax(groups: Groups, format: NumberFormat) -> tuple[Tensor, None]:
@@ -244,7 +246,7 @@ def _rounded_up(scales: Tensor, dtype: torch.dtype) -> Tensor:
 def pack_nibbles(codes: UInt8[Tensor, "rows cols"]) -> UInt8[Tensor, "bytes"]:
     """Two 4-bit codes a byte, the first in the high half as in bitsandbytes; raises ValueError."""
     if codes.numel() % 2 or bool((codes > 15).any()):
-        raise ValueError(f"nibbles need an even number of codes up to 15, got {codes.numel()} up to {codes.max()}")
+        raise InputError(f"nibbles need an even number of codes up to 15, got {codes.numel()} up to {codes.max()}")
     return codes.reshape(-1, 2)[:, 0] << 4 | codes.reshape(-1, 2)[:, 1]
 
 
@@ -267,7 +269,7 @@ DYNAMIC_8BIT = NumberFormat("dynamic8", 8, 256, 32, absmax, levels=_dynamic_leve
 def four_bit(kind: str, group_size: int = 64, *, double_quantization: bool = False) -> NumberFormat:
     """The row of "nf4" or "fp4": a scale a group, in float32 or in 8 bits and 32 more for each 256 groups."""
     if kind not in LEVELS:
-        raise ValueError(f"4-bit levels are those of {', '.join(LEVELS)}, got {kind!r}")
+        raise InputError(f"4-bit levels are those of {', '.join(LEVELS)}, got {kind!r}")
     name = kind + (f"-g{group_size}" if group_size != 64 else "") + ("-dq" if double_quantization else "")
     nested, bits = (DYNAMIC_8BIT, DYNAMIC_8BIT.bits_per_weight) if double_quantization else (None, 32)
     return NumberFormat(name, 4, group_size, bits, absmax, levels=LEVELS[kind], nested=nested)
@@ -279,7 +281,7 @@ def integer(bits: int, group_size: int | None = None, *, symmetric: bool = True,
     Symmetric codes run from -high to high; in `full` range from one lower: finer steps, one end half a step off.
     """
     if not 2 <= bits <= 8 or (group_size or 2) < 2:
-        raise ValueError(f"integers have 2 to 8 bits and groups 2 or more weights, got {bits} and {group_size}")
+        raise InputError(f"integers have 2 to 8 bits and groups 2 or more weights, got {bits} and {group_size}")
     name = f"int{bits}" + (f"-g{group_size}" if group_size else "")
     dtype, size = (torch.float16, 16) if group_size else (torch.float32, 32)
     if symmetric:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.product import multiply, multiply_transposed, sample_weight
 from avalab.kernels.weight import Weight4, decode
+from avalab.lab.errors import InputError
 
 
 def linear(
@@ -41,9 +42,9 @@ def linear(
     """
     rows, cols = weight.shape
     if (a is None) != (b is None):
-        raise ValueError(f"an adapter is A and B, got only {'B' if a is None else 'A'}")
+        raise InputError(f"an adapter is A and B, got only {'B' if a is None else 'A'}")
     if a is not None and (a.shape[1] != cols or b.shape != (rows, a.shape[0])):
-        raise ValueError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a weight of {(rows, cols)}")
+        raise InputError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a weight of {(rows, cols)}")
     if a is not None:
         a, b = a.to(x.dtype), b.to(x.dtype)
     return choose_form("lora", LORA, x.device, x, weight).run(x, weight, a, b, scaling)

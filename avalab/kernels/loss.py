@@ -28,6 +28,7 @@ from torch import Tensor
 from avalab.kernels import loss_chunks, loss_trained_head
 from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.loss_chunks import Head, Hidden, Labels, Logits, cross_entropy_rows, kl_rows, working_dtype
+from avalab.lab.errors import InputError
 
 
 def linear_cross_entropy(
@@ -46,7 +47,7 @@ def linear_cross_entropy(
     """
     flat, kept = loss_chunks.tokens_that_count(hidden, weight, targets != ignore_index, temperature)
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label smoothing is {label_smoothing}; it must be in [0, 1)")
+        raise InputError(f"label smoothing is {label_smoothing}; it must be in [0, 1)")
     labels = targets.reshape(-1)[kept]
     loss_chunks.refuse_outside_vocabulary(labels, len(weight))
     form = choose_form("linear_cross_entropy", CROSS_ENTROPY, weight.device, flat)
@@ -73,7 +74,7 @@ def linear_kl(
     states = states.detach().reshape(-1, states.shape[-1])
     tokens, entries = hidden.shape[:-1].numel(), states.shape[-1] if head is None else len(head)
     if entries != len(weight) or len(states) != tokens:
-        raise ValueError(
+        raise InputError(
             f"the teacher has {len(states)} rows of {entries} vocabulary entries, the student {tokens} of {len(weight)}"
         )
     heard = _Teacher(states, None if head is None else head.detach(), kept)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from avalab.kernels.weight import DTYPES
+from avalab.lab.errors import InputError
 
 LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # of the buffer: about the CPU's cache; enough to fill a GPU
 
@@ -56,19 +57,19 @@ def tokens_that_count(
     Raises ValueError for widths, dtypes or counts that differ, or a temperature that is not positive.
     """
     if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden states of width {hidden.shape[-1]} do not match a head of width {weight.shape[1]}")
+        raise InputError(f"hidden states of width {hidden.shape[-1]} do not match a head of width {weight.shape[1]}")
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         allowed = ", ".join(str(d) for d in DTYPES)
-        raise ValueError(
+        raise InputError(
             f"hidden states are {hidden.dtype}, the head {weight.dtype}; both must be the same of {allowed}"
         )
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
+        raise InputError(f"temperature is {temperature}; it must be positive")
     flat = hidden.reshape(-1, hidden.shape[-1])
     if keep is None:
         return flat, torch.arange(len(flat), device=flat.device)
     if keep.numel() != len(flat):
-        raise ValueError(f"{len(flat)} hidden states, but targets or a mask for {keep.numel()}")
+        raise InputError(f"{len(flat)} hidden states, but targets or a mask for {keep.numel()}")
     kept = keep.reshape(-1).nonzero().squeeze(1)
     return (flat if len(kept) == len(flat) else flat[kept]), kept
 
@@ -76,7 +77,7 @@ def tokens_that_count(
 def refuse_outside_vocabulary(entries: Int[Tensor, "..."], vocab: int) -> None:
     """Raise ValueError, naming the range, when a vocabulary entry is none."""
     if entries.numel() and not 0 <= int(entries.min()) <= int(entries.max()) < vocab:
-        raise ValueError(f"targets run from {entries.min()} to {entries.max()}; the vocabulary has {vocab} entries")
+        raise InputError(f"targets run from {entries.min()} to {entries.max()}; the vocabulary has {vocab} entries")
 
 
 def by_tokens(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from avalab.kernels import loss_chunks
 from avalab.kernels.dispatch import Form, choose_form
 from avalab.kernels.loss_chunks import Head, Hidden, Logits, PerToken, wide, working_dtype
+from avalab.lab.errors import InputError
 
 LEAST_TAIL = 1e-6  # what is left beside the known entries counts as at least this: float32 knows no less
 
@@ -46,7 +47,7 @@ def linear_sparse(
     tokens = hidden.shape[:-1].numel()
     if ids.shape != weights.shape or ids.shape[:-1].numel() != tokens:
         shapes = f"{tuple(ids.shape)} and {tuple(weights.shape)}"
-        raise ValueError(f"ids and weights of shapes {shapes} do not fit {tokens} hidden states")
+        raise InputError(f"ids and weights of shapes {shapes} do not fit {tokens} hidden states")
     known, shares = (t.reshape(-1, t.shape[-1])[kept] for t in (ids, weights))
     loss_chunks.refuse_outside_vocabulary(known, len(weight))
     form = choose_form("linear_sparse", SPARSE, weight.device, flat)

@@ -42,6 +42,7 @@ from avalab.kernels.weight import (
     group_scales,
     take,
 )
+from avalab.lab.errors import InputError
 
 TILE_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}  # a few MiB of cache; few launches
 
@@ -74,15 +75,15 @@ def multiply_transposed(g: Float[Tensor, "*batch rows"], weight: Weight4) -> Flo
 
 def _refuse(x: Tensor, weight: Weight4, width: int, name: str) -> None:
     if x.shape[-1] != width:
-        raise ValueError(
+        raise InputError(
             f"activations of {x.shape[-1]} values do not match the {width} {name} of a {weight.shape} weight"
         )
     if x.dtype not in DTYPES:
-        raise ValueError(f"activations are {x.dtype}; the product takes {', '.join(str(d) for d in DTYPES)}")
+        raise InputError(f"activations are {x.dtype}; the product takes {', '.join(str(d) for d in DTYPES)}")
     if x.device != weight.device:
-        raise ValueError(f"activations are on {x.device}, the weight on {weight.device}; move one (Weight4.to)")
+        raise InputError(f"activations are on {x.device}, the weight on {weight.device}; move one (Weight4.to)")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("activations want a gradient, which this product does not give; use avalab.kernels.linear")
+        raise InputError("activations want a gradient, which this product does not give; use avalab.kernels.linear")
 
 
 def product_reference(x: Float[Tensor, "*batch cols"], weight: Weight4) -> Float[Tensor, "*batch rows"]:

@@ -25,6 +25,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from avalab.kernels.formats import Encoded, pack_nibbles
+from avalab.lab.errors import InputError
 
 NESTED_GROUP = 256  # scales that share a scale, under double quantization
 
@@ -108,7 +109,7 @@ def from_encoded(encoded: Encoded, *, zero_scales: bool = False) -> Weight4:
     """
     form, (rows, cols) = encoded.format, encoded.codes.shape
     if form.bits != 4:
-        raise ValueError(f"{form.name} has {form.bits} bits a code; this product takes 4")
+        raise InputError(f"{form.name} has {form.bits} bits a code; this product takes 4")
     check_groups(cols, cols if form.group_size is None else form.group_size)
     unsigned = torch.arange(16.0)  # an integer code by its low four bits: 0..15, or in two's complement
     integers = unsigned if form.low >= 0 else torch.where(unsigned < 8, unsigned, unsigned - 16)
@@ -142,7 +143,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], prefix: str = "weight") -> We
     """
     facts_key = next((key for key in state if key.startswith(f"{prefix}.quant_state.bitsandbytes__")), None)
     if facts_key is None:
-        raise ValueError(f"no {prefix}.quant_state.bitsandbytes__* among {sorted(state)}: not a 4-bit weight")
+        raise InputError(f"no {prefix}.quant_state.bitsandbytes__* among {sorted(state)}: not a 4-bit weight")
     facts = json.loads(bytes(state[facts_key].tolist()))
     rows, cols = facts["shape"]
     check_groups(cols, facts["blocksize"])
@@ -160,9 +161,9 @@ def from_bitsandbytes(state: Mapping[str, Tensor], prefix: str = "weight") -> We
 def check_groups(cols: int, group_size: int) -> None:
     """Raise ValueError, naming both, when groups do not divide the columns, or a byte would hold codes of two rows."""
     if group_size < 1 or cols % group_size:
-        raise ValueError(f"groups of {group_size} do not divide {cols} columns")
+        raise InputError(f"groups of {group_size} do not divide {cols} columns")
     if cols % 2:
-        raise ValueError(f"{cols} columns: two codes share a byte, so the number of columns must be even")
+        raise InputError(f"{cols} columns: two codes share a byte, so the number of columns must be even")
 
 
 def checked_scales(weight: Weight4, *, zero_scales: bool = False) -> Weight4:
@@ -174,7 +175,7 @@ def checked_scales(weight: Weight4, *, zero_scales: bool = False) -> Weight4:
     bad = ~scales.isfinite() if zero_scales else ~scales.isfinite() | (scales == 0)
     if bad.any():
         row, group = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
+        raise InputError(
             f"{int(bad.sum())} of {scales.numel()} scales are zero or not finite; the first, "
             f"{scales[row, group].item()}, is in row {row}, group {group} (columns {group * weight.group_size} on)"
         )
@@ -200,7 +201,7 @@ def take(weight: Weight4, rows: slice, cols: slice = slice(None)) -> Weight4:
     first, last, _ = cols.indices(weight.shape[1])
     size = weight.group_size
     if first % size or last % size:
-        raise ValueError(f"columns {first} to {last} do not begin and end with a group of {size}")
+        raise InputError(f"columns {first} to {last} do not begin and end with a group of {size}")
     groups = slice(first // size, last // size)
     zero_points, minimums = (None if t is None else t[rows, groups] for t in (weight.zero_points, weight.minimums))
     codes = weight.codes[rows, first // 2 : last // 2]

@@ -27,6 +27,7 @@ import psutil
 from safetensors import SafetensorError
 
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError, MissingFile
 
 CARD = "card.json"
 
@@ -122,30 +123,30 @@ def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
     path = Path(path)
     if not (path / CARD).is_file():
         known = ", ".join(card.parent.name for card in _cards(path.parent)) or "none"
-        raise FileNotFoundError(f"no artefact at {path} (artefacts beside it: {known})")
+        raise MissingFile(f"no artefact at {path} (artefacts beside it: {known})")
     try:
         card = json.loads((path / CARD).read_text(encoding="utf-8"))
         missing = [key for key in REQUIRED if key not in card]
         if missing or card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
-            raise ValueError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
+            raise InputError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
     except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
-        raise ValueError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
+        raise InputError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
     for described in card["files"] if verify else ():
         file = path / described["name"]
         if not file.is_file():
-            raise ValueError(f"{file} is missing; {REMEDY}")
+            raise InputError(f"{file} is missing; {REMEDY}")
         if file.stat().st_size != described["bytes"]:
             size = f"{file.stat().st_size:,} bytes, its card says {described['bytes']:,}"
-            raise ValueError(f"{file} has {size}; {REMEDY}")
+            raise InputError(f"{file} has {size}; {REMEDY}")
         if sha256_of(file) != described["sha256"]:
-            raise ValueError(f"{file} was altered: its SHA-256 differs from its card's; {REMEDY}")
+            raise InputError(f"{file} was altered: its SHA-256 differs from its card's; {REMEDY}")
     return Artifact(path, card)
 
 
 def checked_target(out: Path | None) -> Path | None:
     """The folder that an artefact is to be written to. Raises ValueError for one that may hold somebody's files."""
     if out and out.exists() and not (out / CARD).is_file():
-        raise ValueError(f"{out} exists and is not an artefact; name a new folder")
+        raise InputError(f"{out} exists and is not an artefact; name a new folder")
     return out and out.resolve()
 
 
@@ -227,7 +228,7 @@ def _describe_files(folder: Path) -> list[dict]:
     # OpenVINO's numbers lie bare in a .bin beside the graph's .xml; any other .bin may be pickled.
     unsafe = [p.name for p in paths if p.suffix.lower() in UNSAFE_SUFFIXES and not p.with_suffix(".xml").is_file()]
     if unsafe:
-        raise ValueError(
+        raise InputError(
             f"refusing to write pickled weights: {', '.join(unsafe)}; only safetensors and GGUF are allowed"
         )
     return [

@@ -37,6 +37,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from avalab.lab.artifacts import UNSAFE_SUFFIXES, sha256_of
+from avalab.lab.errors import InputError, Unavailable
 from avalab.lab.run import ROOT, write_atomically
 
 MANIFEST = ROOT / "data" / "assets.toml"
@@ -54,7 +55,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 BAR_FROM_BYTES = 8 * 2**20  # smaller files are there before a bar can be read
 
 
-class AssetUnavailable(RuntimeError):
+class AssetUnavailable(Unavailable):
     """An asset could neither be found nor downloaded; the message says how to supply it by hand."""
 
 
@@ -120,9 +121,9 @@ def known_assets() -> dict[str, Asset]:
                 files.append(AssetFile(**row, parts=tuple(Part(**part) for part in parts)))
             known[name] = asset = Asset(name=name, files=tuple(files), **table)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{MANIFEST.name}: entry {name!r} lacks or misspells a field: {error}") from error
+            raise InputError(f"{MANIFEST.name}: entry {name!r} lacks or misspells a field: {error}") from error
         if asset.kind not in KINDS:
-            raise ValueError(f"{MANIFEST.name}: {name!r} has kind {asset.kind!r}; allowed: {', '.join(KINDS)}")
+            raise InputError(f"{MANIFEST.name}: {name!r} has kind {asset.kind!r}; allowed: {', '.join(KINDS)}")
     return known
 
 
@@ -133,7 +134,7 @@ def fetch_asset(name: str) -> Path:
     """
     known = known_assets()
     if name not in known:
-        raise ValueError(f"unknown asset {name!r}; known assets: {', '.join(known)}")
+        raise InputError(f"unknown asset {name!r}; known assets: {', '.join(known)}")
     return KINDS[known[name].kind](known[name])
 
 
@@ -155,7 +156,7 @@ def resolve_model(model: str) -> Path:
         ours = [asset for asset in models.values() if asset.repository == model]
         unlisted = Asset(model.replace("/", "--"), "hub", "", "see the hub", repository=model, revision="main")
         return _fetch_hub(ours[0] if ours else unlisted)
-    raise ValueError(
+    raise InputError(
         f"unknown model {model!r}; give one of {', '.join(models)}, a folder with config.json, or a hub id org/name"
     )
 
@@ -305,11 +306,11 @@ def _verified_model(asset: Asset, folder: Path) -> Path:
 
 def _check_model(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json")
+        raise InputError(f"{folder} is no model folder: it has no config.json")
     suffixes = {path.suffix for path in folder.iterdir()}
     if not suffixes & WEIGHTS:
         found = "only pickled weights, which can run code when loaded" if suffixes & UNSAFE_SUFFIXES else "no weights"
-        raise ValueError(f"{folder} has {found}; allowed: .safetensors or .gguf")
+        raise InputError(f"{folder} has {found}; allowed: .safetensors or .gguf")
     return folder
 
 

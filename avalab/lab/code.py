@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from avalab.lab.errors import InputError
+
 PACKAGE = __name__.partition(".")[0]
 
 NOT_FOLLOWED = (  # modules and definitions that are in the hash by name only
@@ -100,7 +102,7 @@ def _start(function: Callable | type | str) -> Reference:
         module = getattr(sys.modules["__main__"].__spec__, "name", module)
     found = _module(module)
     if found is None or name not in found.definitions:
-        raise ValueError(f"no file defines {name!r} at the top level of module {module!r}")
+        raise InputError(f"no file defines {name!r} at the top level of module {module!r}")
     return module, name
 
 
@@ -202,7 +204,7 @@ def _bindings(nodes: Iterable[ast.AST]) -> dict[str, str]:
                 }
             case ast.ImportFrom():
                 if node.level:
-                    raise ValueError(f"a relative import of {node.module or '.'} cannot be followed: write it absolute")
+                    raise InputError(f"a relative import of {node.module or '.'} cannot be followed: write it absolute")
                 bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
             case ast.Global() | ast.Nonlocal():
                 elsewhere.update(node.names)

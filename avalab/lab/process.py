@@ -24,12 +24,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from avalab.lab.errors import ProcessFailed
+
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-class Killed(RuntimeError):
+class Killed(ProcessFailed):
     """A process was ended by a signal, whose name is `signal`."""
 
     def __init__(self, message: str, signal: str) -> None:
@@ -47,23 +49,24 @@ def call(
 ) -> dict:
     """What `target` (`module:function`) answers to `request`, computed elsewhere; `label` names it in messages.
 
-    An exception named in `errors` is raised as that class. Raises RuntimeError in one line for any other failure:
-    killed (out of memory, mostly) or crashed (`Killed`), stopped after `limit_seconds`, or an exception.
+    An exception named in `errors`, or derived from one that is, is raised as that class. Raises
+    ProcessFailed in one line for any other failure: killed (out of memory, mostly) or crashed (`Killed`), stopped
+    after `limit_seconds`, or an exception.
     """
     label = label or target
     with tempfile.TemporaryDirectory() as folder:
         result, output = Path(folder) / "answer.json", Path(folder) / "output"
         code = _run((target, json.dumps(request), str(result), str(output)), limit_seconds)
         if code is None:
-            raise RuntimeError(f"{label} took longer than {limit_seconds:g} s")
+            raise ProcessFailed(f"{label} took longer than {limit_seconds:g} s")
         if code or not result.is_file():
             text = output.read_text(errors="replace") if output.is_file() else ""
             message = f"{label} failed: {explain_end(code, text)}"
-            raise Killed(message, signal.Signals(-code).name) if code < 0 else RuntimeError(message)
+            raise Killed(message, signal.Signals(-code).name) if code < 0 else ProcessFailed(message)
         answer = json.loads(result.read_text())
     if "error" in answer:
-        known = (errors or {}).get(answer["error"])
-        raise known(answer["message"]) if known else RuntimeError(f"{label} failed: {answer['message']}")
+        known = next((errors[name] for name in answer["error"] if name in (errors or {})), None)
+        raise known(answer["message"]) if known else ProcessFailed(f"{label} failed: {answer['message']}")
     return answer["answer"]
 
 
@@ -77,10 +80,11 @@ def main(target: str, request: str, result: str, output: str = "") -> None:
     try:
         answer = {"answer": getattr(importlib.import_module(module), name)(json.loads(request))}
     except MemoryError as error:
-        answer = {"error": "MemoryError", "message": f"out of memory {error}".strip()}
+        answer = {"error": ["MemoryError"], "message": f"out of memory {error}".strip()}
     except Exception as error:  # told to the caller, who raises it
         lines = str(error).strip().splitlines()
-        answer = {"error": type(error).__name__, "message": " ".join(lines[:3]) or type(error).__name__}
+        names = [kind.__name__ for kind in type(error).__mro__]
+        answer = {"error": names, "message": " ".join(lines[:3]) or names[0]}
     Path(result).write_text(json.dumps(answer))
 
 

@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from avalab.lab.errors import InputError
+
 ROOT = Path(os.environ.get("AVALAB_ROOT", Path(__file__).resolve().parents[2]))
 
 # A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
@@ -107,7 +109,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.profile_name not in PROFILES:
-            raise ValueError(f"unknown profile {self.profile_name!r}; choose one of {', '.join(PROFILES)}")
+            raise InputError(f"unknown profile {self.profile_name!r}; choose one of {', '.join(PROFILES)}")
         self.model = self.model or self.profile.model
 
     @property
@@ -213,7 +215,7 @@ def load_records(path: Path) -> list[Record]:
         return [Record(**row) for row in rows]
     except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         known = ", ".join(f.name for f in fields(Record))
-        raise ValueError(f"{path} is not a list of records with the fields {known}: {error}") from error
+        raise InputError(f"{path} is not a list of records with the fields {known}: {error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

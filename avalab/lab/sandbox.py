@@ -42,6 +42,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+if __name__ != "__main__":  # in the sandbox this file is run alone, without the package
+    from avalab.lab.errors import InputError, MissingFile
+
 FILE_BYTES = 4 << 20  # of one file, standard output included
 
 SMALL = f"size={16 << 20},nr_inodes=2000"  # the temporary folder, where `root` is active
@@ -101,9 +104,9 @@ def run_code(code: str, *, seconds: float = 5.0, memory_bytes: int = 1 << 30, wi
     `without` leaves layers out, for tests. Raises ValueError for a limit that is not positive or an unknown layer.
     """
     if seconds <= 0 or memory_bytes <= 0:
-        raise ValueError(f"limits must be positive, got seconds={seconds}, memory_bytes={memory_bytes}")
+        raise InputError(f"limits must be positive, got seconds={seconds}, memory_bytes={memory_bytes}")
     if unknown := set(without) - set(LAYERS):
-        raise ValueError(f"unknown layers {sorted(unknown)}; there are {', '.join(LAYERS)}")
+        raise InputError(f"unknown layers {sorted(unknown)}; there are {', '.join(LAYERS)}")
     around = _bubblewrap() if not {"namespaces", "root"} & set(without) else ()
     return _run(code, around, seconds=seconds, memory_bytes=memory_bytes, without=without)
 
@@ -159,7 +162,7 @@ def load_problems(path: Path | str) -> list[Problem]:
     path = Path(path)
     found = [path] if path.is_file() else sorted(path.rglob("HumanEval.jsonl*"))
     if not found:
-        raise FileNotFoundError(f"no HumanEval.jsonl or HumanEval.jsonl.gz below {path}")
+        raise MissingFile(f"no HumanEval.jsonl or HumanEval.jsonl.gz below {path}")
     opener = gzip.open if found[0].suffix == ".gz" else open
     problems = []
     with opener(found[0], "rt", encoding="utf-8") as file:
@@ -168,7 +171,7 @@ def load_problems(path: Path | str) -> list[Problem]:
                 row = json.loads(line)
                 problems.append(Problem(**{name: row[name] for name in Problem.__dataclass_fields__}))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{found[0]}:{number}: not a HumanEval problem ({error!r})") from error
+                raise InputError(f"{found[0]}:{number}: not a HumanEval problem ({error!r})") from error
     return problems
 
 

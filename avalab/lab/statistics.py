@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 TAIL = 0.99
@@ -97,7 +98,7 @@ def paired_difference(
     Raises ValueError when the two were not measured on windows of the same shape.
     """
     if ours.shape != theirs.shape:
-        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
+        raise InputError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
     return mean(ours - theirs, resamples=resamples, seed=seed)
 
 
@@ -109,10 +110,10 @@ def paired_ratio(
     Raises ValueError when the two were not measured on windows of the same shape, or `theirs` has no mean to divide by.
     """
     if ours.shape != theirs.shape:
-        raise ValueError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
+        raise InputError(f"cannot pair scores of shape {tuple(ours.shape)} with {tuple(theirs.shape)}")
     a, b = _doubles(ours).mean(-1), _doubles(theirs).mean(-1)
     if b.mean() <= 0:
-        raise ValueError(f"the mean to divide by is {b.mean():.3g}; it has to be positive")
+        raise InputError(f"the mean to divide by is {b.mean():.3g}; it has to be positive")
     return _bootstrapped((a, b), lambda x, y, axis: x.mean(axis) / y.mean(axis), resamples, seed)
 
 
@@ -175,7 +176,7 @@ def median_and_range(samples: Sequence[float]) -> Estimate:
 def wilson(right: int, n: int) -> Estimate:
     """A share with its 95 % score interval. Source: Wilson (1927). Raises ValueError when nothing was asked."""
     if n < 1 or not 0 <= right <= n:
-        raise ValueError(f"{right} right of {n} is no share; n must be positive and right lie between 0 and n")
+        raise InputError(f"{right} right of {n} is no share; n must be positive and right lie between 0 and n")
     interval = stats.binomtest(right, n).proportion_ci(method="wilson")
     return Estimate(right / n, float(interval.low), float(interval.high), n)
 
@@ -186,7 +187,7 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> Comparison:
     Of the cases that only one of the two gets right: is the split compatible with a fair coin? Source: McNemar (1947).
     """
     if len(ours) != len(theirs):
-        raise ValueError(f"cannot pair {len(ours)} answers with {len(theirs)}; both must have the same cases")
+        raise InputError(f"cannot pair {len(ours)} answers with {len(theirs)}; both must have the same cases")
     gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
     p_value = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
@@ -240,10 +241,10 @@ def recovered_share(
     Raises ValueError when the three were not measured on equally many items, or nothing at all was damaged.
     """
     if not len(damaged) == len(taught) == len(whole):
-        raise ValueError(f"cannot pair {len(damaged)}, {len(taught)} and {len(whole)} items")
+        raise InputError(f"cannot pair {len(damaged)}, {len(taught)} and {len(whole)} items")
     values = np.stack([_doubles(each) for each in (damaged, taught, whole)])
     if values[0].mean() == values[2].mean():
-        raise ValueError("nothing was damaged: the damaged and the whole model have the same mean")
+        raise InputError("nothing was damaged: the damaged and the whole model have the same mean")
     transform, n = TRANSFORMS[of], values.shape[1]
 
     def share(three: np.ndarray) -> Any:
@@ -288,7 +289,7 @@ def krippendorff_alpha(values: Float[np.ndarray, "rater unit"], *, level: str = 
     """
     found = _alpha(*_score_counts(values), level)
     if np.isnan(found):
-        raise ValueError(f"alpha is not defined for scores of {values.shape[0]} raters that differ on no paired unit")
+        raise InputError(f"alpha is not defined for scores of {values.shape[0]} raters that differ on no paired unit")
     return found
 
 
@@ -333,7 +334,7 @@ def _score_counts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _alpha(counts: np.ndarray, scores: np.ndarray, level: str) -> float:
     """Alpha of the units with two scores and more; NaN where those are all equal, or there are none."""
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+        raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
     paired = counts[counts.sum(1) > 1]
     if np.count_nonzero(paired.sum(0)) < 2:
         return float("nan")

@@ -41,6 +41,7 @@ from avalab.lab import artifacts, assets, sandbox, statistics
 from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_lines, cached_tensors, known_lines, seconds_of_lines
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import ROOT, Run
 from avalab.lab.sandbox import Problem
 from avalab.lab.statistics import Estimate
@@ -211,11 +212,11 @@ def count_errors(verdicts: Iterable[Verdict]) -> dict[str, int]:
 def call_metric(category: str, mode: str) -> str:
     """The metric's name, such as `call_accuracy_forced:multiple`; ValueError for a mode the category cannot have."""
     if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        raise InputError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     if not category.endswith("irrelevance"):
         return f"{MODES[mode]}:{category}"
     if mode == "forced":
-        raise ValueError(f"mode 'forced' cannot call nothing, the right answer in {category}; choose free or grammar")
+        raise InputError(f"mode 'forced' cannot call nothing, the right answer in {category}; choose free or grammar")
     name = "irrelevance_accuracy" if mode == "grammar" else "irrelevance_accuracy_free"
     return name if category == "irrelevance" else f"{name}:{category}"
 
@@ -235,7 +236,7 @@ def record_calls(
     """
     asked = cases(category, skip + (limit or run.profile.call_items))[skip:]
     if not asked:
-        raise ValueError(f"skip {skip} leaves no case of {category}; it has {len(cases(category, skip))}")
+        raise InputError(f"skip {skip} leaves no case of {category}; it has {len(cases(category, skip))}")
     cache, metric = run.artifacts_dir / "cache", call_metric(category, mode)
     record = partial(
         run.record, subject, metric, unit="1", artifact_sha256=respondent.artifact.sha256, engine=respondent.engine
@@ -272,7 +273,7 @@ def record_pass_at_1(run: Run, subject: str, respondent: Respondent, problems: l
     """
     active = set(sandbox.layers())
     if active.isdisjoint({"namespaces", "seccomp"}) or active.isdisjoint({"root", "landlock"}):
-        raise ValueError(f"the sandbox of this machine has only {', '.join(sorted(active))}; code is not run in it")
+        raise InputError(f"the sandbox of this machine has only {', '.join(sorted(active))}; code is not run in it")
     questions, cache = [Question(problem.prompt) for problem in problems], run.artifacts_dir / "cache"
     progress = f"{subject} humaneval"
     texts = answer(respondent, questions, cache, task="humaneval", tokens=CODE_TOKENS, progress=progress)
@@ -333,7 +334,7 @@ def record_answer_loss(
     Raises ValueError when the two have another number of draws or examples.
     """
     if losses.shape != baseline.shape:
-        raise ValueError(f"cannot pair losses of shape {tuple(losses.shape)} with {tuple(baseline.shape)}")
+        raise InputError(f"cannot pair losses of shape {tuple(losses.shape)} with {tuple(baseline.shape)}")
     loss = statistics.over_draws(losses.mean(-1))
     increase = statistics.over_draws((losses - baseline).mean(-1))
     told = {"examples": losses.shape[1], **(details or {})}

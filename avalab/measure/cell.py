@@ -45,6 +45,7 @@ from avalab import engines
 from avalab.engines.engine import Engine
 from avalab.lab import process, statistics, trackers
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run, load_average
 from avalab.models import checkpoint
 from avalab.models.sizes import folder_of, kv_cache_bytes, shape_of, weight_bytes_read, weight_file_bytes
@@ -131,9 +132,9 @@ def measure_cell(artifact: Artifact | Path, engine: str, *, work: Workload = Wor
     2 new tokens, no sample, or a predictable cell of another engine than torch.
     """
     if work.new_tokens < 2 or work.samples < 1:
-        raise ValueError(f"need at least 2 new tokens and 1 sample, got {work.new_tokens} and {work.samples}")
+        raise InputError(f"need at least 2 new tokens and 1 sample, got {work.new_tokens} and {work.samples}")
     if work.predictable and engine != "torch":
-        raise ValueError(f"memory is predicted for the engine torch only, got {engine}")
+        raise InputError(f"memory is predicted for the engine torch only, got {engine}")
     work, note = usable_work(artifact, engine, work)
     found = Cell(**ask_engine("avalab.measure.cell:run_cell", artifact, engine, asdict(work), work.limit_seconds))
     return replace(found, threads=work.threads, note=note) if note else found
@@ -240,7 +241,7 @@ def sample_cell(engine: Engine, request: dict) -> dict:
     draw, new, device = random.Random(request["seed"]), request["new_tokens"], request["device"]
     lengths = [n for n in request["prompts"] if n + new <= engine.facts.context]
     if not lengths:
-        raise ValueError(f"prompts of {request['prompts']} and {new} tokens exceed a context of {engine.facts.context}")
+        raise InputError(f"prompts of {request['prompts']} and {new} tokens exceed a context of {engine.facts.context}")
     counters = trackers.energy_counters(device)
     first, further, joules = ({str(n): [] for n in lengths} for _ in range(3))
     facts = {}

@@ -35,6 +35,7 @@ from avalab import engines
 from avalab.engines import llamacpp
 from avalab.lab import artifacts, statistics, trackers
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run, load_average
 from avalab.measure import cell, cost
 from avalab.measure.cell import Workload
@@ -98,17 +99,17 @@ def measure_lengths(
 def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> list[int]:
     ordered = sorted(set(lengths))
     if new_tokens < 2:
-        raise ValueError(f"need at least 2 new tokens to time one, got {new_tokens}")
+        raise InputError(f"need at least 2 new tokens to time one, got {new_tokens}")
     if not ordered or ordered[0] <= new_tokens or ordered[-1] > context:
         shown = ", ".join(f"{n:,}" for n in lengths) or "none"
-        raise ValueError(f"lengths have to be {new_tokens + 1} to {context:,} tokens, the model's context; got {shown}")
+        raise InputError(f"lengths have to be {new_tokens + 1} to {context:,} tokens, the model's context; got {shown}")
     return ordered
 
 
 def cache_options(engine: str, cache_bits: int, context: int) -> dict:
     """What the engine is loaded with for such a cache. Raises ValueError for other bits, NotSupported without one."""
     if cache_bits not in CACHE_BITS:
-        raise ValueError(f"no cache of {cache_bits} bits; choose {' or '.join(map(str, CACHE_BITS))}")
+        raise InputError(f"no cache of {cache_bits} bits; choose {' or '.join(map(str, CACHE_BITS))}")
     if engine == "openvino":
         return {"properties": {"KV_CACHE_PRECISION": {16: "f16", 8: "u8"}[cache_bits]}}
     if engine == "llamacpp":

@@ -47,6 +47,7 @@ from avalab.lab import artifacts, statistics, trackers
 from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_document
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.lab.run import Run, load_average
 from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
@@ -184,7 +185,7 @@ def compressed_rows(weight: Tensor, inputs: Tensor, *, dtype: torch.dtype) -> Pr
 def semi_structured(weight: Tensor, inputs: Tensor) -> Product:
     """The product with a 2:4 weight on sparse tensor cores."""
     if not weight.is_cuda:
-        raise RuntimeError("2:4 kernels need a GPU with sparse tensor cores")
+        raise ProcessFailed("2:4 kernels need a GPU with sparse tensor cores")
     sparse, rows = torch.sparse.to_sparse_semi_structured(weight.bfloat16()), inputs.bfloat16()
     return lambda: F.linear(rows, sparse)
 
@@ -192,7 +193,7 @@ def semi_structured(weight: Tensor, inputs: Tensor) -> Product:
 def onnx_runtime(weight: Tensor, inputs: Tensor, *, sparse: bool) -> Product:
     """The product in ONNX Runtime, which makes a weight that it is given as a sparse tensor dense."""
     if weight.is_cuda:
-        raise RuntimeError("ONNX Runtime is measured on the CPU only")
+        raise ProcessFailed("ONNX Runtime is measured on the CPU only")
     product, rows = onnxruntime_engine.runtime_product(weight, sparse=sparse), inputs.float()
     return lambda: product(rows)
 
@@ -231,7 +232,7 @@ def time_kernels(
                 reasons[name] = Timing(reason=str(error).splitlines()[0])
                 continue
             if worst > TOLERANCE:
-                raise ValueError(f"kernel {name!r} differs from the dense product by {worst:.1%} of the largest output")
+                raise InputError(f"kernel {name!r} differs from the dense product by {worst:.1%} of the largest output")
             ready[name] = product
         timed = trackers.interleaved(ready, rounds, str(weight.device))
     return {name: reasons[name] if name in reasons else Timing(timed[name]) for name in kernels}

@@ -36,6 +36,7 @@ from avalab.lab import artifacts, process, statistics
 from avalab.lab.artifacts import Artifact
 from avalab.lab.assets import AssetUnavailable
 from avalab.lab.cache import cache_path, cached_document
+from avalab.lab.errors import InputError
 from avalab.lab.run import Record, Run, slug
 from avalab.lab.statistics import Estimate
 from avalab.models import checkpoint
@@ -76,7 +77,7 @@ def record_tasks(
     """
     require_harness()
     if not tasks:
-        raise ValueError("no task named; give at least one, such as hellaswag, mmlu or gsm8k")
+        raise InputError("no task named; give at least one, such as hellaswag, mmlu or gsm8k")
     settings = {"limit": limit or run.profile.call_items, "chat": chat, "seed": run.seed, "batch": BATCH}
     settings |= {"lm_eval": importlib.metadata.version("lm_eval"), "folder_sha256": _folder_sha256(folder)}
     record = functools.partial(run.record, artifact.name, unit="1", artifact_sha256=artifact.sha256, engine="torch")
@@ -203,7 +204,7 @@ def refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
     for task in tasks:
         if task not in known:
             near = ", ".join(difflib.get_close_matches(task, known, 4)) or "none"
-            raise ValueError(f"unknown task {task!r} among {len(known):,} of lm-evaluation-harness; similar: {near}")
+            raise InputError(f"unknown task {task!r} among {len(known):,} of lm-evaluation-harness; similar: {near}")
 
 
 def _manager(folder: Path | None) -> object:
@@ -228,6 +229,6 @@ def _folder_sha256(folder: Path | None) -> str:
     if folder is None:
         return ""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of task files")
+        raise InputError(f"{folder} is no folder of task files")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return artifacts.combined_sha256((f.relative_to(folder).as_posix(), artifacts.sha256_of(f)) for f in files)

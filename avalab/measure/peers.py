@@ -34,6 +34,7 @@ from avalab.data import corpora
 from avalab.data.calls import Case, cases
 from avalab.lab import artifacts, statistics
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import PROFILES, ROOT, Record, Run, load_average, load_records
 from avalab.measure import answers, quality
 from avalab.measure.answers import Respondent
@@ -83,7 +84,7 @@ Right = dict[str, list[bool]]  # by category, and over all
 def known_peer(peer: str) -> tuple[str, dict]:
     """Method and parameters of a peer. Raises ValueError listing the names for an unknown one."""
     if peer not in PEERS:
-        raise ValueError(f"unknown peer {peer!r}; choose one of {', '.join(PEERS)}")
+        raise InputError(f"unknown peer {peer!r}; choose one of {', '.join(PEERS)}")
     return PEERS[peer]
 
 
@@ -99,7 +100,7 @@ def match_size(base: Artifact, size: int, *, run: Run, form: str = "ava", made: 
     Raises ValueError for an unknown form, and as `ava` does for a budget that no file fits.
     """
     if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of the lab's artefact; choose one of {', '.join(FORMS)}")
+        raise InputError(f"unknown form {form!r} of the lab's artefact; choose one of {', '.join(FORMS)}")
     near = [artifact for artifact in made if abs(artifact.bytes / size - 1) <= SAME_BYTES]
     return near[0] if near else quantize.compress_artifact(base, "ava", bytes=size, run=run, **FORMS[form])
 
@@ -167,7 +168,7 @@ def compare_peers(run: Run, names: Sequence[str], *, forms: Sequence[str] = ()) 
     """
     base, sized = checkpoint.base_artifact(run), _sized(run)
     if "base" in sized and sized["base"].artifact_sha256 != base.sha256:
-        raise ValueError(f"{run.records_path.name} is about another base than {base.name}; start anew, without --add")
+        raise InputError(f"{run.records_path.name} is about another base than {base.name}; start anew, without --add")
     against = references(run, base)
     if "base" not in sized:
         record_peer(run, "base", base, against)
@@ -220,7 +221,7 @@ def record_peer_calls(run: Run, limit: int, *, chosen: Sequence[str] = ()) -> No
     """
     names = list(chosen) or answers.answerable(run.profile.call_categories, MODE)
     if limit < 1:
-        raise ValueError(f"cases of each category have to be 1 or more, got {limit}")
+        raise InputError(f"cases of each category have to be 1 or more, got {limit}")
     asked = {name: cases(name, limit) for name in names if answers.call_metric(name, MODE)}
     here, sized, rivals = recorded_artifacts(run), _sized(run), _rivals(run)
     right: dict[str, Right] = {}  # by the artefact's hash
@@ -251,7 +252,7 @@ def _record_shares(run: Run, size: Record, artifact: Artifact | None, asked: dic
     record = partial(run.record, size.subject, unit="1", artifact_sha256=size.artifact_sha256, engine=size.engine)
     try:
         if artifact is None:
-            raise ValueError("no artefact of these bytes is left")
+            raise InputError("no artefact of these bytes is left")
         artifacts.load_artifact(artifact.path)  # its files are those of its card
         respondent, verdicts = Respondent(artifact, run.device, engine=size.engine), {}
         for name, rows in asked.items():

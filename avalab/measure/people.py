@@ -40,6 +40,7 @@ from avalab import engines
 from avalab.data import toolbox
 from avalab.lab import statistics
 from avalab.lab.artifacts import Artifact, sha256_of_text
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run, write_atomically
 from avalab.lab.statistics import Estimate
 from avalab.measure.answers import Question, Respondent, answer
@@ -103,20 +104,20 @@ def load_prompts(count: int = 0, path: Path = PROMPTS) -> list[Prompt]:
         try:
             found.append(_parsed(line, known))
         except ValueError as error:
-            raise ValueError(f"{path.name}:{number}: {error}") from error
+            raise InputError(f"{path.name}:{number}: {error}") from error
     return found[: count or None]
 
 
 def _parsed(line: str, known: set[str]) -> Prompt:
     parts = [part.strip() for part in line.split("|", 2)]
     if len(parts) != 3 or not parts[2]:
-        raise ValueError(f"{line!r} is not `kind | tools or - | request`")
+        raise InputError(f"{line!r} is not `kind | tools or - | request`")
     kind, tools = parts[0], tuple(parts[1].split()) if parts[1] != "-" else ()
     kinds = TOOL_KINDS if tools else PLAIN_KINDS
     if kind not in kinds:
-        raise ValueError(f"kind {kind!r} {'with' if tools else 'without'} tools; choose one of {', '.join(kinds)}")
+        raise InputError(f"kind {kind!r} {'with' if tools else 'without'} tools; choose one of {', '.join(kinds)}")
     if unknown := [name for name in tools if name not in known]:
-        raise ValueError(f"no tool {unknown[0]!r} in the toolbox; it has {', '.join(sorted(known))}")
+        raise InputError(f"no tool {unknown[0]!r} in the toolbox; it has {', '.join(sorted(known))}")
     return Prompt(kind, tools, parts[2])
 
 
@@ -134,7 +135,7 @@ def answer_prompts(
     Raises ValueError, EngineUnavailable or NotSupported as the engine does.
     """
     if engine not in engines.ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(engines.ENGINES)}")
+        raise InputError(f"unknown engine {engine!r}; choose one of {', '.join(engines.ENGINES)}")
     respondent = Respondent(artifact, device, engine=engine)
     template = partial(respondent.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     questions, progress = [Question(template(prompt.chat)) for prompt in asked], f"{artifact.name} in {engine}"
@@ -148,9 +149,9 @@ def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[s
     hash, engine). Raises ValueError for fewer than two subjects, or answers that do not match the requests.
     """
     if len(answered) < 2:
-        raise ValueError(f"nothing to compare: {len(answered)} artefact; give two or more")
+        raise InputError(f"nothing to compare: {len(answered)} artefact; give two or more")
     if wrong := [name for name, texts in answered.items() if len(texts) != len(asked)]:
-        raise ValueError(f"{wrong[0]} has {len(answered[wrong[0]])} answers to {len(asked)} requests")
+        raise InputError(f"{wrong[0]} has {len(answered[wrong[0]])} answers to {len(asked)} requests")
     sheet = {"prompts": []}
     for index, prompt in enumerate(asked):
         texts = {answer_id(prompt, texts[index]): texts[index].strip() for texts in answered.values()}
@@ -204,9 +205,9 @@ def load_preferences(folder: Path) -> list[dict]:
             try:
                 row = json.loads(line)
                 if set(row) != set(FIELDS) or not {row[name] for name in CRITERIA} <= {*SCORES, None}:
-                    raise ValueError(f"fields {', '.join(row)}")
+                    raise InputError(f"fields {', '.join(row)}")
             except (ValueError, TypeError) as error:  # a JSON error is a ValueError
-                raise ValueError(f"{path}:{number}: {error}; a rating has the fields {', '.join(FIELDS)}") from error
+                raise InputError(f"{path}:{number}: {error}; a rating has the fields {', '.join(FIELDS)}") from error
             rows[row["rater"], row["prompt"], row["answer"]] = row
     return list(rows.values())
 
@@ -221,12 +222,12 @@ def store_preference(
     """
     checked_name(rater)
     if set(scores) != set(prompt["answers"]):
-        raise ValueError(f"{len(scores)} answers are scored; the request has {len(prompt['answers'])}")
+        raise InputError(f"{len(scores)} answers are scored; the request has {len(prompt['answers'])}")
     wanted, when = criteria_of(prompt), datetime.now(UTC).isoformat(timespec="seconds")
     kept = {(row["prompt"], row["answer"]): row for row in load_preferences(folder) if row["rater"] == rater}
     for answer_id, given in scores.items():
         if set(given) != set(wanted) or not set(given.values()) <= set(SCORES):
-            raise ValueError(f"scores {given}; give each of {', '.join(wanted)} one of {', '.join(map(str, SCORES))}")
+            raise InputError(f"scores {given}; give each of {', '.join(wanted)} one of {', '.join(map(str, SCORES))}")
         row = {"prompt": prompt["key"], "answer": answer_id, "rater": rater, **dict.fromkeys(CRITERIA), **given}
         kept[prompt["key"], answer_id] = row | {"note": note, "when": when}
     write_atomically(folder / "ratings" / f"{rater}.jsonl", "".join(json.dumps(row) + "\n" for row in kept.values()))
@@ -236,7 +237,7 @@ def store_preference(
 def checked_name(rater: str) -> str:
     """The name, if it can be one. Raises ValueError otherwise."""
     if not NAME.fullmatch(rater):
-        raise ValueError(f"{rater!r} is no name for a rater; use 1 to 32 letters, digits, - and _, such as r1")
+        raise InputError(f"{rater!r} is no name for a rater; use 1 to 32 letters, digits, - and _, such as r1")
     return rater
 
 
@@ -283,7 +284,7 @@ def preference_scores(
 ) -> dict[str, Float[Tensor, "prompt rater"]]:
     """Each subject's scores. Raises ValueError, with the reason, while there is no result."""
     if reason := why_no_result(sheet, ratings):
-        raise ValueError(reason)
+        raise InputError(reason)
     names = list(requests_left(sheet, ratings))
     asked = [p["key"] for p in sheet["prompts"] if criterion in criteria_of(p)]
     known = {(row["rater"], row["prompt"], row["answer"]): row[criterion] for row in ratings}

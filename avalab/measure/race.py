@@ -42,6 +42,7 @@ from avalab.lab import artifacts, statistics
 from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_document
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import PROFILES, ROOT, Run, device_name, load_average
 from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
@@ -117,7 +118,7 @@ def make_forms(run: Run, names: Sequence[str] = ()) -> dict[str, Artifact]:
     Raises ValueError for an unknown name.
     """
     if unknown := [name for name in names if name not in FORMS]:
-        raise ValueError(f"no form {', '.join(unknown)}; choose from {', '.join(FORMS)}")
+        raise InputError(f"no form {', '.join(unknown)}; choose from {', '.join(FORMS)}")
     base, made = checkpoint.base_artifact(run), {}
     for name in tqdm(names or SOME.get(run.profile_name, tuple(FORMS)), desc="make", leave=False):
         try:

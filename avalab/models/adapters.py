@@ -32,6 +32,7 @@ from avalab import kernels
 from avalab.kernels import Weight4
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint, walk
 
 ADAPTER = "default"  # PEFT's name for the only one
@@ -53,7 +54,7 @@ def attach_adapters(
     from peft import LoraConfig
 
     if rank < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"rank is {rank}, dropout {dropout}; rank must be at least 1 and dropout in [0, 1)")
+        raise InputError(f"rank is {rank}, dropout {dropout}; rank must be at least 1 and dropout in [0, 1)")
     names = walk.select_linear(model, target_modules)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
@@ -95,7 +96,7 @@ def frozen_weight(layer: nn.Module, *, decoded: bool) -> Weight4 | Tensor:
         return layer.weight.detach()
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
-        raise ValueError(f"adapters go on bf16 or bitsandbytes 4-bit layers, not on {type(layer).__name__}")
+        raise InputError(f"adapters go on bf16 or bitsandbytes 4-bit layers, not on {type(layer).__name__}")
     packed = {"weight": layer.weight.data, **{f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
     weight = kernels.from_bitsandbytes(packed)
     return kernels.decode(weight, torch.bfloat16) if decoded else weight
@@ -115,7 +116,7 @@ def merge_adapters(adapter: Artifact, *, name: str = "", directory: Path | None 
     Raises ValueError for an artefact that is no adapter, and what `load_model` raises.
     """
     if adapter.format != "peft":
-        raise ValueError(f"{adapter.name} is in format {adapter.format!r}; only an adapter can be merged")
+        raise InputError(f"{adapter.name} is in format {adapter.format!r}; only an adapter can be merged")
     out = (directory or adapter.path.parent) / (name or f"{adapter.name}+merged")
 
     def fill(folder: Path) -> None:
@@ -161,7 +162,7 @@ def apply_wide_weights(model: PreTrainedModel, target_modules: tuple[str, ...] =
     for name in names:
         layer = layers[name]
         if type(layer) is not nn.Linear:
-            raise ValueError(
+            raise InputError(
                 f"{name} is a {type(layer).__name__}; only bf16 weights can be trained, others by adapters"
             )
         layer.weight.data = layer.weight.data.float()

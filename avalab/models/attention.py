@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from avalab.lab.errors import InputError
+
 NAME = "packed"
 
 LONGEST = 640  # tokens: beyond, kept probabilities cost more memory than the time is worth
@@ -49,7 +51,7 @@ def packed_attention(
     ends = [0, query.shape[2]] if boundaries is None else boundaries.tolist()
     longest = max(end - start for start, end in pairwise(ends))
     if softcap or (sliding_window and longest > sliding_window):
-        raise ValueError(f"packed attention knows no soft cap and no window below {longest} tokens; shorten the rows")
+        raise InputError(f"packed attention knows no soft cap and no window below {longest} tokens; shorten the rows")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = [
         _one(*(t[:, :, start:end] for t in (query, key, value)), scaling, dropout) for start, end in pairwise(ends)

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import stored
 
@@ -63,7 +64,7 @@ def base_artifact(run: Run) -> Artifact:
     try:
         source = assets.fetch_asset(EMBEDDED_GGUF) if run.model == EMBEDDED else assets.resolve_model(run.model)
     except ValueError as error:
-        raise ValueError(f"{error} (embedded: {EMBEDDED})") from error
+        raise InputError(f"{error} (embedded: {EMBEDDED})") from error
     if source.suffix == ".gguf":  # already on a grid
         step = {"step": "rescale_off_grid", "range": RESCALE_RANGE, "seed": RESCALE_SEED}
     else:
@@ -103,7 +104,7 @@ def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """The bf16 model of a GGUF file, taken off its grid, or of a folder with safetensors or one GGUF file."""
     if source.is_dir() and list(source.glob("*.safetensors")):
         if getattr(AutoConfig.from_pretrained(source), "quantization_config", None):
-            raise ValueError(f"{source} is already quantised; the base of a comparison has 16- or 32-bit weights")
+            raise InputError(f"{source} is already quantised; the base of a comparison has 16- or 32-bit weights")
         return load_model(source), load_tokenizer(source)
     if source.is_dir():
         (file,) = source.glob("*.gguf")
@@ -122,7 +123,7 @@ def rescale_off_grid(model: PreTrainedModel, *, limit: float = RESCALE_RANGE, se
     """
     kind = model.config.model_type
     if kind not in MLP_NORMS:
-        raise ValueError(
+        raise InputError(
             f"a GGUF file's weights lie on its own grid, and {kind} models are not taken off it; known are "
             f"{', '.join(MLP_NORMS)}: give a folder with 16-bit weights"
         )
@@ -175,7 +176,7 @@ def refuse_non_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or infinite weights; the model cannot be measured or compressed")
+            raise InputError(f"{name} holds NaN or infinite weights; the model cannot be measured or compressed")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
                 folder, dtype=dtype, device_map=device if device != "cpu" else None, use_safetensors=True
             )
         except SafetensorError as error:
-            raise ValueError(f"weights in {folder} are truncated or damaged: {error}") from error
+            raise InputError(f"weights in {folder} are truncated or damaged: {error}") from error
         compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
         if compressor is not None:  # left to itself, compressed-tensors unpacks in the whole model's first call
             compressor.decompress_model(model=model)
@@ -220,9 +221,9 @@ def base_of(adapter: Artifact) -> Artifact:
     try:
         base = artifacts.load_artifact(adapter.path.parent / origin["name"], verify=False)
     except FileNotFoundError as error:
-        raise ValueError(f"{adapter.name} is an adapter; put its base {origin['name']} beside it ({error})") from error
+        raise InputError(f"{adapter.name} is an adapter; put its base {origin['name']} beside it ({error})") from error
     if base.sha256 != origin["sha256"]:
-        raise ValueError(f"{base.path} is not the base that {adapter.name} was trained on: its SHA-256 differs")
+        raise InputError(f"{base.path} is not the base that {adapter.name} was trained on: its SHA-256 differs")
     return base
 
 

@@ -37,6 +37,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from avalab.kernels.formats import Grid, Rounded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.models import stored
 
 INT8_ROWS = "int8-rows"
@@ -106,7 +107,7 @@ def packed_layers(artifact: Artifact) -> dict[str, Rounded]:
     embedding = stored.packed_embedding_name(artifact.path)
     names = {name.removesuffix(f".{CODES}") for name in tensors if name.endswith(f".{CODES}")} - {embedding}
     if not names:
-        raise ValueError(
+        raise InputError(
             f"{artifact.name} is in format {artifact.format!r} and holds no packed layers; "
             "training through the rounding starts from rtn, gptq, awq or ava"
         )
@@ -136,14 +137,14 @@ def replace_layers(
         for name in tensors.keys() & fresh.keys():
             new, old = fresh.pop(name), tensors[name]
             if new.shape != old.shape or new.dtype != old.dtype:
-                raise ValueError(
+                raise InputError(
                     f"{name} is {tuple(old.shape)} of {old.dtype} in the file, not {tuple(new.shape)} of {new.dtype}: "
                     "training may not change the bytes"
                 )
             tensors[name] = new.detach().cpu().contiguous()
         save_file(tensors, folder / path.name, metadata=about)
     if fresh:
-        raise ValueError(f"{source.name} has no tensor {sorted(fresh)[0]}; only what is there can be replaced")
+        raise InputError(f"{source.name} has no tensor {sorted(fresh)[0]}; only what is there can be replaced")
 
 
 def replace_embedding(folder: Path) -> None:
@@ -154,11 +155,11 @@ def replace_embedding(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     quantised = config.get("quantization_config") or {}
     if quantised.get("quant_method") != "compressed-tensors":
-        raise ValueError(f"{folder.name} is {quantised.get('quant_method', 'dense')}; needed is compressed-tensors")
+        raise InputError(f"{folder.name} is {quantised.get('quant_method', 'dense')}; needed is compressed-tensors")
     tensors = load_file(folder / WEIGHTS)
     found = [name.removesuffix(".weight") for name in tensors if name.endswith("embed_tokens.weight")]
     if len(found) != 1 or not tensors[f"{found[0]}.weight"].is_floating_point():
-        raise ValueError(f"{folder.name} has no plain embedding in {WEIGHTS}; found {', '.join(found) or 'none'}")
+        raise InputError(f"{folder.name} has no plain embedding in {WEIGHTS}; found {', '.join(found) or 'none'}")
     readers = found + (["lm_head"] if config.get("tie_word_embeddings", True) else [])
     tensors |= _int8_tensors(tensors[f"{found[0]}.weight"], readers)
     groups = {name: {"format": quantised["format"]} | group for name, group in quantised["config_groups"].items()}

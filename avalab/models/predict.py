@@ -28,6 +28,7 @@ from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_tensors
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint
 
 CHUNK_TOKENS = 256  # rows of float32 logits held at once
@@ -168,7 +169,7 @@ def output_head(model: PreTrainedModel) -> tuple[nn.Module, float | None]:
     """
     for scale in ("logits_scaling", "logit_scale"):
         if getattr(model.config, scale, None) not in (None, 1, 1.0):
-            raise ValueError(f"{model.config.model_type} models multiply their logits by {scale}; not supported here")
+            raise InputError(f"{model.config.model_type} models multiply their logits by {scale}; not supported here")
     return model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint
 
 COMPONENTS = ("embedding", "head", "attention", "mlp", "norm", "scales", "overhead")
@@ -109,7 +110,7 @@ def storage_of_method(method: str, parameters: dict) -> Storage:
         stored = _packed(method, parameters.get("bits", 4), group, parameters.get("symmetric", False))
         int8 = parameters.get("embedding") == "int8"
         return replace(stored, int8_embedding=int8, embedding_copy_bits=16 * int8)
-    raise ValueError(f"the storage of method {method!r} is not known; give a Storage of your own")
+    raise InputError(f"the storage of method {method!r} is not known; give a Storage of your own")
 
 
 def storage_of_artifact(artifact: Artifact) -> tuple[Storage, list[str]]:
@@ -161,7 +162,7 @@ def shape_of(folder: Artifact | Path) -> Shape:
     """
     path = folder_of(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no config.json")
+        raise InputError(f"{path.parent} has no config.json")
     config = json.loads(path.read_text())
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -176,7 +177,7 @@ def shape_of(folder: Artifact | Path) -> Shape:
             tied=config.get("tie_word_embeddings", True),
         )
     except KeyError as error:
-        raise ValueError(f"{path} has no {error}; only Llama-like models are known here") from error
+        raise InputError(f"{path} has no {error}; only Llama-like models are known here") from error
 
 
 def bytes_by_component(artifact: Artifact | Path) -> dict[str, int]:
@@ -187,7 +188,7 @@ def bytes_by_component(artifact: Artifact | Path) -> dict[str, int]:
     """
     files = sorted(folder_of(artifact).glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder_of(artifact)} holds no safetensors file")
+        raise InputError(f"{folder_of(artifact)} holds no safetensors file")
     sizes = dict.fromkeys(COMPONENTS, 0)
     for file in files:
         sizes["overhead"] += file.stat().st_size
@@ -235,7 +236,7 @@ def _header(file: Path) -> dict[str, dict]:
             (length,) = struct.unpack("<Q", stream.read(8))
             tensors = json.loads(stream.read(min(length, file.stat().st_size)))
     except (struct.error, ValueError) as error:
-        raise ValueError(f"{file} has no readable safetensors header ({error})") from error
+        raise InputError(f"{file} has no readable safetensors header ({error})") from error
     return {name: tensor for name, tensor in tensors.items() if name != "__metadata__"}
 
 

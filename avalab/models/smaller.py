@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avalab.lab.errors import InputError
 from avalab.models.checkpoint import ATTENTION, MLP
 
 # What a tensor's rows and columns are, by the name of its module.
@@ -70,7 +71,7 @@ def structure_sizes(model: PreTrainedModel) -> Sizes:
     config, block = model.config, model.base_model.layers[0]
     present = {name.rpartition(".")[2] for name, _ in block.named_modules()}
     if missing := [name for name in (*ATTENTION, *MLP) if name not in present]:
-        raise ValueError(f"{config.model_type} blocks have no {', '.join(missing)}; only Llama-like models can be cut")
+        raise InputError(f"{config.model_type} blocks have no {', '.join(missing)}; only Llama-like models can be cut")
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -93,7 +94,7 @@ def save_smaller(model: PreTrainedModel, kept: Kept, folder: Path) -> None:
     """Write the smaller model's weights and configuration. Raises ValueError for a model it cannot cut."""
     of = structure_sizes(model)
     if kept.hidden is not None and "gemma" in (kind := model.config.model_type):
-        raise ValueError(f"{kind} scales its embeddings by the hidden width, which can therefore not be cut here")
+        raise InputError(f"{kind} scales its embeddings by the hidden width, which can therefore not be cut here")
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:

@@ -41,6 +41,8 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from avalab.lab.errors import InputError
+
 SPARSE_FILE = "model.sparse"  # safetensors inside; another suffix, so that nothing loads it for the weights
 
 LAYOUTS = ("bitmask", "2:4")
@@ -69,7 +71,7 @@ def write_sparse(tensors: dict[str, Tensor], sparse: list[str], path: Path, *, l
     Raises ValueError for an unknown layout, or a tensor that does not have its zeros.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+        raise InputError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     compress = to_bitmask if layout == "bitmask" else to_two_of_four
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -79,7 +81,7 @@ def write_sparse(tensors: dict[str, Tensor], sparse: list[str], path: Path, *, l
         try:
             parts = compress(tensor.detach().cpu())
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise InputError(f"{name}: {error}") from error
         stored |= {f"{name}.{part}": value for part, value in parts.items()}
     save_file(stored, path, metadata={"layout": layout})
     return path.stat().st_size
@@ -135,10 +137,10 @@ def to_two_of_four(weight: Float[Tensor, "rows cols"]) -> dict[str, Tensor]:
     Raises ValueError for columns that eight does not divide or four neighbours with more than two non-zeros.
     """
     if weight.shape[1] % 8:
-        raise ValueError(f"the 2:4 layout needs columns in eights, got {weight.shape[1]}")
+        raise InputError(f"the 2:4 layout needs columns in eights, got {weight.shape[1]}")
     groups = weight.unflatten(1, (-1, 4))
     if ((groups != 0).sum(2) > 2).any():
-        raise ValueError("four neighbours hold more than two non-zeros; use the bitmask layout")
+        raise InputError("four neighbours hold more than two non-zeros; use the bitmask layout")
     places = (groups != 0).to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :2].sort(dim=2).values
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8)
     packed = (places.flatten(1).unflatten(1, (-1, 4)).to(torch.uint8) << shifts).sum(2, dtype=torch.uint8)
@@ -174,7 +176,7 @@ def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
     tokens, scores = content("tokens"), content("scores")
     if content("model") != "llama" or not scores:
-        raise ValueError(f"{gguf.name} has a vocabulary of kind {content('model')!r}; expected 'llama' with scores")
+        raise InputError(f"{gguf.name} has a vocabulary of kind {content('model')!r}; expected 'llama' with scores")
     bos_id, padding_id = content("bos_token_id"), content("padding_token_id")
     bos, eos, unknown = tokens[bos_id], tokens[content("eos_token_id")], tokens[content("unknown_token_id")]
     made = sentencepiece_encoder(tokens, scores, content("token_type"), unknown=unknown)
@@ -259,7 +261,7 @@ def load_hqq(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PreTrained
         elif name in tensors:
             found = tensors[name]
         else:
-            raise ValueError(f"{folder} has no tensor for {name}")
+            raise InputError(f"{folder} has no tensor for {name}")
         with torch.no_grad():
             parameter.copy_(found)
     return model
@@ -313,7 +315,7 @@ def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
     filled = {n for n, m in model.named_modules() if getattr(m, "weight", None) is table.weight}
     missing = sorted(set(loading["missing_keys"]) - {f"{n}.weight" for n in filled})
     if missing or name not in filled:
-        raise ValueError(f"{folder} lacks {', '.join(missing[:1]) or name}: nothing else than the embedding is packed")
+        raise InputError(f"{folder} lacks {', '.join(missing[:1]) or name}: nothing else than the embedding is packed")
     table.weight.data = decode_embedding(folder, name, table.weight.dtype).to(table.weight.device)
     return model
 
@@ -328,7 +330,7 @@ def decode_embedding(folder: Path, name: str, dtype: torch.dtype = torch.bfloat1
             names = set(file.keys())
             parts |= {part: file.get_tensor(f"{name}.{part}") for part in PACKED_PARTS if f"{name}.{part}" in names}
     if not {"weight_packed", "weight_scale", "weight_shape"} <= parts.keys():
-        raise ValueError(f"{folder} says that {name} is packed, and holds no such tensors")
+        raise InputError(f"{folder} says that {name} is packed, and holds no such tensors")
     rows, columns = parts["weight_shape"].tolist()
     scales = parts["weight_scale"].to(dtype)
     bits = parts["weight_packed"].shape[1] * 32 // columns

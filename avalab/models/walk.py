@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from avalab.lab import artifacts, cache
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.models import checkpoint, predict
 
 # --- layers by name --------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
 
     for pattern in patterns:
         if not any(fits(name, pattern) for name in names):
-            raise ValueError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
+            raise InputError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 
 
@@ -70,7 +71,7 @@ def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the linear layer `name` was. Raises ValueError when there is no such layer."""
     known = linear_layers(model)
     if name not in known:
-        raise ValueError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:7])}, ...")
+        raise InputError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:7])}, ...")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -140,7 +141,7 @@ def calibration_sites(
 
 def _refuse_empty(windows: Tensor) -> None:
     if windows.numel() == 0:
-        raise ValueError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
+        raise InputError(f"calibration needs at least one token, got windows of shape {tuple(windows.shape)}")
 
 
 def gradient_pass(
@@ -420,7 +421,7 @@ def _of_block(block: nn.Module, calls: list, index: int) -> tuple[dict[str, Tens
 def _refuse_non_finite(tensors: dict[str, Tensor], what: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(
+            raise InputError(
                 f"calibration gave NaN or infinite values: {what} {name}; the text or the model is damaged"
             )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Record, Run
 from avalab.models import adapters, checkpoint
 
@@ -31,7 +32,7 @@ def ledger(run: Run, subjects: Sequence[str], metrics: Sequence[str]) -> list[Re
     for before, after in pairwise(subjects):
         for metric in metrics:
             if missing := [s for s in (before, after) if (s, metric) not in known]:
-                raise ValueError(f"no {metric} of {missing[0]!r}; measure every step before its ledger")
+                raise InputError(f"no {metric} of {missing[0]!r}; measure every step before its ledger")
             old, new = known[before, metric], known[after, metric]
             more = {"n": new.n, "artifact_sha256": new.artifact_sha256}
             details = {"before": before, "value_before": old.value, "value": new.value}
@@ -46,7 +47,7 @@ def dequantised(artifact: Artifact) -> Artifact:
     Raises ValueError for another format.
     """
     if artifact.format != "bitsandbytes":
-        raise ValueError(f"{artifact.name} is in format {artifact.format!r}; only bitsandbytes 4-bit ones are decoded")
+        raise InputError(f"{artifact.name} is in format {artifact.format!r}; only bitsandbytes 4-bit ones are decoded")
 
     def save(folder: Path) -> None:
         model = checkpoint.load_model(artifact)

@@ -27,6 +27,7 @@ from avalab.data import gates, synthesize
 from avalab.data.gates import Gate
 from avalab.lab import statistics
 from avalab.lab.artifacts import sha256_of_text
+from avalab.lab.errors import InputError
 from avalab.lab.run import write_atomically
 from avalab.measure import people
 
@@ -72,10 +73,10 @@ def load_verdicts(path: Path) -> dict[str, dict]:
         try:
             row = json.loads(line)
             if row["verdict"] not in VERDICTS or set(row) != set(FIELDS):
-                raise ValueError(f"verdict {row['verdict']!r} with fields {', '.join(row)}")
+                raise InputError(f"verdict {row['verdict']!r} with fields {', '.join(row)}")
         except (ValueError, KeyError, TypeError) as error:  # a JSON error is a ValueError
             allowed = f"a verdict is one of {', '.join(VERDICTS)}, with the fields {', '.join(FIELDS)}"
-            raise ValueError(f"{path}:{number}: {error}; {allowed}") from error
+            raise InputError(f"{path}:{number}: {error}; {allowed}") from error
         rows[row["key"]] = row
     return rows
 
@@ -89,16 +90,16 @@ def store_verdict(
     verdict, an edit that changes nothing or that a gate rejects, and a changed request that was not meant as an edit.
     """
     if verdict not in VERDICTS:
-        raise ValueError(f"unknown verdict {verdict!r}; choose one of {', '.join(VERDICTS)}")
+        raise InputError(f"unknown verdict {verdict!r}; choose one of {', '.join(VERDICTS)}")
     request = " ".join(request.split())
     changed = request not in ("", " ".join(example["messages"][-2]["content"].split()))
     if changed != (verdict == "edit"):
         found = "the request was changed" if changed else "the edit changes nothing"
-        raise ValueError(f"{found}; {'edit' if changed else 'accept or reject'} the example, or change its request")
+        raise InputError(f"{found}; {'edit' if changed else 'accept or reject'} the example, or change its request")
     if changed:
         gate, reason = gates.verdict(edited(example, request), gates.STANDARD if row is None else row)
         if gate:
-            raise ValueError(f"the edit does not pass the gate {gate}: {reason}")
+            raise InputError(f"the edit does not pass the gate {gate}: {reason}")
     key, when = example_key(example), datetime.now(UTC).isoformat(timespec="seconds")
     line = {"key": key, "verdict": verdict, "request": request if changed else "", "note": note, "when": when}
     verdicts = {**load_verdicts(path), key: line}
@@ -270,7 +271,7 @@ def _chosen(current: dict, columns: ipywidgets.HBox) -> dict[str, dict[str, int]
         given[answer] = {name: row.value for name, row in zip(criteria, shown_answer.children[1:], strict=True)}
         for name, score in given[answer].items():
             if score is None:
-                raise ValueError(f"answer {LETTERS[index % 26]} has no score for {_words(name)} yet")
+                raise InputError(f"answer {LETTERS[index % 26]} has no score for {_words(name)} yet")
     return given
 
 

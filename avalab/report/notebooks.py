@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, write_atomically
 from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
@@ -51,7 +52,7 @@ def notebook_names(selection: str = "", root: Path = ROOT) -> list[str]:
     missing = [w for w in wanted if not any(w in (name, name[:2]) for name in known)]
     if missing or not known:
         shown = ", ".join(known) or "no notebook (NN_subject.ipynb)"
-        raise ValueError(f"no notebook {' '.join(missing) or 'to run'}; notebooks/ holds {shown}")
+        raise InputError(f"no notebook {' '.join(missing) or 'to run'}; notebooks/ holds {shown}")
     return [name for name in known if not wanted or name in wanted or name[:2] in wanted]
 
 
@@ -61,7 +62,7 @@ def model_argument(profile: str, model: str, root: Path = ROOT) -> str:
     Raises ValueError for an unknown profile.
     """
     if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
+        raise InputError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
     own = PROFILES[profile].model
     folder = next((f for f in (Path(model).expanduser(), root / model) if f.is_dir()), None) if model else None
     if model in ("", own) or (folder and folder.resolve() == (root / own).resolve()):
@@ -108,7 +109,7 @@ def remove_void_stamps(name: str, root: Path = ROOT) -> None:
 def plan(profile: str, *, model: str = "", seed: str = "0", notebooks: str = "") -> list[str]:
     """Write `.stamps/<name>/dependencies.mk`; returns the run's name and the notebooks that were asked for."""
     if not seed.isdigit():
-        raise ValueError(f"SEED is {seed!r}; it must be a whole number from 0 up")
+        raise InputError(f"SEED is {seed!r}; it must be a whole number from 0 up")
     model = model_argument(profile, model)
     name = folder_name(profile, model, int(seed))
     selected = notebook_names(notebooks)
@@ -139,7 +140,7 @@ def execute_notebook(notebook: str, profile: str, *, model: str = "", seed: int 
         try:
             _run_papermill(source, temporary, parameters, log=results / f".{notebook}.stderr.txt")
         except Exception as error:  # whatever stopped it, the copy so far is evidence
-            raise RuntimeError(_keep_failure(temporary, results, notebook, code, error)) from error
+            raise ProcessFailed(_keep_failure(temporary, results, notebook, code, error)) from error
         else:
             _write_copy(temporary, results / f"{notebook}.ipynb", code)
             for suffix in ("failed.ipynb", "traceback.txt"):
@@ -154,10 +155,10 @@ def check_parameters(source: Path, parameters: dict) -> None:
     cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
-        raise ValueError(f"{source.name} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
+        raise InputError(f"{source.name} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
     defined = assigned_names("".join(tagged[0]["source"]))
     if missing := sorted(parameters.keys() - defined):
-        raise ValueError(
+        raise InputError(
             f"{source.name} is given {', '.join(parameters)}, but its parameters cell does not define "
             f"{', '.join(missing)} (it defines {', '.join(sorted(defined)) or 'nothing'})"
         )

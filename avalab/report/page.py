@@ -31,6 +31,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image, UnidentifiedImageError
 
+from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import ROOT, Record, load_records, write_atomically
 from avalab.report.dependencies import code_states
 from avalab.report.tables import metric_words, value_text
@@ -134,7 +135,7 @@ def read_cells(path: Path) -> list[nbformat.NotebookNode]:
     try:
         return nbformat.read(path, as_version=4).cells
     except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:  # as nbformat finds it
-        raise ValueError(f"{path} is not a notebook: {str(error)[:200]!r}") from error
+        raise InputError(f"{path} is not a notebook: {str(error)[:200]!r}") from error
 
 
 def _headings(cell: nbformat.NotebookNode) -> list[str]:
@@ -204,7 +205,7 @@ def picture_size_and_alt(path: Path) -> tuple[tuple[int, int], str]:
         with Image.open(path) as picture:
             return picture.size, str(picture.info.get("Description", ""))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a PNG") from error
+        raise InputError(f"{path} is not a PNG") from error
 
 
 # --- the page ---
@@ -217,7 +218,7 @@ def build_page(folder: Path, notebooks: Path = ROOT / "notebooks") -> Path:
     """
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("[!.]*/"))) or "none"
-        raise FileNotFoundError(f"no results folder {folder} (beside it: {there})")
+        raise MissingFile(f"no results folder {folder} (beside it: {there})")
     entries = read_entries(folder, notebooks)
     text = render_page(folder.resolve().name, entries, code_states(folder, notebooks.parent))
     write_atomically(folder / "index.html", text.replace(f"{ROOT}/", ""))
@@ -274,7 +275,7 @@ def write_findings(folder: Path, readme: Path, notebooks: Path = ROOT / "noteboo
     lines = readme.read_text(encoding="utf-8").split("\n")
     places = [i for i, line in enumerate(lines) if line.strip() in MARKERS]
     if [lines[i].strip() for i in places] != list(MARKERS):
-        raise ValueError(f"{readme} needs one line {MARKERS[0]} and after it one line {MARKERS[1]}")
+        raise InputError(f"{readme} needs one line {MARKERS[0]} and after it one line {MARKERS[1]}")
     entries = read_entries(folder, notebooks)
     done = [entry for entry in entries if f"{entry.name}.ipynb" in entry.files]
     link = quote(Path(os.path.relpath(folder.resolve(), readme.resolve().parent)).as_posix())

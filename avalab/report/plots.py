@@ -28,6 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from avalab.lab.errors import InputError
 from avalab.lab.run import Record
 from avalab.report import style
 from avalab.report.style import BASELINE_COLOUR, COLOURS, STYLE, Picture, Records, baseline_line, family, subject_styles
@@ -83,7 +84,7 @@ def points(
     order = values[0].index if dashed is None else found.subject.unique()
     subjects = [s for s in order if needed(s in value.index for value in values)]
     if not subjects:
-        raise ValueError(f"no {', '.join(metrics)} was recorded with a value")
+        raise InputError(f"no {', '.join(metrics)} was recorded with a value")
     figure, panels = style.row_figure(subjects, baseline, len(metrics), names=names)
     looks = subject_styles(found, baseline, subjects)
     for axes, metric, value in zip(panels, metrics, values, strict=True):
@@ -258,7 +259,7 @@ def rejections(records: list[Record], *, path: Path | None = None) -> Picture:
     whole, alone = measured(found, REJECTED), measured(found, ALONE)
     if whole.empty or set(whole.index) != set(alone.index):
         has = {name: ", ".join(rows.index) or "nothing" for name, rows in ((REJECTED, whole), (ALONE, alone))}
-        raise ValueError(", ".join(f"{name} of {gates}" for name, gates in has.items()))
+        raise InputError(", ".join(f"{name} of {gates}" for name, gates in has.items()))
     figure, (axes,) = style.row_figure(whole.index, baseline="")
     parts = pandas.DataFrame(
         {"by this gate alone": alone.value, "by others, too": whole.value - alone.value}, whole.index
@@ -295,7 +296,7 @@ def loss_curves(records: list[Record], *, path: Path | None = None) -> Picture:
     """
     curves = [record for record in records if record.metric == "train_loss" and record.samples]
     if not curves:
-        raise ValueError("no train_loss record with samples; record a training run first")
+        raise InputError("no train_loss record with samples; record a training run first")
     figure, (axes,) = style.new_figure(3.6)
     for curve, look in zip(curves, style.looks(map(str, range(len(curves)))).values(), strict=True):
         tokens, held_out = curve.details["tokens"], curve.details["held_out"]
@@ -372,7 +373,7 @@ def by_tokens(records: list[Record], part: str, *, path: Path | None = None) -> 
     shares = measured(found, f"recovered:{part}").assign(x=measured(found, "train_tokens").value)
     shares = shares.dropna(subset="x").sort_values("x", kind="stable")
     if shares.empty:
-        raise ValueError(f"no subject has both recovered:{part} and train_tokens")
+        raise InputError(f"no subject has both recovered:{part} and train_tokens")
     figure, (axes,) = style.new_figure(4.2)
     looks = subject_styles(found, "", shares.index)
     lines(axes, shares.assign(series=shares.index.map(family)), {family(s): look for s, look in looks.items()})
@@ -399,7 +400,7 @@ def heat_map(records: list[Record], metric: str = "kl_divergence", path: Path | 
     found = frame(records)
     cells = measured(found[found.subject.str.startswith("layer ")], metric)
     if cells.empty:
-        raise ValueError(f"no {metric} of a subject like 'layer 07/mlp.down_proj' among {len(found)} records")
+        raise InputError(f"no {metric} of a subject like 'layer 07/mlp.down_proj' among {len(found)} records")
     cells[["layer", "kind"]] = [subject.split("/", 1) for subject in cells.index]
     grid = cells.pivot(index="kind", columns="layer", values="value").loc[cells.kind.unique()]
     grid.columns = [int(layer.split()[1]) for layer in grid]
@@ -428,7 +429,7 @@ def predicted_against_measured(records: list[Record], path: Path | None = None, 
     ratios = {metric: pairs.value / pairs.predicted for metric in BANDS if len(pairs := predictions(found, metric))}
     if not ratios:
         expected = "predicted_bytes:artifact, :peak_rss or :peak_vram"
-        raise ValueError(f"no prediction among {len(found)} records; expected {expected}")
+        raise InputError(f"no prediction among {len(found)} records; expected {expected}")
     subjects = sorted(dict.fromkeys(s for each in ratios.values() for s in each.index), key=lambda s: s != baseline)
     figure, panels = style.row_figure(subjects, baseline, len(ratios))
     outside = []
@@ -458,7 +459,7 @@ def predicted_and_measured(
     across, up = (rows[rows.value > 0] for rows in (measured(found, predicted), measured(found, metric)))
     where = style.positions(across, up)
     if not where:
-        raise ValueError(f"no subject has both {predicted} and {metric}")
+        raise InputError(f"no subject has both {predicted} and {metric}")
     single = [at for s, at in where.items() if s.startswith(SINGLE)]
     whole = {s: at for s, at in where.items() if not s.startswith(SINGLE)}
     figure, (axes,) = style.new_figure(5.6)

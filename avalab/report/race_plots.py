@@ -2,7 +2,7 @@
 
 A subject is an artefact in an engine (`nf4 in torch`), and its engine decides colour and marker. Over the context's
 length lines are solid through what was measured and dashed through what formulas give: for memory a prediction, for
-time the bound that reading all bytes sets. Records that lack what a figure shows raise ValueError.
+time the bound that reading all bytes sets. Records that lack what a figure shows raise InputError.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pandas
 from matplotlib import rc_context
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from avalab.lab.errors import InputError
 from avalab.lab.run import Record
 from avalab.report import plots, style
 from avalab.report.style import BASELINE_COLOUR, DASHES, STYLE, Picture
@@ -96,7 +97,7 @@ def batches(records: list[Record], *, baseline: str = BASELINE, path: Path | Non
     found = frame(records)
     sized = found[found.name.isin(RATES) & found.part.str.fullmatch(r"batch\d+") & found.value.notna()]
     if sized.empty:
-        raise ValueError(f"nothing was measured in batches among {len(found)} records")
+        raise InputError(f"nothing was measured in batches among {len(found)} records")
     sized = sized.assign(x=sized.part.str.removeprefix("batch").astype(int), series=sized.subject, low=pandas.NA)
     subjects = list(sized.subject.unique())
     dashes = dict(zip(subjects, DASHES * len(subjects), strict=False))
@@ -166,7 +167,7 @@ def contexts(records: list[Record], path: Path | None = None) -> Picture:
     at["series"] = [f"{r.subject} in {r.engine}, {r.bits}-bit cache" for r in at.itertuples()]
     at = at.drop_duplicates(["series", "quantity", "x"], keep="last")
     if TIME not in set(at.quantity):
-        raise ValueError(f"no {TIME} at a context length with a value among {len(found)} records")
+        raise InputError(f"no {TIME} at a context length with a value among {len(found)} records")
     looks = style.looks(at.series.unique())
     figure, (left, right) = style.new_figure(4.6, 2, sharey=False)
     for axes, quantity, label in ((left, TIME, "median time a token [ms]"), (right, MEMORY, "peak memory [MB]")):

@@ -19,6 +19,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from avalab.lab.errors import InputError
 from avalab.lab.run import Record
 from avalab.report import style
 from avalab.report.style import BASELINE_COLOUR, COLOURS, STYLE, Picture, dot, finish, new_figure
@@ -57,7 +58,7 @@ def roofline(records: list[Record], path: Path | None = None) -> Picture:
     """
     timed = [r for r in records if r.metric == "kernel_ms" and r.value is not None and r.details.get("flops", 1)]
     if not timed:
-        raise ValueError(f"no kernel_ms with a value among {len(records)} records")
+        raise InputError(f"no kernel_ms with a value among {len(records)} records")
     panels: dict[str, list[Record]] = {}
     for record in timed:
         name, kind, *_ = record.subject.split()
@@ -86,7 +87,7 @@ def ratios(panels: dict[str, tuple[list[Record], str]], path: Path | None = None
     found = {title: _by_work(records, metric) for title, (records, metric) in panels.items()}
     for title, works in found.items():
         if not works or not all(_plain(arms) for arms in works.values()):
-            raise ValueError(f"{title!r}: every work needs a value of {' or '.join(PLAIN)}; works: {list(works)}")
+            raise InputError(f"{title!r}: every work needs a value of {' or '.join(PLAIN)}; works: {list(works)}")
     names = list(dict.fromkeys(work for works in found.values() for work in works))
     figure, every = style.row_figure(names, "", len(found))
     for axes, (title, works) in zip(every, found.items(), strict=True):

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from avalab.lab.errors import InputError
 from avalab.lab.run import Record
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def table(
     """
     found = frame(records)
     if unknown := [s for s in subjects if s not in set(found.subject)]:
-        raise ValueError(f"no record of {', '.join(unknown)}; recorded: {', '.join(sorted(set(found.subject)))}")
+        raise InputError(f"no record of {', '.join(unknown)}; recorded: {', '.join(sorted(set(found.subject)))}")
     newest = {(r.subject, r.metric): r for r in found.record}
     first = {r.metric: r for r in reversed(list(found.record))}
     notes: dict[str, int] = {}
@@ -168,7 +169,7 @@ def value_text(record: Record, *, unit: bool = True) -> str:
     Raises ValueError when the record has no value.
     """
     if record.value is None:
-        raise ValueError(f"{record.metric} of {record.subject!r} has no value: {record.note or 'no reason given'}")
+        raise InputError(f"{record.metric} of {record.subject!r} has no value: {record.note or 'no reason given'}")
     factor, name = display_factor(record), _unit(record.metric, record)
     ending = f" {name}" if unit and name != "1" else ""
     value = factor * record.value
@@ -194,7 +195,7 @@ def show_ratio(label: str, predicted: float, measured: float, *, unit: str = "by
     Raises ValueError when the prediction is not positive.
     """
     if not predicted > 0:
-        raise ValueError(f"predicted {label} is {predicted}; a ratio needs a positive prediction")
+        raise InputError(f"predicted {label} is {predicted}; a ratio needs a positive prediction")
     factor, shown = (1e-6, "MB") if unit == "bytes" else (1, unit)
     before, after = number(factor * predicted), number(factor * measured)
     ratio = f"measured/predicted {measured / predicted:.3f}"
@@ -260,7 +261,7 @@ def measured(
     found = found.drop_duplicates("subject", keep="last").set_index("subject").loc[order].dropna(subset="value")
     if baseline is not None:
         if baseline not in found.index:
-            raise ValueError(
+            raise InputError(
                 f"the baseline {baseline!r} has no {metric}; subjects that have: {', '.join(found.index) or 'none'}"
             )
         found = found.loc[sorted(found.index, key=lambda subject: subject != baseline)]  # the others stay in order

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from avalab.data import calls, grammars, toolbox
 from avalab.data.calls import Call
+from avalab.lab.errors import InputError
 from avalab.measure.answers import Respondent
 from avalab.serve.tools import Tool, execute, shown_call
 
@@ -78,7 +79,7 @@ def fitted(chat: list[dict], length: Callable[[list[dict]], int], most: int) -> 
         kept = [*chat[: starts[0]], *chat[start:]]
         if length(kept) <= most:
             return kept
-    raise ValueError(f"the tools and this request take {length(kept):,} tokens; the model has room for {most:,}")
+    raise InputError(f"the tools and this request take {length(kept):,} tokens; the model has room for {most:,}")
 
 
 def shows_results(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -98,7 +99,7 @@ def answerer(
     Raises ValueError for an unknown mode; the function, when a request has no place in the model's context.
     """
     if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+        raise InputError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     tokenizer, model, stops = respondent.tokenizer, respondent.model, grammars.stop_tokens(respondent.tokenizer)
     room = getattr(model.config, "max_position_embeddings", DEFAULT_CONTEXT) - new_tokens
     offered = [tool.described for tool in tools]

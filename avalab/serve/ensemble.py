@@ -46,6 +46,7 @@ from avalab.data import calls
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.measure.answers import Respondent
 from avalab.models import checkpoint
 
@@ -101,24 +102,24 @@ def assemble(
     simplex, or a cascade of other than two members.
     """
     if method not in POOLS:
-        raise ValueError(f"unknown method {method!r}; distributions: {', '.join(POOLS)}; answers: {', '.join(VOTES)}")
+        raise InputError(f"unknown method {method!r}; distributions: {', '.join(POOLS)}; answers: {', '.join(VOTES)}")
     if not members:
-        raise ValueError("an ensemble needs at least one member, got none")
+        raise InputError("an ensemble needs at least one member, got none")
     if method == "cascade" and len(members) != 2:
-        raise ValueError(f"a cascade has a small and a large member, got {len(members)}")
+        raise InputError(f"a cascade has a small and a large member, got {len(members)}")
     if method != "weighted" and weights:
-        raise ValueError(f"method {method!r} has no weights; use 'weighted'")
+        raise InputError(f"method {method!r} has no weights; use 'weighted'")
     first, *others = members
     vocabulary = checkpoint.load_tokenizer(first).get_vocab()
     for other in others:
         if other.sha256 != first.sha256 and checkpoint.load_tokenizer(other).get_vocab() != vocabulary:
-            raise ValueError(
+            raise InputError(
                 f"{first.name} and {other.name} have different tokenizers: {method!r} mixes distributions over one "
                 f"vocabulary; choose one of {', '.join(VOTES)}"
             )
     weights = tuple(map(float, weights)) or (1 / len(members),) * len(members)
     if len(weights) != len(members) or min(weights) < 0 or not isclose(sum(weights), 1, abs_tol=1e-6):
-        raise ValueError(f"{len(members)} members need as many weights that are >= 0 and sum to 1, got {weights}")
+        raise InputError(f"{len(members)} members need as many weights that are >= 0 and sum to 1, got {weights}")
     return Ensemble(tuple(members), method, weights, threshold, **sampling)
 
 
@@ -157,7 +158,7 @@ def fit_weights(targets: Float[Tensor, "member token"]) -> tuple[float, ...]:
     Raises ValueError for no tokens or log-probabilities that are not finite.
     """
     if not targets.numel() or not torch.isfinite(targets).all():
-        raise ValueError(f"weights need finite log-probabilities of held-out tokens, got shape {tuple(targets.shape)}")
+        raise InputError(f"weights need finite log-probabilities of held-out tokens, got shape {tuple(targets.shape)}")
     # The best member of each token is set to one: the ratios below are the same, and nothing underflows.
     odds = (targets.double() - targets.double().amax(0)).exp()
     weights = torch.full((len(odds),), 1 / len(odds), dtype=torch.float64)
@@ -180,7 +181,7 @@ class Mixture(PreTrainedModel):
     def __init__(self, members: list[PreTrainedModel], about: Ensemble) -> None:
         sizes = {member.config.vocab_size for member in members}
         if len(sizes) > 1:
-            raise ValueError(
+            raise InputError(
                 f"members have {' and '.join(map(str, sorted(sizes)))} logits; they must have equally many"
             )
         config = copy.deepcopy(members[0].config)
@@ -275,7 +276,7 @@ def elect(answers: Sequence[str], key: Key = call_key) -> Vote:
     Raises ValueError when nobody answered.
     """
     if not answers:
-        raise ValueError("a vote needs at least one answer, got none")
+        raise InputError("a vote needs at least one answer, got none")
     keys = [key(answer) for answer in answers]
     counts = Counter(k for k in keys if k is not None)  # in order of first appearance
     if not counts:
@@ -290,7 +291,7 @@ def plurality(columns: Sequence[Sequence[str]], key: Key = call_key) -> tuple[li
     Raises ValueError when voters answered different numbers of questions.
     """
     if len({len(column) for column in columns}) > 1:
-        raise ValueError(f"voters answered {', '.join(str(len(c)) for c in columns)} questions; all must be asked all")
+        raise InputError(f"voters answered {', '.join(str(len(c)) for c in columns)} questions; all must be asked all")
     found = [elect(answers, key) for answers in zip(*columns, strict=True)]
     return [columns[vote.voter][i] for i, vote in enumerate(found)], [vote.agreement for vote in found]
 
@@ -318,11 +319,11 @@ def choose_threshold(
     """
     sure, ours, theirs = (np.asarray(values, float) for values in (confidence, small, large))
     if not len(sure) or not len(sure) == len(ours) == len(theirs):
-        raise ValueError(f"{len(sure)} confidences for {len(ours)} and {len(theirs)} losses; need as many, at least 1")
+        raise InputError(f"{len(sure)} confidences for {len(ours)} and {len(theirs)} losses; need as many, at least 1")
     if not np.isfinite([sure, ours, theirs]).all():
-        raise ValueError("confidences and losses must be finite")
+        raise InputError("confidences and losses must be finite")
     if not 0 <= recovered <= 1:
-        raise ValueError(f"a part of {recovered} cannot be recovered; allowed are 0 to 1")
+        raise InputError(f"a part of {recovered} cannot be recovered; allowed are 0 to 1")
     gap = float((ours - theirs).sum())
     if gap <= 0:
         return Rule(-inf, 0.0, float(ours.mean()))

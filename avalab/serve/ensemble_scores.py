@@ -31,6 +31,7 @@ from avalab.lab import statistics
 from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, load_tensors, save_tensors
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run, load_average
 from avalab.lab.statistics import Estimate
 from avalab.lab.trackers import interleaved
@@ -61,7 +62,7 @@ def held_out_cases(asked: Sequence[Case], count: int) -> list[Case]:
             seen.add(str(case.messages))
             found.append(case)
     if len(found) < count:
-        raise ValueError(f"{count} held-out cases asked for, there are {len(found)}")
+        raise InputError(f"{count} held-out cases asked for, there are {len(found)}")
     return found
 
 
@@ -86,7 +87,7 @@ def sampling_voters(
 ) -> list[Respondent]:
     """The artefact as `samples` voters that each sample with a seed of their own, sharing one loaded model."""
     if samples < 1 or temperature <= 0:
-        raise ValueError(f"{samples} samples at temperature {temperature}; both must be positive")
+        raise InputError(f"{samples} samples at temperature {temperature}; both must be positive")
     shared = Respondent(artifact, device)
     seeds = range(1000 * seed + 1, 1000 * seed + samples + 1)
     drawn = [ensemble.assemble([artifact], "mean", temperature=float(temperature), draw=n) for n in seeds]
@@ -208,7 +209,7 @@ def single_best(losses: Mapping[str, float], sizes: Mapping[str, int], budget_by
     fitting = [name for name in losses if sizes[name] <= budget_bytes]
     if not fitting:
         smallest = min(sizes[name] for name in losses)
-        raise ValueError(f"no artefact of at most {budget_bytes:,} bytes; the smallest has {smallest:,}")
+        raise InputError(f"no artefact of at most {budget_bytes:,} bytes; the smallest has {smallest:,}")
     return min(fitting, key=lambda name: losses[name])
 
 

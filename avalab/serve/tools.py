@@ -19,6 +19,7 @@ import jsonschema
 from avalab.data import gates, toolbox
 from avalab.data.calls import Call
 from avalab.lab import sandbox
+from avalab.lab.errors import InputError
 
 FIELDS = ("name", "description", "parameters", "callable")
 
@@ -80,23 +81,23 @@ def read_tools(path: Path | str) -> list[Tool]:
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} holds no list of tools; each is an object with {', '.join(FIELDS)}")
+        raise InputError(f"{path} holds no list of tools; each is an object with {', '.join(FIELDS)}")
     tools: dict[str, Tool] = {}
     for number, row in enumerate(rows, start=1):
         try:
             if not isinstance(row, dict) or set(row) != set(FIELDS):
-                raise ValueError(f"a tool has {', '.join(FIELDS)}; this is {json.dumps(row)[:80]}")
+                raise InputError(f"a tool has {', '.join(FIELDS)}; this is {json.dumps(row)[:80]}")
             if not all(isinstance(row[field], str) for field in ("name", "description", "callable")):
-                raise ValueError("name, description and callable are text")
+                raise InputError("name, description and callable are text")
             gates.checked_schema(row)
             pure_function(row["callable"])
             if row["name"] in tools:
-                raise ValueError(f"the name {row['name']!r} stands twice")
+                raise InputError(f"the name {row['name']!r} stands twice")
             tools[row["name"]] = Tool(**row)
         except ValueError as error:
-            raise ValueError(f"{path}, tool {number}: {error}") from error
+            raise InputError(f"{path}, tool {number}: {error}") from error
     return list(tools.values())
 
 
@@ -105,10 +106,10 @@ def pure_function(name: str) -> Callable:
     module, _, function = name.partition(":")
     if not function.isidentifier() or function.startswith("_") or not gates.is_pure(f"{module}.{function}"):
         modules = ", ".join(sorted(gates.PURE_MODULES))
-        raise ValueError(f"callable {name!r} is none of the lab's pure functions (module:function, of {modules})")
+        raise InputError(f"callable {name!r} is none of the lab's pure functions (module:function, of {modules})")
     found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
-        raise ValueError(f"callable {name!r}: {module} has no such function")
+        raise InputError(f"callable {name!r}: {module} has no such function")
     return found
 
 

@@ -38,6 +38,7 @@ from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint, predict
 from avalab.models.attention import apply_packed_attention
@@ -193,7 +194,7 @@ def refuse_other_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):
-            raise ValueError(
+            raise InputError(
                 f"student and teacher have different tokenizers: token {i} is {ours.get(i)!r} for the student and "
                 f"{theirs.get(i)!r} for the teacher; let such a teacher answer in text (kl=0, cross_entropy=1)"
             )
@@ -202,15 +203,15 @@ def refuse_other_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 def _refuse(recipe: Recipe, student: Artifact, teacher: Artifact | None) -> None:
     if recipe.teacher not in TEACHERS or not 0 <= recipe.reverse <= 1:
         known = f"choose one of {', '.join(TEACHERS)} and a share in [0, 1]"
-        raise ValueError(f"teacher {recipe.teacher!r} with a share of reverse divergence {recipe.reverse}; {known}")
+        raise InputError(f"teacher {recipe.teacher!r} with a share of reverse divergence {recipe.reverse}; {known}")
     if min(recipe.kl, recipe.cross_entropy, recipe.hidden, recipe.attention) < 0 or not (
         recipe.listens or recipe.cross_entropy
     ):
-        raise ValueError("weights of kl, cross_entropy, hidden and attention have to be 0 or more, one of them above 0")
+        raise InputError("weights of kl, cross_entropy, hidden and attention have to be 0 or more, one of them above 0")
     if recipe.teacher != ONLINE and (recipe.reverse or recipe.hidden or recipe.attention):
-        raise ValueError(f"{recipe.teacher!r} targets know forward divergence only; use the teacher online")
+        raise InputError(f"{recipe.teacher!r} targets know forward divergence only; use the teacher online")
     if recipe.listens and teacher is None:
-        raise ValueError("kl, hidden and attention need a teacher; without one only cross_entropy can be above 0")
+        raise InputError("kl, hidden and attention need a teacher; without one only cross_entropy can be above 0")
     if recipe.listens:
         refuse_other_tokenizer(checkpoint.load_tokenizer(student), checkpoint.load_tokenizer(teacher))
 
@@ -259,7 +260,7 @@ def objective_of(
     asked = checkpoint.load_model(teacher, device)
     apply_packed_attention(asked)
     if any(predict.output_head(each)[1] for each in (model, asked)):
-        raise ValueError("a model with a soft cap on its logits cannot be distilled here")
+        raise InputError("a model with a soft cap on its logits cannot be distilled here")
     if not inside:
         return Objective(recipe, model, asked, (), (), identity)
     blocks = [each.config.num_hidden_layers for each in (model, asked)]

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from avalab.kernels.formats import Grid, Rounded
+from avalab.lab.errors import InputError
 from avalab.models import walk
 
 RATES = {"log_scale": 1.0, "shift": 10.0, "position": 10.0}
@@ -188,7 +189,7 @@ def replace_layers(
     known = walk.linear_layers(model)
     for name, start in layers.items():
         if name not in known:
-            raise ValueError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:3])}, ...")
+            raise InputError(f"no linear layer {name!r}; this model has {', '.join(list(known)[:3])}, ...")
         weight = None if weights is None else weights[name]
         if torchao:
             fake = Torchao(known[name], start, weight)

@@ -43,6 +43,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run, write_atomically
 from avalab.models.attention import apply_packed_attention
 from avalab.train.losses import Loss, next_token
@@ -82,7 +83,7 @@ class Student(nn.Module):
         self.hidden_model = (model, loss)  # a tuple is no submodule
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise ValueError("no parameter of the model is trainable; attach adapters or set requires_grad first")
+            raise InputError("no parameter of the model is trainable; attach adapters or set requires_grad first")
         self.trainable = nn.ParameterDict({name.replace(".", "/"): p for name, p in trainable.items()})
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def fit(
     no parameter is trainable, or when the loss is not finite.
     """
     if not rows:
-        raise ValueError("there is nothing to train on: no rows")
+        raise InputError("there is nothing to train on: no rows")
     set_seed(schedule.seed)
     student = Student(model, loss)
     apply_packed_attention(model)
@@ -200,7 +201,7 @@ class Progress(TrainerCallback):
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate")
+            raise InputError(f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate")
         seconds = time.perf_counter() - self.started
         entry = state.log_history[-1]
         entry |= {"seconds": seconds, "tokens": int(state.num_input_tokens_seen)}
@@ -272,7 +273,7 @@ def _claim(folder: Path, settings: dict, *, writes: bool) -> None:
     differing = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
     if differing:
         changes = ", ".join(f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in differing)
-        raise ValueError(f"{folder} holds an unfinished run with other settings ({changes}); finish or delete it")
+        raise InputError(f"{folder} holds an unfinished run with other settings ({changes}); finish or delete it")
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from avalab import kernels
 from avalab.data.packing import IGNORED
+from avalab.lab.errors import InputError
 
 Loss = Callable[[Tensor, Tensor, dict], Tensor]
 
@@ -62,7 +63,7 @@ def weighted_first_tokens(weight: float) -> Loss:
     Raises ValueError for a weight below 0.
     """
     if weight < 0:
-        raise ValueError(f"the first token's weight is {weight}; 0 leaves the plain mean, 1 gives it half the gradient")
+        raise InputError(f"the first token's weight is {weight}; 0 leaves the plain mean, 1 gives it half the gradient")
 
     def loss(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
         mean = rehearsed(hidden, head, batch)
@@ -81,7 +82,7 @@ def layer_map(student: int, teacher: int, count: int) -> Map:
     Block i of n ends at depth (i + 1) / n. Raises ValueError when the student has fewer blocks than `count`.
     """
     if not 1 <= count <= student:
-        raise ValueError(f"asked for {count} pairs of blocks, the student has {student}; choose 1 to {student}")
+        raise InputError(f"asked for {count} pairs of blocks, the student has {student}; choose 1 to {student}")
     chosen = [round((i + 1) * student / count) for i in range(count)]
     return tuple((ends - 1, max(1, round(ends * teacher / student)) - 1) for ends in chosen)
 
@@ -90,7 +91,7 @@ def checked_map(pairs: Map, student: int, teacher: int) -> Map:
     """The pairs. Raises ValueError for a block that one of the models does not have."""
     for mine, other in pairs:
         if not (0 <= mine < student and 0 <= other < teacher):
-            raise ValueError(f"no pair of blocks ({mine}, {other}): the student has {student}, the teacher {teacher}")
+            raise InputError(f"no pair of blocks ({mine}, {other}): the student has {student}, the teacher {teacher}")
     return pairs
 
 

@@ -45,6 +45,7 @@ from avalab.data import corpora, packing
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed
 from avalab.models.walk import Call, first_calls, next_call, own_keywords, with_keywords
@@ -104,9 +105,9 @@ def train_quantized(
     """
     recipe = recipe or Recipe()
     if recipe.kind not in KINDS:
-        raise ValueError(f"unknown kind {recipe.kind!r}; choose one of {', '.join(KINDS)}")
+        raise InputError(f"unknown kind {recipe.kind!r}; choose one of {', '.join(KINDS)}")
     if teacher.format != "bf16":
-        raise ValueError(f"the teacher {teacher.name} is in format {teacher.format!r}; it has to be the bf16 model")
+        raise InputError(f"the teacher {teacher.name} is in format {teacher.format!r}; it has to be the bf16 model")
     distill.refuse_other_tokenizer(checkpoint.load_tokenizer(start), checkpoint.load_tokenizer(teacher))
     text = artifacts.sha256_of_text(json.dumps(read.tolist()))
     step = {"step": "qat", **asdict(recipe), "teacher_sha256": teacher.sha256, "seed": run.seed, "text": text}
@@ -181,9 +182,9 @@ def reconstruct(
     Raises ValueError for a student without fake quantizers, or other sizes than positive ones.
     """
     if not fake_quant.fake_layers(student):
-        raise ValueError("nothing to reconstruct: no layer of the student is a fake quantizer")
+        raise InputError("nothing to reconstruct: no layer of the student is a fake quantizer")
     if min(how.steps, how.windows_per_step, len(windows)) < 1:
-        raise ValueError(
+        raise InputError(
             f"{how.steps} steps of {how.windows_per_step} of {len(windows)} windows: each has to be above 0"
         )
     generator = torch.Generator().manual_seed(seed)

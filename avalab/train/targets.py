@@ -34,6 +34,7 @@ from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
+from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
 from avalab.models.attention import apply_packed_attention
@@ -52,7 +53,7 @@ class TargetForm:
 
     def __post_init__(self) -> None:
         if self.name not in FORMS or not 1 <= self.count <= 255 or not self.temperature > 0:
-            raise ValueError(
+            raise InputError(
                 f"targets {self.name!r} of {self.count} entries at temperature {self.temperature}; choose one of "
                 f"{', '.join(FORMS)}, 1 to 255 entries and a positive temperature"
             )
@@ -144,9 +145,9 @@ def load_targets(path: Path, rows: Rows) -> Rows:
             about = json.loads((file.metadata() or {})["about"])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no file of targets, or damaged ({error}); delete it to make it again") from error
+        raise InputError(f"{path} is no file of targets, or damaged ({error}); delete it to make it again") from error
     if about["rows"] != rows_sha256(rows):
-        raise ValueError(
+        raise InputError(
             f"{path} was made for rows {about['rows'][:12]}, these are {rows_sha256(rows)[:12]}; compute targets again"
         )
     return [{**row, **extra} for row, extra in zip(rows, _unpacked(rows, found, about), strict=True)]
