@@ -47,6 +47,8 @@ def test_a_defect_is_one_line_too_and_its_traceback_is_in_a_file(raising, capsys
     said = capsys.readouterr().err
     assert end.value.code == 1
     assert said.count("\n") == 1
-    assert "a defect of avalab" in said and "KeyError" in said
+    assert "a defect of avalab" in said
+    assert "KeyError" in said
     (file,) = tmp_path.iterdir()
-    assert str(file) in said and "stand_in" in file.read_text()
+    assert str(file) in said
+    assert "stand_in" in file.read_text()
