@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from avalab.lab import artifacts
 from avalab.lab.errors import LabError
-from avalab.lab.run import ROOT, Run
+from avalab.lab.run import ROOT, Run, artifacts_root
 from avalab.models import checkpoint
 
 TINY = ROOT / "data" / "tiny-llama"
@@ -26,6 +26,7 @@ DOWN = "model.layers.2.mlp.down_proj.weight"
 @pytest.fixture
 def artifacts_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("AVALAB_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: artifacts_root() / self.name))
     return tmp_path / "artifacts"
 
 
@@ -321,7 +322,7 @@ def test_an_adapter_without_its_base_says_where_it_was_looked_for(lora, mine, tm
 # --- identity --------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_recipe_in_another_folder_has_the_same_hash_and_shows_no_path(tmp_path, monkeypatch):
+def test_the_same_recipe_in_another_folder_has_the_same_hash_and_shows_no_path(tmp_path, artifacts_dir, monkeypatch):
     from avalab.compress import quantize
 
     hashes = []
