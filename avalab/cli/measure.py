@@ -138,14 +138,10 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
     from avalab.measure import quality
     from avalab.models import checkpoint, predict
 
-    tokenizers = [checkpoint.load_tokenizer(artifact) for artifact in pair]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise InputError(
-            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
-        )
-    cache = run.artifacts_dir / "cache"
-    for text in corpora.evaluation_texts(run, tokenizers[1]):
-        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
+    predict.refuse_other_words(pair[1], pair[0])
+    tokenizer, cache = checkpoint.load_tokenizer(pair[1]), run.artifacts_dir / "cache"
+    for text in corpora.evaluation_texts(run, tokenizer):
+        windows = corpora.profile_windows(run, text, tokenizer)[:limit]
         against = predict.make_reference(pair[1], windows, cache, run.device)
         ours, theirs = (quality.score_artifact(artifact, against, cache, run.device).nll for artifact in pair)
         gap = statistics.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
@@ -299,13 +299,7 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model's modules and shapes without any weights, nor what its configuration says of quantisation."""
-    config = loading.read_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+skeleton = loading.skeleton
 
 
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
