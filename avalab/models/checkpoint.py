@@ -308,6 +308,11 @@ def skeleton(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def context_tokens(artifact: Artifact) -> int:
+    """The most tokens that a model's positions were made for."""
+    return loading.read_config(artifact.path).get_text_config().max_position_embeddings
+
+
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the weights."""
     return loading.read_tokenizer(folder.path if isinstance(folder, Artifact) else folder)

@@ -117,6 +117,13 @@ def load_history(adapter: Artifact) -> list[dict]:
     return json.loads((adapter.path / loop.HISTORY).read_text(encoding="utf-8"))
 
 
+def loss_change(artifact: Artifact) -> tuple[float, float]:
+    """The loss of the first tenth of the steps and of the last tenth, at least one each, in nats a token."""
+    curve = [entry["loss"] for entry in load_history(artifact) if "loss" in entry]
+    tenth = max(1, len(curve) // 10)
+    return statistics.mean(curve[:tenth]), statistics.mean(curve[-tenth:])
+
+
 def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     """Append training's tokens a second, its seconds and `train_loss`: the curve, its value the last tenth's mean."""
     entries = load_history(adapter)
@@ -128,7 +135,7 @@ def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     measured = adapter.card["measured"]
     run.record(subject, "train_tokens_per_s", last["tokens"] / last["seconds"], "tokens/s", details=measured, **about)
     run.record(subject, "train_seconds", last["seconds"], "s", details=measured, **about)
-    end = statistics.mean(curve[-max(1, len(curve) // 10) :])
+    _, end = loss_change(adapter)
     progress = {"tokens": list(at.values()), "held_out": held_out}
     run.record(subject, "train_loss", end, "nats/token", samples=curve, details=progress, **about)
 
