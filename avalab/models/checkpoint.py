@@ -310,6 +310,11 @@ def forget_quantisation(model: PreTrainedModel) -> None:
 skeleton = loading.skeleton
 
 
+def context_tokens(artifact: Artifact) -> int:
+    """The most tokens that a model's positions were made for."""
+    return loading.read_config(artifact.path).get_text_config().max_position_embeddings
+
+
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the weights."""
     return loading.read_tokenizer(folder.path if isinstance(folder, Artifact) else folder)
