@@ -21,7 +21,6 @@ Wrong input ends with one line on stderr and exit code 2, before anything heavy 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import traceback
@@ -29,9 +28,8 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import compress, measure, talk, train
-from avalab.cli.options import ArtifactFolder
-from avalab.lab import artifacts, assets
+from avalab.cli import compress, measure, show, talk, train
+from avalab.lab import assets
 from avalab.lab.errors import LabError
 
 app = typer.Typer(
@@ -52,6 +50,7 @@ COMMANDS = {
     "synthesize": train.synthesize,
     "finetune": train.finetune,
     "distill": train.distill,
+    "show": show.show,
     "bench": measure.bench,
     "eval": measure.evaluate,
     "compare": measure.compare,
@@ -101,24 +100,3 @@ def list_or_fetch(name: Annotated[str, typer.Argument(help="Asset to fetch; with
     for asset in assets.known_assets().values():
         here = "here" if (assets.CACHE / asset.name).exists() else "not fetched"
         print(f"{asset.name:32} {asset.bytes / 1e6:10.1f} MB  {here:12} {asset.licence}")
-
-
-@app.command()
-def show(artifact: ArtifactFolder) -> None:
-    """Verify an artefact and print its card in short: base, recipe, format, bytes by component."""
-    found = artifacts.load_artifact(artifact)
-    card = found.card
-    print(f"name      {found.name}\nformat    {found.format} (engines: {', '.join(card['engines'])})")
-    print(f"base      {card['base']['name']}  sha256 {card['base']['sha256'][:16]}...")
-    print(f"sha256    {found.sha256}")
-    for step in card["recipe"]:
-        print(f"recipe    {json.dumps(step, sort_keys=True)}")
-    parts = {file["name"]: file["bytes"] for file in card["files"]}
-    if list(found.path.glob("*.safetensors")):
-        from avalab.models import sizes
-
-        parts = sizes.bytes_by_component(found)
-    total = sum(parts.values())
-    for part, count in parts.items():
-        print(f"bytes     {part:10} {count:>14,}  {count / total:6.1%}")
-    print(f"bytes     {'total':10} {total:>14,}")

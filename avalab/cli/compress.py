@@ -100,8 +100,8 @@ def quantize(
     print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)
-    if benchmark and _engine(artifact) != "torch":
-        print(f"its speed: avalab bench {artifact.path} --engine {_engine(artifact)}")
+    if benchmark and options.engine_of(artifact) != "torch":
+        print(f"its speed: avalab bench {artifact.path} --engine {options.engine_of(artifact)}")
     elif benchmark:
         _quality_and_cost(run, base, artifact)
 
@@ -116,12 +116,6 @@ def byte_count(size: str) -> int:
         raise InputError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
 
 
-def _engine(artifact: Artifact) -> str:
-    """The engine that scores an artefact: torch where it can."""
-    engines = artifact.card["engines"]
-    return "torch" if "torch" in engines else engines[0]
-
-
 def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> None:
     """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
     from avalab.data import corpora
@@ -132,7 +126,7 @@ def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> Non
     tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.evaluation_text(run.profile.eval_texts[0], tokenizer)
     against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
-    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
+    kl = quality.score_artifact(artifact, against, cache, run.device, engine=options.engine_of(artifact)).kl
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
@@ -340,7 +334,7 @@ CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matr
 
 
 def export(
-    artifact: options.ArtifactFolder,
+    artifact: options.ModelPath,
     to: Annotated[str, typer.Option(help="Format: " + ", ".join(EXPORTERS) + ".")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
@@ -356,7 +350,7 @@ def export(
     if calibrate and not row.calibrated:
         able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
         raise InputError(f"{to} takes no calibration text; {able} do")
-    found, windows = artifacts.load_artifact(artifact), None
+    found, windows = options.source_artifact(options.readable(artifact), run), None
     if calibrate:
         from avalab.data import corpora
         from avalab.models import checkpoint

@@ -6,9 +6,11 @@ the tables that they name would import torch first. A test holds each list to it
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,7 @@ import typer
 
 from avalab.lab import artifacts, assets
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError
+from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import Run
 
 EMBEDDED = "smollm2-135m-instruct"  # of avalab.models.checkpoint
@@ -49,6 +51,12 @@ ENGINES = ("torch", "openvino", "onnx", "llamacpp", "onnxruntime", "aot", "execu
 
 CALL_MODES = ("free", "grammar", "forced")  # of avalab.measure.answers
 
+ALL = "all"  # of these modes
+
+TASKS = ("bfcl", "humaneval")  # of `avalab eval`, beside those of lm-evaluation-harness
+
+MOST_NAMES = 8  # that an error lists of a folder
+
 CHAT_MODES = ("free", "grammar")  # of avalab.serve.chat
 
 Model = Annotated[
@@ -65,15 +73,35 @@ Mode = Annotated[str, typer.Option(help="free (any text), grammar (a call or a r
 
 Limit = Annotated[int | None, typer.Option(min=1, help="Cases of each task (windows of text); the profile's without.")]
 
-ArtifactFolder = Annotated[Path, typer.Argument(help="Artefact folder (it holds card.json).")]
+ModelPath = Annotated[Path, typer.Argument(help="Folder of an artefact or of any model, or a .gguf file.")]
 
 NewFolder = Annotated[Path, typer.Option(help="Folder of the new artefact.")]
 
 
 def one_of(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ValueError for a name that is not among those known."""
-    if name not in known:
-        raise InputError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+    if name not in (known := tuple(known)):
+        raise InputError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}{meant(name, known)}")
+
+
+def known_tasks(names: str) -> list[str]:
+    """The tasks of a list with commas. Raises InputError for none, and for a name that nothing here can know."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise InputError(f"no task named; give at least one of {', '.join(TASKS)}")
+    others = [name for name in wanted if name not in TASKS]
+    if others and find_spec("lm_eval") is None:
+        raise InputError(
+            f"unknown task {others[0]!r}; choose of {', '.join(TASKS)}{meant(others[0], TASKS)} (tasks of "
+            'lm-evaluation-harness need its package: pip install -e ".[harness]")'
+        )
+    return wanted
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'gptq'?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def within(name: str, value: float | None, low: float, high: float | None = None) -> None:
@@ -96,13 +124,55 @@ def known_model(model: str) -> None:
         assets.resolve_model(model)
 
 
-def source_artifact(model: str, run: Run) -> Artifact:
+def there(path: Path) -> Path:
+    """The path. Raises MissingFile for one that is not there, with the names that are, the closest first."""
+    if path.exists():
+        return path
+    beside = path.parent if path.parent.is_dir() else Path()
+    models = [each.name for each in sorted(beside.iterdir()) if _holds_model(each)]
+    names = ", ".join(each for each in models[:MOST_NAMES]) or "none"
+    raise MissingFile(f"no artefact at {path} (models beside it: {names}){meant(path.name, models)}")
+
+
+def no_model(folder: Path) -> str:
+    """What is said of a folder that holds no model."""
+    names = [each.name for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+    held = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") or "nothing"
+    return f"{folder} is no artefact (card.json) and no model (config.json or a .gguf file); it holds {held}"
+
+
+def _holds_model(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    return path.suffix == ".gguf" or any((path / name).is_file() for name in (artifacts.CARD, "config.json"))
+
+
+def readable(path: Path) -> Path:
+    """The path of an artefact, or of a model that can become one. Raises LabError before anything heavy is imported."""
+    there(path)
+    if path.is_dir() and not _is_artifact(str(path)):
+        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+            raise InputError(no_model(path))
+        assets.resolve_model(str(path))
+    elif path.is_file() and path.suffix != ".gguf":
+        raise InputError(f"{path} is no model; give an artefact's folder, a model's folder or a .gguf file")
+    return path
+
+
+def source_artifact(model: str | Path, run: Run) -> Artifact:
     """The artefact in the folder `model`, or the base artefact made of any other model; "" is the profile's own."""
+    model = str(model)
     if _is_artifact(model):
         return artifacts.load_artifact(model)
     from avalab.models import checkpoint
 
     return checkpoint.base_artifact(replace(run, model=model))
+
+
+def engine_of(artifact: Artifact) -> str:
+    """The engine that measures an artefact where none is asked for: torch where it can."""
+    engines = artifact.card.get("engines") or ["torch"]
+    return "torch" if "torch" in engines else engines[0]
 
 
 def _is_artifact(model: str) -> bool:
@@ -119,3 +189,5 @@ def print_records(run: Run, as_json: bool) -> None:
     for record in run.records:
         shown = tables.value_text(record) if record.value is not None else record.note
         print(f"{record.subject:32} {tables.metric_words(record.metric):36} {shown}")
+    if earlier := sorted({record.when for record in run.records if record.when < run.started}):
+        print(f"measured before, {' to '.join(dict.fromkeys((earlier[0], earlier[-1])))}; afresh: avalab bench --again")

@@ -94,6 +94,11 @@ class Record:
     samples: list[float] = field(default_factory=list)  # raw latencies
 
 
+def time_now() -> str:
+    """`2026-11-29T13:10:24+00:00`; such texts are ordered as the times are."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass
 class Run:
     """One execution of a notebook or command: `Run("01_quantization", "laptop")`.
@@ -106,6 +111,7 @@ class Run:
     seed: int = 0
     model: str = ""
     records: list[Record] = field(default_factory=list)
+    started: str = field(default_factory=time_now)
 
     def __post_init__(self) -> None:
         if self.profile_name not in PROFILES:
@@ -154,7 +160,7 @@ class Run:
         return device
 
     def record(self, subject: str, metric: str, value: float | None, unit: str, **more) -> Record:
-        """Append one `Record`; profile, model, machine and time are filled in."""
+        """Append one `Record`; profile, model, machine and time are filled in, unless they are given."""
         import torch
 
         facts = {
@@ -165,7 +171,7 @@ class Run:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "commit": commit_hash(),
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "when": time_now(),
         }
         record = Record(subject=subject, metric=metric, value=value, unit=unit, **{**facts, **more})
         self.records.append(record)
