@@ -89,10 +89,9 @@ def ensemble(
 
 def _answer(respondent, prompt: str, tokens: int) -> tuple[str, str]:
     """The prompt in the respondent's chat format, and its answer."""
-    from avalab.data import grammars
+    from avalab.data import chats, grammars
 
-    messages = [{"role": "user", "content": prompt}]
-    text = respondent.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = chats.prompt_text(respondent.tokenizer, [{"role": "user", "content": prompt}])
     ((_, answer),) = grammars.greedy_answers(respondent.model, respondent.tokenizer, [text], max_new_tokens=tokens)
     return text, answer
 

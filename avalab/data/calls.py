@@ -33,7 +33,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from avalab.data import toolbox
+from avalab.data import chats, toolbox
 from avalab.lab import assets
 from avalab.lab.errors import InputError, MissingFile
 
@@ -135,10 +135,7 @@ def accepted_calls(calls: list[dict]) -> list[dict[str, dict[str, list]]]:
 
 def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
     """The chat text of a case up to the answer: tools in the system message, before what the case says itself."""
-    own = [m["content"] for m in case.messages if m["role"] == "system"]
-    system = {"role": "system", "content": "\n\n".join([toolbox.system_prompt(case.functions), *own])}
-    messages = [system, *(m for m in case.messages if m["role"] != "system")]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return chats.prompt_text(tokenizer, chats.prefaced(case.messages, toolbox.system_prompt(case.functions)))
 
 
 def load_cases(folder: Path | str, category: str, limit: int | None = None) -> list[Case]:
@@ -166,23 +163,10 @@ def load_cases(folder: Path | str, category: str, limit: int | None = None) -> l
 
 
 def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
-    for place, row in json_lines(path):
+    for place, row in chats.json_lines(path):
         if missing := [field for field in fields if field not in row]:
             raise InputError(f"{place}: no field {', '.join(missing)}")
         yield row
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSONL file, each after its place (`file:line`). Raises ValueError naming what cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
@@ -238,15 +222,7 @@ def _parse_block(block: str) -> list[Call] | None:
 
 
 def _json_call(item: Any) -> Call:
-    if "function" in item and isinstance(item["function"], dict):  # the chat-completions wrapping
-        item = item["function"]
-    name = item["name"]
-    arguments = item.get("arguments", item.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise TypeError(f"not a call: {item!r}")
-    return Call(name, arguments)
+    return Call(**chats.plain_call(item))
 
 
 def _python_call(node: ast.expr) -> Call:

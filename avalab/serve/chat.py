@@ -2,9 +2,9 @@
 
 A turn: the tools stand in the system message; the artefact answers the request greedily, in free form or under the
 grammar of the tools (a call or a plain text); calls in the answer are executed (`serve.tools`) and shown; results go
-back as messages of the role `tool`, if the chat template shows such messages, and the artefact goes on, until it
-answers without a call, repeats itself, or has answered `ROUNDS` times. The oldest turns are left out when the context
-is full.
+back as messages of the role `tool`, which `data.chats` writes so that every model sees them, and the artefact goes on,
+until it answers without a call, repeats itself, or has answered `ROUNDS` times. The oldest turns are left out when the
+context is full.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import json
 from collections.abc import Callable, Sequence
 
 import torch
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
-from avalab.data import calls, grammars, toolbox
+from avalab.data import calls, chats, grammars, toolbox
 from avalab.data.calls import Call
 from avalab.lab.errors import InputError
 from avalab.measure.answers import Respondent
@@ -42,11 +41,11 @@ def opening(tools: Sequence[Tool]) -> list[dict]:
 
 
 def respond(
-    request: str, history: list[dict], tools: Sequence[Tool], answer: Answer, *, say: Say = print, returned: bool = True
+    request: str, history: list[dict], tools: Sequence[Tool], answer: Answer, *, say: Say = print
 ) -> list[dict]:
-    """One turn; returns the chat so far: `history`, the request, the answers and, if `returned`, the results.
+    """One turn; returns the chat so far: `history`, the request, the answers and the results.
 
-    Each call and its result is shown through `say`. Without `returned` the artefact cannot go on after a call.
+    Each call and its result is shown through `say`.
     """
     chat = [*history, {"role": "user", "content": request}]
     seen: list[list[Call]] = []
@@ -63,10 +62,7 @@ def respond(
             result = execute(tools, call)
             say(f"  <- {'failed: ' if result.failed else ''}{result.text}")
             content = json.dumps({"error": result.text}, ensure_ascii=False) if result.failed else result.text
-            if returned:
-                chat.append({"role": "tool", "name": call.name, "content": content})
-        if not returned:
-            break
+            chat.append({"role": "tool", "name": call.name, "content": content})
     return chat
 
 
@@ -81,15 +77,6 @@ def fitted(chat: list[dict], length: Callable[[list[dict]], int], most: int) -> 
         if length(kept) <= most:
             return kept
     raise InputError(f"the tools and this request take {length(kept):,} tokens; the model has room for {most:,}")
-
-
-def shows_results(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template lets the model see a message of the role `tool`."""
-    chat = [{"role": role, "content": f"4711 {role}"} for role in ("user", "assistant", "tool")]
-    try:
-        return "4711 tool" in tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError):  # a template may refuse a role it does not know
-        return False
 
 
 def answerer(
@@ -108,8 +95,7 @@ def answerer(
     grammar = grammars.call_grammar(respondent.compiler, offered, max_calls=MAX_CALLS) if mode == "grammar" else None
 
     def tokens(chat: list[dict]) -> list[int]:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(chats.prompt_text(tokenizer, chat), add_special_tokens=False).input_ids
 
     def answer(chat: list[dict]) -> str:
         ids = torch.tensor([tokens(fitted(chat, lambda part: len(tokens(part)), room))], device=model.device)
@@ -133,13 +119,12 @@ def converse(
 ) -> list[dict]:
     """Chat until `/quit`, the end of input (Ctrl-D) or an interrupt (Ctrl-C); returns the chat."""
     answer = answerer(respondent, tools, mode)
-    returned = shows_results(respondent.tokenizer)
     say(f"{respondent.artifact.name} with {', '.join(tool.name for tool in tools)}. {QUIT} or Ctrl-D ends.")
     chat = opening(tools)
     try:
         while (request := read("> ").strip()) != QUIT:
             try:
-                chat = respond(request, chat, tools, answer, say=say, returned=returned) if request else chat
+                chat = respond(request, chat, tools, answer, say=say) if request else chat
             except ValueError as error:  # of this request only, such as one that is too long
                 say(f"({error})")
     except (EOFError, KeyboardInterrupt):

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
 
-from avalab.data import calls, grammars
+from avalab.data import calls, chats, grammars
 from avalab.measure import answers
 from avalab.models import checkpoint
 from avalab.serve import chat as serve_chat
@@ -78,14 +78,6 @@ def test_a_model_that_always_calls_something_else_is_stopped_too():
     assert sum(m["role"] == "assistant" for m in chat) == serve_chat.ROUNDS
 
 
-def test_where_the_template_hides_results_they_are_only_shown():
-    said = []
-    answer = scripted(text_of(("ways", {"n": 5, "k": 2})), "never asked")
-    chat = serve_chat.respond("How many?", [], TOOLS, answer, say=said.append, returned=False)
-    assert [m["role"] for m in chat] == ["user", "assistant"]
-    assert said[-1] == "  <- 10"
-
-
 def test_a_call_that_cannot_be_read_is_said_to_be_one():
     said = []
     serve_chat.respond("How many?", [], TOOLS, scripted("<tool_call>[{"), say=said.append)
@@ -118,13 +110,19 @@ def reader(*lines: object):
     return read
 
 
-def test_the_tiny_models_template_shows_results_and_one_that_refuses_the_role_does_not(respondent):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ raise_exception('no') if m.role == 'tool' }}{{ m.content }}{% endfor %}",
+        "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_results_reach_a_model_whose_template_refuses_or_hides_them(respondent, template):
     tokenizer = checkpoint.load_tokenizer(respondent.artifact)
-    assert serve_chat.shows_results(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('no') if m.role == 'tool' }}{% endfor %}"
-    assert not serve_chat.shows_results(tokenizer)
-    tokenizer.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
-    assert not serve_chat.shows_results(tokenizer)
+    tokenizer.chat_template = template
+    answer = scripted(text_of(("ways", {"n": 47, "k": 2})), "Done.")
+    chat = serve_chat.respond("How many?", serve_chat.opening(TOOLS), TOOLS, answer, say=lambda text: None)
+    assert "1081" in chats.prompt_text(tokenizer, chat)
 
 
 def test_under_the_grammar_the_tiny_model_answers_with_a_text_or_a_readable_call(respondent, capsys):
