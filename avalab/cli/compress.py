@@ -231,8 +231,9 @@ def recover(
     options.one_of("kind", kind, (*options.TRAINED, "both"))
     options.new_folder(out)
     start = artifacts.load_artifact(artifact)
-    whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
     from avalab.models import checkpoint
+
+    whole = artifacts.load_artifact(teacher) if teacher else checkpoint.base_of(start)
     from avalab.train import qat
     from avalab.train.loop import Schedule
 

@@ -211,17 +211,18 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
 def _compare_speed(run: Run, pair: list[Artifact], *, engine: str, threads: int, rounds: int) -> None:
     from avalab import engines
 
-    loaded: list = []
+    loaded: list[engines.Engine] = []
     try:
         for artifact in pair:
-            loaded.append(engines.load(engine, artifact, threads=threads))
+            loaded.append(engines.load(engine or options.engine_of(artifact), artifact, threads=threads))
         sizes = run.profile.prompt_tokens, run.profile.new_tokens
         timings = paired_timings(*loaded, sizes=sizes, rounds=rounds, seed=run.seed)
     finally:
         for each in loaded:
             each.close()
     for name, (ours, theirs) in timings.items():
-        print(f"{f'{name}, {engine}':44} {speed_verdict(ours, theirs)}")
+        shown = ", ".join(dict.fromkeys((name, *(each.name for each in loaded))))
+        print(f"{shown:44} {speed_verdict(ours, theirs)}")
 
 
 def paired_timings(

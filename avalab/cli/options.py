@@ -169,6 +169,17 @@ def source_artifact(model: str | Path, run: Run) -> Artifact:
     return checkpoint.base_artifact(replace(run, model=model))
 
 
+def in_torch(artifact: Artifact, command: str) -> Artifact:
+    """The artefact. Raises InputError for one that torch cannot load, naming what can."""
+    engines = artifact.card.get("engines") or ["torch"]
+    if "torch" not in engines:
+        raise InputError(
+            f"{command} answers in torch, and {artifact.name} ({artifact.format}) is for {', '.join(engines)}; give "
+            f"what it was made from ({artifact.card['base']['name']}), or measure it with avalab eval or bench"
+        )
+    return artifact
+
+
 def engine_of(artifact: Artifact) -> str:
     """The engine that measures an artefact where none is asked for: torch where it can."""
     engines = artifact.card.get("engines") or ["torch"]

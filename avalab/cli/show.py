@@ -89,7 +89,9 @@ def _gguf(file: Path) -> Iterator[Line]:
     except ImportError as error:
         raise Unavailable(f"{file} is read by the package gguf; install it: pip install gguf ({error})") from error
     reader = GGUFReader(file)
-    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")}
+    values = {
+        name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")
+    }
     family = values.get("general.architecture", "unknown")
     yield "name", str(values.get("general.name") or file.name)
     yield "format", f"gguf, {family} (engines: llamacpp, openvino, torch where they know the family)"

@@ -151,9 +151,7 @@ def cached_cell(artifact: Artifact, work: Workload, cache: Path, *, again: bool 
     code = code_of(cached_cell, engines.ENGINES["torch"])
     key = artifacts.sha256_of_text(json.dumps([artifact.sha256, asdict(work), code]))
     path = cache_path(cache, "cost", key[:24], suffix=".json")
-    return Cell(
-        **cached_document(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work)), again=again)
-    )
+    return Cell(**cached_document(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work)), again=again))
 
 
 def _record_time(record: Callable, found: Cell, load: dict) -> None:

@@ -292,9 +292,8 @@ def record_batches(run: Run, entries: list[Entry]) -> None:
         )
         key = visit_key(entry, work, run, measured="avalab.measure.cell:measure_batches")
         path = cache_path(run.artifacts_dir / "cache", "batch-times", key, suffix=".json")
-        measure = partial(cell.measure_batches, entry.artifact, entry.engine, work=work)
         try:
-            kept = cached_document(path, lambda: {"when": time_now(), "sizes": measure()})
+            kept = cached_document(path, partial(_time_batches, entry, work))
         except engines.EngineUnavailable:
             continue  # the race has said so
         except (RuntimeError, ValueError) as error:
@@ -305,6 +304,10 @@ def record_batches(run: Run, entries: list[Entry]) -> None:
                 rates = [int(size) * count / s for s in seconds[name]]
                 speed = vars(statistics.quantile(rates))
                 record(f"{name}_tokens_per_s:batch{size}", unit="token/s", samples=rates, when=kept["when"], **speed)
+
+
+def _time_batches(entry: Entry, work: Workload) -> dict:
+    return {"when": time_now(), "sizes": cell.measure_batches(entry.artifact, entry.engine, work=work)}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The comparison of two artefacts on a command line: verdicts by pencil, rounds in turn, and one-line errors."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel  # noqa: F401  (before what reaches tor
 
 from avalab.cli import measure
 from avalab.engines.engine import Engine, Facts
-from avalab.lab.run import Run
+from avalab.lab.run import ROOT, Run
 from avalab.measure import cell
 from avalab.models import checkpoint
 
@@ -76,6 +77,26 @@ def test_text_compares_the_loss_on_the_same_windows(tiny, avalab):
     code, text, _ = avalab(*arguments)
     assert code == 0
     assert all("not distinguishable: +0.0000" in line for line in text.splitlines())
+
+
+def test_all_modes_stand_in_one_table_with_intervals_and_a_line_that_reads_it(tiny, avalab):
+    code, text, error = avalab("eval", tiny, "--profile", "smoke", "--limit", "2")
+    assert code == 0, error
+    header, simple, _, irrelevance, every, reading = text.splitlines()
+    assert header.split() == ["right", "answers", "free", "grammar", "forced"]
+    assert len(re.findall(r"\d+ \[\d+, \d+\] %", simple)) == 3
+    assert irrelevance.split()[-1] == "-", "a call that is forced cannot be none"
+    assert every.startswith("all that need a call")
+    assert re.search(r"right when a call is forced \d+%, in free form \d+% .* it calls in \d of 4 cases", reading)
+
+
+def test_a_model_folder_is_measured_as_an_artefact_is(avalab, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "artifacts_dir", tmp_path / "artifacts")
+    code, text, error = avalab(
+        "eval", ROOT / "data" / "tiny-llama", "--profile", "smoke", "--limit", "1", "--mode", "free"
+    )
+    assert code == 0, error
+    assert text.startswith("tiny-llama")
 
 
 @pytest.mark.parametrize(
