@@ -12,15 +12,15 @@ default of transformers' class, and counts only where nothing else names an end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
+from avalab.models import loading
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
 
@@ -39,7 +39,7 @@ def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
         tokenizer = source
     elif tokenizer is None:
         assert isinstance(source, Artifact | Path), "a model or a configuration has no tokenizer of its own"
-        tokenizer = AutoTokenizer.from_pretrained(_folder(source))
+        tokenizer = loading.read_tokenizer(_folder(source))
     words = set(tokenizer.get_vocab().values())
     marked = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     named = dict.fromkeys([*_turn_end(tokenizer), *_configured(source)])
@@ -102,11 +102,8 @@ def _folder(source: Artifact | Path) -> Path:
 def _read(file: Path) -> int | list[int] | None:
     if not file.is_file():
         return None
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        found = described.get("eos_token_id", described.get("text_config", {}).get("eos_token_id"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file} is damaged: {error}") from error
+    described = loading.read_json(file)
+    found = described.get("eos_token_id", (described.get("text_config") or {}).get("eos_token_id"))
     if found is not None and not all(isinstance(i, int) for i in (found if isinstance(found, list) else [found])):
         raise InputError(f"{file} has eos_token_id {found!r}; it is a number or a list of numbers")
     return found
