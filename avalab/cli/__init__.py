@@ -62,12 +62,29 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+# What typer raises for options that it cannot read. It has a click of its own and does not export this class.
+UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+STOPPED = 130  # what typer makes of Ctrl-C, too
+
+
 def main() -> None:
     """Run the command: what a user can mend becomes one line and exit code 2, a failed process or a defect code 1."""
     try:
-        app()
+        code = app(prog_name="avalab", standalone_mode=False) or 0
+        if code != STOPPED:
+            sys.exit(code)
+        raise KeyboardInterrupt
+    except UsageError as error:
+        if len(sys.argv) == 1:  # help was asked for
+            error.show()
+            sys.exit(error.exit_code)
+        where = error.ctx.command_path if error.ctx else "avalab"
+        _end(f"{error.format_message()} ({where} --help lists what there is)", error.exit_code)
+    except typer.Abort:
+        _end("the input ended before it was complete", 1)
     except KeyboardInterrupt:
-        _end("stopped; what was finished is kept, and the same command goes on from there", 130)
+        _end("stopped; what was finished is kept, and the same command goes on from there", STOPPED)
     except LabError as error:
         _end(str(error), error.exit_code)
     except OSError as error:  # of the file system: it names the file

@@ -120,17 +120,22 @@ def new_folder(out: Path | None) -> None:
 
 def known_model(model: str) -> None:
     """Raise ValueError for a name that is neither an artefact, an asset, a folder with a model, nor a hub id."""
-    if model not in ("", EMBEDDED) and not _is_artifact(model):
+    if model in ("", EMBEDDED) or _is_artifact(model):
+        return
+    try:
         assets.resolve_model(model)
+    except InputError as error:
+        known = [name for name, asset in assets.known_assets().items() if asset.is_model]
+        near = meant(Path(model).name, _models_beside(Path(model))) or meant(model, known)
+        raise InputError(f"{error}{near}") from error
 
 
 def there(path: Path) -> Path:
     """The path. Raises MissingFile for one that is not there, with the names that are, the closest first."""
     if path.exists():
         return path
-    beside = path.parent if path.parent.is_dir() else Path()
-    models = [each.name for each in sorted(beside.iterdir()) if _holds_model(each)]
-    names = ", ".join(each for each in models[:MOST_NAMES]) or "none"
+    models = _models_beside(path)
+    names = ", ".join(models[:MOST_NAMES]) or "none"
     raise MissingFile(f"no artefact at {path} (models beside it: {names}){meant(path.name, models)}")
 
 
@@ -139,6 +144,12 @@ def no_model(folder: Path) -> str:
     names = [each.name for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
     held = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") or "nothing"
     return f"{folder} is no artefact (card.json) and no model (config.json or a .gguf file); it holds {held}"
+
+
+def _models_beside(path: Path) -> list[str]:
+    """Names of artefacts and models in the folder of a path, or here where there is no such folder."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    return [each.name for each in sorted(folder.iterdir()) if _holds_model(each)]
 
 
 def _holds_model(path: Path) -> bool:
