@@ -22,7 +22,7 @@ import typer
 from avalab.cli import options
 from avalab.cli.options import AsJson, Limit, Mode, ModelPath, Profile, Seed
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.lab.run import Run
 
 TASKS = ("bfcl", "text", "speed")
@@ -170,7 +170,7 @@ def _compare_calls(run: Run, pair: list[Artifact], mode: str, limit: int | None)
     from avalab.lab import statistics
     from avalab.measure import answers
 
-    respondents = [answers.Respondent(artifact, run.device) for artifact in pair]
+    respondents = [answers.Respondent(a, run.device, engine=options.engine_of(a)) for a in pair]
     all_ours: list[bool] = []
     all_theirs: list[bool] = []
     for category in answers.answerable(run.profile.call_categories, mode):
@@ -181,6 +181,8 @@ def _compare_calls(run: Run, pair: list[Artifact], mode: str, limit: int | None)
             ]
             for r in respondents
         )
+        if failed := [record for record in run.records if record.value is None]:
+            raise ProcessFailed(f"{failed[0].subject} in {failed[0].engine} gave no answers: {failed[0].note}")
         print(f"{answers.call_metric(category, mode):44} {statistics.mcnemar(ours, theirs)}")
         all_ours += ours
         all_theirs += theirs
@@ -193,16 +195,26 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
     from avalab.measure import quality
     from avalab.models import checkpoint, predict
 
-    tokenizers = [checkpoint.load_tokenizer(artifact) for artifact in pair]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+    engines = {artifact.name: options.engine_of(artifact) for artifact in pair}
+    in_torch = [artifact for artifact in reversed(pair) if engines[artifact.name] == quality.TORCH]
+    if not in_torch:
+        shown = " and ".join(f"{name} ({engine})" for name, engine in engines.items())
+        raise InputError(f"one of the two has to load in torch, {shown} do not; give the model they were made from")
+    vocabularies = [checkpoint.load_tokenizer(artifact).get_vocab() for artifact in pair]
+    if vocabularies[0] != vocabularies[1]:
+        shown = " and ".join(f"{a.name} ({len(v):,} tokens)" for a, v in zip(pair, vocabularies, strict=True))
         raise InputError(
-            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
+            f"{shown} have different tokenizers, so a loss a token means something else in each; --task bfcl compares "
+            "their answers"
         )
-    cache = run.artifacts_dir / "cache"
-    for text in corpora.evaluation_texts(run, tokenizers[1]):
-        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
-        against = predict.make_reference(pair[1], windows, cache, run.device)
-        ours, theirs = (quality.score_artifact(artifact, against, cache, run.device).nll for artifact in pair)
+    cache, tokenizer = run.artifacts_dir / "cache", checkpoint.load_tokenizer(in_torch[0])
+    for text in corpora.evaluation_texts(run, tokenizer):
+        windows = corpora.profile_windows(run, text, tokenizer)[:limit]
+        against = predict.make_reference(in_torch[0], windows, cache, run.device)
+        ours, theirs = (
+            quality.score_artifact(artifact, against, cache, run.device, engine=options.engine_of(artifact)).nll
+            for artifact in pair
+        )
         gap = statistics.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
         ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
         print(f"{'loss, ' + text.name:44} {statistics.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
