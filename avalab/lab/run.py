@@ -240,10 +240,28 @@ def load_records(path: Path) -> list[Record]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(rows, list):  # an empty object would otherwise pass for no records
             raise TypeError(f"it holds a {type(rows).__name__}")
-        return [Record(**row) for row in rows]
-    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return [_checked_record(row) for row in rows]
+    except (TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         known = ", ".join(f.name for f in fields(Record))
         raise InputError(f"{path} is not a list of records with the fields {known}: {error}") from error
+
+
+def _checked_record(row: dict) -> Record:
+    """The record of a row. Raises TypeError for fields that there are not, or values of another type than theirs."""
+    record = Record(**row)
+    for each in fields(Record):
+        value, kinds = getattr(record, each.name), KINDS.get(each.name, str)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{each.name} is a {type(value).__name__}")
+    if not all(isinstance(sample, int | float) for sample in record.samples):
+        raise TypeError("samples are not all numbers")
+    return record
+
+
+KINDS = {  # of a record's fields that are no text
+    **dict.fromkeys(("value", "low", "high"), int | float | None),
+    **{"n": int | None, "seed": int, "threads": int, "details": dict, "samples": list},
+}
 
 
 def write_atomically(path: Path, text: str) -> None:
