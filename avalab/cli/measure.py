@@ -200,13 +200,7 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
     if not in_torch:
         shown = " and ".join(f"{name} ({engine})" for name, engine in engines.items())
         raise InputError(f"one of the two has to load in torch, {shown} do not; give the model they were made from")
-    vocabularies = [checkpoint.load_tokenizer(artifact).get_vocab() for artifact in pair]
-    if vocabularies[0] != vocabularies[1]:
-        shown = " and ".join(f"{a.name} ({len(v):,} tokens)" for a, v in zip(pair, vocabularies, strict=True))
-        raise InputError(
-            f"{shown} have different tokenizers, so a loss a token means something else in each; --task bfcl compares "
-            "their answers"
-        )
+    predict.refuse_other_words(pair[1], pair[0])
     cache, tokenizer = run.artifacts_dir / "cache", checkpoint.load_tokenizer(in_torch[0])
     for text in corpora.evaluation_texts(run, tokenizer):
         windows = corpora.profile_windows(run, text, tokenizer)[:limit]

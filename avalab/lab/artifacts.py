@@ -286,8 +286,11 @@ def _describe_files(folder: Path) -> list[dict]:
 def _sort_metadata(file: Path) -> None:
     """Put a safetensors file's metadata into one order: its library writes them in a new order each time."""
     with file.open("r+b") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        except (struct.error, ValueError):  # no safetensors file: whoever reads it says so
+            return
         metadata = header.get("__metadata__", {})
         if list(metadata) == sorted(metadata):
             return

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
@@ -48,6 +48,14 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 ADAPTER_CONFIG = loading.ADAPTER_CONFIG
+
+# How families call the parts of a model; everything else is a norm.
+COMPONENTS = {
+    "attention": (*ATTENTION, "self_attn", "attn", "attention", "self_attention", "qkv_proj"),
+    "mlp": (*MLP, "mlp", "feed_forward", "block_sparse_moe", "gate_up_proj"),
+    "head": ("lm_head", "embed_out"),
+    "embedding": ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings"),
+}
 
 
 # --- the base of a run -----------------------------------------------------------------------------------------------
@@ -299,13 +307,7 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model's modules and shapes without any weights, nor what its configuration says of quantisation."""
-    config = loading.read_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+skeleton = loading.skeleton
 
 
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
@@ -331,10 +333,9 @@ def keep_token_ids(model: PreTrainedModel) -> None:
 def component(parameter_name: str) -> str:
     """Which part of the model a parameter belongs to: embedding, head, attention, mlp or norm."""
     parts = parameter_name.split(".")
-    for kind, names in (("attention", (*ATTENTION, "self_attn")), ("mlp", (*MLP, "mlp")), ("head", ("lm_head",))):
-        if any(part in names for part in parts):
-            return kind
-    return "embedding" if "embed" in parameter_name else "norm"
+    if any("norm" in part or part.startswith("ln_") for part in parts[-2:]):  # those of queries and keys as well
+        return "norm"
+    return next((kind for kind, names in COMPONENTS.items() if any(part in names for part in parts)), "norm")
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -7,6 +7,9 @@
    that has a successor, its negative log-likelihood, the KL divergence KL(reference || candidate) of the next-token
    distributions, and whether both rank the same token first.
 
+Embeddings are padded to round numbers of rows, not always to the same one: where the rows of two models differ, both
+distributions are taken over the tokenizer's words, which they share. Models of different words are never compared.
+
 An unquantised head is applied in float32 to the model's hidden states, for reference and candidate alike: logits
 rounded to bf16 would add a KL divergence of about 0.001 that no method is to blame for.
 """
@@ -48,6 +51,7 @@ class Reference:
     head: nn.Module
     softcap: float | None
     identity: str  # of base and windows together
+    words: int  # of the tokenizer: rows of the head beyond them are padding
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,27 @@ def make_reference(base: Artifact, windows: Int[Tensor, "window time"], cache: P
     """The base's hidden states on these windows, computed once and kept in `cache`."""
     hidden, head, softcap = cached_hidden_states(base, windows, cache, device)
     identity = artifacts.combined_sha256([("base", base.sha256), ("windows", windows_sha256(windows))])
-    return Reference(base, windows, hidden, head, softcap, identity)
+    words = max(checkpoint.load_tokenizer(base).get_vocab().values()) + 1
+    return Reference(base, windows, hidden, head, softcap, identity, words)
+
+
+def refuse_other_words(base: Artifact, candidate: Artifact | Path) -> None:
+    """Raise InputError where two models do not share a tokenizer's words: their predictions cannot be compared."""
+    if isinstance(candidate, Artifact) and _tokenizer_sha256(base) == _tokenizer_sha256(candidate) != "":
+        return
+    name = candidate.name
+    ours, theirs = (checkpoint.load_tokenizer(model).get_vocab() for model in (candidate, base))
+    if ours == theirs:
+        return
+    shown = min(ours.items() ^ theirs.items(), key=lambda word: (word[1], word[0]))
+    raise InputError(
+        f"{name} ({len(ours):,} words) and {base.name} ({len(theirs):,}) have different tokenizers, from "
+        f"{shown[0]!r} (id {shown[1]}) on: their predictions cannot be compared; compare models of one family"
+    )
+
+
+def _tokenizer_sha256(artifact: Artifact) -> str:
+    return next((file["sha256"] for file in artifact.card["files"] if file["name"] == "tokenizer.json"), "")
 
 
 def cached_hidden_states(
@@ -118,9 +142,23 @@ def _score_windows(candidates: Iterable[Candidate], against: Reference) -> Token
         for rows in chunks(len(window) - 1):
             ours = candidate(rows)
             theirs = log_probabilities(expected[rows], head, softcap).to(ours.device)
+            ours, theirs = _over_shared_words(ours, theirs, against)
             parts.append([c.cpu() for c in token_scores(ours, theirs, window[1:][rows].to(ours.device))])
         scored.append([torch.cat(column) for column in zip(*parts, strict=True)])
     return TokenScores(*(torch.stack(column) for column in zip(*scored, strict=True)))
+
+
+def _over_shared_words(ours: Tensor, theirs: Tensor, against: Reference) -> tuple[Tensor, Tensor]:
+    """Both distributions as they are where they have equal many rows, else of the tokenizer's words alone."""
+    rows = min(ours.shape[-1], theirs.shape[-1])
+    if ours.shape[-1] == theirs.shape[-1]:
+        return ours, theirs
+    if rows < against.words:
+        raise InputError(
+            f"a head of {rows:,} rows cannot be compared with {against.base.name}, whose tokenizer has "
+            f"{against.words:,} words"
+        )
+    return tuple(part[..., : against.words].log_softmax(-1) for part in (ours, theirs))
 
 
 def chunks(tokens: int) -> Iterator[slice]:
@@ -162,15 +200,28 @@ def hidden_states(model: PreTrainedModel, windows: Int[Tensor, "window time"]) -
     return model.base_model(input_ids=windows.to(model.device), use_cache=False).last_hidden_state
 
 
-def output_head(model: PreTrainedModel) -> tuple[nn.Module, float | None]:
-    """The model's LM head and the soft cap of its logits, if it has one (Gemma 2).
+class ScaledHead(nn.Module):
+    """A head whose logits the model multiplies by a number (Granite, Cohere)."""
 
-    Raises ValueError for a model that scales its logits after the head (Granite, Cohere): not implemented.
-    """
-    for scale in ("logits_scaling", "logit_scale"):
-        if getattr(model.config, scale, None) not in (None, 1, 1.0):
-            raise InputError(f"{model.config.model_type} models multiply their logits by {scale}; not supported here")
-    return model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    def __init__(self, head: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.head, self.factor = head, factor
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's own, not scaled."""
+        return self.head.weight
+
+    def forward(self, hidden: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch vocab"]:
+        """The model's logits."""
+        return self.head(hidden) * self.factor
+
+
+def output_head(model: PreTrainedModel) -> tuple[nn.Module, float | None]:
+    """The model's LM head, with what its logits are multiplied by, and their soft cap, if there is one (Gemma 2)."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return head if factor == 1 else ScaledHead(head, factor), getattr(config, "final_logit_softcapping", None)
 
 
 def log_probabilities(
@@ -178,13 +229,16 @@ def log_probabilities(
 ) -> Float[Tensor, "token vocab"]:
     """Next-token log-probabilities in float32; a plain linear head is applied in float32 too."""
     head, softcap = in_float32(head, softcap)
+    inner, factor = (head.head, head.factor) if isinstance(head, ScaledHead) else (head, 1.0)
     # A quantised head decides its own arithmetic.
-    logits = _exact_product(hidden, head) if _is_plain(head) else head(hidden).float()
+    logits = (_exact_product(hidden, inner) if _is_plain(inner) else inner(hidden).float()) * factor
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
 
 
 def in_float32(head: nn.Module, softcap: float | None) -> tuple[nn.Module, float | None]:
     """A float32 copy of a plain linear head that is not in float32 yet; any other head as it is."""
+    if isinstance(head, ScaledHead):
+        return ScaledHead(in_float32(head.head, None)[0], head.factor), softcap
     if not _is_plain(head) or head.weight.dtype == torch.float32:
         return head, softcap
     wide = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
