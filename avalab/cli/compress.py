@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from avalab.cli import options
-from avalab.cli.options import AsJson, Model, NewFolder, Profile, Seed
+from avalab.cli.options import AsJson, Force, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
@@ -61,7 +61,11 @@ def quantize(
         str | None, typer.Option(help="Before rounding: none, scale, rotate or scale+rotate (ava).")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also where less than half of the blocks' weights can be reached.")
+    ] = False,
     benchmark: Benchmark = False,
+    force: Force = False,
 ) -> None:
     """Compress a model by one method into an artefact folder."""
     run = Run("avalab_quantize", profile, seed, model)
@@ -71,7 +75,6 @@ def quantize(
     options.within("block_size", block_size, 1)
     options.within("bits_per_weight", bits_per_weight, 1)
     options.within("iterations", iterations, 1)
-    options.new_folder(out)
     offered = {
         "bits": bits,
         "group_size": group_size,
@@ -81,7 +84,7 @@ def quantize(
         "compute_dtype": compute_dtype,
         "static": static,
         "iterations": iterations,
-        "bytes": byte_count(size) if size else None,
+        "bytes": byte_count(size, least=1) if size else None,
         "bits_per_weight": bits_per_weight,
         "format": format,
         "embedding": embedding,
@@ -89,15 +92,25 @@ def quantize(
         "transform": transform,
     }
     parameters = {name: value for name, value in offered.items() if value is not None}
+    options.known_parameters(method, parameters)
     options.known_model(model)
+    if parameters.get("bytes"):
+        options.possible_budget(run, parameters["bytes"])
+    if group_size and method not in ("ava", "hqq"):  # which take any
+        options.possible_groups(run, method, group_size, skip or [])
+    options.new_folder(out, model, force=force, made_by={"step": method, **parameters}, base=run.name_of_model)
+    from avalab.compress import reach
     from avalab.compress.quantize import checked_method, compress_artifact
     from avalab.models import checkpoint
 
     checked_method(method, parameters)
     base = checkpoint.base_artifact(run)
-    artifact = compress_artifact(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
+    kept = tuple(skip or ())
+    artifact = compress_artifact(base, method, run=run, skip=kept, out=out, partial=partial, **parameters)
     times = base.bytes / artifact.bytes
     print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
+    if reached := reach.in_words(artifact.card["measured"]):
+        print(reached)
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)
     if benchmark and options.engine_of(artifact) != "torch":
@@ -106,14 +119,17 @@ def quantize(
         _quality_and_cost(run, base, artifact)
 
 
-def byte_count(size: str) -> int:
-    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
+def byte_count(size: str, least: int = 0) -> int:
+    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else, or too few."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = size.rstrip(ascii_letters)
     try:
-        return int(float(number) * units[size[len(number) :].upper()])
-    except (ValueError, KeyError):
+        count = int(float(number) * units[size[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
         raise InputError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
+    if count < least:
+        raise InputError(f"{size!r} are {count} bytes; it has to be {least} or more")
+    return count
 
 
 def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> None:
@@ -162,6 +178,7 @@ def prune(
     profile: Profile = "laptop",
     seed: Seed = 0,
     benchmark: Benchmark = False,
+    force: Force = False,
 ) -> None:
     """Remove weights, heads, channels or layers; stopped, it goes on at the last finished block."""
     run = Run("avalab_prune", profile, seed, model)
@@ -170,8 +187,9 @@ def prune(
     options.one_of("allocation", allocation, ("uniform", "sensitivity"))
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
-    options.new_folder(out)
     options.known_model(model)
+    made_by = {"step": "prune", "score": method, "pattern": pattern, "sparsity": sparsity, "allocation": allocation}
+    options.new_folder(out, model, force=force, made_by=made_by, base=run.name_of_model)
     from avalab.compress import prune
     from avalab.models import checkpoint
 
@@ -225,11 +243,12 @@ def recover(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
     run = Run("avalab_recover", profile, seed)
     options.one_of("kind", kind, (*options.TRAINED, "both"))
-    options.new_folder(out)
+    options.new_folder(out, artifact, teacher, force=force)
     start = artifacts.load_artifact(artifact)
     from avalab.models import checkpoint
 
@@ -342,6 +361,7 @@ def export(
     calibrate: Annotated[bool, typer.Option("--calibrate", help=CALIBRATE_HELP)] = False,
     profile: Profile = "laptop",
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Write an artefact in the format of another engine and check it there."""
     options.one_of("format", to, EXPORTERS)
@@ -351,6 +371,7 @@ def export(
     if calibrate and not row.calibrated:
         able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
         raise InputError(f"{to} takes no calibration text; {able} do")
+    options.new_folder(out, artifact, force=force)
     found, windows = options.source_artifact(options.readable(artifact), run), None
     if calibrate:
         from avalab.data import corpora
@@ -366,11 +387,13 @@ def compile_(
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Any batch; without it, one sequence.")] = False,
     weights: Annotated[str, typer.Option(help="bf16 or fp32: how weights are stored and computed with.")] = "bf16",
     profile: Profile = "laptop",
+    force: Force = False,
 ) -> None:
     """Compile a model ahead of time into machine code that runs without its Python; any prompt length."""
     options.one_of("weights", weights, EXPORTERS["aot"].weights)
     run = Run("avalab_compile", profile, 0, model)
     options.known_model(model)
+    options.new_folder(out, model, force=force)
     from avalab.engines import aot
 
     made = aot.write(options.source_artifact(model, run), weights, dynamic=dynamic, out=out)

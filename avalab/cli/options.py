@@ -6,11 +6,16 @@ the tables that they name would import torch first. A test holds each list to it
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import json
+import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +28,39 @@ from avalab.lab.run import Run
 
 EMBEDDED = "smollm2-135m-instruct"  # of avalab.models.checkpoint
 
-METHODS = (  # of avalab.compress.quantize
-    *("nf4", "fp4", "int8", "torchao-int8", "torchao-int8-dynamic", "torchao-int4"),
-    *("rtn", "gptq", "awq", "smoothquant", "ava", "autoround", "hqq"),
-    *("openvino-int4", "nncf-int4", "onnx-k-quant"),
-    *("gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k"),
-)
+_GROUPS = ("bits", "group_size")
+
+_WEIGHTS = (*_GROUPS, "symmetric", "embedding")
+
+_LEVELS = ("double_quantization", "block_size", "compute_dtype")
+
+METHODS: dict[str, tuple[str, ...]] = {  # of avalab.compress.quantize, with the parameters of each
+    **dict.fromkeys(("nf4", "fp4"), _LEVELS),
+    "int8": ("threshold",),
+    "torchao-int8": (),
+    "torchao-int8-dynamic": (),
+    "torchao-int4": ("group_size",),
+    **dict.fromkeys(("rtn", "gptq"), _WEIGHTS),
+    "awq": (*_WEIGHTS, "grid_points"),
+    "smoothquant": ("smoothing_strength", "static"),
+    "ava": ("bits_per_weight", "bytes", "group_size", "embedding", "format", "engine", "transform"),
+    "autoround": (*_GROUPS, "iterations", "embedding"),
+    "hqq": (*_GROUPS, "embedding"),
+    **dict.fromkeys(("openvino-int4", "nncf-int4", "onnx-k-quant"), ()),
+    **{f"gguf-{mixture}": () for mixture in ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")},
+}
+
+CHOICES = {  # of parameters; of `ava` in its own module
+    "compute_dtype": ("bfloat16", "float16", "float32"),
+    "embedding": ("bf16", "int8"),
+}
+
+AVA_CHOICES = {
+    "format": ("transformers", "gguf", "onnx"),
+    "embedding": ("any", "bf16", "packed"),
+    "engine": ("any", "llamacpp", "torch", "openvino"),
+    "transform": ("none", "scale", "rotate", "scale+rotate"),
+}
 
 SCORES = ("random", "magnitude", "wanda", "sparsegpt", "gradient", "influence")  # of avalab.compress.saliency
 
@@ -77,6 +109,8 @@ ModelPath = Annotated[Path, typer.Argument(help="Folder of an artefact or of any
 
 NewFolder = Annotated[Path, typer.Option(help="Folder of the new artefact.")]
 
+Force = Annotated[bool, typer.Option("--force", help="Replace another artefact that is in --out.")]
+
 
 def one_of(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ValueError for a name that is not among those known."""
@@ -112,10 +146,88 @@ def within(name: str, value: float | None, low: float, high: float | None = None
         )
 
 
-def new_folder(out: Path | None) -> None:
-    """Raise ValueError for a folder that is there and no artefact: it may hold somebody's files."""
-    if out and out.exists() and not (out / artifacts.CARD).is_file():
-        raise InputError(f"{out} exists and is not an artefact; name a new folder")
+def known_parameters(method: str, given: dict) -> None:
+    """Raise ValueError for a parameter that the method does not have, or a value that it does not know."""
+    if unknown := [name for name in given if name not in METHODS[method]]:
+        has = ", ".join((*METHODS[method], "skip"))
+        raise InputError(f"method {method!r} has no parameter {', '.join(unknown)}; it has: {has}")
+    for name, known in (AVA_CHOICES if method == "ava" else CHOICES).items():
+        if name in given:
+            one_of(name, given[name], known)
+    if given.get("bytes") and given.get("bits_per_weight"):
+        raise InputError("--bytes and --bits-per-weight are two budgets for one file; give one of them")
+
+
+def matrices(run: Run) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's weight matrices by name, from headers alone; nothing where they cannot be told yet."""
+    from safetensors import SafetensorError, safe_open
+
+    own = Path(run.model).expanduser()
+    folder = own if own.is_dir() else run.artifacts_dir / run.name_of_model
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
+                found |= {name: tuple(part.get_shape()) for name, part in slices.items()}
+        except (OSError, SafetensorError):  # named by whoever loads the model
+            return {}
+    return {name: shape for name, shape in found.items() if len(shape) > 1}
+
+
+def possible_groups(run: Run, method: str, size: int, skip: list[str]) -> None:
+    """Raise ValueError for a group size that does not divide the columns of a layer that is not skipped."""
+    for name, (*_, columns) in matrices(run).items():
+        layer = name.removesuffix(".weight")
+        if ".layers." in name and columns % size and not any(fnmatchcase(layer, glob) for glob in skip):
+            raise InputError(
+                f"a group of {size} does not divide the {columns} columns of {layer}; {method} needs one that does"
+            )
+
+
+def possible_budget(run: Run, budget: int) -> None:
+    """Raise ValueError for a budget that no 2-bit file keeps, however it is made."""
+    count = sum(prod(shape) for shape in matrices(run).values())
+    if budget < count // 4:
+        raise InputError(
+            f"a budget of {budget:,} bytes is below 2 bits for each of the {count:,} weights of {run.model}, "
+            f"{count // 4:,} bytes"
+        )
+
+
+def new_folder(
+    out: Path | None,
+    *sources: str | Path | None,
+    force: bool = False,
+    made_by: dict | None = None,
+    base: str = "",
+) -> None:
+    """Raise ValueError for a folder that may not be written: somebody's files, one of the sources, another artefact.
+
+    `made_by` is the step, as far as it is known, that would be found again or replaced, and `base` the name of what it
+    is applied to; without them that is left to `artifacts.make_artifact`. `force` sets another artefact aside, and
+    deletes it once the new one is there.
+    """
+    if not out:
+        return
+    artifacts.checked_target(out)
+    for source in filter(None, sources):
+        if Path(source).expanduser().resolve() == out.resolve():
+            raise InputError(f"--out {out} is the model that is read; name another folder")
+    if force and (out / artifacts.CARD).is_file():
+        aside = out.resolve().with_name(f".replaced-{out.name}-{os.getpid()}")
+        out.rename(aside)
+        atexit.register(_settle, aside, out.resolve())
+    elif made_by:
+        artifacts.refuse_replacing(out, base, made_by)
+
+
+def _settle(aside: Path, out: Path) -> None:
+    """Delete what was set aside if a new folder took its place, else put it back."""
+    if out.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(out)
 
 
 def known_model(model: str) -> None:

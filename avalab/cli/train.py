@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from avalab.cli import options
-from avalab.cli.options import AsJson, Model, Profile, Seed
+from avalab.cli.options import AsJson, Force, Model, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, MissingFile
@@ -101,6 +101,7 @@ def finetune(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train an adapter on chats and merge it; stopped, it goes on from the last checkpoint when run again."""
     run = Run("avalab_finetune", profile, seed, model)
@@ -108,8 +109,9 @@ def finetune(
         raise InputError(f"unknown method {method!r}; choose lora or qlora")
     if rank < 1:
         raise InputError(f"rank is {rank}; an adapter needs 1 or more")
-    options.new_folder(out)
     options.known_model(model)
+    merged_from = f"{run.name_of_model}+{method}-{out.name}"
+    options.new_folder(out, model, force=force, made_by={"step": "merge"}, base=merged_from)
     if data and not data.exists():
         raise MissingFile(f"no examples at {data}")
     from avalab.compress import quantize
@@ -136,8 +138,7 @@ def finetune(
         schedule=Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2),
     )
     print(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal")
-    name = f"{base.name}+{method}-{out.name}"
-    adapter = finetune.train_adapter(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
+    adapter = finetune.train_adapter(start, chosen, run=run, name=merged_from, recipe=recipe, held_out=held_out)
     merged = adapters.merge_adapters(adapter, name=out.name, directory=out.resolve().parent)
     finetune.record_training(run, out.name, adapter)
     options.print_records(run, as_json)
@@ -181,6 +182,7 @@ def distill(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train a smaller model towards a larger one; stopped, it goes on from its last checkpoint when run again."""
     run, by_text = Run("avalab_distill", profile, seed), _is_url(teacher)
@@ -192,6 +194,7 @@ def distill(
     options.known_model(student)
     if not by_text:
         options.known_model(teacher)
+    options.new_folder(out, student, None if by_text else teacher, force=force)
     from avalab.models import adapters
     from avalab.train import distill, finetune
     from avalab.train.loop import Schedule
@@ -229,8 +232,8 @@ def distill(
 
 def _adapter_name(student: Artifact, out: Path, rank: int) -> str:
     """Where training writes, beside the student; ValueError where the result could not be `out`."""
-    options.new_folder(out)
     if student.format == "bf16" and rank:
+        options.new_folder(out, made_by={"step": "merge"}, base=f"{out.name}-adapter")
         return f"{out.name}-adapter"
     if student.path.resolve().parent != out.resolve().parent:
         raise InputError(f"what is trained of {student.name} belongs beside it; use --out {student.path.parent}/NAME")

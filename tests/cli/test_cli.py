@@ -17,7 +17,7 @@ from avalab.measure import answers
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
     from avalab import engines
-    from avalab.compress import patterns, quantize, saliency
+    from avalab.compress import ava, ava_targets, equivalence, patterns, quantize, saliency
     from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
     from avalab.models import checkpoint
     from avalab.serve import chat, ensemble
@@ -181,7 +181,14 @@ def test_what_is_misspelt_is_answered_with_the_name_that_was_meant(arguments, sa
 
 
 def test_names_that_are_refused_without_torch_are_those_of_the_tables():
-    assert set(options.METHODS) == quantize.METHODS.keys()
+    assert {name: tuple(row.defaults) for name, row in quantize.METHODS.items()} == options.METHODS
+    assert {name: tuple(values) for name, values in quantize.CHOICES.items()} == options.CHOICES
+    assert {name: set(values) for name, values in options.AVA_CHOICES.items()} == {
+        "format": ava_targets.TARGETS.keys(),
+        "embedding": set(ava.EMBEDDINGS),
+        "engine": ava_targets.GGUF_TYPES.keys(),
+        "transform": set(equivalence.TRANSFORMS),
+    }
     assert set(options.SCORES) == saliency.SCORES.keys()
     assert set(options.PATTERNS) == patterns.PATTERNS.keys()
     assert set(options.ENGINES) == engines.ENGINES.keys()
