@@ -287,8 +287,6 @@ def _restore_logger_class(name: str) -> None:
 def hqq(job: Job) -> dict:
     """HQQ with its defaults, in its own storage; the embedding in bf16 or int8 rows."""
     parameters = job.parameters
-    if parameters["bits"] not in HQQ_BITS:
-        raise InputError(f"HQQ has no {parameters['bits']} bits; choose one of {', '.join(map(str, HQQ_BITS))}")
     model = checkpoint.load_model(job.folder)
     layers = [name for name in walk.linear_layers(model) if name not in job.skipped]
     others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}

@@ -169,12 +169,11 @@ def table_options(
     """
     table, windows = model.get_submodule(name).weight, windows[:TABLE_WINDOWS]
     options = [Option(BF16, 2 * table.numel(), 0.0)]
-    if int8_rows:  # there is only one way to round to them, so they are measured; a tied head repeats the scales
+    if int8_rows:  # there is only one way to round to them, so they are measured
         codes, scales = packed.int8_rows(table.detach())
         values = (codes.to(table.dtype) * scales).to(table.dtype)
-        scale_bytes = 2 * len(table) * (2 if model.get_output_embeddings().weight is table else 1)
-        increase = increase_of_replacement(model, windows, table, values)
-        options.append(Option(packed.INT8_ROWS, table.numel() + scale_bytes, increase))
+        size = packed.int8_rows_bytes(table, tied=model.get_output_embeddings().weight is table)
+        options.append(Option(packed.INT8_ROWS, size, increase_of_replacement(model, windows, table, values)))
     if not sizes:
         return options, None
     damping = damping or rounding.damping_for(table.shape[1], found.tokens)
