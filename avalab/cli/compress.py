@@ -22,6 +22,7 @@ from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
+from avalab.train import recipes
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
 
@@ -222,7 +223,8 @@ def recover(
     artifact: Annotated[Path, typer.Argument(help="Folder of an rtn, gptq, awq or ava artefact.")],
     out: Annotated[Path, typer.Option(help="Folder of the new artefact, of the same bytes.")],
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the bf16 original; without, the base that lies beside it.")
+        Path | None,
+        typer.Option(help="Folder of the bf16 original; without, the base that its card names."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text to learn from.")] = 8192,
     kind: Annotated[str, typer.Option(help="scales, weights, blocks, torchao, or both: blocks, then scales.")] = "both",
@@ -234,21 +236,26 @@ def recover(
 ) -> None:
     """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
     run = Run("avalab_recover", profile, seed)
-    options.one_of("kind", kind, (*options.TRAINED, "both"))
+    options.one_of("kind", kind, (*recipes.KINDS, "both"))
+    schedule, blocks = recipes.Schedule(learning_rate=learning_rate), recipes.BlockTraining(steps=steps)
     options.new_folder(out)
     start = artifacts.load_artifact(artifact)
-    whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
+    whole = artifacts.load_artifact(teacher) if teacher else None
+    if start.format != "compressed-tensors":
+        raise InputError(
+            f"{start.name} is in format {start.format!r}; trained are packed codes and scales, as rtn, gptq, "
+            "awq and ava write them for torch (without --format)"
+        )
     from avalab.models import checkpoint
     from avalab.train import qat
-    from avalab.train.loop import Schedule
 
+    whole = whole or checkpoint.base_of(start)
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
-    schedule, blocks = Schedule(learning_rate=learning_rate), qat.BlockTraining(steps=steps)
     if kind == "both":
-        recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
+        recipe = recipes.RoundingRecipe(kind="blocks", schedule=schedule, blocks=blocks)
         between = run.artifacts_dir / f"{start.name}+blocks"
         start = qat.train_quantized(start, whole, read, run=run, out=between, recipe=recipe)
-    recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
+    recipe = recipes.RoundingRecipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
     found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)

@@ -36,10 +36,6 @@ POOLS = ("mean", "logits", "weighted", "cascade")  # of avalab.serve.ensemble: o
 
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
 
-TRAINED = ("scales", "weights", "blocks", "torchao")  # of avalab.train.qat
-
-TARGETS = ("online", "sampled", "topk")  # of avalab.train.distill
-
 KINDS = (  # of examples, of avalab.data.drafts
     *("single_call", "several_candidates", "parallel_calls", "no_function"),
     *("missing_argument", "structured_output", "reasoning", "instruction"),
@@ -92,20 +88,21 @@ def new_folder(out: Path | None) -> None:
 
 def known_model(model: str) -> None:
     """Raise ValueError for a name that is neither an artefact, an asset, a folder with a model, nor a hub id."""
-    if model not in ("", EMBEDDED) and not _is_artifact(model):
+    if model not in ("", EMBEDDED) and not is_artifact(model):
         assets.resolve_model(model)
 
 
 def source_artifact(model: str, run: Run) -> Artifact:
     """The artefact in the folder `model`, or the base artefact made of any other model; "" is the profile's own."""
-    if _is_artifact(model):
+    if is_artifact(model):
         return artifacts.load_artifact(model)
     from avalab.models import checkpoint
 
     return checkpoint.base_artifact(replace(run, model=model))
 
 
-def _is_artifact(model: str) -> bool:
+def is_artifact(model: str) -> bool:
+    """Whether a model is named by the folder of an artefact."""
     return bool(model) and (Path(model) / artifacts.CARD).is_file()
 
 

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,18 @@ def _cards(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"[!.]*/{CARD}")) if directory.is_dir() else []
 
 
+def of_sha256(directory: Path, sha256: str, *, first: str = "") -> Artifact | None:
+    """The artefact of this identity directly below a folder, the one called `first` looked at first; else None."""
+    for card in sorted(_cards(directory), key=lambda card: card.parent.name != first):
+        try:
+            artifact = load_artifact(card.parent, verify=False)
+        except (FileNotFoundError, ValueError):  # somebody's damaged one is not what is looked for
+            continue
+        if artifact.sha256 == sha256:
+            return artifact
+    return None
+
+
 def find_artifact(name: str, directory: Path, recipe: list[dict], base_sha256: str) -> Artifact | None:
     """The verified artefact of this name if it was made by exactly this recipe from this base, else None."""
     try:
@@ -231,9 +244,27 @@ def _describe_files(folder: Path) -> list[dict]:
         raise InputError(
             f"refusing to write pickled weights: {', '.join(unsafe)}; only safetensors and GGUF are allowed"
         )
+    for path in paths:
+        if path.suffix == ".safetensors":
+            _sort_metadata(path)
     return [
         {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths
     ]
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata into one order: its library writes them in a new order each time."""
+    with file.open("r+b") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+        metadata = header.get("__metadata__", {})
+        if list(metadata) == sorted(metadata):
+            return
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(written) <= length:  # the same characters in another order; the rest are spaces, as the format has it
+            opened.seek(8)
+            opened.write(written.ljust(length))
 
 
 def combined_sha256(files: Iterable[tuple[str, str]]) -> str:

@@ -147,9 +147,11 @@ def resolve_model(model: str) -> Path:
     models = {name: asset for name, asset in known_assets().items() if asset.is_model}
     if model in models:
         return fetch_asset(model)
-    for folder in (Path(model).expanduser(), ROOT / model):
-        if model and folder.is_dir():
-            return _check_model(folder)
+    for path in (Path(model).expanduser(), ROOT / model):
+        if model and path.is_dir():
+            return _check_model(path)
+        if path.suffix == ".gguf" and path.is_file():
+            return path
     # `data/misspelt` has the form of a hub id, but its first part is a folder here: meant as a path.
     first = model.split("/")[0]
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (Path(first).exists() or (ROOT / first).exists()):
@@ -157,7 +159,8 @@ def resolve_model(model: str) -> Path:
         unlisted = Asset(model.replace("/", "--"), "hub", "", "see the hub", repository=model, revision="main")
         return _fetch_hub(ours[0] if ours else unlisted)
     raise InputError(
-        f"unknown model {model!r}; give one of {', '.join(models)}, a folder with config.json, or a hub id org/name"
+        f"unknown model {model!r}; give one of {', '.join(models)}, a folder with config.json, a .gguf file, or a hub "
+        "id org/name"
     )
 
 
@@ -305,13 +308,30 @@ def _verified_model(asset: Asset, folder: Path) -> Path:
 
 
 def _check_model(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    """The folder, if it can be one: a configuration, or an adapter's, with weights that are no pickles."""
+    adapter = (folder / "adapter_config.json").is_file()
+    names = sorted(path.name for path in folder.iterdir())
+    suffixes = {Path(name).suffix for name in names}
+    if not adapter and not (folder / "config.json").is_file() and ".gguf" not in suffixes:
         raise InputError(f"{folder} is no model folder: it has no config.json")
-    suffixes = {path.suffix for path in folder.iterdir()}
     if not suffixes & WEIGHTS:
         found = "only pickled weights, which can run code when loaded" if suffixes & UNSAFE_SUFFIXES else "no weights"
         raise InputError(f"{folder} has {found}; allowed: .safetensors or .gguf")
+    if ".safetensors" not in suffixes:
+        only_gguf(folder)
     return folder
+
+
+def only_gguf(source: Path) -> Path:
+    """A GGUF file, or the only one of a folder. Raises InputError for several, which says how to choose one."""
+    if source.suffix == ".gguf" and source.is_file():
+        return source
+    files = sorted(source.glob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        choice = f"; give one of them as the model: {files[0]}" if files else ""
+        raise InputError(f"{source} has to hold one .gguf file, it holds {names}{choice}")
+    return files[0]
 
 
 def _faults(asset: Asset, folder: Path) -> dict[str, str]:

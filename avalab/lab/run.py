@@ -11,6 +11,7 @@ device is asked for: the package starts fast.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -29,6 +30,8 @@ ROOT = Path(os.environ.get("AVALAB_ROOT", Path(__file__).resolve().parents[2]))
 
 # A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
+LONGEST_NAME = 80  # characters of a model's name in names of folders
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Run:
 
     @property
     def artifacts_dir(self) -> Path:
-        return Path(os.environ.get("AVALAB_ARTIFACTS", ROOT / "artifacts")) / self.name
+        return artifacts_root() / self.name
 
     @property
     def records_path(self) -> Path:
@@ -177,6 +180,11 @@ class Run:
         return self.records_path
 
 
+def artifacts_root() -> Path:
+    """The folder of all runs' artefacts."""
+    return Path(os.environ.get("AVALAB_ARTIFACTS", ROOT / "artifacts"))
+
+
 def child_environment() -> dict[str, str]:
     """The environment of a process of ours that computes: this one's, and `WAITING_THREADS_SLEEP` unless it is set."""
     return {**WAITING_THREADS_SLEEP, **os.environ}
@@ -193,9 +201,23 @@ def folder_name(profile: str, model: str = "", seed: int = 0) -> str:
 
 
 def slug(model: str) -> str:
-    """`org/Name` -> `org-name`; a folder contributes its last part only."""
-    shown = (ROOT / model).resolve().name if (ROOT / model).is_dir() else model
-    return re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")
+    """`org/Name` -> `org-name`; a folder or a file contributes its last part only, a hub's snapshot its repository.
+
+    Where letters are lost (other alphabets) or the name is long, a short hash keeps different names different.
+    """
+    shown = next((_name_of(path) for path in (Path(model).expanduser(), ROOT / model) if path.exists()), model)
+    kept = re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")[:LONGEST_NAME].strip("-.")
+    lost = any(letter.isalnum() and not letter.isascii() for letter in shown) or len(shown) > LONGEST_NAME
+    if not lost and kept:
+        return kept
+    return f"{kept or 'model'}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}"
+
+
+def _name_of(path: Path) -> str:
+    path = path.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--")
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def save_records(records: list[Record], path: Path) -> None:

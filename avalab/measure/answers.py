@@ -48,6 +48,7 @@ from avalab.lab.statistics import Estimate
 from avalab.measure import cell
 from avalab.measure.quality import LIMIT_SECONDS, TORCH, engine_code
 from avalab.models import checkpoint, predict
+from avalab.models.stops import stop_tokens
 
 MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
 
@@ -79,7 +80,8 @@ class Respondent:
     @cached_property
     def compiler(self) -> grammars.Compiler:
         """Makes grammars for this tokenizer and this number of logits."""
-        return grammars.grammar_compiler(self.tokenizer, self.model.config.vocab_size)
+        stops = stop_tokens(self.model, self.tokenizer)
+        return grammars.grammar_compiler(self.tokenizer, self.model.config.vocab_size, stops)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def answer_questions(request: dict) -> dict:
     def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
         opened = engines.load(request["engine"], Path(request["folder"]))
         tokenizer = checkpoint.load_tokenizer(Path(request["folder"]))
-        compiler = grammars.grammar_compiler(tokenizer, opened.facts.vocabulary)
+        compiler = grammars.grammar_compiler(tokenizer, opened.facts.vocabulary, opened.facts.stops)
         try:
             for position, index in enumerate(wanted):
                 prompt = tokenizer(questions[index].prompt, add_special_tokens=False).input_ids

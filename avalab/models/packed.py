@@ -38,7 +38,7 @@ from avalab.kernels.formats import Grid, Rounded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.models import stored
+from avalab.models import loading, stored
 
 INT8_ROWS = "int8-rows"
 
@@ -91,7 +91,7 @@ def pack_model(model: PreTrainedModel, layers: dict[str, Rounded], *, int8_rows_
         readers = [int8_rows_of, *([head] if tied else [])]
         tensors |= _int8_tensors(tensors[f"{int8_rows_of}.weight"], readers)
         groups[INT8_ROWS] = _row_scheme(readers)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config = loading.configuration(model)
     config["quantization_config"] = _quantization(groups, ignore=[] if int8_rows_of and tied else [head])
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     return Packed(kept, config, model.generation_config, measured)

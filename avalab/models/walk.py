@@ -54,17 +54,34 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that any pattern fits: a kind (`attention`, `mlp`), a glob, a name or its end.
 
-    Raises ValueError for a pattern that matches nothing.
+    Raises ValueError for a pattern that matches nothing, saying where such weights are in a model that keeps them
+    elsewhere: in transposed layers (GPT-2), or stacked experts.
     """
     names = list(linear_layers(model))
+    if not names:
+        matrices = [m for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
+        kinds = sorted({type(m).__name__ for m in matrices if not isinstance(m, nn.Embedding | nn.Linear)}) or ["none"]
+        raise InputError(
+            f"{_family(model)} models have no linear layers of torch in their blocks (but {', '.join(kinds)}): "
+            "they can be measured and talked to, not trained or pruned by layer"
+        )
 
     def fits(name: str, pattern: str) -> bool:
         return checkpoint.component(name) == pattern or fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
 
     for pattern in patterns:
         if not any(fits(name, pattern) for name in names):
-            raise InputError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
+            stacked = sorted({name for name, p in model.named_parameters() if p.dim() == 3})
+            why = f" of this {_family(model)} model, whose experts are stacked ({stacked[0]})" if stacked else ""
+            known = [kind for kind in ("attention", "mlp") if any(checkpoint.component(name) == kind for name in names)]
+            raise InputError(
+                f"{pattern!r} matches no linear layer{why}; use {', '.join(known)}, or names like {names[0]}"
+            )
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+
+
+def _family(model: nn.Module) -> str:
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:

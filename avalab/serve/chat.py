@@ -20,6 +20,7 @@ from avalab.data import calls, grammars, toolbox
 from avalab.data.calls import Call
 from avalab.lab.errors import InputError
 from avalab.measure.answers import Respondent
+from avalab.models.stops import padding_token, stop_tokens
 from avalab.serve.tools import Tool, execute, shown_call
 
 MODES = ("free", "grammar")
@@ -100,7 +101,8 @@ def answerer(
     """
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-    tokenizer, model, stops = respondent.tokenizer, respondent.model, grammars.stop_tokens(respondent.tokenizer)
+    tokenizer, model = respondent.tokenizer, respondent.model
+    stops = stop_tokens(model, tokenizer)
     room = getattr(model.config, "max_position_embeddings", DEFAULT_CONTEXT) - new_tokens
     offered = [tool.described for tool in tools]
     grammar = grammars.call_grammar(respondent.compiler, offered, max_calls=MAX_CALLS) if mode == "grammar" else None
@@ -116,8 +118,8 @@ def answerer(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
+            eos_token_id=list(stops) or None,
+            pad_token_id=padding_token(stops, tokenizer),
             logits_processor=[grammars.logits_mask([grammar])] if grammar else [],
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         )
