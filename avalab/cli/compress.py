@@ -21,7 +21,7 @@ from avalab.cli.options import AsJson, Force, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run
+from avalab.lab.run import ROOT, Run, load_records
 from avalab.train import recipes
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
@@ -147,8 +147,23 @@ def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> Non
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
+    if predicted := artifact.card["measured"]["predicted_kl_divergence"]:
+        print(f"measured is {found.value / predicted:.2f} times the prediction; {_usual_ratios(ROOT / 'results')}")
     if artifact.card["measured"]["note"]:
         print(artifact.card["measured"]["note"])
+
+
+def _usual_ratios(results: Path) -> str:
+    """What measured over predicted was in the study of mixed precision, over all models whose records are here."""
+    ratios = []
+    for path in sorted(results.glob("*/08_mixed_precision.json")):
+        records = [record for record in load_records(path) if record.value and not record.subject.startswith("single ")]
+        predicted = {r.subject: r.value for r in records if r.metric == "predicted_kl_divergence"}
+        measured = [r for r in records if r.metric.startswith("kl_divergence:") and r.subject in predicted]
+        ratios += [record.value / predicted[record.subject] for record in measured]
+    if not ratios:
+        return "no records of how far such predictions are off are here"
+    return f"in the lab's records it was {min(ratios):.2f} to {max(ratios):.2f} times ({len(ratios)} whole files)"
 
 
 def _quality_and_cost(run: Run, base: Artifact, artifact: Artifact) -> None:
@@ -207,6 +222,8 @@ def prune(
     )
     measured = artifact.card["measured"]
     print(f"{artifact.path}: {measured['sparsity']:.1%} of the linear weights gone, {artifact.bytes / 1e6:.1f} MB")
+    if "reached_share" in measured:
+        print(f"layers that were pruned hold {measured['reached_share']:.0%} of all weights")
     if "sparse_bytes" in measured:
         print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
     if benchmark:

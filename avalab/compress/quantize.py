@@ -112,7 +112,7 @@ def compress_artifact(
     skeleton = checkpoint.skeleton(base.path)
     layers = walk.linear_layers(skeleton)
     if row.skips:
-        reach.refuse_unreachable(skeleton, layers, method, partial=partial)
+        reach.refuse_unreachable(skeleton, layers, method, partial=partial, remedy="--partial compresses those alone")
     skipped = _expand(skip, list(layers))
     if not row.ragged:
         _refuse_ragged_groups(row, parameters, {n: m.in_features for n, m in layers.items() if n not in skipped})

@@ -35,10 +35,9 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab.lab import artifacts, cache
+from avalab.lab import artifacts, cache, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
@@ -365,7 +364,7 @@ def measure_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"],
     start = time.perf_counter()
     calls = first_calls(model, walked[0], windows)
     keywords = own_keywords(model, windows)
-    for index, block in enumerate(tqdm(walked, desc="calibration", leave=False)):
+    for index, block in enumerate(process.progress(walked, desc="calibration")):
         if keywords:  # the block's own rotary embedding and mask
             calls = with_keywords(calls, keywords[index])
         if finished[index]:
