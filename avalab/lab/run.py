@@ -193,8 +193,8 @@ def folder_name(profile: str, model: str = "", seed: int = 0) -> str:
 
 
 def slug(model: str) -> str:
-    """`org/Name` -> `org-name`; a folder contributes its last part only."""
-    shown = (ROOT / model).resolve().name if (ROOT / model).is_dir() else model
+    """`org/Name` -> `org-name`; a folder or a .gguf file contributes its last part only."""
+    shown = (ROOT / model).resolve().name.removesuffix(".gguf") if (ROOT / model).exists() else model
     return re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")
 
 
