@@ -93,7 +93,7 @@ def test_token_scores_of_two_tokens_by_hand():
 def test_a_soft_cap_bends_the_logits_before_the_softmax():
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
-    found = predict.log_probabilities(torch.tensor([[10.0, -10.0]]), head, 5.0)
+    found = predict.log_probabilities(torch.tensor([[10.0, -10.0]]), head, predict.Finish(softcap=5.0))
     expected = (5 * torch.tanh(torch.tensor([[2.0, -2.0]]))).log_softmax(-1)
     assert torch.allclose(found, expected)
 
@@ -196,6 +196,13 @@ def test_models_of_other_words_are_refused_by_name(base, tmp_path):
     predict.refuse_other_words(base, base.path)
     with pytest.raises(ValueError, match=r"other \(1,031 words\) and tiny-llama \(1,024\) have different tok"):
         predict.refuse_other_words(base, folder)
+
+
+def test_logits_scaled_after_the_head_are_refused_not_ignored(base):
+    model = checkpoint.load_model(base)
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match="llama models make logits of their hidden states in a way that is not known"):
+        predict.output_head(model)
 
 
 def test_a_bf16_head_loses_nothing_beyond_float32_rounding():
