@@ -61,7 +61,9 @@ def test_a_four_bit_artefact_gets_an_adapter_beside_it(run, tmp_path):
 
 def test_a_student_learns_on_policy_from_stored_targets(run, chats, tmp_path):
     how = ["--data", chats, "--own-answers", "--targets", "sampled", *SMALL]
-    code, text, error = run("--teacher", TINY, "--student", TINY, "--out", tmp_path / "own", *how)
+    pruned = ["--method", "magnitude", "--profile", "smoke", "--out", tmp_path / "pruned", "--model", TINY]
+    assert run(*pruned, command="prune")[0] == 0
+    code, text, error = run("--teacher", TINY, "--student", tmp_path / "pruned", "--out", tmp_path / "own", *how)
     assert code == 0, error
     assert re.search(r"target bytes per token +\d", text)
 
