@@ -251,7 +251,7 @@ def test_padded_vocabularies_are_compared_on_the_words_they_share(run, base, pru
 
 
 def test_a_model_that_is_its_own_teacher_is_refused(run, base, rows):
-    with pytest.raises(ValueError, match="teacher and student are the same model .*nothing to learn"):
+    with pytest.raises(ValueError, match=r"teacher and student are the same model .*nothing to learn"):
         distill.train_student(base, base, rows, run=run, name="x", recipe=RECIPE)
 
 
