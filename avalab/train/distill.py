@@ -252,6 +252,8 @@ def objective_of(
     blocks = [each.config.num_hidden_layers for each in (model, asked)]
     pairs = recipe.layer_map or losses.layer_map(*blocks, min(recipe.pairs, blocks[0]))
     pairs = losses.checked_map(pairs, *blocks)
+    if recipe.attention:
+        losses.refuse_other_attention(model, asked)
     return Objective(recipe, model, asked, pairs, _projections(model, asked, pairs, rows), identity, words)
 
 

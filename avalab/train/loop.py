@@ -157,7 +157,10 @@ def fit(
     settings = asdict(schedule) | {"rows": _identity(rows), "held_out": _identity(held_out or [])}
     settings |= {"loss": getattr(loss, "identity", getattr(loss, "__name__", "")), "identity": identity}
     own = checkpoints.own_folder(folder, settings)
+    steps = schedule.steps or math.ceil(len(rows) / schedule.rows_per_step) * schedule.epochs
     arguments = _arguments(schedule, own, model.device.type, evaluate=bool(held_out))
+    if steps * schedule.warmup < 1:  # rounded up, the only step of a short run would have a learning rate of 0
+        arguments.warmup_steps = 0
     if first := arguments.process_index == 0:
         checkpoints.claim(own, settings)
     progress, keeper = Progress(own), checkpoints.Keeper(schedule.checkpoint_seconds)

@@ -128,6 +128,14 @@ def record_recovery(run: Run, subject: str, artifact: Artifact) -> None:
         finetune.record_training(run, subject, artifact)
 
 
+def loss_change(artifact: Artifact) -> str:
+    """What the last stage did to its loss, in words."""
+    if not (errors := artifact.card["measured"].get("block_errors")):
+        return finetune.loss_change(artifact)
+    before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+    return f"relative error of blocks {before:.4f} -> {after:.4f} on average"
+
+
 def tokens_trained(step: dict) -> int:
     """Tokens that a stage's steps read, repeats counted: in `blocks`, of each block."""
     if step["kind"] == "blocks":
