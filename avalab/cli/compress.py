@@ -290,7 +290,7 @@ def recover(
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)
     if not as_json:
-        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")
+        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before; {qat.loss_change(found)}")
 
 
 def _written(made: Artifact, engines: str) -> str:
