@@ -21,7 +21,8 @@ from avalab.cli.options import AsJson, Force, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run
+from avalab.lab.run import ROOT, Run, load_records
+from avalab.train import recipes
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
 
@@ -146,8 +147,23 @@ def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> Non
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
+    if predicted := artifact.card["measured"]["predicted_kl_divergence"]:
+        print(f"measured is {found.value / predicted:.2f} times the prediction; {_usual_ratios(ROOT / 'results')}")
     if artifact.card["measured"]["note"]:
         print(artifact.card["measured"]["note"])
+
+
+def _usual_ratios(results: Path) -> str:
+    """What measured over predicted was in the study of mixed precision, over all models whose records are here."""
+    ratios = []
+    for path in sorted(results.glob("*/08_mixed_precision.json")):
+        records = [record for record in load_records(path) if record.value and not record.subject.startswith("single ")]
+        predicted = {r.subject: r.value for r in records if r.metric == "predicted_kl_divergence"}
+        measured = [r for r in records if r.metric.startswith("kl_divergence:") and r.subject in predicted]
+        ratios += [record.value / predicted[record.subject] for record in measured]
+    if not ratios:
+        return "no records of how far such predictions are off are here"
+    return f"in the lab's records it was {min(ratios):.2f} to {max(ratios):.2f} times ({len(ratios)} whole files)"
 
 
 def _quality_and_cost(run: Run, base: Artifact, artifact: Artifact) -> None:
@@ -206,6 +222,8 @@ def prune(
     )
     measured = artifact.card["measured"]
     print(f"{artifact.path}: {measured['sparsity']:.1%} of the linear weights gone, {artifact.bytes / 1e6:.1f} MB")
+    if "reached_share" in measured:
+        print(f"layers that were pruned hold {measured['reached_share']:.0%} of all weights")
     if "sparse_bytes" in measured:
         print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
     if benchmark:
@@ -234,7 +252,8 @@ def recover(
     artifact: Annotated[Path, typer.Argument(help="Folder of an rtn, gptq, awq or ava artefact.")],
     out: Annotated[Path, typer.Option(help="Folder of the new artefact, of the same bytes.")],
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the bf16 original; without, the base that lies beside it.")
+        Path | None,
+        typer.Option(help="Folder of the bf16 original; without, the base that its card names."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text to learn from.")] = 8192,
     kind: Annotated[str, typer.Option(help="scales, weights, blocks, torchao, or both: blocks, then scales.")] = "both",
@@ -247,22 +266,26 @@ def recover(
 ) -> None:
     """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
     run = Run("avalab_recover", profile, seed)
-    options.one_of("kind", kind, (*options.TRAINED, "both"))
+    options.one_of("kind", kind, (*recipes.KINDS, "both"))
+    schedule, blocks = recipes.Schedule(learning_rate=learning_rate), recipes.BlockTraining(steps=steps)
     options.new_folder(out, artifact, teacher, force=force)
     start = artifacts.load_artifact(artifact)
+    if start.format != "compressed-tensors":
+        raise InputError(
+            f"{start.name} is in format {start.format!r}; trained are packed codes and scales, as rtn, gptq, "
+            "awq and ava write them for torch (without --format)"
+        )
     from avalab.models import checkpoint
 
     whole = artifacts.load_artifact(teacher) if teacher else checkpoint.base_of(start)
     from avalab.train import qat
-    from avalab.train.loop import Schedule
 
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
-    schedule, blocks = Schedule(learning_rate=learning_rate), qat.BlockTraining(steps=steps)
     if kind == "both":
-        recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
+        recipe = recipes.RoundingRecipe(kind="blocks", schedule=schedule, blocks=blocks)
         between = run.artifacts_dir / f"{start.name}+blocks"
         start = qat.train_quantized(start, whole, read, run=run, out=between, recipe=recipe)
-    recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
+    recipe = recipes.RoundingRecipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
     found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)

@@ -70,10 +70,6 @@ POOLS = ("mean", "logits", "weighted", "cascade")  # of avalab.serve.ensemble: o
 
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
 
-TRAINED = ("scales", "weights", "blocks", "torchao")  # of avalab.train.qat
-
-TARGETS = ("online", "sampled", "topk")  # of avalab.train.distill
-
 KINDS = (  # of examples, of avalab.data.drafts
     *("single_call", "several_candidates", "parallel_calls", "no_function"),
     *("missing_argument", "structured_output", "reasoning", "instruction"),
@@ -232,7 +228,7 @@ def _settle(aside: Path, out: Path) -> None:
 
 def known_model(model: str) -> None:
     """Raise ValueError for a name that is neither an artefact, an asset, a folder with a model, nor a hub id."""
-    if model in ("", EMBEDDED) or _is_artifact(model):
+    if model in ("", EMBEDDED) or is_artifact(model):
         return
     try:
         assets.resolve_model(model)
@@ -273,7 +269,7 @@ def _holds_model(path: Path) -> bool:
 def readable(path: Path) -> Path:
     """The path of an artefact, or of a model that can become one. Raises LabError before anything heavy is imported."""
     there(path)
-    if path.is_dir() and not _is_artifact(str(path)):
+    if path.is_dir() and not is_artifact(str(path)):
         if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
             raise InputError(no_model(path))
         assets.resolve_model(str(path))
@@ -285,7 +281,7 @@ def readable(path: Path) -> Path:
 def source_artifact(model: str | Path, run: Run) -> Artifact:
     """The artefact in the folder `model`, or the base artefact made of any other model; "" is the profile's own."""
     model = str(model)
-    if _is_artifact(model):
+    if is_artifact(model):
         return artifacts.load_artifact(model)
     from avalab.models import checkpoint
 
@@ -309,7 +305,8 @@ def engine_of(artifact: Artifact) -> str:
     return "torch" if "torch" in engines else engines[0]
 
 
-def _is_artifact(model: str) -> bool:
+def is_artifact(model: str) -> bool:
+    """Whether a model is named by the folder of an artefact."""
     return bool(model) and (Path(model) / artifacts.CARD).is_file()
 
 

@@ -198,8 +198,8 @@ def checked_budget(job: Job, model: PreTrainedModel) -> int:
     fits as it is.
     """
     target, budget = checked_target(job.parameters), budget_bytes(checkpoint.parameter_count(model), job.parameters)
-    options = sized_options(job, model)
-    fixed = 0
+    equivalence.refuse_unknown(model, job.parameters["transform"])
+    options, fixed = sized_options(job, model), 0
     if target.format != onnx_graph.FORMAT:  # whose graph takes a minute to build
         with TemporaryDirectory() as scratch:
             fixed = target.fixed_bytes(Work(job, model, target.prepare(job, model, Path(scratch))), options)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from avalab.lab.errors import InputError
 from avalab.models import checkpoint, sizes
@@ -30,25 +29,29 @@ LEAST = 0.5  # of the weights inside the blocks
 PLAIN = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a number that no method has rounded
 
 
-def refuse_unreachable(model: PreTrainedModel, layers: Mapping[str, nn.Linear], what: str, *, partial: bool) -> None:
-    """Raise ValueError where `layers` hold too little of the model's blocks; `what` is the method, for the message."""
-    total, by_class = 0, Counter()
+def refuse_unreachable(
+    model: nn.Module, layers: Mapping[str, nn.Linear], what: str, *, partial: bool, remedy: str
+) -> None:
+    """Raise ValueError where `layers` hold too little of the model's blocks; `what` is the method, for the message.
+
+    `remedy` says how to be content with a part.
+    """
+    total, others = 0, Counter()
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if _in_block(f"{name}.{key}") and parameter.ndim >= 2:
                 total += parameter.numel()
                 if name not in layers:
-                    stacked = " (stacked experts)" if parameter.ndim > 2 else ""
-                    by_class[f"{type(module).__name__}{stacked}"] += parameter.numel()
+                    others[type(module).__name__ + (", stacked" if parameter.ndim > 2 else "")] += parameter.numel()
     share = sum(layer.weight.numel() for layer in layers.values()) / max(1, total)
     if share >= LEAST or (share and partial):
         return
-    kind, count = by_class.most_common(1)[0] if by_class else ("no layers in blocks", 0)
-    remedy = "" if not share else "; --partial compresses that part alone"
+    kind, count = others.most_common(1)[0] if others else ("no blocks of a known form", total)
     raise InputError(
         f"{what} changes linear layers, which hold {share:.0%} of the weights in the blocks of "
-        f"{model.config.model_type} ({kind} {count / max(1, total):.0%}, which would stay in bf16){remedy}; quantisers "
-        "of engines may take the whole model: openvino-int4, onnx-k-quant, gguf-q4_k_m"
+        f"{model.config.model_type} ({kind}: {count / max(1, total):.0%}, which would stay as they are); "
+        + (f"{remedy}; " if share else "")
+        + "the quantisers of engines may take it whole: openvino-int4, onnx-k-quant, gguf-q4_k_m"
     )
 
 

@@ -74,7 +74,8 @@ def base_artifact(run: Run) -> Artifact:
         raise InputError(f"{error} (embedded: {EMBEDDED})") from error
     step = _first_step(source)
     shown = name if Path(run.model).expanduser().is_absolute() else run.model  # a card shows nobody's folders
-    origin = {"name": shown, "sha256": _source_sha256(source)}
+    asset = _asset_of(run.model)
+    origin = {"name": shown, "sha256": _source_sha256(source)} | ({"about": asset.about} if asset else {})
     found = artifacts.find_artifact(name, run.artifacts_dir, [step], origin["sha256"])
     if found:
         return found
@@ -84,7 +85,7 @@ def base_artifact(run: Run) -> Artifact:
         refuse_non_finite(model)
         save_model(model, tokenizer, folder)
 
-    licence = _licence(run.model)
+    licence = asset.licence if asset else "see base"
     return artifacts.write_artifact(
         name, run.artifacts_dir, save, base=origin, recipe=[step], format="bf16", engines=["torch"], licence=licence
     )
@@ -105,10 +106,10 @@ def _first_step(source: Path) -> dict:
     return step | {key: value for key, value in about.items() if value}
 
 
-def _licence(model: str) -> str:
-    """The licence of an asset; the embedded base's cards have always said `see base`."""
-    asset = assets.known_assets().get(model)
-    return asset.licence if asset else "see base"
+def _asset_of(model: str) -> assets.Asset | None:
+    """The asset that a model's name stands for, whose licence is its base's; the embedded base's card says neither."""
+    known = assets.known_assets()
+    return None if model == EMBEDDED else known.get(model) or known.get(f"{model}-gguf")
 
 
 def _source_sha256(source: Path) -> str:
@@ -280,6 +281,7 @@ def base_of(artifact: Artifact) -> Artifact:
     )
 
 
+@stored.headers_read_once()
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
     process.quiet_libraries()
@@ -308,6 +310,11 @@ def forget_quantisation(model: PreTrainedModel) -> None:
 
 
 skeleton = loading.skeleton
+
+
+def context_tokens(artifact: Artifact) -> int:
+    """The most tokens that a model's positions were made for."""
+    return loading.read_config(artifact.path).get_text_config().max_position_embeddings
 
 
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:

@@ -197,8 +197,8 @@ def load(
         )
         options["key_mapping"] = {pattern.replace(r"(^|\.)", ""): "" for pattern in found}
     options["generation_config"] = token_ids(folder, config)
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        options["attn_implementation"] = "eager"  # the fused forms leave the cap out without a word (Gemma 2)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # which the other forms drop without a word
+        options.setdefault("attn_implementation", "eager")
     try:
         model, differences = pretrained(folder, config=config, **options | {"use_safetensors": True})
     except InputError:  # a library's words, which a tensor that is not there may have caused

@@ -35,10 +35,9 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab.lab import artifacts, cache
+from avalab.lab import artifacts, cache, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
@@ -68,17 +67,34 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that any pattern fits: a kind (`attention`, `mlp`), a glob, a name or its end.
 
-    Raises ValueError for a pattern that matches nothing.
+    Raises ValueError for a pattern that matches nothing, saying where such weights are in a model that keeps them
+    elsewhere: in transposed layers (GPT-2), or stacked experts.
     """
     names = list(linear_layers(model))
+    if not names:
+        matrices = [m for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
+        kinds = sorted({type(m).__name__ for m in matrices if not isinstance(m, nn.Embedding | nn.Linear)}) or ["none"]
+        raise InputError(
+            f"{_family(model)} models have no linear layers of torch in their blocks (but {', '.join(kinds)}): "
+            "they can be measured and talked to, not trained or pruned by layer"
+        )
 
     def fits(name: str, pattern: str) -> bool:
         return checkpoint.component(name) == pattern or fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
 
     for pattern in patterns:
         if not any(fits(name, pattern) for name in names):
-            raise InputError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
+            stacked = sorted({name for name, p in model.named_parameters() if p.dim() == 3})
+            why = f" of this {_family(model)} model, whose experts are stacked ({stacked[0]})" if stacked else ""
+            known = [kind for kind in ("attention", "mlp") if any(checkpoint.component(name) == kind for name in names)]
+            raise InputError(
+                f"{pattern!r} matches no linear layer{why}; use {', '.join(known)}, or names like {names[0]}"
+            )
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+
+
+def _family(model: nn.Module) -> str:
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -348,7 +364,7 @@ def measure_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"],
     start = time.perf_counter()
     calls = first_calls(model, walked[0], windows)
     keywords = own_keywords(model, windows)
-    for index, block in enumerate(tqdm(walked, desc="calibration", leave=False)):
+    for index, block in enumerate(process.progress(walked, desc="calibration")):
         if keywords:  # the block's own rotary embedding and mask
             calls = with_keywords(calls, keywords[index])
         if finished[index]:

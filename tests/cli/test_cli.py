@@ -21,10 +21,10 @@ with warnings.catch_warnings():
     from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
     from avalab.models import checkpoint
     from avalab.serve import chat, ensemble
-    from avalab.train import distill, qat
 
 ROOT = lab_run.ROOT
 CHATS = ROOT / "data" / "synthetic_datasets" / "instruction.jsonl"  # the smallest of the lab's own files
+DISTILL = ["distill", "--teacher", "x", "--student", "y", "--out", "z"]
 FINETUNE = ["finetune", "--out", "x", "--profile", "smoke"]
 
 
@@ -71,7 +71,25 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
         ([*FINETUNE, "--data", CHATS, "--target-modules", "experts"], "matches no linear layer"),
         ([*FINETUNE, "--data", CHATS, "--row-tokens", "8"], "no example fits into a row"),
         (["finetune", "--out", "x", "--data", "nothing/here"], "nothing/here"),
-        ([*FINETUNE, "--rank", "0"], "rank is 0"),
+        ([*FINETUNE, "--rank", "0"], "rank is 0; it has to be 1 or more"),
+        ([*FINETUNE, "--epochs", "0"], "number of epochs is 0; it has to be above 0"),
+        ([*FINETUNE, "--epochs", "nan"], "number of epochs is nan"),
+        ([*FINETUNE, "--alpha", "0"], "alpha is 0; it has to be above 0"),
+        ([*FINETUNE, "--dropout", "1"], "dropout is 1; it has to be 0 or more and below 1"),
+        ([*FINETUNE, "--learning-rate", "1e9"], "learning rate is 1e+09; it has to be above 0 and at most 1"),
+        ([*FINETUNE, "--learning-rate", "-1"], "learning rate is -1"),
+        ([*FINETUNE, "--learning-rate", "nan"], "learning rate is nan"),
+        ([*FINETUNE, "--row-tokens", "0"], "number of tokens in a row is 0"),
+        ([*FINETUNE, "--rehearsal", "nan"], "rehearsal is nan; it has to be 0 or more and at most 1"),
+        ([*FINETUNE, "--limit", "-1"], "limit is -1"),
+        ([*FINETUNE, "--target-modules", ""], "no target modules"),
+        ([*DISTILL, "--temperature", "0"], "temperature is 0; it has to be above 0"),
+        ([*DISTILL, "--temperature", "inf"], "temperature is inf"),
+        ([*DISTILL, "--hidden", "-1"], "weights of kl, cross_entropy, hidden and attention are 1, 0, -1, 0"),
+        ([*DISTILL, "--count", "256"], "number of entries a token is 256"),
+        ([*DISTILL, "--targets", "topk", "--reverse", "0.5"], "'topk' targets know forward divergence only"),
+        ([*DISTILL, "--data", "nothing/here"], "no examples at nothing/here"),
+        (["recover", "nothing/here", "--out", "x", "--learning-rate", "2"], "learning rate is 2"),
         (["finetune", "--out", "tests", "--profile", "smoke"], "is not an artefact; name a new folder"),
         (["eval", "nothing/here"], "no artefact at"),
         (["chat", "nothing/here"], "no artefact at"),
@@ -106,7 +124,7 @@ QUICK = [
     ["eval", "nothing/here", "--mode", "mumble"],
     ["compare", "nothing/here", "nothing/there", "--task", "looks"],
     ["synthesize", "--out", "x", "--kinds", "poem"],
-    ["finetune", "--out", "x", "--rank", "0"],
+    *(["finetune", "--out", "x", *wrong] for wrong in (["--rank", "0"], ["--epochs", "0"], ["--learning-rate", "1e9"])),
     ["finetune", "--out", "x", "--data", "nothing/here"],
     ["distill", "--teacher", "http://127.0.0.1:9/v1", "--student", "x", "--out", "y"],
     ["ensemble", "--models", "nothing/here", "--prompt", "hello", "--method", "shout"],
@@ -195,8 +213,6 @@ def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert set(options.CALL_MODES) == answers.MODES.keys()
     assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
-    assert options.TRAINED == qat.KINDS
-    assert set(options.TARGETS) == set(distill.TEACHERS)
     assert set(options.KINDS) == drafts.KINDS.keys()
     assert options.EMBEDDED == checkpoint.EMBEDDED
 
