@@ -191,7 +191,8 @@ def format_and_engines(parameters: Mapping, count: int, folder: Path) -> tuple[s
     target = checked_target(parameters)
     if _holds_whole(parameters, budget_bytes(count, parameters), folder):
         return BF16, ("torch",)
-    return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), target.engines
+    named = ("openvino",) if parameters["format"] == "gguf" and parameters["engine"] == "openvino" else ()
+    return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), (*named, *target.engines)
 
 
 def budget_label(parameters: Mapping) -> str:

@@ -139,12 +139,26 @@ def gguf_file(folder: Path) -> Path:
     return files[0]
 
 
-def check_dense(folder: Path, weights: str, *, known: Sequence[str], form: str) -> None:
-    """Raise ValueError for weights that a form of export does not have, or a model that is quantised already."""
+def check_source(folder: Path, weights: str, *, known: Sequence[str], form: str, packed: str = "") -> None:
+    """Raise ValueError for weights that a form of export does not have, or a model that it cannot read.
+
+    `packed` is what a compressed-tensors artefact may be exported as: nothing, one of the weights, or "any".
+    """
     if weights not in known:
         raise InputError(f"no weights {weights!r} for {form}; choose one of {', '.join(known)}")
-    if artifact_kind(folder) != "dense":
-        raise InputError(f"{folder.name} is {artifact_kind(folder)}; export the dense model that it was made from")
+    found = artifact_kind(folder)
+    if found == "dense" and weights != gguf.KEPT:
+        return
+    if found == "compressed-tensors" and packed in ("any", weights):
+        return
+    if weights == gguf.KEPT:
+        raise InputError(
+            f"{folder.name} is {found} and holds no packed integers to keep; rtn, gptq, awq and ava make some"
+        )
+    way = f"export its integers with weights {packed}, or" if found == "compressed-tensors" and packed else "export"
+    raise InputError(
+        f"{folder.name} is {found}, and {form} is made of dense models; {way} the model that it was made from"
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ float32, where transformers rounds that product to bf16.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,9 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", precision]
         command = [*builder, "-i", str(folder.resolve()), "-o", str(out.resolve()), "-c", cache]
         command += ["--extra_options", *options] if options else []
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, timeout=LIMIT_SECONDS)
+        # Without git the builder takes its release for the producer's; with it, the revision of whatever is around it.
+        here = os.environ | {"GIT_DIR": os.devnull}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, env=here, timeout=LIMIT_SECONDS)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         if REFUSAL in last:

@@ -29,7 +29,7 @@ from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
-from avalab.models import stored
+from avalab.models import gguf_layout, stored
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -212,6 +212,22 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
     return model.eval()
 
 
+def load_dense(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model of a dense folder, or of a compressed-tensors one decoded into plain linear layers."""
+    model = load_model(folder, dtype=dtype)
+    if not stored.quantization_of(folder):
+        return model
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    decoded = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(decoded[name])
+    return plain.eval()
+
+
 def base_of(adapter: Artifact) -> Artifact:
     """The artefact that an adapter was trained on: the one of that name in the same folder.
 
@@ -230,6 +246,10 @@ def base_of(adapter: Artifact) -> Artifact:
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
     process.quiet_libraries()
+    if (gguf.parent / "config.json").is_file():  # which says more than transformers reads from a file, of more families
+        config = AutoConfig.from_pretrained(gguf.parent)
+        if config.model_type in gguf_layout.FAMILIES:
+            return gguf_layout.read_back(gguf, config), load_tokenizer(gguf.parent)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if model.config.model_type in stored.SENTENCEPIECE_FAMILIES:
         tokenizer = stored.sentencepiece_tokenizer(gguf)
