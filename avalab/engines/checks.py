@@ -45,6 +45,8 @@ LARGEST = 2**28  # logits that an engine may have to hand over: a GiB
 
 FLOOR, FACTOR = 2e-3, 3.0
 
+OPTIONS = {"torch": {"dtype": torch.float32}, "llamacpp": {"context": LONGEST + GREEDY}}
+
 MARGIN = 6.0  # times the tolerance: logits of two tokens that may change places
 
 COARSE = ("", "bf16", *(name for name, row in block_types.FORMATS.items() if row.scale_rule))
@@ -122,7 +124,7 @@ def _opened(folder: Path, engines: Collection[str]):
     """The folder in the first engine that is installed. Raises EngineUnavailable, the last one's, where none is."""
     for engine in engines:
         try:  # by its name: the engines' own files import this one
-            options = {"dtype": torch.float32} if engine == "torch" else {}
+            options = OPTIONS.get(engine, {})
             return importlib.import_module(f"avalab.engines.{engine}").load(folder, **options)
         except Unavailable:
             if engine == [*engines][-1]:

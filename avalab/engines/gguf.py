@@ -1,34 +1,25 @@
-"""GGUF files of the Llama and Qwen families: what llama.cpp, Ollama and OpenVINO GenAI read, from an HF artefact.
+"""GGUF files of the families in `gguf_layout`: what llama.cpp, Ollama and OpenVINO GenAI read, from an HF artefact.
 
 1. `write` makes an artefact: the file, configuration and tokenizer, and a `Modelfile` for Ollama.
-2. Header: sizes, rotary base and norm epsilon from config.json; tokens, merges and chat template from the tokenizer
-   beside the weights. Readers know ways of cutting text by name (`tokenizer.ggml.pre`): it is found from the pattern.
-3. Tensors under the names of gguf's own table. Llama's query and key rows are re-ordered: the file's rotary embedding
-   turns neighbouring channels, transformers' turns channel i with channel i + head_dim / 2.
-4. Linear weights in one block type (`BLOCKS`). Norms and biases stay float32, as every reader expects. Embedding and
+2. Header and order of tensors are those of the family (`models.gguf_layout`), tokens, merges and chat templates those
+   of the tokenizer beside the weights (`models.gguf_tokenizer`).
+3. Linear weights in one block type (`BLOCKS`). Norms and biases stay float32, as every reader expects. Embedding and
    head have 8 bits where the linear weights have 4 or 5; a row that 32 does not divide stays float16.
-5. `kept` writes a packed checkpoint without rounding again: each layer in the smallest type of `RANGES` that holds its
-   whole steps. Scales go from bfloat16 to float16, which holds them unless they are tiny; a minimum, scale times least
-   step, is rounded to float16. GGUF has no groups of 64 or 128, and nothing between five and eight bits but
-   super-blocks of 256, so that grids of 6 and 7 bits take 8.5 bits a weight.
-6. `check` walks a file's header and compares the end of each tensor with the file's: engines map a file and trust it,
-   and a truncated one ends a process or gives weights of zeros. (gguf's own reader takes 12 s for the header of a
-   vocabulary of 150,000 entries, this one 0.2 s.)
+4. `kept` writes a packed checkpoint without rounding again: each layer in the smallest type of `RANGES` that holds its
+   values exactly. Scales go from bfloat16 to float16, which holds them unless they are tiny; a minimum, scale times
+   least step, often has a bit more than float16, and five bits without minimums are taken for four with. What no type
+   holds, or groups that 32 does not divide, is stored as the values that transformers decodes. GGUF has nothing
+   between five and eight bits but super-blocks of 256, so that grids of 6 and 7 bits take 8.5 bits a weight.
 
-Source: the GGUF specification, versions 2 and 3; names and keys by the gguf package. What is refused by name: K types
-(see `llamacpp`), SentencePiece and unigram tokenizers, scaled rotary embeddings, experts.
+Source: the GGUF specification, versions 2 and 3; names and keys by the gguf package. K types: see `llamacpp`.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import shutil
-import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +83,7 @@ def write(artifact: Artifact, block: str = "q8_0", *, out: Path | None = None) -
         file = folder / f"{artifact.name}.{block}.gguf"
         export(artifact.path, file, block)
         copy_beside(artifact.path, folder, context=gguf_layout.context_of(config))
-        return {"types": dict(sorted(check(file).items())), **_context_note(config)}
+        return {"types": dict(sorted(gguf_layout.check(file).items())), **_context_note(config)}
 
     if block == KEPT:  # the source's values are rounded to bf16, the file's are not
         allowed = Check({"llamacpp": "q8_0", "torch": "bf16"})
@@ -361,122 +352,8 @@ def _bytes_of_steps(
     return block_types.pack_blocks(Encoded(format, codes.to(dtype), each.half(), minimums))
 
 
-# --- whether a file is whole -----------------------------------------------------------------------------------------
-
-FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
-
-STRING, ARRAY, ALIGNMENT = 8, 9, "general.alignment"
-
-
-class _Header:
-    """The header of a file, read from its beginning; `at` is where to read next. Raises struct.error for damage."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.values = data, 8, {}  # those that are no lists, by key
-
-    def number(self, form: str) -> float:
-        """The next little-endian number of a form of `struct`."""
-        (value,) = struct.unpack_from(f"<{form}", self.data, self.at)
-        self.at += struct.calcsize(f"<{form}")
-        return value
-
-    def text(self) -> str:
-        """The next string."""
-        size = self.number("Q")
-        self.skip(size)
-        return self.data[self.at - size : self.at].decode(errors="replace")
-
-    def value(self, kind: int) -> float | str | None:
-        """The next value of a type; nothing for a list, which is passed over with its members."""
-        if kind in FORMS:
-            return self.number(FORMS[kind])
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY:
-            raise struct.error(f"a value of unknown type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in FORMS:
-            self.skip(struct.calcsize(FORMS[inner]) * count)
-        elif inner in (STRING, ARRAY):
-            for _ in range(self.counted(count)):
-                self.value(inner)
-        else:
-            raise struct.error(f"a list of unknown type {inner}")
-        return None
-
-    def skip(self, size: int) -> None:
-        """Pass over bytes."""
-        if self.at + size > len(self.data):
-            raise struct.error("a list goes on beyond the end")
-        self.at += size
-
-    def counted(self, count: int) -> int:
-        """A number of parts, of which each takes a byte or more."""
-        if count > len(self.data):
-            raise struct.error(f"it says that {count} parts follow")
-        return count
-
-    def tensors(self) -> list[tuple[str, int, int, int]]:
-        """(name, elements, type, first byte) of every tensor."""
-        if self.data[:4] != b"GGUF":
-            raise struct.error("it does not begin with GGUF")
-        count, pairs = self.number("Q"), self.number("Q")
-        for _ in range(self.counted(pairs)):
-            key = self.text()
-            self.values[key] = self.value(self.number("I"))
-        found = []
-        for _ in range(self.counted(count)):
-            name, dimensions = self.text(), self.number("I")
-            elements = prod(self.number("Q") for _ in range(self.counted(dimensions)))
-            found.append((name, elements, self.number("I"), self.number("Q")))
-        alignment = self.values.get(ALIGNMENT, 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise struct.error(f"its alignment is {alignment!r}")
-        start = -(-self.at // alignment) * alignment
-        return [(name, elements, kind, start + offset) for name, elements, kind, offset in found]
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself: values by key, lists left out, and the type of every tensor by name."""
-
-    values: dict[str, float | str | None]
-    types: dict[str, str]
-
-
-def check(file: Path) -> Counter[str]:
-    """How many tensors of a file have which type, such as {"f32": 5, "q8_0": 30}; raises as `read_header` does."""
-    return Counter(read_header(file).types.values())
-
-
-def read_header(file: Path) -> Header:
-    """The header of a whole file.
-
-    Raises ValueError naming file, offset and tensor for one that is no GGUF, truncated, or has tensors of unknown type.
-    """
-    import gguf
-
-    if not (size := file.stat().st_size):
-        raise InputError(f"{file} is damaged: it is empty")
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = _Header(data)
-        try:
-            tensors = header.tensors()
-        except (struct.error, OverflowError) as error:
-            raise InputError(f"{file} is damaged: its header breaks off at byte {header.at} ({error})") from error
-    types = {}
-    for name, elements, kind, start in tensors:
-        if kind not in list(gguf.GGMLQuantizationType):
-            raise InputError(f"{file}: tensor {name} at byte {start} has the unknown type {kind}")
-        types[name] = gguf.GGMLQuantizationType(kind).name.lower()
-        weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        if (end := start + elements // weights * block_bytes) > size:
-            raise InputError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
-    return Header(header.values, types)
-
-
 def block_of_file(file: Path) -> str:
     """The block type of `BLOCKS` that a file was written in; nothing for a file of other or mixed types."""
-    types = check(file).keys() - {"f32"}
+    types = gguf_layout.check(file).keys() - {"f32"}
     eight = {"q8_0"} if any(kind.startswith("q") for kind in types) else set()
     return next((block for block in BLOCKS[1:] if {block} | eight == types | eight), "") if types else "f32"

@@ -50,6 +50,8 @@ BESIDE = ("config.json", "generation_config.json")
 
 LIMIT_SECONDS = 3600
 
+DEFECTS = ("KeyError", "AttributeError", "TypeError", "NotImplementedError")  # what the builder ends with, otherwise
+
 REFUSAL = "not currently supported"  # of the builder, for a family of models
 
 
@@ -73,6 +75,12 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
             raise InputError(
                 f"{folder.name}: {last.partition(': ')[2] or last} That is said by ONNX Runtime GenAI's builder; "
                 "packed artefacts stay readable in transformers and vLLM, and `avalab export` writes gguf and openvino"
+            )
+        if last.partition(":")[0] in DEFECTS:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+            raise InputError(
+                f"{folder.name} is a {kind} of a kind that ONNX Runtime GenAI's builder cannot read ({last}); "
+                "`avalab export` writes gguf, aot and onnx"
             )
         raise ProcessFailed(f"the ONNX model builder failed on {folder.name}: {last}")
     for name in BESIDE:

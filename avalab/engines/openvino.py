@@ -122,7 +122,7 @@ UNREAD = ("Unsupported quantization type", "gguf_tensor_to_f16 failed")
 
 def refuse_unread(file: Path) -> None:
     """Raise NotSupported for a GGUF file that GenAI refuses, or of which it would compute another model in silence."""
-    header = gguf_file.read_header(file)
+    header = gguf_layout.read_header(file)
     family = header.values.get("general.architecture")
     biases = family == "llama" and any(name.endswith(".bias") for name in header.types)
     if family not in gguf_file.OPENVINO_READS:

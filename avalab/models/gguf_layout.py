@@ -8,6 +8,9 @@
    themselves (which layers slide, or have no rotary embedding) is compared with the configuration.
 3. Frequencies that are no formula are tensors of the file (`extra_tensors`): Llama 3's factors, Phi-3's long and short.
 4. `read_back` is the inverse: the file's numbers in a model of the configuration beside it, whatever the family.
+5. `read_header` walks a file's header and compares the end of each tensor with the file's: engines map a file and trust
+   it, and a truncated one ends a process or gives weights of zeros. (gguf's own reader takes 12 s for the header of a
+   vocabulary of 150,000 entries, this one 0.2 s.)
 
 Readers of some families know no window: `context_of` then ends the context where the window does, so that the file
 computes what the model computes. Source: the GGUF specification, gguf 0.19 and llama.cpp's model definitions.
@@ -16,6 +19,9 @@ computes what the model computes. Source: the GGUF specification, gguf 0.19 and 
 from __future__ import annotations
 
 import math
+import mmap
+import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,3 +367,117 @@ def read_back(file: Path, config: PreTrainedConfig) -> PreTrainedModel:
         with torch.no_grad():
             parameter.copy_(found.reshape(parameter.shape))
     return nn.Module.eval(model)
+
+
+# --- whether a file is whole -----------------------------------------------------------------------------------------
+
+FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
+
+STRING, ARRAY, ALIGNMENT = 8, 9, "general.alignment"
+
+
+class _Header:
+    """The header of a file, read from its beginning; `at` is where to read next. Raises struct.error for damage."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at, self.values = data, 8, {}  # those that are no lists, by key
+
+    def number(self, form: str) -> float:
+        """The next little-endian number of a form of `struct`."""
+        (value,) = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return value
+
+    def text(self) -> str:
+        """The next string."""
+        size = self.number("Q")
+        self.skip(size)
+        return self.data[self.at - size : self.at].decode(errors="replace")
+
+    def value(self, kind: int) -> float | str | None:
+        """The next value of a type; nothing for a list, which is passed over with its members."""
+        if kind in FORMS:
+            return self.number(FORMS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise struct.error(f"a value of unknown type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in FORMS:
+            self.skip(struct.calcsize(FORMS[inner]) * count)
+        elif inner in (STRING, ARRAY):
+            for _ in range(self.counted(count)):
+                self.value(inner)
+        else:
+            raise struct.error(f"a list of unknown type {inner}")
+        return None
+
+    def skip(self, size: int) -> None:
+        """Pass over bytes."""
+        if self.at + size > len(self.data):
+            raise struct.error("a list goes on beyond the end")
+        self.at += size
+
+    def counted(self, count: int) -> int:
+        """A number of parts, of which each takes a byte or more."""
+        if count > len(self.data):
+            raise struct.error(f"it says that {count} parts follow")
+        return count
+
+    def tensors(self) -> list[tuple[str, int, int, int]]:
+        """(name, elements, type, first byte) of every tensor."""
+        if self.data[:4] != b"GGUF":
+            raise struct.error("it does not begin with GGUF")
+        count, pairs = self.number("Q"), self.number("Q")
+        for _ in range(self.counted(pairs)):
+            key = self.text()
+            self.values[key] = self.value(self.number("I"))
+        found = []
+        for _ in range(self.counted(count)):
+            name, dimensions = self.text(), self.number("I")
+            elements = prod(self.number("Q") for _ in range(self.counted(dimensions)))
+            found.append((name, elements, self.number("I"), self.number("Q")))
+        alignment = self.values.get(ALIGNMENT, 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise struct.error(f"its alignment is {alignment!r}")
+        start = -(-self.at // alignment) * alignment
+        return [(name, elements, kind, start + offset) for name, elements, kind, offset in found]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: values by key, lists left out, and the type of every tensor by name."""
+
+    values: dict[str, float | str | None]
+    types: dict[str, str]
+
+
+def check(file: Path) -> Counter[str]:
+    """How many tensors of a file have which type, such as {"f32": 5, "q8_0": 30}; raises as `read_header` does."""
+    return Counter(read_header(file).types.values())
+
+
+def read_header(file: Path) -> Header:
+    """The header of a whole file.
+
+    Raises ValueError naming file, offset and tensor for one that is no GGUF, truncated, or has tensors of unknown type.
+    """
+    import gguf
+
+    if not (size := file.stat().st_size):
+        raise InputError(f"{file} is damaged: it is empty")
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = _Header(data)
+        try:
+            tensors = header.tensors()
+        except (struct.error, OverflowError) as error:
+            raise InputError(f"{file} is damaged: its header breaks off at byte {header.at} ({error})") from error
+    types = {}
+    for name, elements, kind, start in tensors:
+        if kind not in list(gguf.GGMLQuantizationType):
+            raise InputError(f"{file}: tensor {name} at byte {start} has the unknown type {kind}")
+        types[name] = gguf.GGMLQuantizationType(kind).name.lower()
+        weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        if (end := start + elements // weights * block_bytes) > size:
+            raise InputError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
+    return Header(header.values, types)

@@ -12,15 +12,14 @@ default of transformers' class, and counts only where nothing else names an end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError
+from avalab.models import loading
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
 
@@ -39,7 +38,7 @@ def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
         tokenizer = source
     elif tokenizer is None:
         assert isinstance(source, Artifact | Path), "a model or a configuration has no tokenizer of its own"
-        tokenizer = AutoTokenizer.from_pretrained(_folder(source))
+        tokenizer = loading.read_tokenizer(_folder(source))
     words = set(tokenizer.get_vocab().values())
     marked = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     named = dict.fromkeys([*_turn_end(tokenizer), *_configured(source)])
@@ -90,23 +89,11 @@ def _configured(source: Source) -> Iterator[int]:
     elif isinstance(source, PreTrainedConfig):
         told = [getattr(source.get_text_config(), "eos_token_id", None)]
     else:
-        told = [_read(_folder(source) / name) for name in ("generation_config.json", "config.json")]
+        files = (_folder(source) / name for name in (loading.GENERATION, "config.json"))
+        told = [loading.told_ids(file, "eos_token_id") for file in files]
     for found in told:
         yield from found if isinstance(found, list) else [] if found is None else [found]
 
 
 def _folder(source: Artifact | Path) -> Path:
     return source.path if isinstance(source, Artifact) else source
-
-
-def _read(file: Path) -> int | list[int] | None:
-    if not file.is_file():
-        return None
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        found = described.get("eos_token_id", described.get("text_config", {}).get("eos_token_id"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file} is damaged: {error}") from error
-    if found is not None and not all(isinstance(i, int) for i in (found if isinstance(found, list) else [found])):
-        raise InputError(f"{file} has eos_token_id {found!r}; it is a number or a list of numbers")
-    return found

@@ -21,9 +21,9 @@ from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import TINY
 from avalab.kernels import block_types, formats
 from avalab.kernels.block_types import Steps
-from avalab.lab import process
+from avalab.lab import llamacpp_library, process
 from avalab.lab.errors import InputError
-from avalab.models import checkpoint
+from avalab.models import checkpoint, gguf_layout
 
 TEXTS = ("def area(width, height):\n    return 12 * 345", "<|im_start|>user\nHéllo 2026!<|im_end|>\n")
 READ_TEXTS = (
@@ -39,7 +39,7 @@ every_reader = pytest.mark.parametrize(
     "name",
     [
         pytest.param("openvino", marks=pytest.mark.needs("openvino_genai")),
-        pytest.param("llamacpp", marks=pytest.mark.needs("llama_cpp")),
+        pytest.param("llamacpp", marks=pytest.mark.needs("xllamacpp")),
     ],
 )
 
@@ -305,7 +305,7 @@ def whole(tmp_path_factory) -> bytes:
 def refusal(file: Path) -> str:
     """What is said of a file, nothing where it is read."""
     try:
-        gguf_file.check(file)
+        gguf_layout.check(file)
     except InputError as error:
         return str(error)
     return ""
@@ -410,10 +410,9 @@ def test_a_closed_engine_of_another_library_says_so(name, made, prompt):
 
 def token_ids_of_llamacpp(request: dict) -> dict:
     """In a process of its own: what llama.cpp's tokenizer makes of a text."""
-    from llama_cpp import Llama
-
-    model = Llama(request["file"], vocab_only=True, verbose=False)
-    return {"ids": model.tokenize(request["text"].encode(), add_bos=False, special=True)}
+    library = llamacpp_library.opened(llamacpp_library.find())
+    model = llamacpp_library.Model(library, Path(request["file"]), context=32, batch=32, threads=1)
+    return {"ids": model.token_ids(request["text"])}
 
 
 def token_ids_of_openvino(request: dict) -> dict:
