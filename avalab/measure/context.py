@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 
 from avalab import engines
-from avalab.engines import llamacpp, llamacpp_library
-from avalab.lab import artifacts, statistics, trackers
+from avalab.engines import llamacpp
+from avalab.lab import artifacts, llamacpp_library, statistics, trackers
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, load_average
