@@ -5,8 +5,9 @@
 2. What the process prints goes to a file, whose last line explains a crash. An exception comes back as its name and
    message; a process that is killed, crashes in native code or takes too long becomes a RuntimeError in one line.
 3. The package imports this module first, and it sets the log levels of libraries that warn of what no reader can act
-   on (GPU libraries that torchao cannot load, a CPU kernel that bitsandbytes would fetch): a deliberate exception to
-   "importing does nothing", since later is too late. The level of a logger that a user has configured stays.
+   on (GPU libraries that torchao cannot load, a CPU kernel that bitsandbytes would fetch, advice of torch.fx to the
+   libraries that call it): a deliberate exception to "importing does nothing", since later is too late. The level of a
+   logger that a user has configured stays.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from avalab import kernels
 from avalab.compress import libraries, quantize
 from avalab.compress.libraries import Job
-from avalab.engines import engine, llamacpp_library
+from avalab.engines import engine
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
 from avalab.models import checkpoint
