@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from avalab.cli import options
-from avalab.cli.options import AsJson, Model, Profile, Seed
+from avalab.cli.options import AsJson, Force, Model, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, MissingFile
@@ -103,6 +103,7 @@ def finetune(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train an adapter on chats and merge it; stopped, it goes on from the last checkpoint when run again."""
     run = Run("avalab_finetune", profile, seed, model)
@@ -119,8 +120,9 @@ def finetune(
         row_tokens=row_tokens,
         schedule=Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2),
     )
-    options.new_folder(out)
     options.known_model(model)
+    merged_from = f"{run.name_of_model}+{method}-{out.name}"
+    options.new_folder(out, model, force=force, made_by={"step": "merge"}, base=merged_from)
     _refuse_format(model, FINETUNED[method], f"finetune --method {method}")
     if data and not data.exists():
         raise MissingFile(f"no examples at {data}")
@@ -133,8 +135,7 @@ def finetune(
     chosen, held_out, tokens = _fitting(start, examples, row_tokens, limit, run, as_json)
     recipe = replace(recipe, rehearsal_tokens=int(rehearsal * tokens))
     _tell(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal", as_json)
-    name = f"{start.name}+{method}-{out.name}"
-    adapter = finetune.train_adapter(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
+    adapter = finetune.train_adapter(start, chosen, run=run, name=merged_from, recipe=recipe, held_out=held_out)
     merged = adapters.merge_adapters(adapter, name=out.name, directory=out.resolve().parent)
     finetune.record_training(run, out.name, adapter)
     options.print_records(run, as_json)
@@ -244,6 +245,7 @@ def distill(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train a smaller model towards a larger one; stopped, it goes on from its last checkpoint when run again."""
     run, by_text = Run("avalab_distill", profile, seed), _is_url(teacher)
@@ -271,6 +273,7 @@ def distill(
     _refuse_format(student, DISTILLED if rank else DISTILLED[:1], f"distill --rank {rank}")
     if not by_text:
         options.known_model(teacher)
+    options.new_folder(out, student, None if by_text else teacher, force=force)
     from avalab.models import adapters
     from avalab.train import distill, finetune
 
@@ -292,8 +295,8 @@ def distill(
 
 def _adapter_name(student: Artifact, out: Path, rank: int) -> str:
     """Where training writes, beside the student; ValueError where the result could not be `out`."""
-    options.new_folder(out)
     if student.format == "bf16" and rank:
+        options.new_folder(out, made_by={"step": "merge"}, base=f"{out.name}-adapter")
         return f"{out.name}-adapter"
     if student.path.resolve().parent != out.resolve().parent:
         raise InputError(f"what is trained of {student.name} belongs beside it; use --out {student.path.parent}/NAME")

@@ -200,6 +200,11 @@ def int8_rows(
     return (table.float() / scales.float()).round().clamp(-127, 127).to(torch.int8), scales
 
 
+def int8_rows_bytes(table: Tensor, *, tied: bool) -> int:
+    """Bytes of a table in int8 rows; a tied head repeats the scales."""
+    return table.numel() + 2 * len(table) * (2 if tied else 1)
+
+
 def _int8_tensors(table: Tensor, readers: list[str]) -> dict[str, Tensor]:
     """Codes under the name of the first reader, and scales for each: a tied head shares the codes."""
     codes, scales = int8_rows(table)

@@ -7,6 +7,9 @@
    that has a successor, its negative log-likelihood, the KL divergence KL(reference || candidate) of the next-token
    distributions, and whether both rank the same token first.
 
+Embeddings are padded to round numbers of rows, not always to the same one: where the rows of two models differ, both
+distributions are taken over the tokenizer's words, which they share. Models of different words are never compared.
+
 What a family does behind its head, scaling logits (Granite, Cohere) or capping them (Gemma 2), is its `Finish`. Logits
 are never taken for the head's product unseen: `output_head` compares both on a few tokens, once a model, and refuses.
 
@@ -79,6 +82,7 @@ class Reference:
     head: nn.Module
     finish: Finish
     identity: str  # of base and windows together
+    words: int  # of the tokenizer: rows of the head beyond them are padding
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,27 @@ def make_reference(base: Artifact, windows: Int[Tensor, "window time"], cache: P
     """The base's hidden states on these windows, computed once and kept in `cache`."""
     hidden, head, finish = cached_hidden_states(base, windows, cache, device)
     identity = artifacts.combined_sha256([("base", base.sha256), ("windows", windows_sha256(windows))])
-    return Reference(base, windows, hidden, head, finish, identity)
+    words = max(checkpoint.load_tokenizer(base).get_vocab().values()) + 1
+    return Reference(base, windows, hidden, head, finish, identity, words)
+
+
+def refuse_other_words(base: Artifact, candidate: Artifact | Path) -> None:
+    """Raise InputError where two models do not share a tokenizer's words: their predictions cannot be compared."""
+    if isinstance(candidate, Artifact) and _tokenizer_sha256(base) == _tokenizer_sha256(candidate) != "":
+        return
+    name = candidate.name
+    ours, theirs = (checkpoint.load_tokenizer(model).get_vocab() for model in (candidate, base))
+    if ours == theirs:
+        return
+    shown = min(ours.items() ^ theirs.items(), key=lambda word: (word[1], word[0]))
+    raise InputError(
+        f"{name} ({len(ours):,} words) and {base.name} ({len(theirs):,}) have different tokenizers, from "
+        f"{shown[0]!r} (id {shown[1]}) on: their predictions cannot be compared; compare models of one family"
+    )
+
+
+def _tokenizer_sha256(artifact: Artifact) -> str:
+    return next((file["sha256"] for file in artifact.card["files"] if file["name"] == "tokenizer.json"), "")
 
 
 def cached_hidden_states(
@@ -149,9 +173,23 @@ def _score_windows(candidates: Iterable[Candidate], against: Reference) -> Token
         for rows in chunks(len(window) - 1):
             ours = candidate(rows)
             theirs = log_probabilities(expected[rows], head, finish).to(ours.device)
+            ours, theirs = _over_shared_words(ours, theirs, against)
             parts.append([c.cpu() for c in token_scores(ours, theirs, window[1:][rows].to(ours.device))])
         scored.append([torch.cat(column) for column in zip(*parts, strict=True)])
     return TokenScores(*(torch.stack(column) for column in zip(*scored, strict=True)))
+
+
+def _over_shared_words(ours: Tensor, theirs: Tensor, against: Reference) -> tuple[Tensor, Tensor]:
+    """Both distributions as they are where they have equal many rows, else of the tokenizer's words alone."""
+    rows = min(ours.shape[-1], theirs.shape[-1])
+    if ours.shape[-1] == theirs.shape[-1]:
+        return ours, theirs
+    if rows < against.words:
+        raise InputError(
+            f"a head of {rows:,} rows cannot be compared with {against.base.name}, whose tokenizer has "
+            f"{against.words:,} words"
+        )
+    return tuple(part[..., : against.words].log_softmax(-1) for part in (ours, theirs))
 
 
 def chunks(tokens: int) -> Iterator[slice]:
