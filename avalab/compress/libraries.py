@@ -180,8 +180,9 @@ def llmcompressor(job: Job) -> PreTrainedModel:
     from loguru import logger
 
     model, recipe, data = _load(job), _modifiers(job), {}
-    for chatty in ("llmcompressor", "compressed_tensors"):  # each of whose modules, once imported, enables them again
+    for chatty in ("llmcompressor", "compressed_tensors"):
         logger.disable(chatty)
+    quiet = patch.dict("os.environ", LLM_COMPRESSOR_LOG_DISABLED="true")  # `oneshot` would enable it again
     if job.calibration is not None:
         rows = {"input_ids": job.calibration.tolist(), "attention_mask": torch.ones_like(job.calibration).tolist()}
         samples, length = job.calibration.shape
@@ -198,7 +199,7 @@ def llmcompressor(job: Job) -> PreTrainedModel:
             f"{job.method} folds scales into norms that blocks of {family} do not have; use gptq, rtn or ava"
         )
     try:  # it draws the order of the samples from the global generators
-        with pinning, torch.random.fork_rng(), _seeded(job.seed):
+        with quiet, pinning, torch.random.fork_rng(), _seeded(job.seed):
             oneshot(model=model, recipe=recipe, **data)
     except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
