@@ -22,6 +22,7 @@ from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import ROOT, Run, load_records
+from avalab.train import recipes
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
 
@@ -113,8 +114,8 @@ def quantize(
         print(reached)
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)
-    if benchmark and _engine(artifact) != "torch":
-        print(f"its speed: avalab bench {artifact.path} --engine {_engine(artifact)}")
+    if benchmark and options.engine_of(artifact) != "torch":
+        print(f"its speed: avalab bench {artifact.path} --engine {options.engine_of(artifact)}")
     elif benchmark:
         _quality_and_cost(run, base, artifact)
 
@@ -132,12 +133,6 @@ def byte_count(size: str, least: int = 0) -> int:
     return count
 
 
-def _engine(artifact: Artifact) -> str:
-    """The engine that scores an artefact: torch where it can."""
-    engines = artifact.card["engines"]
-    return "torch" if "torch" in engines else engines[0]
-
-
 def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> None:
     """What the allocation expected to lose, what the artefact loses in its engine on a text, and its notes."""
     from avalab.data import corpora
@@ -148,7 +143,7 @@ def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> Non
     tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.evaluation_text(run.profile.eval_texts[0], tokenizer)
     against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
-    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
+    kl = quality.score_artifact(artifact, against, cache, run.device, engine=options.engine_of(artifact)).kl
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
@@ -257,7 +252,8 @@ def recover(
     artifact: Annotated[Path, typer.Argument(help="Folder of an rtn, gptq, awq or ava artefact.")],
     out: Annotated[Path, typer.Option(help="Folder of the new artefact, of the same bytes.")],
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the bf16 original; without, the base that lies beside it.")
+        Path | None,
+        typer.Option(help="Folder of the bf16 original; without, the base that its card names."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text to learn from.")] = 8192,
     kind: Annotated[str, typer.Option(help="scales, weights, blocks, torchao, or both: blocks, then scales.")] = "both",
@@ -270,21 +266,26 @@ def recover(
 ) -> None:
     """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
     run = Run("avalab_recover", profile, seed)
-    options.one_of("kind", kind, (*options.TRAINED, "both"))
+    options.one_of("kind", kind, (*recipes.KINDS, "both"))
+    schedule, blocks = recipes.Schedule(learning_rate=learning_rate), recipes.BlockTraining(steps=steps)
     options.new_folder(out, artifact, teacher, force=force)
     start = artifacts.load_artifact(artifact)
-    whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
+    if start.format != "compressed-tensors":
+        raise InputError(
+            f"{start.name} is in format {start.format!r}; trained are packed codes and scales, as rtn, gptq, "
+            "awq and ava write them for torch (without --format)"
+        )
     from avalab.models import checkpoint
+
+    whole = artifacts.load_artifact(teacher) if teacher else checkpoint.base_of(start)
     from avalab.train import qat
-    from avalab.train.loop import Schedule
 
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
-    schedule, blocks = Schedule(learning_rate=learning_rate), qat.BlockTraining(steps=steps)
     if kind == "both":
-        recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
+        recipe = recipes.RoundingRecipe(kind="blocks", schedule=schedule, blocks=blocks)
         between = run.artifacts_dir / f"{start.name}+blocks"
         start = qat.train_quantized(start, whole, read, run=run, out=between, recipe=recipe)
-    recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
+    recipe = recipes.RoundingRecipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
     found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)
@@ -376,7 +377,7 @@ CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matr
 
 
 def export(
-    artifact: options.ArtifactFolder,
+    artifact: options.ModelPath,
     to: Annotated[str, typer.Option(help="Format: " + ", ".join(EXPORTERS) + ".")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
@@ -393,8 +394,8 @@ def export(
     if calibrate and not row.calibrated:
         able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
         raise InputError(f"{to} takes no calibration text; {able} do")
-    found, windows = artifacts.load_artifact(artifact), None
     options.new_folder(out, artifact, force=force)
+    found, windows = options.source_artifact(options.readable(artifact), run), None
     if calibrate:
         from avalab.data import corpora
         from avalab.models import checkpoint

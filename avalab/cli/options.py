@@ -7,12 +7,14 @@ the tables that they name would import torch first. A test holds each list to it
 from __future__ import annotations
 
 import atexit
+import difflib
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +23,7 @@ import typer
 
 from avalab.lab import artifacts, assets
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError
+from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import Run
 
 EMBEDDED = "smollm2-135m-instruct"  # of avalab.models.checkpoint
@@ -68,10 +70,6 @@ POOLS = ("mean", "logits", "weighted", "cascade")  # of avalab.serve.ensemble: o
 
 VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
 
-TRAINED = ("scales", "weights", "blocks", "torchao")  # of avalab.train.qat
-
-TARGETS = ("online", "sampled", "topk")  # of avalab.train.distill
-
 KINDS = (  # of examples, of avalab.data.drafts
     *("single_call", "several_candidates", "parallel_calls", "no_function"),
     *("missing_argument", "structured_output", "reasoning", "instruction"),
@@ -80,6 +78,12 @@ KINDS = (  # of examples, of avalab.data.drafts
 ENGINES = ("torch", "openvino", "onnx", "llamacpp", "onnxruntime", "aot", "executorch", "vllm", "tensorrt")
 
 CALL_MODES = ("free", "grammar", "forced")  # of avalab.measure.answers
+
+ALL = "all"  # of these modes
+
+TASKS = ("bfcl", "humaneval")  # of `avalab eval`, beside those of lm-evaluation-harness
+
+MOST_NAMES = 8  # that an error lists of a folder
 
 CHAT_MODES = ("free", "grammar")  # of avalab.serve.chat
 
@@ -97,7 +101,7 @@ Mode = Annotated[str, typer.Option(help="free (any text), grammar (a call or a r
 
 Limit = Annotated[int | None, typer.Option(min=1, help="Cases of each task (windows of text); the profile's without.")]
 
-ArtifactFolder = Annotated[Path, typer.Argument(help="Artefact folder (it holds card.json).")]
+ModelPath = Annotated[Path, typer.Argument(help="Folder of an artefact or of any model, or a .gguf file.")]
 
 NewFolder = Annotated[Path, typer.Option(help="Folder of the new artefact.")]
 
@@ -106,8 +110,28 @@ Force = Annotated[bool, typer.Option("--force", help="Replace another artefact t
 
 def one_of(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ValueError for a name that is not among those known."""
-    if name not in known:
-        raise InputError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+    if name not in (known := tuple(known)):
+        raise InputError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}{meant(name, known)}")
+
+
+def known_tasks(names: str) -> list[str]:
+    """The tasks of a list with commas. Raises InputError for none, and for a name that nothing here can know."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise InputError(f"no task named; give at least one of {', '.join(TASKS)}")
+    others = [name for name in wanted if name not in TASKS]
+    if others and find_spec("lm_eval") is None:
+        raise InputError(
+            f"unknown task {others[0]!r}; choose of {', '.join(TASKS)}{meant(others[0], TASKS)} (tasks of "
+            'lm-evaluation-harness need its package: pip install -e ".[harness]")'
+        )
+    return wanted
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'gptq'?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def within(name: str, value: float | None, low: float, high: float | None = None) -> None:
@@ -204,20 +228,85 @@ def _settle(aside: Path, out: Path) -> None:
 
 def known_model(model: str) -> None:
     """Raise ValueError for a name that is neither an artefact, an asset, a folder with a model, nor a hub id."""
-    if model not in ("", EMBEDDED) and not _is_artifact(model):
+    if model in ("", EMBEDDED) or is_artifact(model):
+        return
+    try:
         assets.resolve_model(model)
+    except InputError as error:
+        known = [name for name, asset in assets.known_assets().items() if asset.is_model]
+        near = meant(Path(model).name, _models_beside(Path(model))) or meant(model, known)
+        raise InputError(f"{error}{near}") from error
 
 
-def source_artifact(model: str, run: Run) -> Artifact:
+def there(path: Path) -> Path:
+    """The path. Raises MissingFile for one that is not there, with the names that are, the closest first."""
+    if path.exists():
+        return path
+    models = _models_beside(path)
+    names = ", ".join(models[:MOST_NAMES]) or "none"
+    raise MissingFile(f"no artefact at {path} (models beside it: {names}){meant(path.name, models)}")
+
+
+def no_model(folder: Path) -> str:
+    """What is said of a folder that holds no model."""
+    names = [each.name for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+    held = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") or "nothing"
+    return f"{folder} is no artefact (card.json) and no model (config.json or a .gguf file); it holds {held}"
+
+
+def _models_beside(path: Path) -> list[str]:
+    """Names of artefacts and models in the folder of a path, or here where there is no such folder."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    return [each.name for each in sorted(folder.iterdir()) if _holds_model(each)]
+
+
+def _holds_model(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    return path.suffix == ".gguf" or any((path / name).is_file() for name in (artifacts.CARD, "config.json"))
+
+
+def readable(path: Path) -> Path:
+    """The path of an artefact, or of a model that can become one. Raises LabError before anything heavy is imported."""
+    there(path)
+    if path.is_dir() and not is_artifact(str(path)):
+        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+            raise InputError(no_model(path))
+        assets.resolve_model(str(path))
+    elif path.is_file() and path.suffix != ".gguf":
+        raise InputError(f"{path} is no model; give an artefact's folder, a model's folder or a .gguf file")
+    return path
+
+
+def source_artifact(model: str | Path, run: Run) -> Artifact:
     """The artefact in the folder `model`, or the base artefact made of any other model; "" is the profile's own."""
-    if _is_artifact(model):
+    model = str(model)
+    if is_artifact(model):
         return artifacts.load_artifact(model)
     from avalab.models import checkpoint
 
     return checkpoint.base_artifact(replace(run, model=model))
 
 
-def _is_artifact(model: str) -> bool:
+def in_torch(artifact: Artifact, command: str) -> Artifact:
+    """The artefact. Raises InputError for one that torch cannot load, naming what can."""
+    engines = artifact.card.get("engines") or ["torch"]
+    if "torch" not in engines:
+        raise InputError(
+            f"{command} answers in torch, and {artifact.name} ({artifact.format}) is for {', '.join(engines)}; give "
+            f"what it was made from ({artifact.card['base']['name']}), or measure it with avalab eval or bench"
+        )
+    return artifact
+
+
+def engine_of(artifact: Artifact) -> str:
+    """The engine that measures an artefact where none is asked for: torch where it can."""
+    engines = artifact.card.get("engines") or ["torch"]
+    return "torch" if "torch" in engines else engines[0]
+
+
+def is_artifact(model: str) -> bool:
+    """Whether a model is named by the folder of an artefact."""
     return bool(model) and (Path(model) / artifacts.CARD).is_file()
 
 
@@ -231,3 +320,5 @@ def print_records(run: Run, as_json: bool) -> None:
     for record in run.records:
         shown = tables.value_text(record) if record.value is not None else record.note
         print(f"{record.subject:32} {tables.metric_words(record.metric):36} {shown}")
+    if earlier := sorted({record.when for record in run.records if record.when < run.started}):
+        print(f"measured before, {' to '.join(dict.fromkeys((earlier[0], earlier[-1])))}; afresh: avalab bench --again")

@@ -78,6 +78,7 @@ class Method:
     calibrated: bool = False
     note: str = ""  # what the library does not do on a CPU
     library: str = ""  # the module that has to be importable
+    ready: Callable[[], object] = lambda: None  # raises EngineUnavailable where something else is missing
     install: str = LAB  # how to get it
     engines: tuple[str, ...] = ("torch",)
     embedding: str = "bf16"  # how the file holds it, unless a parameter says so
@@ -126,6 +127,7 @@ def compress_artifact(
         ava.checked_budget(Job(base.path, run.device, parameters, skipped, None), skeleton)
 
     def fill(folder: Path) -> dict:
+        row.ready()
         if row.library and importlib.util.find_spec(row.library) is None:
             raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
         calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
@@ -289,8 +291,7 @@ _LLAMA_CPP = Method(
     libraries.llama_cpp,
     "gguf",
     calibrated=True,
-    library="llama_cpp",
-    install=llamacpp.INSTALL,
+    ready=llamacpp.require_quantiser,
     engines=llamacpp.READ_BY,
     embedding="the mixture's choice",
     skips=False,

@@ -136,7 +136,7 @@ def increase_of_replacement(
 ) -> float:
     """The measured KL divergence, nats a token, with other values in a parameter; the model stays as it was."""
     kept = parameter.data
-    head, softcap = predict.output_head(model)
+    head, finish = predict.output_head(model)
     before = predict.hidden_states(model, windows)
     try:
         parameter.data = values
@@ -144,9 +144,9 @@ def increase_of_replacement(
         increases = []
         for expected, candidate in zip(before, after, strict=True):
             parameter.data = kept
-            reference = predict.log_probabilities(expected, head, softcap)
+            reference = predict.log_probabilities(expected, head, finish)
             parameter.data = values
-            changed = predict.log_probabilities(candidate, head, softcap)
+            changed = predict.log_probabilities(candidate, head, finish)
             increases.append(predict.kl_divergence(reference, changed).mean())
     finally:
         parameter.data = kept

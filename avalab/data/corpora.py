@@ -31,7 +31,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from avalab.data import calls, toolbox
+from avalab.data import calls, chats, toolbox
 from avalab.lab import artifacts, assets
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
@@ -173,12 +173,8 @@ def bfcl_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
     """Tools and question of each case of two leaderboard categories, alternating, in the model's chat format."""
     folder = assets.fetch_asset("bfcl-v4")
     pairs = zip(*(calls.load_cases(folder, category) for category in BFCL_CATEGORIES), strict=False)
-    chats = [
-        [{"role": "system", "content": toolbox.system_prompt(case.functions)}, *case.messages]
-        for pair in pairs
-        for case in pair
-    ]
-    return _chat(tokenizer, chats)
+    asked = [chats.prefaced(case.messages, toolbox.system_prompt(case.functions)) for pair in pairs for case in pair]
+    return _chat(tokenizer, asked)
 
 
 def toolbox_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -188,10 +184,8 @@ def toolbox_prompts(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> str:
-    """Conversations in the model's chat format; a base model without one gets the bare messages."""
-    if not tokenizer.chat_template:
-        return "\n\n".join(message["content"] for messages in conversations for message in messages)
-    return "".join(tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations)
+    """Conversations in the model's chat format."""
+    return "".join(chats.chat_text(tokenizer, messages) for messages in conversations)
 
 
 @cache

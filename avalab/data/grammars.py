@@ -216,11 +216,13 @@ def greedy_answers(
     grammars: list[CallGrammar] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    on_cut: Callable[[int], object] = lambda index: None,
 ) -> Iterator[tuple[int, str]]:
     """Greedy answers, batch after batch, as (index of the prompt, text): write each down and a stop costs one batch.
 
     Prompts are finished chat texts. They are batched by length, shortest first; a row that has ended leaves its batch,
-    and a beginning that the grammar leaves no choice about is read with the prompt instead of decoded.
+    and a beginning that the grammar leaves no choice about is read with the prompt instead of decoded. `on_cut` hears
+    the index of each prompt whose answer has not come to its end.
     """
     matchers = [xgrammar.GrammarMatcher(grammar.compiled) for grammar in grammars or ()]
     forced = [_forced_beginning(matcher, tokenizer) for matcher in matchers] or [[]] * len(prompts)
@@ -231,7 +233,9 @@ def greedy_answers(
         batch = order[start : start + batch_size]
         of_batch = [matchers[index] for index in batch] if matchers else []
         ids, seen = left_padded([rows[index] for index in batch], padding_token(stops, tokenizer))
-        new = _decode(model, ids, seen, matchers=of_batch, stops=stops, max_new_tokens=max_new_tokens)
+        new, cut = _decode(model, ids, seen, matchers=of_batch, stops=stops, max_new_tokens=max_new_tokens)
+        for row in cut:
+            on_cut(batch[row])
         whole = [[*forced[i], *tokens] for i, tokens in zip(batch, new, strict=True)]
         texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
         yield from zip(batch, texts, strict=True)
@@ -254,8 +258,8 @@ def left_padded(rows: list[list[int]], padding: int) -> tuple[Int[Tensor, "batch
 @torch.inference_mode()
 def _decode(
     model: PreTrainedModel, ids: Tensor, seen: Tensor, *, matchers: list, stops: tuple[int, ...], max_new_tokens: int
-) -> list[list[int]]:
-    """Greedy continuations of left-padded rows, without their end token."""
+) -> tuple[list[list[int]], list[int]]:
+    """Greedy continuations of left-padded rows, without their end token; and the rows that have not come to it."""
     cache = DynamicCache(config=model.config)
     ids, seen = ids.to(model.device), seen.to(model.device)
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
@@ -268,11 +272,11 @@ def _decode(
         for row in kept:
             new[alive[row]].append(chosen[row])
         if not kept:
-            break
+            return new, []
         if len(kept) < len(alive):
             alive, matchers = [alive[row] for row in kept], [matchers[row] for row in kept if matchers]
             cache.batch_select_indices(torch.tensor(kept, device=model.device))
         ids = torch.tensor([[chosen[row]] for row in kept], device=model.device)
         seen = torch.cat([seen[kept], torch.ones_like(ids)], 1)
         positions = positions[kept, -1:] + 1
-    return new
+    return new, alive

@@ -35,8 +35,6 @@ from avalab.lab.run import ROOT
 
 CARD = "card.json"
 
-REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
-
 REMEDY = "delete the artefact folder and make it again"
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", "openvino_model.bin", ".pt2", ".pte")
@@ -130,11 +128,8 @@ def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
         known = ", ".join(card.parent.name for card in _cards(path.parent)) or "none"
         raise MissingFile(f"no artefact at {path} (artefacts beside it: {known})")
     try:
-        card = json.loads((path / CARD).read_text(encoding="utf-8"))
-        missing = [key for key in REQUIRED if key not in card]
-        if missing or card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
-            raise InputError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
-    except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
+        card = _checked_card(json.loads((path / CARD).read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:  # a JSON or UTF-8 error is a ValueError
         raise InputError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
     for described in card["files"] if verify else ():
         file = path / described["name"]
@@ -146,6 +141,42 @@ def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
         if sha256_of(file) != described["sha256"]:
             raise InputError(f"{file} was altered: its SHA-256 differs from its card's; {REMEDY}")
     return Artifact(path, card)
+
+
+def _checked_card(card: object) -> dict:
+    """The card. Raises InputError saying what it lacks, or which part is of another form."""
+    if not isinstance(card, dict):
+        raise InputError(f"it holds a {type(card).__name__}, not an object")
+    if missing := [key for key in FORMS if key not in card]:
+        raise InputError(f"without {', '.join(missing)}")
+    if wrong := [key for key, fits in FORMS.items() if not fits(card[key])]:
+        raise InputError(f"{', '.join(wrong)} of another form than the lab writes")
+    if card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
+        raise InputError("its sha256 is not that of its files")
+    return {"engines": ["torch"], "licence": "", "measured": {}} | card
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_file(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("name"))
+        and _is_text(value.get("sha256"))
+        and (isinstance(value.get("bytes"), int))
+    )
+
+
+FORMS: dict[str, Callable[[object], bool]] = {  # what the lab reads from a card, and what each part has to be
+    "name": lambda value: _is_text(value) and bool(value),
+    "base": lambda value: isinstance(value, dict) and _is_text(value.get("name")) and _is_text(value.get("sha256")),
+    "recipe": lambda value: isinstance(value, list) and all(isinstance(step, dict) for step in value),
+    "format": _is_text,
+    "files": lambda value: isinstance(value, list) and all(map(_is_file, value)),
+    "sha256": _is_text,
+}
 
 
 def checked_target(out: Path | None) -> Path | None:
@@ -297,8 +328,11 @@ def _describe_files(folder: Path) -> list[dict]:
 def _sort_metadata(file: Path) -> None:
     """Put a safetensors file's metadata into one order: its library writes them in a new order each time."""
     with file.open("r+b") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        except (struct.error, ValueError):  # no safetensors file: whoever reads it says so
+            return
         metadata = header.get("__metadata__", {})
         if list(metadata) == sorted(metadata):
             return

@@ -97,6 +97,11 @@ class Record:
     samples: list[float] = field(default_factory=list)  # raw latencies
 
 
+def time_now() -> str:
+    """`2026-11-29T13:10:24+00:00`; such texts are ordered as the times are."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass
 class Run:
     """One execution of a notebook or command: `Run("01_quantization", "laptop")`.
@@ -109,6 +114,7 @@ class Run:
     seed: int = 0
     model: str = ""
     records: list[Record] = field(default_factory=list)
+    started: str = field(default_factory=time_now)
 
     def __post_init__(self) -> None:
         if self.profile_name not in PROFILES:
@@ -157,7 +163,7 @@ class Run:
         return device
 
     def record(self, subject: str, metric: str, value: float | None, unit: str, **more) -> Record:
-        """Append one `Record`; profile, model, machine and time are filled in."""
+        """Append one `Record`; profile, model, machine and time are filled in, unless they are given."""
         import torch
 
         facts = {
@@ -168,7 +174,7 @@ class Run:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "commit": commit_hash(),
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "when": time_now(),
         }
         record = Record(subject=subject, metric=metric, value=value, unit=unit, **{**facts, **more})
         self.records.append(record)
@@ -234,10 +240,28 @@ def load_records(path: Path) -> list[Record]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(rows, list):  # an empty object would otherwise pass for no records
             raise TypeError(f"it holds a {type(rows).__name__}")
-        return [Record(**row) for row in rows]
-    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return [_checked_record(row) for row in rows]
+    except (TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         known = ", ".join(f.name for f in fields(Record))
         raise InputError(f"{path} is not a list of records with the fields {known}: {error}") from error
+
+
+def _checked_record(row: dict) -> Record:
+    """The record of a row. Raises TypeError for fields that there are not, or values of another type than theirs."""
+    record = Record(**row)
+    for each in fields(Record):
+        value, kinds = getattr(record, each.name), KINDS.get(each.name, str)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{each.name} is a {type(value).__name__}")
+    if not all(isinstance(sample, int | float) for sample in record.samples):
+        raise TypeError("samples are not all numbers")
+    return record
+
+
+KINDS = {  # of a record's fields that are no text
+    **dict.fromkeys(("value", "low", "high"), int | float | None),
+    **{"n": int | None, "seed": int, "threads": int, "details": dict, "samples": list},
+}
 
 
 def write_atomically(path: Path, text: str) -> None:

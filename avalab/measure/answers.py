@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -256,6 +256,26 @@ def record_calls(
     share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
     record(details=details, **vars(share))
     return verdicts
+
+
+def read_modes(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
+    """One line on what the modes say together: whether the form of a call is missing, or what stands in it.
+
+    `verdicts` are those of the same cases in every mode, cases in which a call is right. McNemar's test decides between
+    forced and free answers. Raises ValueError for modes of unequal numbers of cases, or none.
+    """
+    right = {mode: [verdict.correct for verdict in each] for mode, each in verdicts.items()}
+    test = statistics.mcnemar(right["forced"], right["free"])
+    forced, free = (statistics.wilson(sum(right[mode]), test.n).value for mode in ("forced", "free"))
+    numbers = f"right when a call is forced {forced:.0%}, in free form {free:.0%}"
+    said = {
+        "better": "the form is what is missing",
+        "worse": "forcing a call does harm",
+        "not distinguishable": "the form is not what is missing" if forced else "more than the form is missing",
+    }
+    called = sum(verdict.error != "no_call" for verdict in verdicts["grammar"])
+    choice = f"left the choice (grammar), it calls in {called} of {test.n} cases that need a call"
+    return f"{said[test.verdict]}: {numbers} (p = {test.p_value:.2g}); {choice}"
 
 
 # --- code -------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
     "bos_token_id": 0,
     "eos_token_id": 2,
@@ -113,7 +113,9 @@ FAMILIES = {
     ),
     "phi3": Family("Phi3Config"),
     "stablelm": Family("StableLmConfig", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
-    "smollm3": Family("SmolLM3Config", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
+    "smollm3": Family(
+        "SmolLM3Config", {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    ),  # the last without rotation
     "granite": Family(
         "GraniteConfig",
         {
@@ -126,9 +128,7 @@ FAMILIES = {
         embedding_std=0.06,
     ),
     "olmo2": Family("Olmo2Config"),
-    "gpt2": Family(
-        "GPT2Config", {"n_embd": HIDDEN, "n_head": 4, "n_layer": 2, "n_positions": 1024, "tie_word_embeddings": True}
-    ),
+    "gpt2": Family("GPT2Config", {"intermediate_size": None, "num_key_value_heads": None, "tie_word_embeddings": True}),
     "qwen3-moe": Family(
         "Qwen3MoeConfig",
         {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
@@ -170,10 +170,11 @@ def make_model(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def configuration(family: Family):
-    """The row's configuration, as transformers reads it."""
+    """The row's configuration; what is None of a row's settings is not said."""
     import transformers
 
-    return getattr(transformers, family.config)(**SHAPE | family.settings, dtype=family.dtype)
+    settings = {name: value for name, value in (SHAPE | family.settings).items() if value is not None}
+    return getattr(transformers, family.config)(**settings, dtype=family.dtype)
 
 
 def _write_base(family: Family, folder: Path, seed: int) -> PreTrainedModel:

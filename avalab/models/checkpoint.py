@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
@@ -49,6 +49,14 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 ADAPTER_CONFIG = loading.ADAPTER_CONFIG
 
+# How families call the parts of a model; everything else is a norm.
+COMPONENTS = {
+    "attention": (*ATTENTION, "self_attn", "attn", "attention", "self_attention", "qkv_proj"),
+    "mlp": (*MLP, "mlp", "feed_forward", "block_sparse_moe", "gate_up_proj"),
+    "head": ("lm_head", "embed_out"),
+    "embedding": ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings"),
+}
+
 
 # --- the base of a run -----------------------------------------------------------------------------------------------
 
@@ -66,7 +74,8 @@ def base_artifact(run: Run) -> Artifact:
         raise InputError(f"{error} (embedded: {EMBEDDED})") from error
     step = _first_step(source)
     shown = name if Path(run.model).expanduser().is_absolute() else run.model  # a card shows nobody's folders
-    origin = {"name": shown, "sha256": _source_sha256(source)}
+    asset = _asset_of(run.model)
+    origin = {"name": shown, "sha256": _source_sha256(source)} | ({"about": asset.about} if asset else {})
     found = artifacts.find_artifact(name, run.artifacts_dir, [step], origin["sha256"])
     if found:
         return found
@@ -76,7 +85,7 @@ def base_artifact(run: Run) -> Artifact:
         refuse_non_finite(model)
         save_model(model, tokenizer, folder)
 
-    licence = _licence(run.model)
+    licence = asset.licence if asset else "see base"
     return artifacts.write_artifact(
         name, run.artifacts_dir, save, base=origin, recipe=[step], format="bf16", engines=["torch"], licence=licence
     )
@@ -97,10 +106,10 @@ def _first_step(source: Path) -> dict:
     return step | {key: value for key, value in about.items() if value}
 
 
-def _licence(model: str) -> str:
-    """The licence of an asset; the embedded base's cards have always said `see base`."""
-    asset = assets.known_assets().get(model)
-    return asset.licence if asset else "see base"
+def _asset_of(model: str) -> assets.Asset | None:
+    """The asset that a model's name stands for, whose licence is its base's; the embedded base's card says neither."""
+    known = assets.known_assets()
+    return None if model == EMBEDDED else known.get(model) or known.get(f"{model}-gguf")
 
 
 def _source_sha256(source: Path) -> str:
@@ -272,6 +281,7 @@ def base_of(artifact: Artifact) -> Artifact:
     )
 
 
+@stored.headers_read_once()
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
     process.quiet_libraries()
@@ -299,13 +309,12 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model's modules and shapes without any weights, nor what its configuration says of quantisation."""
-    config = loading.read_config(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+skeleton = loading.skeleton
+
+
+def context_tokens(artifact: Artifact) -> int:
+    """The most tokens that a model's positions were made for."""
+    return loading.read_config(artifact.path).get_text_config().max_position_embeddings
 
 
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
@@ -331,10 +340,9 @@ def keep_token_ids(model: PreTrainedModel) -> None:
 def component(parameter_name: str) -> str:
     """Which part of the model a parameter belongs to: embedding, head, attention, mlp or norm."""
     parts = parameter_name.split(".")
-    for kind, names in (("attention", (*ATTENTION, "self_attn")), ("mlp", (*MLP, "mlp")), ("head", ("lm_head",))):
-        if any(part in names for part in parts):
-            return kind
-    return "embedding" if "embed" in parameter_name else "norm"
+    if any("norm" in part or part.startswith("ln_") for part in parts[-2:]):  # those of queries and keys as well
+        return "norm"
+    return next((kind for kind, names in COMPONENTS.items() if any(part in names for part in parts)), "norm")
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -98,16 +98,31 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None) -> PreTrainedT
             read_json(folder / name)
     try:
         with process.quietly():
-            return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
+            found = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
+            found("a")  # what it is told of lengths and padding is looked at when it is used
+            return found
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise _unusable(folder / (gguf_file or "tokenizer files"), error) from error
+        raise _unusable(folder / (gguf_file or "tokenizer_config.json and tokenizer.json"), error) from error
 
 
 def token_ids(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
     """The special tokens of a folder's generation configuration, or else of its configuration, and nothing more."""
-    told = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     text = config.get_text_config()
-    return GenerationConfig(**{name: told.get(name, getattr(text, name, None)) for name in TOKEN_IDS})
+    told = {name: told_ids(folder / GENERATION, name) for name in TOKEN_IDS}
+    return GenerationConfig(**{n: getattr(text, n, None) if ids is None else ids for n, ids in told.items()})
+
+
+def told_ids(file: Path, name: str) -> int | list[int] | None:
+    """What a configuration file says of a token, itself or in its part on text. Raises InputError for what is no id."""
+    if not file.is_file():
+        return None
+    described = read_json(file)
+    text = described.get("text_config")
+    found = described.get(name, text.get(name) if isinstance(text, dict) else None)
+    ids = found if isinstance(found, list) and name == "eos_token_id" else [] if found is None else [found]
+    if not all(isinstance(index, int) and index >= -1 for index in ids):
+        raise InputError(f"{file} has {name} {found!r}; it is a number, and several only of eos_token_id")
+    return found
 
 
 def generation_settings(folder: Path) -> list[str]:
@@ -182,11 +197,14 @@ def load(
         )
         options["key_mapping"] = {pattern.replace(r"(^|\.)", ""): "" for pattern in found}
     options["generation_config"] = token_ids(folder, config)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # which the other forms drop without a word
+        options.setdefault("attn_implementation", "eager")
     try:
         model, differences = pretrained(folder, config=config, **options | {"use_safetensors": True})
     except InputError:  # a library's words, which a tensor that is not there may have caused
-        lost = {name for name in _layers_without_tensors(config, names) if name not in replaced}
-        refuse_differences(folder, missing=lost, unexpected=[], mismatched=[])
+        if getattr(config, "quantization_config", None):
+            lost = {name for name in _layers_without_tensors(folder, config, names) if name not in replaced}
+            refuse_differences(folder, missing=lost, unexpected=[], mismatched=[])
         raise
     if found:
         model._weight_conversions = None  # saving would put the prefix back
@@ -201,13 +219,21 @@ def load(
     return model
 
 
-def _layers_without_tensors(config: PreTrainedConfig, names: Collection[str]) -> set[str]:
+def skeleton(folder: Path, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """A model's modules and shapes without any weights, nor what its configuration says of quantisation."""
+    config = copy.deepcopy(config) if config else read_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"), process.quietly():
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of a family's own code, for numbers that make no model
+        raise _unusable(folder / "config.json", error) from error
+
+
+def _layers_without_tensors(folder: Path, config: PreTrainedConfig, names: Collection[str]) -> set[str]:
     """Parameters of a quantised model whose layer has no tensor of any kind, under whatever names and types."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with torch.device("meta"), process.quietly():
-        model = AutoModelForCausalLM.from_config(plain)
+    model = skeleton(folder, config)
     known = {".".join(parts[:depth]) for name in names for parts in [name.split(".")] for depth in range(len(parts))}
     return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known}
 

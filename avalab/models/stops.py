@@ -19,7 +19,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError
 from avalab.models import loading
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
@@ -90,20 +89,11 @@ def _configured(source: Source) -> Iterator[int]:
     elif isinstance(source, PreTrainedConfig):
         told = [getattr(source.get_text_config(), "eos_token_id", None)]
     else:
-        told = [_read(_folder(source) / name) for name in ("generation_config.json", "config.json")]
+        files = (_folder(source) / name for name in (loading.GENERATION, "config.json"))
+        told = [loading.told_ids(file, "eos_token_id") for file in files]
     for found in told:
         yield from found if isinstance(found, list) else [] if found is None else [found]
 
 
 def _folder(source: Artifact | Path) -> Path:
     return source.path if isinstance(source, Artifact) else source
-
-
-def _read(file: Path) -> int | list[int] | None:
-    if not file.is_file():
-        return None
-    described = loading.read_json(file)
-    found = described.get("eos_token_id", (described.get("text_config") or {}).get("eos_token_id"))
-    if found is not None and not all(isinstance(i, int) for i in (found if isinstance(found, list) else [found])):
-        raise InputError(f"{file} has eos_token_id {found!r}; it is a number or a list of numbers")
-    return found

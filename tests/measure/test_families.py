@@ -23,7 +23,7 @@ def test_plain_transformers_loads_the_model_and_its_logits_are_decisive(name, fa
     found = logits(family_model(name), ids)
     top, best = found.topk(2).values, found.argmax(-1)
     assert torch.isfinite(found).all()
-    assert (top[..., 0] - top[..., 1]).median() > 0.05
+    assert (top[..., 0] - top[..., 1]).median() > 0.1 * found.std()
     assert best.unique().numel() > ids.shape[1] // 2
     assert (best != ids).float().mean() > 0.8, "it repeats what it reads"
 

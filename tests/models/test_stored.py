@@ -248,7 +248,7 @@ def test_a_missing_tensor_is_named(library, run, base, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((made.path / "config.json").read_text())
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "hqq"
-    with pytest.raises(ValueError, match=r"has no tensor for model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensor: model\.norm\.weight"):
         checkpoint.load_model(tmp_path)
 
 
