@@ -34,7 +34,7 @@ from avalab.engines import openvino as openvino_engine
 from avalab.kernels import NestedScales, Weight4, formats
 from avalab.kernels.formats import Grid, Rounded
 from avalab.kernels.weight import NESTED_GROUP
-from avalab.lab import artifacts
+from avalab.lab import artifacts, process
 from avalab.lab.errors import InputError, ProcessFailed
 from avalab.models import checkpoint, loading, packed, stored, walk
 from avalab.models.packed import Packed
@@ -43,7 +43,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 AUTOROUND_BATCH = 8  # windows; the library's own
 
-HQQ_BITS = (2, 3, 4, 8)
+# By method, where not all of 2 to 8: with more bits than 6 AutoRound's bf16 weights no longer tell its integers.
+KNOWN_BITS = {"hqq": (2, 3, 4, 8), "autoround": (2, 3, 4, 5, 6)}
 
 NNCF_GROUP_SIZE = 64
 
@@ -177,6 +178,7 @@ def llmcompressor(job: Job) -> PreTrainedModel:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
+    from llmcompressor.pipelines.sequential import pipeline
     from loguru import logger
 
     model, recipe, data = _load(job), _modifiers(job), {}
@@ -199,7 +201,7 @@ def llmcompressor(job: Job) -> PreTrainedModel:
             f"{job.method} folds scales into norms that blocks of {family} do not have; use gptq, rtn or ava"
         )
     try:  # it draws the order of the samples from the global generators
-        with quiet, pinning, torch.random.fork_rng(), _seeded(job.seed):
+        with quiet, pinning, patch.object(pipeline, "tqdm", process.progress), _seeded(job.seed):
             oneshot(model=model, recipe=recipe, **data)
     except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -211,13 +213,14 @@ def llmcompressor(job: Job) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch, and give Python's and numpy's their states back after."""
+    """Seed the global generators of Python, numpy and torch, and give them their states back after."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
     try:
-        yield
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -199,10 +199,11 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
             raise InputError(f"{name} {merged[name]!r} is not one of {', '.join(allowed)}")
     if parameters.get("bytes") and parameters.get("bits_per_weight"):
         raise InputError("bytes and bits_per_weight are two budgets for one file; give one of them")
-    if method == "hqq" and merged["bits"] not in libraries.HQQ_BITS:
-        raise InputError(f"HQQ has no {merged['bits']} bits; choose one of {', '.join(map(str, libraries.HQQ_BITS))}")
     if not 2 <= merged.get("bits", 8) <= 8:
         raise InputError(f"bits {merged['bits']} is not one of 2 to 8")
+    known = libraries.KNOWN_BITS.get(method)
+    if known and merged["bits"] not in known:
+        raise InputError(f"{method} has no {merged['bits']} bits; choose one of {', '.join(map(str, known))}")
     for name in ("group_size", "block_size"):
         if merged.get(name, row.smallest_group) < row.smallest_group:
             raise InputError(f"{name} {merged[name]} of {method!r} is below {row.smallest_group}")
