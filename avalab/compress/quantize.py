@@ -19,6 +19,8 @@ is thrown away: whoever wants a number loads the artefact back.
 | `gguf-q6_k` to `gguf-q2_k` | llama.cpp | its mixtures of block types, with an importance matrix |
 | `ava` | this package | mixed grids under a budget of bytes, embedding too; re-scaled first if asked; see `ava` |
 
+Before a method runs and after, `reach` says what share of the model it changes; too little is refused.
+
 `embedding="int8"` puts int8 rows in the place of the bf16 embedding that a library leaves (`packed`, `libraries.hqq`).
 
 A model must be saved before its first forward pass: bitsandbytes re-packs 4-bit weights for the CPU in place, and

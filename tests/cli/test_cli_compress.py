@@ -26,6 +26,7 @@ EARLY = {
     ("ava", "--bytes", "1MB", "--bits-per-weight", "5"): "two budgets for one file",
     ("gptq", "--group-size", "48"): "a group of 48 does not divide the 3684 columns of model.layers.0.mlp.down_proj",
     ("nf4", "--bits", "4"): "method 'nf4' has no parameter bits; it has: double_quantization",
+    ("nf4", "--skip", "*.no_layer"): "skip '*.no_layer' matches no linear layer; names look like model.layers.0.mlp",
     ("nf4", "--symmetric"): "has no parameter symmetric",
     ("rtn", "--bytes", "1MB"): "has no parameter bytes; it has: bits, group_size, symmetric, embedding",
     ("nf4", "--compute-dtype", "int3"): "unknown compute_dtype 'int3'; choose one of bfloat16",
