@@ -95,6 +95,7 @@ def quantize(
     parameters = {name: value for name, value in offered.items() if value is not None}
     options.known_parameters(method, parameters)
     options.known_model(model)
+    options.possible_skips(run, skip or [])
     if parameters.get("bytes"):
         options.possible_budget(run, parameters["bytes"])
     if group_size and method not in ("ava", "hqq"):  # which take any

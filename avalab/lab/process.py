@@ -24,12 +24,9 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from avalab.lab.errors import ProcessFailed
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
@@ -157,8 +154,8 @@ def quietly() -> Iterator[None]:
         _seen.pop()
 
 
-def progress(items: Iterable | None = None, *, desc: str, total: int | None = None) -> "tqdm | Any":
-    """A bar with the time to go, on the standard error that people see; it is wiped when done."""
+def progress(items: Iterable | None = None, *, desc: str, total: int | None = None) -> Any:
+    """A bar of tqdm's with the time to go, on the standard error that people see; it is wiped when done."""
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=desc, total=total, leave=False, file=_seen[0] if _seen else sys.stderr)
