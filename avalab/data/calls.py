@@ -6,7 +6,7 @@ tool on offer (`toolbox_simple`), among others (`toolbox_multiple`), or only oth
 
 An answer is judged on what it calls, not on how it is spelt.
 
-1. `parse_calls` reads the calls from the model's text: `<tool_call>` blocks, bare or fenced JSON, or `[f(a=1)]`.
+1. `parse_calls` reads the calls from the model's text, in whichever of the published forms they are written.
 2. `check_calls` compares them with the case. The number of calls must match; parallel calls may come in any order. Each
    call needs the right function, every argument that is required or has no "" among its possible answers, no other
    argument, the declared type (an integer passes for a float; an argument whose possible answers have another type may
@@ -33,7 +33,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from avalab.data import toolbox
+from avalab.data import chats, toolbox
 from avalab.lab import assets
 from avalab.lab.errors import InputError, MissingFile
 
@@ -63,9 +63,36 @@ REWRITTEN_KEYWORDS = ("type", "items", "properties", "required", "optional")
 
 _IGNORED_IN_STRINGS = str.maketrans({**dict.fromkeys(" ,./-_*^"), "'": '"'})
 
-_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+_BLOCK = re.compile(
+    r"<tool_call>(?P<tag>.*?)(?P<closed></tool_call>|$)|(?P<function><function=[\w.\-]+>.*?(?:</function>|$))",
+    re.DOTALL,
+)
 
-_FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
+_REASONING = re.compile(  # and what is kept, so that a block of calls may mention these words
+    r"(?P<kept><tool_call>.*?(?:</tool_call>|$))|<(?P<word>think|thinking|reasoning|scratch_pad)>.*?(?:</(?P=word)>|$)"
+    r"|\[THINK\].*?(?:\[/THINK\]|$)",
+    re.DOTALL,
+)
+
+_MARK = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_calls?\|>|<\|tool_call_start\|>")
+
+_FENCE = re.compile(r"```(?P<kind>\w*)\s*(?P<code>.*?)\s*(?:```|$)", re.DOTALL)
+
+_OBJECT = re.compile(r'(?:\[\s*)?(?P<object>\{\s*"(?:name|type|function|arguments|parameters|id)"\s*:)')
+
+_JSON_BEGINS = re.compile(r"\{|\[\s*[{\]]")
+
+_BETWEEN = re.compile(r"[\s,;]*")
+
+_ENDS = re.compile(r"</?\w+>|<\|\w+\|>")
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z_][\w.\-]*)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?(?=\{)")
+
+_FUNCTION = re.compile(r"<function=([\w.\-]+)>(.*?)(?:</function>|$)", re.DOTALL)
+
+_PARAMETER = re.compile(r"<parameter=([\w.\-]+)>\n?(.*?)\n?(?:</parameter>|$)", re.DOTALL)
+
+_JSON = json.JSONDecoder()
 
 _PYTHON_CALL = re.compile(r"\[?\s*[A-Za-z_][\w.]*\s*\(")
 
@@ -135,10 +162,7 @@ def accepted_calls(calls: list[dict]) -> list[dict[str, dict[str, list]]]:
 
 def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
     """The chat text of a case up to the answer: tools in the system message, before what the case says itself."""
-    own = [m["content"] for m in case.messages if m["role"] == "system"]
-    system = {"role": "system", "content": "\n\n".join([toolbox.system_prompt(case.functions), *own])}
-    messages = [system, *(m for m in case.messages if m["role"] != "system")]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return chats.prompt_text(tokenizer, chats.prefaced(case.messages, toolbox.system_prompt(case.functions)))
 
 
 def load_cases(folder: Path | str, category: str, limit: int | None = None) -> list[Case]:
@@ -166,23 +190,10 @@ def load_cases(folder: Path | str, category: str, limit: int | None = None) -> l
 
 
 def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
-    for place, row in json_lines(path):
+    for place, row in chats.json_lines(path):
         if missing := [field for field in fields if field not in row]:
             raise InputError(f"{place}: no field {', '.join(missing)}")
         yield row
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSONL file, each after its place (`file:line`). Raises ValueError naming what cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other line ends
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
@@ -207,49 +218,143 @@ def _schema(declared: dict[str, Any]) -> dict[str, Any]:
 def parse_calls(text: str) -> list[Call] | str:
     """The calls in a model's answer, or the error class `no_call` or `not_json`.
 
-    Accepted: one or several `<tool_call>` blocks (surrounding text is ignored, an unclosed last block is read to the
-    end), else the first fenced block, else the whole text. Inside: a JSON object or list of objects with `name` and
-    `arguments` (or `parameters`), or Python calls with keyword arguments.
+    1. Reasoning (`<think>` and its like) is no answer: what it mentions is not called.
+    2. `<tool_call>` blocks (Qwen, Hermes, the lab), or what stands behind `[TOOL_CALLS]` (Mistral), `<|python_tag|>`
+       (Llama 3) or `<function=...>`; text around is ignored, an unclosed last block is read to the end.
+    3. Without such marks fenced code (`tool_code` of Gemma: all of it; else the first fence that holds calls), else the
+       text as it stands, or from the first JSON object with a name and arguments in it; what follows is text.
+
+    Inside: JSON objects or lists of them, one or several, with `name` and `arguments` (or `parameters`); Python calls
+    with keyword arguments, in a list or on several lines; `name{...}`, or parameters as tags.
     """
-    marked = _BLOCK.findall(text)
-    fenced = _FENCE.search(text)
-    calls: list[Call] = []
-    for block in marked or [fenced.group(1) if fenced else text]:
-        found = _parse_block(block.strip())
-        if found is None:
-            attempted = marked or block.lstrip().startswith(("[", "{")) or _PYTHON_CALL.match(block.lstrip())
-            return "not_json" if attempted else "no_call"
-        calls += found
-    return calls or "no_call"
+    answer = _without_reasoning(text)
+    if blocks := [(m["tag"] or m["function"] or "", bool(m["closed"])) for m in _BLOCK.finditer(answer)]:
+        found = [_read(block, whole=closed) for block, closed in blocks]
+    elif len(marked := _MARK.split(answer)) > 1:
+        found = [_read(block, whole=False) for block in marked[1:]]
+    elif fenced := [(m["kind"], m["code"]) for m in _FENCE.finditer(answer)]:
+        code = [block for kind, block in fenced if kind == "tool_code"]
+        held = [read for block in code or [block for _, block in fenced] if (read := _read(block, whole=True))]
+        found = (held if code else held[:1]) or [_read(fenced[0][1], whole=True)]
+        if found == [None] and not _attempted(fenced[0][1]):
+            return "no_call"
+    else:
+        found = [_read(answer, whole=False)]
+        if found == [None]:
+            begin = next(_calls_in_text(answer), None)
+            if begin is None:
+                return "not_json" if _attempted(answer) else "no_call"
+            found = [_read(answer[begin:], whole=False)]
+    if None in found:
+        return "not_json"
+    return [call for calls in found for call in calls] or "no_call"
 
 
-def _parse_block(block: str) -> list[Call] | None:
-    """The calls of one block, or None when it is neither JSON nor Python calls."""
+def _without_reasoning(text: str) -> str:
+    """The text without parts of reasoning, also where the prompt has opened the first one; blocks of calls stay."""
+    head, closed, rest = text.partition("</think>")
+    if closed and "<think>" not in head and not head.lstrip().startswith(("<tool_call>", "{", "[")):
+        text = rest
+    return _REASONING.sub(lambda found: found["kept"] or "", text)
+
+
+def _attempted(text: str) -> bool:
+    """Whether a text that cannot be read looks like an attempt at a call."""
+    return text.lstrip().startswith(("[", "{")) or bool(_PYTHON_CALL.match(text.lstrip()))
+
+
+def _calls_in_text(text: str) -> Iterator[int]:
+    """Where a JSON object with a name and arguments begins in a text, or the list that holds it."""
+    for match in _OBJECT.finditer(text):
+        try:
+            value = _JSON.raw_decode(text, match.start("object"))[0]
+        except (ValueError, RecursionError):
+            continue
+        inner = value.get("function") if isinstance(value.get("function"), dict) else value
+        if isinstance(inner.get("name"), str) and ("arguments" in inner or "parameters" in inner):
+            yield match.start()
+
+
+def _read(block: str, *, whole: bool) -> list[Call] | None:
+    """The calls at the beginning of a block, or None; with `whole`, nothing else may stand in it."""
+    block = block.strip()
+    if whole and (fenced := _FENCE.fullmatch(block)):
+        block = fenced["code"]
     try:
+        if _JSON_BEGINS.match(block):
+            return _json_calls(block, whole=whole)
+        if found := _tagged_calls(block):
+            return found
+        if named := _NAMED.match(block):
+            return _named_calls(block, named)
         if _PYTHON_CALL.match(block):
+            return _python_calls(block, whole=whole)
+    except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError):
+        pass
+    return None
+
+
+def _json_calls(block: str, *, whole: bool) -> list[Call]:
+    """JSON values one after another, with spaces, commas or semicolons between."""
+    calls: list[Call] = []
+    place = 0
+    while place < len(block) and block[place] in ("{" if place and not whole else "{["):
+        value, end = _JSON.raw_decode(block, place)
+        calls += [Call(**chats.plain_call(item)) for item in (value if isinstance(value, list) else [value])]
+        place = _BETWEEN.match(block, end).end()
+    if place < len(block) and (whole or block[place] in "}]"):
+        raise InputError("more than calls")
+    return calls
+
+
+def _tagged_calls(block: str) -> list[Call]:
+    """Calls as Qwen 3 Coder writes them: a function's tag around one for each parameter, or around JSON."""
+    calls = []
+    for name, inner in _FUNCTION.findall(block):
+        parameters = {key: _value(text) for key, text in _PARAMETER.findall(inner)}
+        calls.append(Call(name, parameters or (json.loads(inner) if inner.strip() else {})))
+    return calls
+
+
+def _value(text: str) -> Any:
+    """A parameter's value between tags, where a text has no quotation marks."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, str) else value
+
+
+def _named_calls(block: str, named: re.Match) -> list[Call]:
+    """`name{...}` or `name[ARGS]{...}`, as Mistral writes it."""
+    arguments, end = _JSON.raw_decode(block, named.end())
+    if _ENDS.sub("", block[end:]).strip() or not isinstance(arguments, dict):
+        raise InputError("more than a call")
+    return [Call(named["name"], arguments)]
+
+
+def _python_calls(block: str, *, whole: bool) -> list[Call]:
+    """Calls in a list, on several lines, or in `print(...)`; without `whole`, text may follow them."""
+    for part in [block] if whole else dict.fromkeys([block, block.split("\n\n")[0], block.split("\n")[0]]):
+        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a stray backslash in a model's string is not this program's warning
-                body = ast.parse(block, mode="eval").body
-            return [_python_call(node) for node in (body.elts if isinstance(body, ast.List) else [body])]
-        value = json.loads(block)
-        return [_json_call(item) for item in (value if isinstance(value, list) else [value])]
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError):
-        return None
-
-
-def _json_call(item: Any) -> Call:
-    if "function" in item and isinstance(item["function"], dict):  # the chat-completions wrapping
-        item = item["function"]
-    name = item["name"]
-    arguments = item.get("arguments", item.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise TypeError(f"not a call: {item!r}")
-    return Call(name, arguments)
+                statements = ast.parse(part).body
+        except SyntaxError:
+            continue
+        values = [statement.value for statement in statements if isinstance(statement, ast.Expr)]
+        if len(values) < len(statements):
+            raise InputError("statements beside calls")
+        several = (ast.List, ast.Tuple)
+        nodes = [node for value in values for node in (value.elts if isinstance(value, several) else [value])]
+        return [_python_call(node) for node in nodes]
+    raise InputError("no Python calls")
 
 
 def _python_call(node: ast.expr) -> Call:
+    match node:
+        case ast.Call(func=ast.Name(id="print"), args=[ast.Call() as inner], keywords=[]):
+            node = inner  # Gemma prints what it calls
     if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
         raise InputError("not a call with keyword arguments only")
     arguments = {}

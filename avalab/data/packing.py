@@ -1,6 +1,6 @@
 """Rows of tokens that a model is trained on: packed chats, windows of text, and answers that somebody else gave.
 
-1. `encode_chat` renders a chat through the tokenizer's template and splits it where each answer begins, so that the
+1. `encode_chat` renders a chat (`chats`) and splits it where each answer begins, so that the
    tokens before are exactly those of generation. A label stands at the position that predicts it: no later shift.
 2. `pack_rows` fills rows of at most `row_tokens` with whole examples in a seeded order, each into the first row with
    room (first fit, at most twice the fewest rows).
@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from avalab.data import corpora, grammars
+from avalab.data import chats, corpora, grammars
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
+from avalab.models.stops import padding_token, stop_tokens
 
 IGNORED = -100  # a label that does not count
 
@@ -51,24 +52,39 @@ class Encoded:
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
     """A chat that ends with an answer; every answer in it is learned.
 
-    Raises ValueError for a chat that does not end with an assistant's message, or a template that renders the prompt
-    differently once it is answered.
+    Where a template renders what was answered differently later (it leaves reasoning out), only the last answer is
+    learned. Raises ValueError for a chat that does not end with an assistant's message.
     """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages) or "no message"
         raise InputError(f"a chat to learn from ends with an assistant's answer, this one has {roles}")
-    ids, learned, done = [], [], ""
-    for answered in [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]:
-        prompt = tokenizer.apply_chat_template(messages[:answered], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: answered + 1], tokenize=False).rstrip()
-        if not (prompt.startswith(done) and whole.startswith(prompt)):
-            raise InputError("the chat template renders an answered prompt differently; answers cannot be told apart")
-        # The template's newline after the end token is never generated: it belongs to the next prompt.
-        for text, counts in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
-            tokens = tokenizer(text, add_special_tokens=False).input_ids
-            ids, learned, done = ids + tokens, learned + [counts] * len(tokens), whole
+    ids, learned = [], []
+    for text, counts in _parts(tokenizer, messages):
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        ids, learned = ids + tokens, learned + [counts] * len(tokens)
     labels = [following if counts else IGNORED for following, counts in zip(ids[1:], learned[1:], strict=True)]
     return Encoded(ids, [*labels, IGNORED])
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[tuple[str, bool]]:
+    """The text of a chat in parts: what is read, and what is answered."""
+    parts, done = [], ""
+    for answered in [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]:
+        prompt = chats.prompt_text(tokenizer, messages[:answered])
+        # The template's newline after the end token is never generated: it belongs to the next prompt.
+        whole = chats.chat_text(tokenizer, messages[: answered + 1]).rstrip()
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            break
+        parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+        done = whole
+    else:
+        return parts
+    prompt, whole = chats.prompt_text(tokenizer, messages[:-1]), chats.chat_text(tokenizer, messages).rstrip()
+    answer = messages[-1]["content"].strip()
+    begins = len(prompt) if whole.startswith(prompt) else whole.rfind(answer)
+    if begins < 0:
+        raise InputError("the chat template renders the last answer in other words; it cannot be learned")
+    return [(prompt, False), (whole[begins:], True)]
 
 
 def pack_chats(
@@ -181,22 +197,20 @@ def own_answers(
 ) -> list[dict]:
     """The examples with answers that the student draws at temperature 1, the same ones for the same seed."""
     model, tokenizer = checkpoint.load_model(student, run.device), checkpoint.load_tokenizer(student)
-    stops, found = grammars.stop_tokens(tokenizer), []
+    stops, found = list(stop_tokens(model, tokenizer)), []
+    padding = padding_token(tuple(stops), tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         for start in tqdm(range(0, len(examples), batch_size), desc=f"{student.name} answers", leave=False):
             part = examples[start : start + batch_size]
-            texts = [
-                tokenizer.apply_chat_template(example["messages"][:-1], tokenize=False, add_generation_prompt=True)
-                for example in part
-            ]
+            texts = [chats.prompt_text(tokenizer, example["messages"][:-1]) for example in part]
             prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-            ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, stops[0]))
+            ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, padding))
             out = model.generate(
                 ids,
                 attention_mask=seen,
-                eos_token_id=stops,
-                pad_token_id=stops[0],
+                eos_token_id=stops or None,
+                pad_token_id=padding,
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,

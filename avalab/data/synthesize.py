@@ -6,7 +6,7 @@
 3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
    asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
 4. `write_examples` stores one JSONL file a kind and a data card. A line is `kind`, `tools`, `messages` (a request and
-   an answer), `calls` and `source`; `load_examples` adds the system message, which follows from tools and kind.
+   an answer), `calls` and `source`; `load_examples` also reads OpenAI's form, and adds the tools to the system message.
 
 The same count, seed and kinds give the same bytes (docstrings belong to the running Python; the card names it).
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import jinja2
 
-from avalab.data import calls, drafts, gates, repeats, toolbox
+from avalab.data import calls, chats, drafts, gates, repeats, toolbox
 from avalab.data.calls import Call, Case
 from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
@@ -228,15 +228,16 @@ def write_examples(
 
 
 def with_system(example: dict) -> dict:
-    """The example with its system message, which follows from its tools and kind; unchanged when it has one."""
-    messages = example["messages"]
-    if messages[0]["role"] == "system" or not example["tools"]:
+    """The example with its tools in the system message, as its kind has them; unchanged when they stand there."""
+    if not example["tools"]:
         return example
+    return {**example, "messages": chats.prefaced(example["messages"], _preface(example))}
+
+
+def _preface(example: dict) -> str:
     if example["kind"] == "structured_output":
-        content = JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
-    else:
-        content = toolbox.system_prompt(example["tools"])
-    return {**example, "messages": [{"role": "system", "content": content}, *messages]}
+        return JSON_PROMPT + json.dumps(gates.checked_schema(example["tools"][0]), ensure_ascii=False)
+    return toolbox.system_prompt(example["tools"])
 
 
 def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
@@ -258,14 +259,16 @@ def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
 
 def without_system(example: dict) -> dict:
     """The example as a line of a file holds it."""
-    return {**example, "messages": [m for m in example["messages"] if m["role"] != "system"]}
+    if not example["tools"]:
+        return example
+    return {**example, "messages": chats.without_preface(example["messages"], _preface(example))}
 
 
 def load_examples(path: Path | str) -> list[dict]:
-    """The examples of a JSONL file, or of every one in a folder (by name), with their system messages.
+    """The examples of a JSONL file, or of every one in a folder (by name), with their tools in the system message.
 
-    Raises ValueError naming file and line for a line that is not JSON, misses a field or holds an invalid schema;
-    FileNotFoundError where there is no such file.
+    A line is in the lab's form or in OpenAI's (`chats.normalised`). Raises ValueError naming file and line for one that
+    cannot be kept; FileNotFoundError where there is no such file.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -273,31 +276,30 @@ def load_examples(path: Path | str) -> list[dict]:
         raise MissingFile(f"{path} holds no .jsonl file")
     found = []
     for file in files:
-        for place, example in calls.json_lines(file):
-            if complaint := _malformed(example):
-                raise InputError(f"{place}: {complaint}")
-            found.append(with_system(example))
+        for place, line in chats.json_lines(file):
+            try:
+                found.append(with_system(_checked(chats.normalised(line), stated="calls" in line)))
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from error
+    if not found:
+        raise InputError(f"{path} holds no example; a line is a JSON object with messages")
     return found
 
 
-def _malformed(example: object) -> str:
-    """What a line of a data set lacks, or ""."""
-    fields = ("kind", "tools", "messages", "calls")
-    if missing := [field for field in fields if not isinstance(example, dict) or field not in example]:
-        return f"no field {', '.join(missing)}"
-    parts = {"tools": ("name", "parameters"), "messages": ("role", "content"), "calls": ("name", "arguments")}
-    for field, wanted in parts.items():
-        if not isinstance(example[field], list) or (field == "messages" and len(example[field]) < 2):
-            return f"no field {field} that is a list" + (" of a request and an answer" if field == "messages" else "")
-        for item in example[field]:
-            if lacks := [name for name in wanted if not isinstance(item, dict) or name not in item]:
-                return f"no field {', '.join(lacks)} in an item of {field}"
-    try:
-        for tool in example["tools"]:
-            gates.checked_schema(tool)
-    except ValueError as error:
-        return str(error)
-    return ""
+def _checked(example: dict, *, stated: bool) -> dict:
+    """The example, its calls those of its answer. Raises ValueError for schemas or calls that cannot be right."""
+    for tool in example["tools"]:
+        gates.checked_schema(tool)
+    answers = [message["content"] for message in example["messages"] if message["role"] == "assistant"]
+    if (last := example["messages"][-1]["role"]) != "assistant":
+        raise InputError(f"the last message is of the role {last}; a chat ends with an assistant's answer")
+    if not example["tools"] or example["kind"] == "structured_output" or len(answers) > 1:
+        return example
+    found = calls.parse_calls(answers[0])
+    made = [] if isinstance(found, str) else [{"name": call.name, "arguments": call.arguments} for call in found]
+    if stated and example["calls"] and made != example["calls"]:
+        raise InputError("the answer's text does not hold the example's calls")
+    return {**example, "calls": example["calls"] or made}
 
 
 def data_card(report: dict) -> str:

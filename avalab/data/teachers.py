@@ -151,14 +151,14 @@ class Local:
 
     def ahead(self, questions: Sequence[list[dict]], *, progress: str = "") -> None:
         """Answer what is not in the cache yet, batch after batch; later calls then cost nothing."""
-        from avalab.data import grammars
+        from avalab.data import chats, grammars
 
         new = {key: q for q in questions if (key := self._key(q)) not in self.answers.texts}
         if not new:
             return
         keys = list(new)
         model, tokenizer, grammar = self._loaded
-        prompts = [tokenizer.apply_chat_template(q, tokenize=False, add_generation_prompt=True) for q in new.values()]
+        prompts = [chats.prompt_text(tokenizer, question) for question in new.values()]
         form = None if grammar is None else [grammar] * len(prompts)
         found = grammars.greedy_answers(model, tokenizer, prompts, grammars=form, max_new_tokens=self.new_tokens)
         for index, text in tqdm(found, total=len(new), desc=progress, disable=not progress, leave=False):
@@ -172,11 +172,13 @@ class Local:
     def _loaded(self) -> tuple:
         from avalab.data import grammars
         from avalab.models import checkpoint
+        from avalab.models.stops import stop_tokens
 
         model, tokenizer = checkpoint.load_model(self.folder, self.device), checkpoint.load_tokenizer(self.folder)
         if self.schema is None:
             return model, tokenizer, None
-        engine = grammars.grammar_compiler(tokenizer, model.config.vocab_size).engine
+        stops = stop_tokens(model, tokenizer)
+        engine = grammars.grammar_compiler(tokenizer, model.config.vocab_size, stops).engine
         compiled = engine.compile_json_schema(json.dumps(self.schema), any_whitespace=False)
         return model, tokenizer, grammars.CallGrammar(compiled)
 

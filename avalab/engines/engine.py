@@ -40,6 +40,7 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, Unavailable
 from avalab.lab.run import ROOT, write_atomically
 from avalab.models import checkpoint
+from avalab.models.stops import stop_tokens
 
 READERS: dict[str, tuple[str, ...]] = {
     "dense": ("torch", "vllm", "tensorrt"),
@@ -126,7 +127,7 @@ def model_facts(folder: Path, *, context: int | None = None) -> Facts:
     config = AutoConfig.from_pretrained(folder, **file).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     longest = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    return Facts(longest, config.vocab_size, tuple(grammars.stop_tokens(tokenizer)))
+    return Facts(longest, config.vocab_size, stop_tokens(config if file else folder, tokenizer))
 
 
 def gguf_file(folder: Path) -> Path:

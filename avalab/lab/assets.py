@@ -303,13 +303,30 @@ def _verified_model(asset: Asset, folder: Path) -> Path:
 
 
 def _check_model(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    """The folder, if it can be one: a configuration, or an adapter's, with weights that are no pickles."""
+    adapter = (folder / "adapter_config.json").is_file()
+    names = sorted(path.name for path in folder.iterdir())
+    suffixes = {Path(name).suffix for name in names}
+    if not adapter and not (folder / "config.json").is_file() and ".gguf" not in suffixes:
         raise InputError(f"{folder} is no model folder: it has no config.json")
-    suffixes = {path.suffix for path in folder.iterdir()}
     if not suffixes & WEIGHTS:
         found = "only pickled weights, which can run code when loaded" if suffixes & UNSAFE_SUFFIXES else "no weights"
         raise InputError(f"{folder} has {found}; allowed: .safetensors or .gguf")
+    if ".safetensors" not in suffixes:
+        only_gguf(folder)
     return folder
+
+
+def only_gguf(source: Path) -> Path:
+    """A GGUF file, or the only one of a folder. Raises InputError for several, which says how to choose one."""
+    if source.suffix == ".gguf" and source.is_file():
+        return source
+    files = sorted(source.glob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        choice = f"; give one of them as the model: {files[0]}" if files else ""
+        raise InputError(f"{source} has to hold one .gguf file, it holds {names}{choice}")
+    return files[0]
 
 
 def _check_gguf(file: Path) -> Path:

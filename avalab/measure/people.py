@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from avalab import engines
-from avalab.data import toolbox
+from avalab.data import chats, toolbox
 from avalab.lab import statistics
 from avalab.lab.artifacts import Artifact, sha256_of_text
 from avalab.lab.errors import InputError
@@ -137,8 +137,8 @@ def answer_prompts(
     if engine not in engines.ENGINES:
         raise InputError(f"unknown engine {engine!r}; choose one of {', '.join(engines.ENGINES)}")
     respondent = Respondent(artifact, device, engine=engine)
-    template = partial(respondent.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-    questions, progress = [Question(template(prompt.chat)) for prompt in asked], f"{artifact.name} in {engine}"
+    prompts = [chats.prompt_text(respondent.tokenizer, prompt.chat) for prompt in asked]
+    questions, progress = [Question(prompt) for prompt in prompts], f"{artifact.name} in {engine}"
     return answer(respondent, questions, cache, task="side-by-side", tokens=new_tokens, progress=progress)
 
 

@@ -1,10 +1,12 @@
 """Function-calling cases, parsing and the checker; the reference's verdicts are recorded in tests/data."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jsonschema
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -160,6 +162,89 @@ def test_a_single_call_may_stand_alone():
     assert parse_calls(ONE_BY_ONE[0]) == CALLS[:1]
     assert parse_calls("g(n=-1, v=x.y)") == [Call("g", {"n": -1, "v": "x.y"})]
     assert parse_calls('{"name": "now"}') == [Call("now", {})]
+
+
+A, G = CALLS
+A_LLAMA, G_LLAMA = (json.dumps({"name": call.name, "parameters": call.arguments}) for call in CALLS)
+MENTION = '<tool_call>{"name": "wrong", "arguments": {}}</tool_call>'
+FG, THEN_G = [Call("f", {"x": 1}), Call("g", {})], [Call("f", {"x": 1}), Call("g", {"y": "a"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        # Qwen 2.5, Qwen 3, Hermes: a block a call; reasoning first
+        (f"<think>\nI could call {MENTION} or not.\n</think>\n\n<tool_call>\n{ONE_BY_ONE[0]}\n</tool_call>", [A]),
+        (f"I may call {MENTION}.\n</think>\n<tool_call>\n{ONE_BY_ONE[0]}\n</tool_call>", [A]),
+        (f"<think>{MENTION}</think>No function fits.", "no_call"),
+        (f"<think>Perhaps {MENTION} and then", "no_call"),
+        (f"<scratch_pad>{MENTION}</scratch_pad><tool_call>{ONE_BY_ONE[0]}</tool_call>", [A]),
+        (f"<tool_call>{ONE_BY_ONE[0]}</tool_call><think>{MENTION}</think><tool_call>{ONE_BY_ONE[1]}", CALLS),
+        (
+            '<tool_call>{"name": "f", "arguments": {"s": "a </think> b"}}</tool_call>',
+            [Call("f", {"s": "a </think> b"})],
+        ),
+        (f"<tool_call>\n{ONE_BY_ONE[0]}\n{ONE_BY_ONE[1]}\n</tool_call>", CALLS),
+        (f"<tool_call>{ONE_BY_ONE[0]}, {ONE_BY_ONE[1]}</tool_call>", CALLS),
+        (f"<tool_call>{ONE_BY_ONE[0]}}}</tool_call>", "not_json"),
+        (f"<tool_call>\n```json\n{ONE_BY_ONE[0]}\n```\n</tool_call>", [A]),
+        # Qwen 2.5 Coder: bare JSON, and on it goes
+        (f"{ONE_BY_ONE[0]}\n{ONE_BY_ONE[1]}", CALLS),
+        (f"{ONE_BY_ONE[0]}\n\nThis call does what you asked for.", [A]),
+        (f"{ONE_BY_ONE[0]}<|im_end|>\n<|im_start|>user\nThanks", [A]),
+        (f"To do that, I call:\n{AS_JSON}\nDone.", CALLS),
+        (f"{ONE_BY_ONE[0]}}}", "not_json"),
+        (f'{ONE_BY_ONE[0]}\n{{"name": "g", "argu', "not_json"),
+        ('The answer is {"name": "Rome"}, [1].', "no_call"),
+        # Qwen 3 Coder: tags
+        (
+            "<tool_call>\n<function=a.f>\n<parameter=x>\n1\n</parameter>\n<parameter=s>\nit's [1]\n</parameter>\n"
+            "</function>\n</tool_call>",
+            [A],
+        ),
+        # Llama 3.1, 3.2
+        (f"{A_LLAMA}<|eot_id|>", [A]),
+        (f"<|python_tag|>{A_LLAMA}; {G_LLAMA}<|eom_id|>", CALLS),
+        ('{"type": "function", "name": "now", "parameters": {}}', [Call("now", {})]),
+        ('<function=now>{"zone": "UTC"}</function>', [Call("now", {"zone": "UTC"})]),
+        ("[f(x=1), g(y='a')]\n\nThese two.", THEN_G),
+        # Mistral, with and without its own tokens
+        (f"[TOOL_CALLS] {AS_JSON}</s>", CALLS),
+        ('[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}, "id": "VvvODy9mT"}]</s>', FG[:1]),
+        ('[TOOL_CALLS]f[ARGS]{"x": 1}[TOOL_CALLS]g[CALL_ID]a1[ARGS]{}</s>', FG),
+        ('f{"x": 1}', FG[:1]),
+        ('[THINK]f[ARGS]{"x": 2}[/THINK][TOOL_CALLS]f{"x": 1}', FG[:1]),
+        ("[TOOL_CALLS] nothing", "not_json"),
+        # Gemma: fenced Python or JSON
+        ("```tool_code\nf(x=1)\n```", FG[:1]),
+        ("```tool_code\nprint(f(x=1))\ng(y='a')\n```\nI ran both.", THEN_G),
+        ("First.\n```tool_code\nf(x=1)\n```\nThen.\n```tool_code\ng()\n```", FG),
+        ("```python\n[f(x=1), g()]\n```", FG),
+        (f"```json\n{ONE_BY_ONE[0]}\n{ONE_BY_ONE[1]}\n```", CALLS),
+        (f"```json\n{AS_JSON}", CALLS),
+        ("```python\nx = 1\n```", "no_call"),
+    ],
+)
+def test_what_published_templates_write_is_read_as_they_mean_it(text, found):
+    assert parse_calls(text) == found
+
+
+FAMILIES = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_6", "llama3_1", "llama3_2", "nemotron_3_nano")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_published_template_renders_is_read_back(tokenizer, family):
+    """The templates of TRL, rendered by transformers: whatever they make of calls, these calls are found in it."""
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text()
+    render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+    asked = [{"role": "user", "content": "Where?"}]
+    prompt = render(asked, add_generation_prompt=True)
+    for city in ("Köln", "New York, NY", "it's"):
+        made = [Call("find", {"city": city, "days": 3, "near": [True, None]}), Call("geo.now", {"zone": "UTC"})]
+        made = made[:1] if family.startswith("llama") else made  # its template writes one
+        calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in made]
+        whole = render([*asked, {"role": "assistant", "content": "", "tool_calls": calls}])
+        assert parse_calls(whole[len(prompt) :]) == made
 
 
 @pytest.mark.parametrize(

@@ -248,14 +248,13 @@ def line(**fields) -> dict:
     ("damaged", "message"),
     [
         ("{broken", r"data\.jsonl:2: not JSON"),
-        ("", r"data\.jsonl:2: not JSON"),
         ('{"kind": "x", "tools": [], "calls": []}', r"data\.jsonl:2: no field messages"),
-        ("[]", r"data\.jsonl:2: no field kind"),
+        ("[]", r"data\.jsonl:2: no object with the field messages, but \[\]"),
         (json.dumps(line(messages=ASKED[:1])), r"data\.jsonl:2: no field messages that is a list of a request and an"),
         (json.dumps(line(messages="Hi")), r"data\.jsonl:2: no field messages that is a list"),
         (
             json.dumps(line(messages=[{"role": "user"}, ASKED[1]])),
-            r"data\.jsonl:2: no field content in an item of mess",
+            r"data\.jsonl:2: message 1 \(user\): no content",
         ),
         (json.dumps(line(tools={"f": 1})), r"data\.jsonl:2: no field tools that is a list"),
         (json.dumps(line(calls=[{"name": "f"}])), r"data\.jsonl:2: no field arguments in an item of calls"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before the package, whose modules reach torchao
 
-from avalab.data import calls, grammars
+from avalab.data import calls, chats, grammars
 from avalab.measure import answers
 from avalab.models import checkpoint
 from avalab.serve import chat as serve_chat
@@ -78,14 +78,6 @@ def test_a_model_that_always_calls_something_else_is_stopped_too():
     assert sum(m["role"] == "assistant" for m in chat) == serve_chat.ROUNDS
 
 
-def test_where_the_template_hides_results_they_are_only_shown():
-    said = []
-    answer = scripted(text_of(("ways", {"n": 5, "k": 2})), "never asked")
-    chat = serve_chat.respond("How many?", [], TOOLS, answer, say=said.append, returned=False)
-    assert [m["role"] for m in chat] == ["user", "assistant"]
-    assert said[-1] == "  <- 10"
-
-
 def test_a_call_that_cannot_be_read_is_said_to_be_one():
     said = []
     serve_chat.respond("How many?", [], TOOLS, scripted("<tool_call>[{"), say=said.append)
@@ -118,13 +110,19 @@ def reader(*lines: object):
     return read
 
 
-def test_the_tiny_models_template_shows_results_and_one_that_refuses_the_role_does_not(respondent):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ raise_exception('no') if m.role == 'tool' }}{{ m.content }}{% endfor %}",
+        "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_results_reach_a_model_whose_template_refuses_or_hides_them(respondent, template):
     tokenizer = checkpoint.load_tokenizer(respondent.artifact)
-    assert serve_chat.shows_results(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('no') if m.role == 'tool' }}{% endfor %}"
-    assert not serve_chat.shows_results(tokenizer)
-    tokenizer.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
-    assert not serve_chat.shows_results(tokenizer)
+    tokenizer.chat_template = template
+    answer = scripted(text_of(("ways", {"n": 47, "k": 2})), "Done.")
+    chat = serve_chat.respond("How many?", serve_chat.opening(TOOLS), TOOLS, answer, say=lambda text: None)
+    assert "1081" in chats.prompt_text(tokenizer, chat)
 
 
 def test_under_the_grammar_the_tiny_model_answers_with_a_text_or_a_readable_call(respondent, capsys):
@@ -146,7 +144,7 @@ def test_the_greedy_answer_is_that_of_the_evaluation(respondent):
 @pytest.mark.parametrize("end", ["/quit", EOFError, KeyboardInterrupt])
 @pytest.mark.parametrize("mode", serve_chat.MODES)
 def test_a_chat_ends_cleanly(respondent, monkeypatch, mode, end):
-    monkeypatch.setattr(serve_chat, "answerer", lambda *_: scripted("Hello.", "Again."))
+    monkeypatch.setattr(serve_chat, "answerer", lambda *_, say: scripted("Hello.", "Again."))
     said = []
     chat = serve_chat.converse(respondent, TOOLS, mode=mode, read=reader("Hi.", "", "Again?", end), say=said.append)
     assert [m["content"] for m in chat[1:]] == ["Hi.", "Hello.", "Again?", "Again."]
@@ -159,6 +157,29 @@ def test_a_request_that_is_too_long_is_refused_and_the_chat_goes_on(respondent):
     chat = serve_chat.converse(respondent, TOOLS, read=read, say=said.append)
     assert len(chat) == 1
     assert "the model has room for" in said[1]
+
+
+def test_an_answer_that_is_cut_off_says_so(respondent):
+    """One that ends does not: what is streamed above is the answer alone."""
+    heard: list[str] = []
+    answer = serve_chat.answerer(respondent, TOOLS, "grammar", stream=False, new_tokens=1, say=heard.append)
+    answer([{"role": "user", "content": "What is a list?"}])
+    assert heard == ["(cut off after 1 tokens)"]
+
+
+def test_turns_that_no_longer_fit_are_left_out_with_a_notice(respondent):
+    """The long turn takes more than half of what there is room for, twice it does not fit."""
+    context = respondent.model.config.max_position_embeddings
+    unit = len(respondent.tokenizer(" garden").input_ids)
+    long = " garden" * (context // 2 // unit)
+    chat = [
+        {"role": "user", "content": long},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": long},
+    ]
+    heard: list[str] = []
+    serve_chat.answerer(respondent, [], "free", stream=False, new_tokens=4, say=heard.append)(chat)
+    assert heard[0] == f"(the 2 oldest messages are left out: the model has room for {context - 4:,} tokens)"
 
 
 def test_an_unknown_mode_is_refused_before_anything_is_loaded(respondent):
