@@ -56,6 +56,8 @@ system_python = $(or $(call new_enough,$(if $(active),$(python),python3 python3.
 $(ready): pyproject.toml $(if $(active),$(wildcard $(active)/pyvenv.cfg),.venv/.made)
 	@$(if $(system_python),echo "Installing what the lab needs into $(environment) (once, a few minutes)")
 	@env -u PYTHONPATH $(python) -m pip install --editable '.[lab]'
+	@[ "$$(uname -sm)" != 'Linux x86_64' ] || $(python) -m avalab.lab.assets llamacpp-linux-x64 \
+		|| echo 'llama.cpp runs from the wheel xllamacpp instead, and K types are not written'
 	@mkdir -p .stamps && touch '$@'
 
 .venv/.made:
@@ -83,7 +85,7 @@ help: ## this list
 
 setup: $(ready) ## build .venv, or complete the active environment (every other target does it when needed)
 
-setup-llamacpp: $(ready) ## build llama.cpp for the engine `llamacpp` (a C++ compiler, 4 to 8 minutes)
+setup-llamacpp: $(ready) ## compile llama.cpp for this machine, which nothing needs (a C++ compiler, 4 to 8 minutes)
 	@flags="$$($(python) -c "from avalab.engines import llamacpp; llamacpp.print_build_flags()")" || exit 1; echo "building with $$flags"; \
 	env -u PYTHONPATH CMAKE_ARGS="$$flags" $(python) -m pip install --no-cache-dir --editable '.[llamacpp]'
 
