@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 from avalab.cli import compress, options
-from avalab.data import drafts
+from avalab.data import drafts, synthesize
 from avalab.lab import run as lab_run
 from avalab.measure import answers
 
@@ -62,6 +62,9 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
         (["assets", "nosuch"], "nosuch"),
         (["synthesize", "--out", "x", "--kinds", "poem"], "choose one of single_call"),
         (["synthesize", "--out", "x", "--overlap", "some"], "choose here, all or none"),
+        (["synthesize", "--out", "x", "--teacher-model", "m"], "--teacher-model m is of no teacher"),
+        (["synthesize", "--out", ROOT / "README.md"], "is a file; name a folder"),
+        (["synthesize", "--out", ROOT], "holds README.md that this command did not make"),
         (["synthesize", "--out", "x", "--teacher", "nothing/here"], "no artefact at"),
         (["synthesize", "--out", "x", "--teacher", "http://127.0.0.1:9/v1"], "needs --teacher-model"),
         (["prune", "--out", "x", "--method", "guess", "--profile", "smoke"], "sparsegpt"),
@@ -147,6 +150,7 @@ def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert options.TRAINED == qat.KINDS
     assert set(options.TARGETS) == set(distill.TEACHERS)
     assert set(options.KINDS) == drafts.KINDS.keys()
+    assert options.SET_MAKER == synthesize.MAKER
     assert options.EMBEDDED == checkpoint.EMBEDDED
 
 
