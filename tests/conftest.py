@@ -128,6 +128,16 @@ def respondent(base):
     return answers.Respondent(base)
 
 
+@pytest.fixture(scope="session")
+def family_model(tmp_path_factory):
+    """A function from the name of a family to the folder of its tiny random model, made once."""
+    from functools import cache
+
+    from avalab.measure import families
+
+    return cache(lambda name: families.make_model(name, tmp_path_factory.mktemp("family") / name))
+
+
 @pytest.fixture(scope="module")
 def few_docstrings():
     """Some of the standard library's docstrings stand for all, which take seconds to compare."""

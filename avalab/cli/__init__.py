@@ -21,7 +21,6 @@ Wrong input ends with one line on stderr and exit code 2, before anything heavy 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import traceback
@@ -29,9 +28,8 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import compress, measure, talk, train
-from avalab.cli.options import ArtifactFolder
-from avalab.lab import artifacts, assets
+from avalab.cli import compress, measure, show, talk, train
+from avalab.lab import assets
 from avalab.lab.errors import LabError
 
 app = typer.Typer(
@@ -52,6 +50,7 @@ COMMANDS = {
     "synthesize": train.synthesize,
     "finetune": train.finetune,
     "distill": train.distill,
+    "show": show.show,
     "bench": measure.bench,
     "eval": measure.evaluate,
     "compare": measure.compare,
@@ -63,12 +62,29 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+# What typer raises for options that it cannot read. It has a click of its own and does not export this class.
+UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+STOPPED = 130  # what typer makes of Ctrl-C, too
+
+
 def main() -> None:
     """Run the command: what a user can mend becomes one line and exit code 2, a failed process or a defect code 1."""
     try:
-        app()
+        code = app(prog_name="avalab", standalone_mode=False) or 0
+        if code != STOPPED:
+            sys.exit(code)
+        raise KeyboardInterrupt
+    except UsageError as error:
+        if len(sys.argv) == 1:  # help was asked for
+            error.show()
+            sys.exit(error.exit_code)
+        where = error.ctx.command_path if error.ctx else "avalab"
+        _end(f"{error.format_message()} ({where} --help lists what there is)", error.exit_code)
+    except typer.Abort:
+        _end("the input ended before it was complete", 1)
     except KeyboardInterrupt:
-        _end("stopped; what was finished is kept, and the same command goes on from there", 130)
+        _end("stopped; what was finished is kept, and the same command goes on from there", STOPPED)
     except LabError as error:
         _end(str(error), error.exit_code)
     except OSError as error:  # of the file system: it names the file
@@ -101,24 +117,3 @@ def list_or_fetch(name: Annotated[str, typer.Argument(help="Asset to fetch; with
     for asset in assets.known_assets().values():
         here = "here" if (assets.CACHE / asset.name).exists() else "not fetched"
         print(f"{asset.name:32} {asset.bytes / 1e6:10.1f} MB  {here:12} {asset.licence}")
-
-
-@app.command()
-def show(artifact: ArtifactFolder) -> None:
-    """Verify an artefact and print its card in short: base, recipe, format, bytes by component."""
-    found = artifacts.load_artifact(artifact)
-    card = found.card
-    print(f"name      {found.name}\nformat    {found.format} (engines: {', '.join(card['engines'])})")
-    print(f"base      {card['base']['name']}  sha256 {card['base']['sha256'][:16]}...")
-    print(f"sha256    {found.sha256}")
-    for step in card["recipe"]:
-        print(f"recipe    {json.dumps(step, sort_keys=True)}")
-    parts = {file["name"]: file["bytes"] for file in card["files"]}
-    if list(found.path.glob("*.safetensors")):
-        from avalab.models import sizes
-
-        parts = sizes.bytes_by_component(found)
-    total = sum(parts.values())
-    for part, count in parts.items():
-        print(f"bytes     {part:10} {count:>14,}  {count / total:6.1%}")
-    print(f"bytes     {'total':10} {total:>14,}")

@@ -17,11 +17,12 @@ from typing import Annotated
 import typer
 
 from avalab.cli import options
-from avalab.cli.options import AsJson, Model, NewFolder, Profile, Seed
+from avalab.cli.options import AsJson, Force, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run
+from avalab.lab.run import ROOT, Run, load_records
+from avalab.train import recipes
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
 
@@ -61,7 +62,11 @@ def quantize(
         str | None, typer.Option(help="Before rounding: none, scale, rotate or scale+rotate (ava).")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also where less than half of the blocks' weights can be reached.")
+    ] = False,
     benchmark: Benchmark = False,
+    force: Force = False,
 ) -> None:
     """Compress a model by one method into an artefact folder."""
     run = Run("avalab_quantize", profile, seed, model)
@@ -71,7 +76,6 @@ def quantize(
     options.within("block_size", block_size, 1)
     options.within("bits_per_weight", bits_per_weight, 1)
     options.within("iterations", iterations, 1)
-    options.new_folder(out)
     offered = {
         "bits": bits,
         "group_size": group_size,
@@ -81,7 +85,7 @@ def quantize(
         "compute_dtype": compute_dtype,
         "static": static,
         "iterations": iterations,
-        "bytes": byte_count(size) if size else None,
+        "bytes": byte_count(size, least=1) if size else None,
         "bits_per_weight": bits_per_weight,
         "format": format,
         "embedding": embedding,
@@ -89,37 +93,44 @@ def quantize(
         "transform": transform,
     }
     parameters = {name: value for name, value in offered.items() if value is not None}
+    options.known_parameters(method, parameters)
     options.known_model(model)
+    if parameters.get("bytes"):
+        options.possible_budget(run, parameters["bytes"])
+    if group_size and method not in ("ava", "hqq"):  # which take any
+        options.possible_groups(run, method, group_size, skip or [])
+    options.new_folder(out, model, force=force, made_by={"step": method, **parameters}, base=run.name_of_model)
+    from avalab.compress import reach
     from avalab.compress.quantize import checked_method, compress_artifact
     from avalab.models import checkpoint
 
     checked_method(method, parameters)
     base = checkpoint.base_artifact(run)
-    artifact = compress_artifact(base, method, run=run, skip=tuple(skip or ()), out=out, **parameters)
+    kept = tuple(skip or ())
+    artifact = compress_artifact(base, method, run=run, skip=kept, out=out, partial=partial, **parameters)
     times = base.bytes / artifact.bytes
     print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
+    if reached := reach.in_words(artifact.card["measured"]):
+        print(reached)
     if "predicted_kl_divergence" in artifact.card["measured"]:
         _predicted_and_measured(run, base, artifact)
-    if benchmark and _engine(artifact) != "torch":
-        print(f"its speed: avalab bench {artifact.path} --engine {_engine(artifact)}")
+    if benchmark and options.engine_of(artifact) != "torch":
+        print(f"its speed: avalab bench {artifact.path} --engine {options.engine_of(artifact)}")
     elif benchmark:
         _quality_and_cost(run, base, artifact)
 
 
-def byte_count(size: str) -> int:
-    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else."""
+def byte_count(size: str, least: int = 0) -> int:
+    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else, or too few."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = size.rstrip(ascii_letters)
     try:
-        return int(float(number) * units[size[len(number) :].upper()])
-    except (ValueError, KeyError):
+        count = int(float(number) * units[size[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
         raise InputError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
-
-
-def _engine(artifact: Artifact) -> str:
-    """The engine that scores an artefact: torch where it can."""
-    engines = artifact.card["engines"]
-    return "torch" if "torch" in engines else engines[0]
+    if count < least:
+        raise InputError(f"{size!r} are {count} bytes; it has to be {least} or more")
+    return count
 
 
 def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> None:
@@ -132,12 +143,27 @@ def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> Non
     tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.evaluation_text(run.profile.eval_texts[0], tokenizer)
     against = predict.make_reference(base, corpora.profile_windows(run, text, tokenizer), cache, run.device)
-    kl = quality.score_artifact(artifact, against, cache, run.device, engine=_engine(artifact)).kl
+    kl = quality.score_artifact(artifact, against, cache, run.device, engine=options.engine_of(artifact)).kl
     found = statistics.mean(kl, resamples=run.profile.resamples, seed=run.seed)
     print(f"predicted KL divergence {artifact.card['measured']['predicted_kl_divergence']:.4f} nats/token")
     print(f"measured KL divergence {found.value:.4f} [{found.low:.4f}, {found.high:.4f}] nats/token on {text.name}")
+    if predicted := artifact.card["measured"]["predicted_kl_divergence"]:
+        print(f"measured is {found.value / predicted:.2f} times the prediction; {_usual_ratios(ROOT / 'results')}")
     if artifact.card["measured"]["note"]:
         print(artifact.card["measured"]["note"])
+
+
+def _usual_ratios(results: Path) -> str:
+    """What measured over predicted was in the study of mixed precision, over all models whose records are here."""
+    ratios = []
+    for path in sorted(results.glob("*/08_mixed_precision.json")):
+        records = [record for record in load_records(path) if record.value and not record.subject.startswith("single ")]
+        predicted = {r.subject: r.value for r in records if r.metric == "predicted_kl_divergence"}
+        measured = [r for r in records if r.metric.startswith("kl_divergence:") and r.subject in predicted]
+        ratios += [record.value / predicted[record.subject] for record in measured]
+    if not ratios:
+        return "no records of how far such predictions are off are here"
+    return f"in the lab's records it was {min(ratios):.2f} to {max(ratios):.2f} times ({len(ratios)} whole files)"
 
 
 def _quality_and_cost(run: Run, base: Artifact, artifact: Artifact) -> None:
@@ -168,6 +194,7 @@ def prune(
     profile: Profile = "laptop",
     seed: Seed = 0,
     benchmark: Benchmark = False,
+    force: Force = False,
 ) -> None:
     """Remove weights, heads, channels or layers; stopped, it goes on at the last finished block."""
     run = Run("avalab_prune", profile, seed, model)
@@ -176,8 +203,9 @@ def prune(
     options.one_of("allocation", allocation, ("uniform", "sensitivity"))
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity} is outside [0, 1): it is the share that goes, 0.5 removes half")
-    options.new_folder(out)
     options.known_model(model)
+    made_by = {"step": "prune", "score": method, "pattern": pattern, "sparsity": sparsity, "allocation": allocation}
+    options.new_folder(out, model, force=force, made_by=made_by, base=run.name_of_model)
     from avalab.compress import prune
     from avalab.models import checkpoint
 
@@ -194,6 +222,8 @@ def prune(
     )
     measured = artifact.card["measured"]
     print(f"{artifact.path}: {measured['sparsity']:.1%} of the linear weights gone, {artifact.bytes / 1e6:.1f} MB")
+    if "reached_share" in measured:
+        print(f"layers that were pruned hold {measured['reached_share']:.0%} of all weights")
     if "sparse_bytes" in measured:
         print(f"{measured['sparse_bytes'] / 1e6:.1f} MB in the compressed layout; engines load the dense file")
     if benchmark:
@@ -222,7 +252,8 @@ def recover(
     artifact: Annotated[Path, typer.Argument(help="Folder of an rtn, gptq, awq or ava artefact.")],
     out: Annotated[Path, typer.Option(help="Folder of the new artefact, of the same bytes.")],
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the bf16 original; without, the base that lies beside it.")
+        Path | None,
+        typer.Option(help="Folder of the bf16 original; without, the base that its card names."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration text to learn from.")] = 8192,
     kind: Annotated[str, typer.Option(help="scales, weights, blocks, torchao, or both: blocks, then scales.")] = "both",
@@ -231,24 +262,30 @@ def recover(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train codes and scales of a low-bit model towards its bf16 original; stopped, it goes on when run again."""
     run = Run("avalab_recover", profile, seed)
-    options.one_of("kind", kind, (*options.TRAINED, "both"))
-    options.new_folder(out)
+    options.one_of("kind", kind, (*recipes.KINDS, "both"))
+    schedule, blocks = recipes.Schedule(learning_rate=learning_rate), recipes.BlockTraining(steps=steps)
+    options.new_folder(out, artifact, teacher, force=force)
     start = artifacts.load_artifact(artifact)
-    whole = artifacts.load_artifact(teacher or artifact.parent / start.card["base"]["name"])
+    if start.format != "compressed-tensors":
+        raise InputError(
+            f"{start.name} is in format {start.format!r}; trained are packed codes and scales, as rtn, gptq, "
+            "awq and ava write them for torch (without --format)"
+        )
     from avalab.models import checkpoint
+
+    whole = artifacts.load_artifact(teacher) if teacher else checkpoint.base_of(start)
     from avalab.train import qat
-    from avalab.train.loop import Schedule
 
     read = qat.training_windows(run, checkpoint.load_tokenizer(start), tokens=tokens)
-    schedule, blocks = Schedule(learning_rate=learning_rate), qat.BlockTraining(steps=steps)
     if kind == "both":
-        recipe = qat.Recipe(kind="blocks", schedule=schedule, blocks=blocks)
+        recipe = recipes.RoundingRecipe(kind="blocks", schedule=schedule, blocks=blocks)
         between = run.artifacts_dir / f"{start.name}+blocks"
         start = qat.train_quantized(start, whole, read, run=run, out=between, recipe=recipe)
-    recipe = qat.Recipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
+    recipe = recipes.RoundingRecipe(kind="scales" if kind == "both" else kind, schedule=schedule, blocks=blocks)
     found = qat.train_quantized(start, whole, read, run=run, out=out.resolve(), recipe=recipe)
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)
@@ -340,13 +377,14 @@ CALIBRATE_HELP = "Use calibration text: static scales (onnx), an importance matr
 
 
 def export(
-    artifact: options.ArtifactFolder,
+    artifact: options.ModelPath,
     to: Annotated[str, typer.Option(help="Format: " + ", ".join(EXPORTERS) + ".")],
     out: NewFolder,
     weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
     calibrate: Annotated[bool, typer.Option("--calibrate", help=CALIBRATE_HELP)] = False,
     profile: Profile = "laptop",
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Write an artefact in the format of another engine and check it there."""
     options.one_of("format", to, EXPORTERS)
@@ -356,7 +394,8 @@ def export(
     if calibrate and not row.calibrated:
         able = " and ".join(name for name, other in EXPORTERS.items() if other.calibrated)
         raise InputError(f"{to} takes no calibration text; {able} do")
-    found, windows = artifacts.load_artifact(artifact), None
+    options.new_folder(out, artifact, force=force)
+    found, windows = options.source_artifact(options.readable(artifact), run), None
     if calibrate:
         from avalab.data import corpora
         from avalab.models import checkpoint
@@ -371,11 +410,13 @@ def compile_(
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Any batch; without it, one sequence.")] = False,
     weights: Annotated[str, typer.Option(help="bf16 or fp32: how weights are stored and computed with.")] = "bf16",
     profile: Profile = "laptop",
+    force: Force = False,
 ) -> None:
     """Compile a model ahead of time into machine code that runs without its Python; any prompt length."""
     options.one_of("weights", weights, EXPORTERS["aot"].weights)
     run = Run("avalab_compile", profile, 0, model)
     options.known_model(model)
+    options.new_folder(out, model, force=force)
     from avalab.engines import aot
 
     made = aot.write(options.source_artifact(model, run), weights, dynamic=dynamic, out=out)

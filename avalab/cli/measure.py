@@ -20,10 +20,9 @@ from typing import Annotated
 import typer
 
 from avalab.cli import options
-from avalab.cli.options import ArtifactFolder, AsJson, Limit, Mode, Profile, Seed
-from avalab.lab import artifacts
+from avalab.cli.options import AsJson, Limit, Mode, ModelPath, Profile, Seed
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError
+from avalab.lab.errors import InputError, ProcessFailed
 from avalab.lab.run import Run
 
 TASKS = ("bfcl", "text", "speed")
@@ -32,9 +31,10 @@ SPEED_ROUNDS = 11  # an odd number, enough for an interval of the median
 
 
 def bench(
-    artifact: ArtifactFolder,
+    artifact: ModelPath,
     engine: Annotated[str, typer.Option(help="An engine of avalab.engines; without, torch and the roofline.")] = "",
     threads: Annotated[int, typer.Option(min=0, help="Threads of that engine; 0 leaves its own choice.")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="Measure afresh what was measured before.")] = False,
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -43,22 +43,27 @@ def bench(
     run = Run("avalab_bench", profile, seed)
     if engine:
         options.one_of("engine", engine, options.ENGINES)
-    found = artifacts.load_artifact(artifact)
+    found = options.source_artifact(options.readable(artifact), run)
     from avalab.measure import cell, cost
 
+    if not engine and options.engine_of(found) != "torch":  # no torch, no roofline
+        engine = options.engine_of(found)
     if engine:
         work = cell.Workload(samples=run.profile.latency_samples, threads=threads, seed=run.seed)
         measured = cell.measure_cell(found, engine, work=work)
         cell.record_cell(run, found, engine=engine, work=work, cell=measured)
     else:
-        cost.record_cost(run, found.name, found)
+        cost.record_cost(run, found.name, found, again=again)
     options.print_records(run, as_json)
 
 
 def evaluate(
-    artifact: ArtifactFolder,
+    artifact: ModelPath,
     tasks: Annotated[str, typer.Option(help="bfcl, humaneval, tasks of lm-evaluation-harness; with commas.")] = "bfcl",
-    mode: Mode = "grammar",
+    mode: Annotated[
+        str, typer.Option(help="free (any text), grammar (a call or a refusal), forced (a call), or all of them.")
+    ] = options.ALL,
+    engine: Annotated[str, typer.Option(help="An engine of avalab.engines; without, torch where it can.")] = "",
     limit: Limit = None,
     skip: Annotated[int, typer.Option(min=0, help="Cases of each BFCL category to leave out at its beginning.")] = 0,
     profile: Profile = "laptop",
@@ -66,17 +71,23 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score an artefact on function calls and on code; what was answered before is read, not asked again."""
-    run, wanted = Run("avalab_eval", profile, seed), tasks.split(",")
-    options.one_of("mode", mode, options.CALL_MODES)
-    found = artifacts.load_artifact(artifact)
+    run, wanted = Run("avalab_eval", profile, seed), options.known_tasks(tasks)
+    options.one_of("mode", mode, (*options.CALL_MODES, options.ALL))
+    if engine:
+        options.one_of("engine", engine, options.ENGINES)
+    others = [task for task in wanted if task not in options.TASKS]
+    found = options.source_artifact(options.readable(artifact), run)
     from avalab.measure import answers, harness
 
-    others = [task for task in wanted if task not in ("bfcl", "humaneval")]
     if others:
         harness.require_harness()
-    respondent = answers.Respondent(found, run.device)
-    for category in answers.answerable(run.profile.call_categories, mode) if "bfcl" in wanted else ():
-        answers.record_calls(run, found.name, respondent, category=category, mode=mode, limit=limit, skip=skip)
+    respondent = answers.Respondent(found, run.device, engine=engine or options.engine_of(found))
+    if "bfcl" in wanted:
+        modes = options.CALL_MODES if mode == options.ALL else (mode,)
+        verdicts = _ask_calls(run, respondent, modes, limit=limit, skip=skip)
+        if mode == options.ALL and not as_json:
+            _print_modes(run, verdicts)
+            run.records.clear()  # they are in the table
     if "humaneval" in wanted:
         answers.record_pass_at_1(run, found.name, respondent, answers.code_problems(run, limit))
     if others:
@@ -84,15 +95,57 @@ def evaluate(
     options.print_records(run, as_json)
 
 
+def _ask_calls(run: Run, respondent, modes: Sequence[str], *, limit: int | None, skip: int) -> dict[str, list]:
+    """Record every category in every mode that it has; by mode, the verdicts on cases in which a call is right."""
+    from avalab.measure import answers
+
+    found: dict[str, list] = {mode: [] for mode in modes}
+    for mode in modes:
+        for category in answers.answerable(run.profile.call_categories, mode):
+            verdicts = answers.record_calls(
+                run, respondent.artifact.name, respondent, category=category, mode=mode, limit=limit, skip=skip
+            )
+            if category in answers.answerable([category], "forced"):
+                found[mode] += verdicts
+    return found
+
+
+def _print_modes(run: Run, verdicts: dict[str, list]) -> None:
+    """A row a category, a column a mode, and a line that reads them."""
+    from avalab.lab import statistics
+    from avalab.lab.run import Record
+    from avalab.measure import answers
+    from avalab.report import tables
+
+    def line(name: str, cells: Sequence[str]) -> None:
+        print(f"{name:28} " + " ".join(f"{cell:24}" for cell in cells).rstrip())
+
+    known = {record.metric: record for record in run.records}
+    line("right answers", tuple(verdicts))
+    for category in run.profile.call_categories:
+        asked = [mode for mode in verdicts if answers.answerable([category], mode)]
+        shown = {mode: known[answers.call_metric(category, mode)] for mode in asked}
+        cells = {m: "not measured" if r.value is None else tables.value_text(r) for m, r in shown.items()}
+        line(category.replace("_", " "), [cells.get(mode, "-") for mode in verdicts])
+    for note in dict.fromkeys(record.note for record in run.records if record.value is None):
+        print(note)
+    if not all(verdicts.values()):
+        return
+    shares = [statistics.wilson(sum(v.correct for v in each), len(each)) for each in verdicts.values()]
+    records = [Record("", "", "call_accuracy", unit="1", **vars(share)) for share in shares]
+    line("all that need a call", [tables.value_text(record) for record in records])
+    print(answers.read_modes(verdicts))
+
+
 def compare(
-    ours: ArtifactFolder,
-    theirs: Annotated[Path, typer.Argument(help="The artefact it is compared with, such as the bf16 base.")],
+    ours: ModelPath,
+    theirs: Annotated[Path, typer.Argument(help="What it is compared with, such as the bf16 base.")],
     task: Annotated[
         str, typer.Option(help="bfcl (McNemar's test), text (paired bootstrap of the loss) or speed (paired ratios).")
     ] = "bfcl",
     mode: Mode = "forced",
     limit: Limit = None,
-    engine: Annotated[str, typer.Option(help="Engine of both in the task speed.")] = "torch",
+    engine: Annotated[str, typer.Option(help="Engine of both in the task speed; without, that of each.")] = "",
     threads: Annotated[int, typer.Option(help="Its threads; 0 leaves its own choice.")] = 0,
     profile: Profile = "laptop",
     seed: Seed = 0,
@@ -101,8 +154,10 @@ def compare(
     run = Run("avalab_compare", profile, seed)
     options.one_of("task", task, TASKS)
     options.one_of("mode", mode, options.CALL_MODES)
-    options.one_of("engine", engine, options.ENGINES)
-    pair = [artifacts.load_artifact(ours), artifacts.load_artifact(theirs)]
+    if engine:
+        options.one_of("engine", engine, options.ENGINES)
+    paths = [options.readable(ours), options.readable(theirs)]
+    pair = [options.source_artifact(path, run) for path in paths]
     if task == "bfcl":
         _compare_calls(run, pair, mode, limit)
     elif task == "text":
@@ -115,7 +170,7 @@ def _compare_calls(run: Run, pair: list[Artifact], mode: str, limit: int | None)
     from avalab.lab import statistics
     from avalab.measure import answers
 
-    respondents = [answers.Respondent(artifact, run.device) for artifact in pair]
+    respondents = [answers.Respondent(a, run.device, engine=options.engine_of(a)) for a in pair]
     all_ours: list[bool] = []
     all_theirs: list[bool] = []
     for category in answers.answerable(run.profile.call_categories, mode):
@@ -126,6 +181,8 @@ def _compare_calls(run: Run, pair: list[Artifact], mode: str, limit: int | None)
             ]
             for r in respondents
         )
+        if failed := [record for record in run.records if record.value is None]:
+            raise ProcessFailed(f"{failed[0].subject} in {failed[0].engine} gave no answers: {failed[0].note}")
         print(f"{answers.call_metric(category, mode):44} {statistics.mcnemar(ours, theirs)}")
         all_ours += ours
         all_theirs += theirs
@@ -138,16 +195,20 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
     from avalab.measure import quality
     from avalab.models import checkpoint, predict
 
-    tokenizers = [checkpoint.load_tokenizer(artifact) for artifact in pair]
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise InputError(
-            f"{pair[0].name} and {pair[1].name} have different vocabularies; their losses cannot be paired"
+    engines = {artifact.name: options.engine_of(artifact) for artifact in pair}
+    in_torch = [artifact for artifact in reversed(pair) if engines[artifact.name] == quality.TORCH]
+    if not in_torch:
+        shown = " and ".join(f"{name} ({engine})" for name, engine in engines.items())
+        raise InputError(f"one of the two has to load in torch, {shown} do not; give the model they were made from")
+    predict.refuse_other_words(pair[1], pair[0])
+    cache, tokenizer = run.artifacts_dir / "cache", checkpoint.load_tokenizer(in_torch[0])
+    for text in corpora.evaluation_texts(run, tokenizer):
+        windows = corpora.profile_windows(run, text, tokenizer)[:limit]
+        against = predict.make_reference(in_torch[0], windows, cache, run.device)
+        ours, theirs = (
+            quality.score_artifact(artifact, against, cache, run.device, engine=options.engine_of(artifact)).nll
+            for artifact in pair
         )
-    cache = run.artifacts_dir / "cache"
-    for text in corpora.evaluation_texts(run, tokenizers[1]):
-        windows = corpora.profile_windows(run, text, tokenizers[1])[:limit]
-        against = predict.make_reference(pair[1], windows, cache, run.device)
-        ours, theirs = (quality.score_artifact(artifact, against, cache, run.device).nll for artifact in pair)
         gap = statistics.paired_difference(ours, theirs, resamples=run.profile.resamples, seed=run.seed)
         ends = "" if gap.low is None else f" [{gap.low:+.4f}, {gap.high:+.4f}]"
         print(f"{'loss, ' + text.name:44} {statistics.verdict(gap)}: {gap.value:+.4f}{ends} nats/token")
@@ -156,17 +217,18 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
 def _compare_speed(run: Run, pair: list[Artifact], *, engine: str, threads: int, rounds: int) -> None:
     from avalab import engines
 
-    loaded: list = []
+    loaded: list[engines.Engine] = []
     try:
         for artifact in pair:
-            loaded.append(engines.load(engine, artifact, threads=threads))
+            loaded.append(engines.load(engine or options.engine_of(artifact), artifact, threads=threads))
         sizes = run.profile.prompt_tokens, run.profile.new_tokens
         timings = paired_timings(*loaded, sizes=sizes, rounds=rounds, seed=run.seed)
     finally:
         for each in loaded:
             each.close()
     for name, (ours, theirs) in timings.items():
-        print(f"{f'{name}, {engine}':44} {speed_verdict(ours, theirs)}")
+        shown = ", ".join(dict.fromkeys((name, *(each.name for each in loaded))))
+        print(f"{shown:44} {speed_verdict(ours, theirs)}")
 
 
 def paired_timings(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from avalab.cli import options
-from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 
 
 def chat(
-    artifact: options.ArtifactFolder,
+    artifact: options.ModelPath,
     tools: Annotated[
         Path | None,
         typer.Option(help="JSON list of tools: name, description, parameters, callable (module:function, pure)."),
@@ -30,13 +30,14 @@ def chat(
             json.loads(tools.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{tools} is not JSON: {error}") from None
-    found = artifacts.load_artifact(artifact)
+    run = Run("avalab_chat")
+    found = options.in_torch(options.source_artifact(options.readable(artifact), run), "chat")
     from avalab.measure.answers import Respondent
     from avalab.serve import chat
     from avalab.serve.tools import built_in, read_tools
 
     offered = read_tools(tools) if tools else built_in()
-    chat.converse(Respondent(found, Run("avalab_chat").device), offered, mode=mode)
+    chat.converse(Respondent(found, run.device), offered, mode=mode)
 
 
 def ensemble(
@@ -61,71 +62,119 @@ def ensemble(
         raise InputError(f"unknown method {method!r}; distributions: {', '.join(pools)}; answers: {', '.join(votes)}")
     if method == "cascade":
         raise InputError("a cascade of distributions reads every token with both models; use --method answer-cascade")
-    members = [artifacts.load_artifact(folder) for folder in [*models, *(more or [])]]
-    if method == "self-consistency" and len(members) != 1:
-        raise InputError(f"self-consistency draws from one model, got {len(members)}; use vote")
-    if method == "answer-cascade" and len(members) != 2:
-        raise InputError(f"a cascade has a small and a large model, got {len(members)}")
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what is asked, as in --prompt 'The moon is'")
+    given = _numbers(weights)
+    paths = [options.readable(folder) for folder in [*models, *(more or [])]]
+    if method == "self-consistency" and len(paths) != 1:
+        raise InputError(f"self-consistency draws from one model, got {len(paths)}; use vote")
+    if method == "answer-cascade" and len(paths) != 2:
+        raise InputError(f"a cascade has a small and a large model, got {len(paths)}")
+    members = [options.in_torch(options.source_artifact(path, run), "ensemble") for path in paths]
     from avalab.measure.answers import Respondent
-    from avalab.serve import ensemble_scores
+    from avalab.serve import ensemble, ensemble_scores
 
-    if method in pools:
-        given = [float(part) for part in weights.split(",")] if weights else []
-        text, note = _by_distributions(run, members, method, given, prompt, max_new_tokens)
+    pooled = ensemble.assemble(members, method, weights=given) if method in pools else None
+    asked = Asked(prompt, _room(members, prompt, max_new_tokens))
+    if pooled:
+        if method == "weighted" and not given:
+            fitted = ensemble_scores.fitted_weights(run, pooled.members)
+            pooled = ensemble.assemble(members, method, weights=fitted)
+        told = _answer(ensemble.respondent(pooled, run.device), asked)
+        note = "weights " + ", ".join(f"{weight:.3f}" for weight in pooled.weights)
     elif method == "answer-cascade":
         pair = [Respondent(member, run.device) for member in members]
-        text, note = _by_cascade(pair, threshold, prompt, max_new_tokens)
+        told, note = _by_cascade(pair, threshold, asked)
     else:
         voters = [Respondent(member, run.device) for member in members]
         if method == "self-consistency":
             voters = ensemble_scores.sampling_voters(
                 members[0], samples, temperature=temperature, seed=run.seed, device=run.device
             )
-        text, note = _by_vote(voters, prompt, max_new_tokens)
-    print(text)
+        told, note = _by_vote(voters, asked)
+    print(told.answer)
+    if told.is_cut:
+        why = "--max-new-tokens allows more" if asked.tokens == max_new_tokens else "the context is full"
+        print(f"(cut off after {asked.tokens:,} tokens: {why})")
     total = sum({member.sha256: member.bytes for member in members}.values())
     print(f"{method} of {', '.join(member.name for member in members)}: {total / 1e6:.1f} MB; {note}")
 
 
-def _answer(respondent, prompt: str, tokens: int) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and the most tokens of an answer to it."""
+
+    prompt: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """A prompt in a model's chat format, its answer, and whether that was cut off before its end."""
+
+    text: str
+    answer: str
+    is_cut: bool
+
+
+def _numbers(weights: str) -> list[float]:
+    """`0.7,0.3` as numbers. Raises InputError for anything else."""
+    try:
+        return [float(part) for part in weights.split(",")] if weights else []
+    except ValueError:
+        raise InputError(f"weights are numbers with commas, such as 0.7,0.3; got {weights!r}") from None
+
+
+def _room(members: list[Artifact], prompt: str, tokens: int) -> int:
+    """Tokens that an answer of at most `tokens` may have in every member's context.
+
+    Raises InputError, before a model is loaded, where the prompt leaves none.
+    """
+    from avalab import engines
+    from avalab.data import chats
+    from avalab.models import checkpoint
+
+    for member in {member.sha256: member for member in members}.values():
+        tokenizer, context = checkpoint.load_tokenizer(member), engines.facts(member.path).context
+        text = chats.prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+        length = len(tokenizer(text, add_special_tokens=False).input_ids)
+        if length >= context:
+            raise InputError(
+                f"the prompt takes {length:,} tokens and the context of {member.name} holds {context:,}, answer "
+                "included; shorten the prompt"
+            )
+        tokens = min(tokens, context - length)
+    return tokens
+
+
+def _answer(respondent, asked: Asked) -> Told:
     """The prompt in the respondent's chat format, and its answer."""
     from avalab.data import chats, grammars
 
-    text = chats.prompt_text(respondent.tokenizer, [{"role": "user", "content": prompt}])
-    ((_, answer),) = grammars.greedy_answers(respondent.model, respondent.tokenizer, [text], max_new_tokens=tokens)
-    return text, answer
+    cut: list[int] = []
+    text = chats.prompt_text(respondent.tokenizer, [{"role": "user", "content": asked.prompt}])
+    ((_, answer),) = grammars.greedy_answers(
+        respondent.model, respondent.tokenizer, [text], max_new_tokens=asked.tokens, on_cut=cut.append
+    )
+    return Told(text, answer, bool(cut))
 
 
-def _by_distributions(
-    run: Run, members: list[Artifact], method: str, weights: list[float], prompt: str, tokens: int
-) -> tuple[str, str]:
-    """The answer of the pooled distributions, and the weights that they had."""
-    from avalab.serve import ensemble, ensemble_scores
-
-    pooled = ensemble.assemble(members, method, weights=weights)
-    if method == "weighted" and not weights:
-        fitted = ensemble_scores.fitted_weights(run, pooled.members)
-        pooled = ensemble.assemble(members, method, weights=fitted)
-    shares = ", ".join(f"{weight:.3f}" for weight in pooled.weights)
-    return _answer(ensemble.respondent(pooled, run.device), prompt, tokens)[1], f"weights {shares}"
-
-
-def _by_cascade(pair: list, threshold: float, prompt: str, tokens: int) -> tuple[str, str]:
+def _by_cascade(pair: list, threshold: float, asked: Asked) -> tuple[Told, str]:
     """The answer of the first where it is sure enough, else of the second; which it was."""
     from avalab.serve import ensemble_scores
 
     first, second = (respondent.artifact.name for respondent in pair)
-    text, answer = _answer(pair[0], prompt, tokens)
-    sure = ensemble_scores.text_confidence(pair[0], text, answer)
+    told = _answer(pair[0], asked)
+    sure = ensemble_scores.text_confidence(pair[0], told.text, told.answer)
     if sure >= threshold:
-        return answer, f"{first} was sure enough: {sure:.3f}"
-    return _answer(pair[1], prompt, tokens)[1], f"{first} was unsure ({sure:.3f}), so {second} answered"
+        return told, f"{first} was sure enough: {sure:.3f}"
+    return _answer(pair[1], asked), f"{first} was unsure ({sure:.3f}), so {second} answered"
 
 
-def _by_vote(voters: list, prompt: str, tokens: int) -> tuple[str, str]:
+def _by_vote(voters: list, asked: Asked) -> tuple[Told, str]:
     """The answer that most of the voters gave, and their share."""
     from avalab.serve import ensemble
 
-    given = [_answer(voter, prompt, tokens)[1] for voter in voters]
-    outcome = ensemble.elect(given, ensemble.text_key)
+    given = [_answer(voter, asked) for voter in voters]
+    outcome = ensemble.elect([told.answer for told in given], ensemble.text_key)
     return given[outcome.voter], f"{outcome.agreement:.0%} of {len(given)} answers agree"

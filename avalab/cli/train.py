@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +13,12 @@ from typing import Annotated
 import typer
 
 from avalab.cli import options
-from avalab.cli.options import AsJson, Model, Profile, Seed
+from avalab.cli.options import AsJson, Force, Model, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import ROOT, Run, slug
+from avalab.train.recipes import TEACHERS, AdapterRecipe, DistillRecipe, Schedule, refuse_outside
 
 TeacherModel = Annotated[str, typer.Option(help="The model's name at the base URL.")]
 
@@ -103,66 +106,127 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     row_tokens: Annotated[int, typer.Option(help="Tokens of a packed row; longer examples are left out.")] = 1024,
     rehearsal: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Tokens of general text a token of examples, against forgetting; 0: none."),
+        float, typer.Option(help="Tokens of general text a token of examples, against forgetting; 0: none, 1 at most.")
     ] = 0.25,
-    limit: Annotated[int, typer.Option(min=0, help="Examples to learn from; 0: the profile's number.")] = 0,
+    limit: Annotated[int, typer.Option(help="Examples to learn from; 0: the profile's number.")] = 0,
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train an adapter on chats and merge it; stopped, it goes on from the last checkpoint when run again."""
     run = Run("avalab_finetune", profile, seed, model)
-    if method not in ("lora", "qlora"):
+    if method not in FINETUNED:
         raise InputError(f"unknown method {method!r}; choose lora or qlora")
-    if rank < 1:
-        raise InputError(f"rank is {rank}; an adapter needs 1 or more")
-    options.new_folder(out)
-    options.known_model(model)
-    if data and not data.exists():
-        raise MissingFile(f"no examples at {data}")
-    from avalab.compress import quantize
-    from avalab.data import packing, synthesize
-    from avalab.models import adapters, checkpoint
-    from avalab.train import finetune
-    from avalab.train.loop import Schedule
-
-    examples = synthesize.load_examples(data or ROOT / "data" / "synthetic_datasets")
-    base = checkpoint.base_artifact(run)
-    tokenizer = checkpoint.load_tokenizer(base)
-    fitting = packing.fitting(tokenizer, examples, row_tokens)
-    chosen, held_out = split(fitting, limit or run.profile.train_examples, run.profile.held_out_examples, seed)
-    print(f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {row_tokens} tokens and are left out")
-    start = base if method == "lora" else quantize.compress_artifact(base, "nf4", run=run, double_quantization=True)
-    tokens = sum(len(packing.encode_chat(tokenizer, example["messages"]).ids) for example in chosen)
-    recipe = finetune.Recipe(
+    refuse_outside("rank", rank, 1)
+    refuse_outside("rehearsal", rehearsal, 0, 1)
+    refuse_outside("limit", limit, 0)
+    recipe = AdapterRecipe(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
         target_modules=tuple(target_modules.split()),
         row_tokens=row_tokens,
-        rehearsal_tokens=int(rehearsal * tokens),
         schedule=Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=2),
     )
-    print(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal")
-    name = f"{base.name}+{method}-{out.name}"
-    adapter = finetune.train_adapter(start, chosen, run=run, name=name, recipe=recipe, held_out=held_out)
+    options.known_model(model)
+    merged_from = f"{run.name_of_model}+{method}-{out.name}"
+    options.new_folder(out, model, force=force, made_by={"step": "merge"}, base=merged_from)
+    _refuse_format(model, FINETUNED[method], f"finetune --method {method}")
+    if data and not data.exists():
+        raise MissingFile(f"no examples at {data}")
+    from avalab.data import synthesize
+    from avalab.models import adapters
+    from avalab.train import finetune
+
+    examples = synthesize.load_examples(data or ROOT / "data" / "synthetic_datasets")
+    start = _start(model, method, run)
+    chosen, held_out, tokens = _fitting(start, examples, row_tokens, limit, run, as_json)
+    recipe = replace(recipe, rehearsal_tokens=int(rehearsal * tokens))
+    _tell(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal", as_json)
+    adapter = finetune.train_adapter(start, chosen, run=run, name=merged_from, recipe=recipe, held_out=held_out)
     merged = adapters.merge_adapters(adapter, name=out.name, directory=out.resolve().parent)
     finetune.record_training(run, out.name, adapter)
     options.print_records(run, as_json)
-    print(f"adapter {adapter.path}\nmerged  {merged.path}")
+    _tell(f"adapter {adapter.path}: {adapter.bytes / 1e6:.1f} MB", as_json)
+    _tell(_made(merged, finetune.loss_change(adapter)), as_json)
 
 
-def split(examples: list[dict], count: int, held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """At most `count` examples to learn from and others to score, in a seeded order.
+FINETUNED = {"lora": ("bf16", "peft"), "qlora": ("bf16", "peft", "bitsandbytes")}  # formats of artefacts to begin with
 
-    Raises ValueError when nothing is left.
-    """
+DISTILLED = ("bf16", "bitsandbytes")  # of students with adapters; with rank 0, bf16 alone
+
+
+def _refuse_format(model: str, formats: tuple[str, ...], command: str) -> None:
+    """Raise ValueError for an artefact in a format that cannot be trained, naming what can."""
+    if not options.is_artifact(model):
+        return
+    found = artifacts.load_artifact(model, verify=False)
+    if found.format in formats:
+        return
+    base = found.card["base"]["name"]
+    way = "or --method qlora for NF4 ones" if found.format == "bitsandbytes" and "finetune" in command else ""
+    way = way or f"train its base {base} and compress that again, or avalab recover"
+    raise InputError(f"{found.name} is in format {found.format!r}; {command} trains {', '.join(formats)}: {way}")
+
+
+def _start(model: str, method: str, run: Run) -> Artifact:
+    """What an adapter is trained on: the model's bf16 form, an adapter merged into its base, or 4 bits for QLoRA."""
+    from avalab.compress import quantize
+    from avalab.models import adapters
+
+    found = options.source_artifact(model, run)
+    if found.format == "peft":
+        found = adapters.merge_adapters(found, directory=run.artifacts_dir)
+    if method == "qlora" and found.format == "bf16":
+        return quantize.compress_artifact(found, "nf4", run=run, double_quantization=True)
+    return found
+
+
+def _fitting(
+    start: Artifact, examples: list[dict], row_tokens: int, limit: int, run: Run, as_json: bool
+) -> tuple[list[dict], list[dict], int]:
+    """Examples to learn from and to score that fit a row and the model's context, and the tokens of the former."""
+    from avalab.data import packing
+    from avalab.models import checkpoint
+
+    tokenizer, most = checkpoint.load_tokenizer(start), min(row_tokens, checkpoint.context_tokens(start))
+    sizes = [len(packing.encode_chat(tokenizer, example["messages"]).ids) for example in examples]
+    fitting = [(example, size) for example, size in zip(examples, sizes, strict=True) if size <= most]
+    if not fitting:
+        shortest = f"the shortest of {len(examples)} has {min(sizes)} tokens" if sizes else "there is none"
+        raise InputError(
+            f"no example fits into a row of {most} tokens: {shortest}; raise --row-tokens (the model's context is "
+            f"{checkpoint.context_tokens(start)}) or give other --data"
+        )
+    chosen, held_out = split(fitting, limit or run.profile.train_examples, run.profile.held_out_examples, run.seed)
+    if len(fitting) < len(examples):
+        _tell(
+            f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {most} tokens (--row-tokens)", as_json
+        )
+    if len(chosen) < limit:
+        _tell(f"asked for {limit} examples to learn from; {len(chosen)} are there", as_json)
+    tokens = sum(size for _, size in chosen)
+    return [example for example, _ in chosen], [example for example, _ in held_out], tokens
+
+
+def split(examples: list, count: int, held_out: int, seed: int) -> tuple[list, list]:
+    """At most `count` examples to learn from and others to score, a tenth at most, in a seeded order."""
     order = random.Random(seed).sample(examples, len(examples))
     scored = min(held_out, len(order) // 10)
-    if not order:
-        raise InputError("no example fits into a row; raise --row-tokens or give other --data")
     return order[scored : scored + count], order[:scored]
+
+
+def _tell(line: str, as_json: bool) -> None:
+    """A line beside the records, which have standard output to themselves where they are JSON."""
+    print(line, file=sys.stderr if as_json else sys.stdout)
+
+
+def _made(artifact: Artifact, change: tuple[float, float]) -> str:
+    """Where the result is, how large, and what training did to the loss."""
+    before, after = change
+    note = "" if after < before else "; it did not fall: lower --learning-rate, or train longer"
+    return f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, training loss {before:.3f} -> {after:.3f} nats/token{note}"
 
 
 def distill(
@@ -190,56 +254,58 @@ def distill(
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Train a smaller model towards a larger one; stopped, it goes on from its last checkpoint when run again."""
     run, by_text = Run("avalab_distill", profile, seed), _is_url(teacher)
-    options.one_of("targets", targets, options.TARGETS)
+    options.one_of("targets", targets, TEACHERS)
     if by_text and not teacher_model:
         raise InputError("a teacher behind a URL needs --teacher-model")
     if data is None and (by_text or own_answers):
         raise InputError("answers need prompts: give --data with chats")
+    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
+    training = AdapterRecipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
+    recipe = DistillRecipe(
+        kl=0.0 if by_text else 1.0,  # whose words are labels
+        temperature=temperature,
+        training=training,
+        teacher=targets,
+        count=count,
+        reverse=reverse,
+        cross_entropy=1.0 if by_text else cross_entropy,
+        hidden=hidden,
+        attention=attention,
+    )
+    if data and not data.exists():
+        raise MissingFile(f"no examples at {data}")
     options.known_model(student)
+    _refuse_format(student, DISTILLED if rank else DISTILLED[:1], f"distill --rank {rank}")
     if not by_text:
         options.known_model(teacher)
+    options.new_folder(out, student, None if by_text else teacher, force=force)
     from avalab.models import adapters
     from avalab.train import distill, finetune
-    from avalab.train.loop import Schedule
 
     learner = options.source_artifact(student, run)
     name = _adapter_name(learner, out, rank)
-    schedule = Schedule(learning_rate=learning_rate, epochs=epochs, rows_per_step=4)
-    training = finetune.Recipe(rank=rank, alpha=2 * max(1, rank), row_tokens=row_tokens, schedule=schedule)
-    if by_text:  # its words are labels
-        text_teacher = _teacher(teacher, teacher_model, cost=cost)
-        recipe = distill.Recipe(temperature=temperature, training=training, kl=0.0, cross_entropy=1.0)
-    else:
-        text_teacher = None
-        recipe = distill.Recipe(
-            temperature=temperature,
-            training=training,
-            teacher=targets,
-            count=count,
-            reverse=reverse,
-            cross_entropy=cross_entropy,
-            hidden=hidden,
-            attention=attention,
-        )
+    text_teacher = _teacher(teacher, teacher_model, cost=cost) if by_text else None
     rows = _rows(
         run, learner, data, text_teacher=text_teacher, own_answers=own_answers, row_tokens=row_tokens, tokens=tokens
     )
     reader = None if by_text else options.source_artifact(teacher, run)
     taught = distill.train_student(learner, reader, rows, run=run, name=name, recipe=recipe)
     distill.record_distillation(run, out.name, taught)
+    change = finetune.loss_change(taught)
     if taught.format == "peft" and learner.format == "bf16":
         taught = adapters.merge_adapters(taught, name=out.name, directory=out.resolve().parent)
     options.print_records(run, as_json)
-    print(f"student {taught.path}")
+    _tell(f"student {_made(taught, change)}", as_json)
 
 
 def _adapter_name(student: Artifact, out: Path, rank: int) -> str:
     """Where training writes, beside the student; ValueError where the result could not be `out`."""
-    options.new_folder(out)
     if student.format == "bf16" and rank:
+        options.new_folder(out, made_by={"step": "merge"}, base=f"{out.name}-adapter")
         return f"{out.name}-adapter"
     if student.path.resolve().parent != out.resolve().parent:
         raise InputError(f"what is trained of {student.name} belongs beside it; use --out {student.path.parent}/NAME")

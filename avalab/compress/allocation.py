@@ -50,15 +50,20 @@ def allocate_formats(
     Raises ValueError for no tensors, a tensor without options, costs that are not finite, or a budget below the
     smallest allocation, naming that as what `file` says.
     """
+    refuse_budget(options, budget_bytes, fixed_bytes=fixed_bytes, file=file)
     kept = {name: undominated(name, row) for name, row in options.items()}
-    smallest = fixed_bytes + sum(row[0].bytes for row in kept.values())
-    if not kept or budget_bytes < smallest:
-        raise InputError(f"a budget of {budget_bytes:,} bytes is below the smallest {file}, {smallest:,} bytes")
     budget_bytes -= fixed_bytes
     if budget_bytes >= sum(row[-1].bytes for row in kept.values()):
         return Allocation({name: row[-1] for name, row in kept.items()})
     rows = without_hopeless(list(kept.values()), budget_bytes)
     return Allocation(dict(zip(kept, _solve(rows, budget_bytes), strict=True)))
+
+
+def refuse_budget(options: Mapping[str, list[Option]], budget_bytes: int, *, fixed_bytes: int, file: str) -> None:
+    """Raise ValueError for no tensors, or a budget below the smallest choice of formats, whatever they cost."""
+    smallest = fixed_bytes + sum(min((option.bytes for option in row), default=0) for row in options.values())
+    if not options or budget_bytes < smallest:
+        raise InputError(f"a budget of {budget_bytes:,} bytes is below the smallest {file}, {smallest:,} bytes")
 
 
 def undominated(name: str, options: list[Option]) -> list[Option]:

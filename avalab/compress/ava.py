@@ -32,6 +32,7 @@ from avalab.compress.ava_targets import HELD_OUT, PACKED, TARGETS, GgufModel, Ta
 from avalab.compress.libraries import Job
 from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16
+from avalab.engines import onnx_graph
 from avalab.engines.onnx_graph import OnnxModel
 from avalab.lab import artifacts
 from avalab.lab.errors import InputError
@@ -64,19 +65,15 @@ class Sensitivities:
     seconds: float
 
 
-def compress_model(job: Job) -> Packed | GgufModel | OnnxModel | PreTrainedModel:
+def compress_model(job: Job) -> Packed | GgufModel | OnnxModel:
     """Compress the model of a `Job`; its parameters are those of `DEFAULTS`, `bytes` overruling `bits_per_weight`.
 
-    A budget that the bf16 checkpoint fits gives the model as it is, with a note. Raises ValueError for a budget below
-    the smallest file, or a model family that the target has no graph or names for (it says which exports remain).
+    Raises ValueError for a budget below the smallest file or one that holds the model as it is, or a model family that
+    the target has no graph or names for (it says which exports remain).
     """
     target, parameters = checked_target(job.parameters), job.parameters
     model = checkpoint.load_model(job.folder, job.device)
-    budget = budget_bytes(checkpoint.parameter_count(model), parameters)
-    if _holds_whole(parameters, budget, job.folder):
-        note = f"the budget of {budget:,} bytes holds the whole bf16 model: copied, nothing was rounded"
-        model.measured = {"budget_bytes": budget, "predicted_kl_divergence": 0.0, "note": note}
-        return model
+    budget = checked_budget(job, model)
     windows, held_out = split_windows(job.calibration, target.held_out)
     reference = ava_targets.predictions(model, held_out) if target.held_out else None
     equivalence.apply_transform(model, windows, parameters["transform"])
@@ -180,18 +177,56 @@ def checked_target(parameters: Mapping) -> Target:
     engine, engines = parameters["engine"], ava_targets.GGUF_TYPES
     if format == "gguf" and engine not in engines:
         raise InputError(f"no list of GGUF types for engine {engine!r}; choose one of {', '.join(engines)}")
+    if format != "gguf" and engine != DEFAULTS["engine"]:
+        raise InputError(f"engine {engine!r} chooses among GGUF types; it needs format=gguf, not {format}")
+    if format == "gguf" and (embedding == BF16 or parameters["group_size"]):
+        ignored = "embedding=bf16" if embedding == BF16 else f"group_size {parameters['group_size']}"
+        raise InputError(f"{ignored} is not of format=gguf, whose block types have groups of their own; leave it out")
     return TARGETS[format]
 
 
-def format_and_engines(parameters: Mapping, count: int, folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The artefact's format and the engines that load it; `count` and `folder` are the base's parameters and files.
-
-    Raises ValueError as `checked_target` does.
-    """
+def format_and_engines(parameters: Mapping) -> tuple[str, tuple[str, ...]]:
+    """The artefact's format and the engines that load it. Raises ValueError as `checked_target` does."""
     target = checked_target(parameters)
-    if _holds_whole(parameters, budget_bytes(count, parameters), folder):
-        return BF16, ("torch",)
     return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), target.engines
+
+
+def checked_budget(job: Job, model: PreTrainedModel) -> int:
+    """The budget in bytes; of the model only names and shapes are read.
+
+    Raises ValueError for one below the smallest file (of an ONNX graph: of its weights), or in which the whole model
+    fits as it is.
+    """
+    target, budget = checked_target(job.parameters), budget_bytes(checkpoint.parameter_count(model), job.parameters)
+    equivalence.refuse_unknown(model, job.parameters["transform"])
+    options, fixed = sized_options(job, model), 0
+    if target.format != onnx_graph.FORMAT:  # whose graph takes a minute to build
+        with TemporaryDirectory() as scratch:
+            fixed = target.fixed_bytes(Work(job, model, target.prepare(job, model, Path(scratch))), options)
+    allocation.refuse_budget(options, budget, fixed_bytes=fixed, file=target.file)
+    whole = sum(file.stat().st_size for file in job.folder.glob("*.safetensors"))
+    if budget >= whole:
+        raise InputError(
+            f"{job.folder.name} has {whole / 1e6:.1f} MB in bf16, within the budget of {budget / 1e6:.1f} MB: nothing "
+            "to compress; give a smaller budget"
+        )
+    return budget
+
+
+def sized_options(job: Job, model: PreTrainedModel) -> dict[str, list[Option]]:
+    """Every tensor's formats with their bytes; what they cost is not known yet."""
+    target, parameters = TARGETS[job.parameters["format"]], job.parameters
+    layers = {name: layer for name, layer in walk.linear_layers(model).items() if name not in job.skipped}
+    found = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is embedding or (module is head and target.rounds_head and head.weight is not embedding.weight):
+            found[name] = target.sizes(*module.weight.shape, parameters, is_table=True)
+            if target.int8_rows and parameters["embedding"] != BF16:
+                found[name][packed.INT8_ROWS] = packed.int8_rows_bytes(module.weight, tied=head.weight is module.weight)
+    for name, row in found.items():
+        found[name] = {BF16: 2 * model.get_submodule(name).weight.numel(), **row}
+    return {name: [Option(format, size, 0.0) for format, size in row.items()] for name, row in found.items()}
 
 
 def budget_label(parameters: Mapping) -> str:
@@ -212,10 +247,3 @@ def budget_bytes(count: int, parameters: Mapping) -> int:
     if budget <= 0:
         raise InputError(f"a budget has to be positive, got {budget} bytes")
     return budget
-
-
-def _holds_whole(parameters: Mapping, budget: int, folder: Path) -> bool:
-    """Whether a checkpoint for transformers may be as large as the base's."""
-    return parameters["format"] == "transformers" and budget >= sum(
-        file.stat().st_size for file in folder.glob("*.safetensors")
-    )

@@ -111,8 +111,7 @@ def embedding_name(model: PreTrainedModel) -> str:
 @torch.no_grad()
 def predictions(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """Log-probabilities of every token of the windows: 100 MB for 512 tokens."""
-    head, softcap = predict.output_head(model)
-    return predict.log_probabilities(predict.hidden_states(model, windows).flatten(0, 1), head, softcap)
+    return predict.log_probabilities(predict.hidden_states(model, windows).flatten(0, 1), *predict.output_head(model))
 
 
 # --- grids: checkpoints and ONNX

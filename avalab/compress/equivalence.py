@@ -6,10 +6,11 @@ Norms, weights and biases change, the architecture does not: every container hol
 
     input norm -> q, k, v      norm before the MLP -> gate, up      v -> o      up -> down
 
-(a key-value head's factors serve every query head that shares it). As in AWQ (Lin et al. 2024, arXiv 2306.00978)
-s = (size of the inputs)^a / (size of the columns' weights)^b, sizes as root mean squares, a and b from a small grid
-with (0, 0), which changes nothing. The choice is that of least rounding error at `BITS` bits on a sample of rows,
-columns weighted as in `rounding`. Factors are powers of two: folding one into bf16 numbers is exact.
+(a key-value head's factors serve every query head that shares it; of fused projections, the rows of v or up). Families
+that normalise only what attention and MLP give (OLMo 2) have the last two pairs alone. As in AWQ (Lin et al. 2024,
+arXiv 2306.00978) s = (size of the inputs)^a / (size of the columns' weights)^b, sizes as root mean squares, a and b
+from a small grid with (0, 0), which changes nothing. The choice is that of least rounding error at `BITS` bits on a
+sample of rows, columns weighted as in `rounding`. Factors are powers of two: folding one into bf16 numbers is exact.
 
 `rotate`: an orthogonal Hadamard matrix for each key-value head, into the rows of v and the columns of o (QuaRot,
 Ashkboos et al. 2024, arXiv 2404.00456), which spreads large channels over a head. It costs a rounding to bf16.
@@ -32,7 +33,7 @@ from transformers import PreTrainedModel
 from avalab.compress import rounding
 from avalab.kernels.formats import Grid
 from avalab.lab.errors import InputError
-from avalab.models import checkpoint, walk
+from avalab.models import walk
 
 NONE, SCALE, ROTATE = "none", "scale", "rotate"
 
@@ -48,18 +49,29 @@ WINDOWS = 16  # of calibration text, at most
 
 SAMPLED_ROWS = 32  # of a layer
 
+USUAL = ("input_layernorm", "post_attention_layernorm")
+
+# By family, the norms that attention and MLP read, where they read one.
+NORMS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "stablelm"), USUAL),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ("input_layernorm", "pre_feedforward_layernorm")),
+    "olmo2": ("", ""),
+}
+
 
 @dataclass(frozen=True)
 class Pair:
     """A norm or linear layer, and the layers that read its channels.
 
-    Columns of the readers are `heads` heads of `sharing` blocks, which all read the same channels.
+    Columns of the readers are `heads` heads of `sharing` blocks, which all read the same channels. Of a fused layer
+    only the rows from `first` on give them.
     """
 
     source: nn.Module
     readers: Sequence[nn.Linear]
     heads: int = 1
     sharing: int = 1
+    first: int = 0
 
     def channels(self, columns: Float[Tensor, "cols"]) -> Float[Tensor, "channel"]:
         """Means over the columns that read a channel."""
@@ -77,15 +89,22 @@ def checked_transform(transform: str) -> str:
     return transform
 
 
+def refuse_unknown(model: PreTrainedModel, transform: str) -> None:
+    """Raise ValueError for an unknown transform, or one that this model's blocks do not take; names and shapes do."""
+    parts, family = checked_transform(transform).split("+"), model.config.model_type
+    if parts != [NONE] and family not in NORMS:
+        raise InputError(f"transform {transform!r} knows blocks of {', '.join(NORMS)}, not of {family}: use none")
+    if ROTATE in parts:
+        hadamard(model.base_model.layers[0].self_attn.head_dim)
+
+
 def apply_transform(model: PreTrainedModel, windows: Int[Tensor, "window time"], transform: str) -> dict[str, int]:
     """Change the model, in place, by one of `TRANSFORMS`; how many sites got which exponents, `a=0.25,b=0.5`.
 
     Deterministic. Raises ValueError for an unknown transform, or a family whose blocks are not known here.
     """
-    parts = checked_transform(transform).split("+")
-    if parts != [NONE] and model.config.model_type not in checkpoint.MLP_NORMS:
-        known = ", ".join(checkpoint.MLP_NORMS)
-        raise InputError(f"transform {transform!r} knows blocks of {known}, not of {model.config.model_type}: use none")
+    refuse_unknown(model, transform)
+    parts = transform.split("+")
     if ROTATE in parts:
         rotate_values(model)
     return scale_channels(model, windows) if SCALE in parts else {}
@@ -97,8 +116,10 @@ def scale_channels(
 ) -> dict[str, int]:
     """Fold activation-aware factors into the model, in place; how many sites got which exponents."""
     found: Counter[str] = Counter()
-    for site in walk.calibration_sites(model, windows[:WINDOWS]):
+    for site in rounding.walked(model, windows[:WINDOWS], desc="scales"):
         pair = _pair(model, site)
+        if pair is None:
+            continue
         cost = rounding.rounding_problem(site.moment, damping=rounding.damping_of(site)).column_cost
         (a, b), factors = _best(pair, site.moment.diagonal(), cost, exponents)
         if (a, b) != (0, 0):
@@ -116,10 +137,12 @@ def rotate_values(model: PreTrainedModel) -> None:
     for block in model.base_model.layers:
         attention = block.self_attn
         matrix = hadamard(attention.head_dim)
-        for tensor in (attention.v_proj.weight, attention.v_proj.bias):
+        values, first = _values(attention)
+        for tensor in (values.weight, values.bias):
             if tensor is not None:
-                rows = tensor.double().reshape(-1, attention.head_dim, tensor.numel() // len(tensor))
-                tensor.copy_((matrix.to(rows.device) @ rows).reshape(tensor.shape))
+                part = tensor[first:]
+                rows = part.double().reshape(-1, attention.head_dim, part.numel() // len(part))
+                part.copy_((matrix.to(rows.device) @ rows).reshape(part.shape))
         weight = attention.o_proj.weight
         columns = weight.double().unflatten(1, (-1, attention.head_dim))
         weight.copy_((columns @ matrix.T.to(columns.device)).flatten(1))
@@ -147,9 +170,9 @@ def fold(pair: Pair, factors: Float[Tensor, "channel"]) -> None:
     """
     source, factors = pair.source, factors.to(pair.source.weight.dtype)
     if isinstance(source, nn.Linear):
-        source.weight.div_(factors[:, None])
+        source.weight[pair.first :].div_(factors[:, None])
         if source.bias is not None:
-            source.bias.div_(factors)
+            source.bias[pair.first :].div_(factors)
     else:
         one = 1.0 if type(source).__name__.startswith("Gemma") else 0.0
         gain = source.weight.double() + one
@@ -157,22 +180,35 @@ def fold(pair: Pair, factors: Float[Tensor, "channel"]) -> None:
         movable = (gain != 0) & (moved + one != 0)
         factors = torch.where(movable, gain / (moved + one), 1.0)
         source.weight.copy_(torch.where(movable, moved, source.weight.double()))
+        if getattr(source, "bias", None) is not None:  # LayerNorm's
+            source.bias.copy_(source.bias.double() / factors)
     for reader in pair.readers:
         reader.weight.copy_(reader.weight.double() * pair.columns(factors.double()))
 
 
-def _pair(model: PreTrainedModel, site: walk.Site) -> Pair:
-    """What feeds a site, and the site's layers."""
+def _pair(model: PreTrainedModel, site: walk.Site) -> Pair | None:
+    """What feeds a site, and the site's layers; None where that is the residual stream itself."""
     block, readers = model.base_model.layers[site.block], list(site.layers.values())
     kind = next(iter(site.layers)).rpartition(".")[2]
+    before_attention, before_mlp = NORMS[model.config.model_type]
     if kind == "o_proj":
         attention, sharing = block.self_attn, block.self_attn.num_key_value_groups
         heads = readers[0].in_features // sharing // attention.head_dim
-        return Pair(attention.v_proj, readers, heads, sharing)
+        values, first = _values(attention)
+        return Pair(values, readers, heads, sharing, first)
     if kind == "down_proj":
-        return Pair(block.mlp.up_proj, readers)
-    norm = "input_layernorm" if kind == "q_proj" else checkpoint.MLP_NORMS[model.config.model_type]
-    return Pair(getattr(block, norm), readers)
+        fused = getattr(block.mlp, "gate_up_proj", None)
+        return Pair(fused, readers, first=fused.out_features // 2) if fused else Pair(block.mlp.up_proj, readers)
+    norm = before_attention if kind in ("q_proj", "qkv_proj") else before_mlp
+    return Pair(getattr(block, norm), readers) if norm else None
+
+
+def _values(attention: nn.Module) -> tuple[nn.Linear, int]:
+    """The layer that gives the values, and the first of its rows that does; a fused one has them last."""
+    if hasattr(attention, "v_proj"):
+        return attention.v_proj, 0
+    width = attention.o_proj.in_features // attention.num_key_value_groups
+    return attention.qkv_proj, attention.qkv_proj.out_features - width
 
 
 def _best(

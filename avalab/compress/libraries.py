@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from avalab import engines, kernels
@@ -33,8 +35,8 @@ from avalab.kernels import NestedScales, Weight4, formats
 from avalab.kernels.formats import Grid, Rounded
 from avalab.kernels.weight import NESTED_GROUP
 from avalab.lab import artifacts
-from avalab.lab.errors import InputError
-from avalab.models import checkpoint, packed, stored, walk
+from avalab.lab.errors import InputError, ProcessFailed
+from avalab.models import checkpoint, loading, packed, stored, walk
 from avalab.models.packed import Packed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,6 +48,8 @@ HQQ_BITS = (2, 3, 4, 8)
 NNCF_GROUP_SIZE = 64
 
 K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
+
+NORM_SCALED = ("awq", "smoothquant")
 
 GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
 
@@ -68,10 +72,9 @@ class Job:
 
 
 def _load(job: Job, quantization_config: object = None) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
+    return loading.load(
         job.folder,
         dtype=torch.bfloat16,
-        use_safetensors=True,
         device_map=job.device if job.device != "cpu" else None,
         quantization_config=quantization_config,
     )
@@ -176,9 +179,9 @@ def llmcompressor(job: Job) -> PreTrainedModel:
     from llmcompressor.pipelines.cache import IntermediatesCache
     from loguru import logger
 
-    for chatty in ("llmcompressor", "compressed_tensors"):
+    model, recipe, data = _load(job), _modifiers(job), {}
+    for chatty in ("llmcompressor", "compressed_tensors"):  # each of whose modules, once imported, enables them again
         logger.disable(chatty)
-    model, data = _load(job), {}
     if job.calibration is not None:
         rows = {"input_ids": job.calibration.tolist(), "attention_mask": torch.ones_like(job.calibration).tolist()}
         samples, length = job.calibration.shape
@@ -189,9 +192,34 @@ def llmcompressor(job: Job) -> PreTrainedModel:
         if not torch.cuda.is_available()
         else contextlib.nullcontext()
     )
-    with pinning:
-        oneshot(model=model, recipe=_modifiers(job), **data)
+    family = model.config.model_type
+    if job.method in NORM_SCALED and not hasattr(model.base_model.layers[0], "input_layernorm"):
+        raise InputError(
+            f"{job.method} folds scales into norms that blocks of {family} do not have; use gptq, rtn or ava"
+        )
+    try:  # it draws the order of the samples from the global generators
+        with pinning, torch.random.fork_rng(), _seeded(job.seed):
+            oneshot(model=model, recipe=recipe, **data)
+    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ProcessFailed(
+            f"llmcompressor's {job.method} failed on a {family}: {said}; ava and nf4 do without it"
+        ) from error
     return model
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch, and give Python's and numpy's their states back after."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _modifiers(job: Job) -> list:
@@ -256,9 +284,11 @@ def autoround(job: Job) -> Packed:
             device_map=job.device,
         )
         tuned = rounder.quantize()[0]
-    layers = walk.linear_layers(tuned).items()
-    rounded = {name: autoround_integers(layer, grid) for name, layer in layers if name not in job.skipped}
-    return packed.pack_model(tuned, rounded, measured={"iterations": parameters["iterations"]})
+    layers = {name: layer for name, layer in walk.linear_layers(tuned).items() if name not in job.skipped}
+    left = [name for name, layer in layers.items() if not hasattr(layer, "scale")]  # rows or columns not whole 32s
+    rounded = {name: autoround_integers(layer, grid) for name, layer in layers.items() if name not in left}
+    note = f"AutoRound left {len(left)} layers in bf16, {left[0]} the first: it takes whole 32s" if left else ""
+    return packed.pack_model(tuned, rounded, measured={"iterations": parameters["iterations"], "note": note})
 
 
 def autoround_integers(layer: nn.Linear, grid: Grid) -> Rounded:
@@ -287,8 +317,6 @@ def _restore_logger_class(name: str) -> None:
 def hqq(job: Job) -> dict:
     """HQQ with its defaults, in its own storage; the embedding in bf16 or int8 rows."""
     parameters = job.parameters
-    if parameters["bits"] not in HQQ_BITS:
-        raise InputError(f"HQQ has no {parameters['bits']} bits; choose one of {', '.join(map(str, HQQ_BITS))}")
     model = checkpoint.load_model(job.folder)
     layers = [name for name in walk.linear_layers(model) if name not in job.skipped]
     others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}

@@ -29,14 +29,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab.compress import patterns, quantize, saliency
+from avalab.compress import patterns, quantize, reach, saliency
 from avalab.compress.patterns import PATTERNS, kept_indices, lowest, n_of_m, removed_count, step_size
 from avalab.compress.saliency import SCORES, Evidence
 from avalab.data import corpora
-from avalab.lab import artifacts, cache
+from avalab.lab import artifacts, cache, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
@@ -137,16 +136,20 @@ def plan_pruning(
 
     Raises ValueError for an unknown score, pattern or allocation, or ones that do not go together; a sparsity outside
     [0, 1), one that a pattern cannot have, or one that removes every structure or none; columns that a pattern's groups
-    do not divide; targets that match nothing or leave out what the pattern cuts.
+    do not divide; targets that match nothing or leave out what the pattern cuts; a family whose linear layers are less
+    than half of its blocks, unless targets are named.
     """
     _refuse_mismatch(score, pattern, allocation, sparsity)
     skeleton = checkpoint.skeleton(folder)
     layers = walk.linear_layers(skeleton)
     wanted = (target_modules,) if isinstance(target_modules, str) else target_modules
+    remedy = "--target-modules attention prunes a part alone"
+    reach.refuse_unreachable(skeleton, layers, "pruning", partial=bool(wanted), remedy=remedy)
     targets = walk.select_linear(skeleton, wanted) if wanted else list(layers)
     plan = Plan(score, pattern, float(sparsity), targets, allocation, seed)
     if PATTERNS[pattern].structured:
-        _refuse_structures(plan, list(layers), smaller.structure_sizes(skeleton))
+        of = smaller.structure_sizes(skeleton, inside_blocks=pattern != "layers")
+        _refuse_structures(plan, list(layers), of)
     for name in targets:
         patterns.refuse_ragged(layers[name].in_features, PATTERNS[pattern].group, name)
     return plan
@@ -247,7 +250,9 @@ def _prune_into(folder: Path, base: Artifact, plan: Plan, *, run: Run, progress:
         sizes = {"sparse_bytes": stored.write_sparse(tensors, names, folder / stored.SPARSE_FILE, layout=layout)}
     own = time.perf_counter() - start - waited
     seconds = {"compress_seconds": own + calibration_seconds, "calibration_seconds": calibration_seconds}
-    return seconds | sizes | {"sparsity": 1 - after / before}
+    reached = sum(layer.weight.numel() for name, layer in walk.linear_layers(model).items() if name in plan.targets)
+    share = round(reached / checkpoint.parameter_count(model), 4)
+    return seconds | sizes | {"sparsity": 1 - after / before, "reached_share": share}
 
 
 def _calibrated(model, base: Artifact, plan: Plan, run: Run) -> tuple[Known, float, float]:
@@ -282,7 +287,7 @@ def apply_zeros(model: PreTrainedModel, plan: Plan, known: Known, progress: Path
     blocks: dict[int, dict[str, int]] = {}
     for name in layers:
         blocks.setdefault(block_index(name), {})[name] = counts[name]
-    for block, counted in tqdm(blocks.items(), desc=f"prune {plan.score}", leave=False):
+    for block, counted in process.progress(blocks.items(), desc=f"prune {plan.score}"):
         prune = functools.partial(_pruned_block, model, plan, known, counted)
         pruned = cache.cached_tensors(walk.block_file(progress, block), prune) if plan.needs else prune()
         for name, weight in pruned.items():
@@ -324,7 +329,8 @@ def scored(name: str, layer: nn.Linear, plan: Plan, known: Known) -> Tensor:
 @torch.no_grad()
 def kept_structures(model: PreTrainedModel, plan: Plan, known: Known) -> Kept:
     """What the plan keeps. A score with an update changes, in place, the layers that read what goes."""
-    of, layers = smaller.structure_sizes(model), walk.linear_layers(model)
+    of = smaller.structure_sizes(model, inside_blocks=plan.pattern != "layers")
+    layers = walk.linear_layers(model)
     if plan.pattern == "layers":
         return Kept(blocks=_kept_blocks(layers, plan, known, of))
     readers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in CUT[plan.pattern]}

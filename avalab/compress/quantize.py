@@ -37,7 +37,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from avalab import engines
-from avalab.compress import ava, libraries
+from avalab.compress import ava, libraries, reach
 from avalab.compress.libraries import Job
 from avalab.data import corpora
 from avalab.engines import llamacpp, onnx_graph
@@ -78,6 +78,7 @@ class Method:
     calibrated: bool = False
     note: str = ""  # what the library does not do on a CPU
     library: str = ""  # the module that has to be importable
+    ready: Callable[[], object] = lambda: None  # raises EngineUnavailable where something else is missing
     install: str = LAB  # how to get it
     engines: tuple[str, ...] = ("torch",)
     embedding: str = "bf16"  # how the file holds it, unless a parameter says so
@@ -87,22 +88,33 @@ class Method:
 
 
 def compress_artifact(
-    base: Artifact, method: str, *, run: Run, skip: tuple[str, ...] = (), out: Path | None = None, **parameters
+    base: Artifact,
+    method: str,
+    *,
+    run: Run,
+    skip: tuple[str, ...] = (),
+    out: Path | None = None,
+    partial: bool = False,
+    **parameters,
 ) -> Artifact:
     """Compress `base` by `method` into the folder `out`, or one below `run.artifacts_dir` named after the recipe.
 
     An artefact of the same recipe and base is reused. `skip` holds names or globs of linear layers that stay in bf16.
     Raises ValueError for an unknown method or parameter, a group size that does not divide the columns, a glob that
-    matches nothing, a base that is compressed already, or an `out` that exists and is no artefact; EngineUnavailable
-    without the method's library.
+    matches nothing, a base that is compressed already, a family of whose blocks the method reaches less than half
+    (`partial`: less than that will do, see `reach`), or an `out` that holds something else; EngineUnavailable without
+    the method's library.
     """
     if base.format != "bf16":
         raise InputError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     row, parameters = checked_method(method, parameters)
-    layers = walk.linear_layers(checkpoint.skeleton(base.path))
-    skipped = _expand(skip, list(layers))
-    if skipped and not row.skips:
+    if skip and not row.skips:
         raise InputError(f"method {method!r} keeps no single layer in bf16; leave out skip")
+    skeleton = checkpoint.skeleton(base.path)
+    layers = walk.linear_layers(skeleton)
+    if row.skips:
+        reach.refuse_unreachable(skeleton, layers, method, partial=partial, remedy="--partial compresses those alone")
+    skipped = _expand(skip, list(layers))
     if not row.ragged:
         _refuse_ragged_groups(row, parameters, {n: m.in_features for n, m in layers.items() if n not in skipped})
     # The code's hash: an artefact that an older version of it made is made again, not trusted.
@@ -111,14 +123,16 @@ def compress_artifact(
         step |= {"seed": run.seed, "calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]}
     format, loaded_by = row.format, row.engines
     if row.compress is ava.compress_model:
-        size = checkpoint.parameter_count(checkpoint.skeleton(base.path))
-        format, loaded_by = ava.format_and_engines(parameters, size, base.path)
+        format, loaded_by = ava.format_and_engines(parameters)
+        ava.checked_budget(Job(base.path, run.device, parameters, skipped, None), skeleton)
 
     def fill(folder: Path) -> dict:
+        row.ready()
         if row.library and importlib.util.find_spec(row.library) is None:
             raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
         calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
-        return _fill(row, Job(base.path, run.device, parameters, skipped, calibration, method, run.seed, folder))
+        job = Job(base.path, run.device, parameters, skipped, calibration, method, run.seed, folder)
+        return _fill(row, job) | reach.of_artifact(base.path, folder)
 
     return artifacts.make_artifact(
         artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{method_label(method, parameters, skipped)}",
@@ -183,6 +197,10 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
     for name, allowed in CHOICES.items():
         if method != "ava" and merged.get(name, allowed[0]) not in allowed:
             raise InputError(f"{name} {merged[name]!r} is not one of {', '.join(allowed)}")
+    if parameters.get("bytes") and parameters.get("bits_per_weight"):
+        raise InputError("bytes and bits_per_weight are two budgets for one file; give one of them")
+    if method == "hqq" and merged["bits"] not in libraries.HQQ_BITS:
+        raise InputError(f"HQQ has no {merged['bits']} bits; choose one of {', '.join(map(str, libraries.HQQ_BITS))}")
     if not 2 <= merged.get("bits", 8) <= 8:
         raise InputError(f"bits {merged['bits']} is not one of 2 to 8")
     for name in ("group_size", "block_size"):
@@ -273,8 +291,7 @@ _LLAMA_CPP = Method(
     libraries.llama_cpp,
     "gguf",
     calibrated=True,
-    library="llama_cpp",
-    install=llamacpp.INSTALL,
+    ready=llamacpp.require_quantiser,
     engines=llamacpp.READ_BY,
     embedding="the mixture's choice",
     skips=False,

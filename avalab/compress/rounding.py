@@ -17,7 +17,7 @@ The layer should still give R w (its original inputs R, original weights w) when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import Grid, NumberFormat, Rounded
+from avalab.lab import process
 from avalab.lab.errors import InputError
 from avalab.models import walk
 from avalab.models.walk import Site
@@ -131,7 +132,7 @@ def round_model(
         table = model.get_submodule(name).weight
         rounded[name] = round(table.detach(), tables[name], formats[name])
         table.data = rounded[name].decode(table.dtype)
-    for site in walk.calibration_sites(model, windows):
+    for site in walked(model, windows, desc="rounding"):
         by_format: dict[str, list[str]] = {}
         for name in site.layers:
             if name in formats:
@@ -148,6 +149,14 @@ def round_model(
                 layer.weight.data = part.decode(layer.weight.dtype)
                 rounded[name] = part
     return rounded, damped
+
+
+def walked(model: PreTrainedModel, windows: Int[Tensor, "window time"], *, desc: str) -> Iterator[Site]:
+    """`walk.calibration_sites` with a bar of the layers that are done."""
+    with process.progress(desc=desc, total=len(walk.linear_layers(model))) as bar:
+        for site in walk.calibration_sites(model, windows):
+            yield site
+            bar.update(len(site.layers))
 
 
 def damping_of(site: Site) -> float:

@@ -40,7 +40,7 @@ from avalab.compress.allocation import Option
 from avalab.compress.rounding import Problem, Round
 from avalab.kernels import formats
 from avalab.kernels.formats import NumberFormat
-from avalab.lab import statistics
+from avalab.lab import process, statistics
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import packed, predict, walk
@@ -86,6 +86,8 @@ def expected_increases(
     tables: dict[nn.Module, Tensor] = {}
     last: list = [None, None]  # layers with one input come after each other: their problem is solved once
 
+    bar = process.progress(desc="sensitivity", total=len(sizes))
+
     def listen(module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
         if module not in names:
             tables[module] = _table_moment(inputs, gradients, is_head=module is head)
@@ -105,9 +107,11 @@ def expected_increases(
             error = (nearest(sample, cost, format) - sample).square_()
             options.append(Option(format, size, 0.5 * float((error * weights).sum())))
         found[names[module]] = options
+        bar.update()
 
     others = [name for name, module in model.named_modules() if module in (embedding, head)]
-    walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*sizes, *others], listen)
+    with bar:
+        walk.gradient_pass(model, windows[:FISHER_WINDOWS], [*sizes, *others], listen)
     by_name = {name: tables[model.get_submodule(name)] for name in others}
     if head.weight is embedding.weight:
         first, *rest = by_name
@@ -132,7 +136,7 @@ def increase_of_replacement(
 ) -> float:
     """The measured KL divergence, nats a token, with other values in a parameter; the model stays as it was."""
     kept = parameter.data
-    head, softcap = predict.output_head(model)
+    head, finish = predict.output_head(model)
     before = predict.hidden_states(model, windows)
     try:
         parameter.data = values
@@ -140,9 +144,9 @@ def increase_of_replacement(
         increases = []
         for expected, candidate in zip(before, after, strict=True):
             parameter.data = kept
-            reference = predict.log_probabilities(expected, head, softcap)
+            reference = predict.log_probabilities(expected, head, finish)
             parameter.data = values
-            changed = predict.log_probabilities(candidate, head, softcap)
+            changed = predict.log_probabilities(candidate, head, finish)
             increases.append(predict.kl_divergence(reference, changed).mean())
     finally:
         parameter.data = kept
@@ -169,20 +173,22 @@ def table_options(
     """
     table, windows = model.get_submodule(name).weight, windows[:TABLE_WINDOWS]
     options = [Option(BF16, 2 * table.numel(), 0.0)]
-    if int8_rows:  # there is only one way to round to them, so they are measured; a tied head repeats the scales
+    if int8_rows:  # there is only one way to round to them, so they are measured
         codes, scales = packed.int8_rows(table.detach())
         values = (codes.to(table.dtype) * scales).to(table.dtype)
-        scale_bytes = 2 * len(table) * (2 if model.get_output_embeddings().weight is table else 1)
-        increase = increase_of_replacement(model, windows, table, values)
-        options.append(Option(packed.INT8_ROWS, table.numel() + scale_bytes, increase))
+        size = packed.int8_rows_bytes(table, tied=model.get_output_embeddings().weight is table)
+        options.append(Option(packed.INT8_ROWS, size, increase_of_replacement(model, windows, table, values)))
     if not sizes:
         return options, None
     damping = damping or rounding.damping_for(table.shape[1], found.tokens)
     posed = rounding.rounding_problem(found.moments[name], damping=damping)
     sample = table.detach()[:: max(1, len(table) // TABLE_ROWS)].float()
-    errors = {f: float(rounding.output_error(sample, round(sample, posed, f), posed.moment).sum()) for f in sizes}
+    errors = {}
+    for format in process.progress(list(sizes), desc=f"formats of {name.rpartition('.')[2]}"):
+        errors[format] = float(rounding.output_error(sample, round(sample, posed, format), posed.moment).sum())
     ranked, known = sorted(sizes, key=errors.get), {}
-    for format in dict.fromkeys((ranked[-1], ranked[len(ranked) // 2])[:measured]):
+    chosen = list(dict.fromkeys((ranked[-1], ranked[len(ranked) // 2])[:measured]))
+    for format in process.progress(chosen, desc=f"loss of {name.rpartition('.')[2]}"):
         values = round(table.detach(), posed, format).decode(table.dtype)
         known[format] = increase_of_replacement(model, windows, table, values)
     options += [Option(format, size, increase_by_error(errors, known, format)) for format, size in sizes.items()]

@@ -3,7 +3,10 @@
 Evaluation texts need no download beyond the assets: `python_docs`, a quarter of the topics of Python's language
 reference (chosen by a hash of the topic's name: the quarter that data/tiny-llama never trained on); `function_calls`,
 tools and requests of the Berkeley Function Calling Leaderboard in the model's chat format; `toolbox_calls`, those of
-the held-out tools of `avalab.data.toolbox`. `wikitext2` is read from the hub, at a pinned commit.
+the held-out tools of `avalab.data.toolbox`. Two come from elsewhere, so that what a method learnt from calibration
+text in the style of Python's documentation does not count for it: `encyclopedia`, the leads of some hundred articles of
+the English Wikipedia, and `dialogue`, small talk and questions in the model's chat format. `wikitext2` is read from the
+hub, at a pinned commit.
 
 Calibration text is the docstrings of the standard library, without those that share eight consecutive words with an
 evaluation text. Docstrings and topics belong to the running Python: a text carries its SHA-256, and records repeat it.
@@ -12,6 +15,7 @@ evaluation text. Docstrings and topics belong to the running Python: a text carr
 from __future__ import annotations
 
 import ast
+import bz2
 import re
 import sysconfig
 from collections import deque
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
+from xml.etree import ElementTree
 
 import torch
 from jaxtyping import Int
@@ -36,6 +41,10 @@ BFCL_CATEGORIES = ("simple_python", "multiple")
 CHAT_EXAMPLES = 400  # of the toolbox; more than any profile's windows need
 
 OVERLAP_WORDS = 8
+
+PARAGRAPH = 200  # characters of the shortest paragraph of an article that is prose
+
+_REFERENCE = re.compile(r"<ref[^>/]*/>|<ref.*?</ref>", re.DOTALL)
 
 # As many public manifests give it (data/README.md); a commit that does not exist is refused by the hub.
 WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -179,6 +188,42 @@ def _chat(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -
     return "".join(chats.chat_text(tokenizer, messages) for messages in conversations)
 
 
+@cache
+def encyclopedia() -> str:
+    """Paragraphs of the leads of Wikipedia articles, markup removed, in the file's order."""
+    import mwparserfromhell
+
+    pages = ElementTree.fromstring(bz2.decompress(assets.fetch_asset("wikipedia-leads").read_bytes()))
+    space = pages.tag.removesuffix("mediawiki")
+    found = []
+    for page in pages.iter(f"{space}page"):
+        if page.find(f"{space}redirect") is None:
+            lead = (page.findtext(f"{space}revision/{space}text") or "").partition("\n==")[0]
+            plain = mwparserfromhell.parse(_REFERENCE.sub("", lead)).strip_code()
+            found += [line.strip() for line in plain.split("\n") if _is_prose(line.strip())]
+    return "\n\n".join(found)
+
+
+def _is_prose(line: str) -> bool:
+    """A whole paragraph, and not what is left of a picture or a table."""
+    return len(line) >= PARAGRAPH and line.endswith((".", "!", "?", '"')) and "|" not in line
+
+
+def everyday_dialogue(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Small talk and questions of general knowledge in the model's chat format, each question once, subjects mixed."""
+    import yaml
+
+    conversations: dict[str, list[str]] = {}  # by what is said first
+    for path in sorted(assets.fetch_asset("chatterbot-english").glob("*.yml")):
+        for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            said = [str(turn).strip() for turn in turns if turn]
+            if len(said) > 1:
+                conversations.setdefault(said[0], said)
+    mixed = sorted(conversations.values(), key=lambda said: artifacts.sha256_of_text(said[0]))
+    roles = ("user", "assistant")
+    return _chat(tokenizer, [[{"role": roles[n % 2], "content": turn} for n, turn in enumerate(s)] for s in mixed])
+
+
 def wikitext2(tokenizer: PreTrainedTokenizerBase) -> str:
     """WikiText-2's test split from the hub (Merity et al. 2016). Raises AssetUnavailable where the hub is not."""
     from datasets import load_dataset
@@ -194,5 +239,7 @@ TEXTS: dict[str, Callable[[PreTrainedTokenizerBase], str]] = {
     "python_docs": lambda tokenizer: python_docs(),
     "function_calls": bfcl_prompts,
     "toolbox_calls": toolbox_prompts,
+    "encyclopedia": lambda tokenizer: encyclopedia(),
+    "dialogue": everyday_dialogue,
     "wikitext2": wikitext2,
 }

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from xgrammar import Grammar
 
 from avalab.lab import schemas
 from avalab.lab.errors import InputError
+from avalab.models.stops import padding_token, stop_tokens
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -60,20 +61,16 @@ class Compiler:
     made: dict[str, CallGrammar] = field(default_factory=dict)
 
 
-def grammar_compiler(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Compiler:
-    """A compiler for models with this tokenizer and `vocabulary` logits (the model's rows, padding included)."""
-    stops = stop_tokens(tokenizer)
+def grammar_compiler(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, stops: Sequence[int] | None = None
+) -> Compiler:
+    """A compiler for models with this tokenizer and `vocabulary` logits (the model's rows, padding included).
+
+    `stops` are the tokens that end the model's answers (`models.stops`), else those that the tokenizer knows of.
+    """
+    stops = list(stop_tokens(tokenizer) if stops is None else stops)
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=stops)
     return Compiler(xgrammar.GrammarCompiler(info, max_threads=1))
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the end of a ChatML turn where the vocabulary has it, else the tokenizer's own.
-
-    A tokenizer read from a GGUF file may name the beginning of a turn as its end-of-sequence token.
-    """
-    turn_end = tokenizer.get_vocab().get("<|im_end|>")
-    return [tokenizer.eos_token_id if turn_end is None else turn_end]
 
 
 def call_grammar(
@@ -200,22 +197,26 @@ def greedy_answers(
     grammars: list[CallGrammar] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    on_cut: Callable[[int], object] = lambda index: None,
 ) -> Iterator[tuple[int, str]]:
     """Greedy answers, batch after batch, as (index of the prompt, text): write each down and a stop costs one batch.
 
     Prompts are finished chat texts. They are batched by length, shortest first; a row that has ended leaves its batch,
-    and a beginning that the grammar leaves no choice about is read with the prompt instead of decoded.
+    and a beginning that the grammar leaves no choice about is read with the prompt instead of decoded. `on_cut` hears
+    the index of each prompt whose answer has not come to its end.
     """
     matchers = [xgrammar.GrammarMatcher(grammar.compiled) for grammar in grammars or ()]
     forced = [_forced_beginning(matcher, tokenizer) for matcher in matchers] or [[]] * len(prompts)
     rows = [tokenizer(p, add_special_tokens=False).input_ids + f for p, f in zip(prompts, forced, strict=True)]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    stops = stop_tokens(tokenizer)
+    stops = stop_tokens(model, tokenizer)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         of_batch = [matchers[index] for index in batch] if matchers else []
-        ids, seen = left_padded([rows[index] for index in batch], stops[0])
-        new = _decode(model, ids, seen, matchers=of_batch, stops=stops, max_new_tokens=max_new_tokens)
+        ids, seen = left_padded([rows[index] for index in batch], padding_token(stops, tokenizer))
+        new, cut = _decode(model, ids, seen, matchers=of_batch, stops=stops, max_new_tokens=max_new_tokens)
+        for row in cut:
+            on_cut(batch[row])
         whole = [[*forced[i], *tokens] for i, tokens in zip(batch, new, strict=True)]
         texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
         yield from zip(batch, texts, strict=True)
@@ -237,9 +238,9 @@ def left_padded(rows: list[list[int]], padding: int) -> tuple[Int[Tensor, "batch
 
 @torch.inference_mode()
 def _decode(
-    model: PreTrainedModel, ids: Tensor, seen: Tensor, *, matchers: list, stops: list[int], max_new_tokens: int
-) -> list[list[int]]:
-    """Greedy continuations of left-padded rows, without their end token."""
+    model: PreTrainedModel, ids: Tensor, seen: Tensor, *, matchers: list, stops: tuple[int, ...], max_new_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Greedy continuations of left-padded rows, without their end token; and the rows that have not come to it."""
     cache = DynamicCache(config=model.config)
     ids, seen = ids.to(model.device), seen.to(model.device)
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
@@ -252,11 +253,11 @@ def _decode(
         for row in kept:
             new[alive[row]].append(chosen[row])
         if not kept:
-            break
+            return new, []
         if len(kept) < len(alive):
             alive, matchers = [alive[row] for row in kept], [matchers[row] for row in kept if matchers]
             cache.batch_select_indices(torch.tensor(kept, device=model.device))
         ids = torch.tensor([[chosen[row]] for row in kept], device=model.device)
         seen = torch.cat([seen[kept], torch.ones_like(ids)], 1)
         positions = positions[kept, -1:] + 1
-    return new
+    return new, alive

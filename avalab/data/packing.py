@@ -34,6 +34,7 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
+from avalab.models.stops import padding_token, stop_tokens
 
 IGNORED = -100  # a label that does not count
 
@@ -196,19 +197,20 @@ def own_answers(
 ) -> list[dict]:
     """The examples with answers that the student draws at temperature 1, the same ones for the same seed."""
     model, tokenizer = checkpoint.load_model(student, run.device), checkpoint.load_tokenizer(student)
-    stops, found = grammars.stop_tokens(tokenizer), []
+    stops, found = list(stop_tokens(model, tokenizer)), []
+    padding = padding_token(tuple(stops), tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         for start in tqdm(range(0, len(examples), batch_size), desc=f"{student.name} answers", leave=False):
             part = examples[start : start + batch_size]
             texts = [chats.prompt_text(tokenizer, example["messages"][:-1]) for example in part]
             prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-            ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, stops[0]))
+            ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, padding))
             out = model.generate(
                 ids,
                 attention_mask=seen,
-                eos_token_id=stops,
-                pad_token_id=stops[0],
+                eos_token_id=stops or None,
+                pad_token_id=padding,
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,

@@ -172,11 +172,13 @@ class Local:
     def _loaded(self) -> tuple:
         from avalab.data import grammars
         from avalab.models import checkpoint
+        from avalab.models.stops import stop_tokens
 
         model, tokenizer = checkpoint.load_model(self.folder, self.device), checkpoint.load_tokenizer(self.folder)
         if self.schema is None:
             return model, tokenizer, None
-        engine = grammars.grammar_compiler(tokenizer, model.config.vocab_size).engine
+        stops = stop_tokens(model, tokenizer)
+        engine = grammars.grammar_compiler(tokenizer, model.config.vocab_size, stops).engine
         compiled = engine.compile_json_schema(json.dumps(self.schema), any_whitespace=False)
         return model, tokenizer, grammars.CallGrammar(compiled)
 

@@ -34,12 +34,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from avalab.data import grammars
 from avalab.data.grammars import CallGrammar
-from avalab.engines import gguf
+from avalab.engines import gguf, llamacpp_library
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, Unavailable
 from avalab.lab.run import ROOT, write_atomically
 from avalab.models import checkpoint
+from avalab.models.stops import stop_tokens
 
 READERS: dict[str, tuple[str, ...]] = {
     "dense": ("torch", "vllm", "tensorrt"),
@@ -126,7 +127,7 @@ def model_facts(folder: Path, *, context: int | None = None) -> Facts:
     config = AutoConfig.from_pretrained(folder, **file).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     longest = min(context or config.max_position_embeddings, config.max_position_embeddings)
-    return Facts(longest, config.vocab_size, tuple(grammars.stop_tokens(tokenizer)))
+    return Facts(longest, config.vocab_size, stop_tokens(config if file else folder, tokenizer))
 
 
 def gguf_file(folder: Path) -> Path:
@@ -256,10 +257,12 @@ NATIVE = {  # engines whose libraries are checked, and the distributions whose v
     "openvino": ("openvino", "openvino-genai"),
     "onnx": ("onnxruntime-genai",),
     "onnxruntime": ("onnxruntime",),
-    "llamacpp": ("llama-cpp-python",),
+    "llamacpp": (),  # whichever build of llama.cpp is opened
     "aot": ("torch",),
     "executorch": ("executorch",),
 }
+
+OTHERWISE = {"llamacpp": {"build": llamacpp_library.WHEEL}}  # with what else a library may survive
 
 CHECKS = assets.CACHE / "engine-checks"
 
@@ -287,9 +290,9 @@ def usable(
     if name not in NATIVE or multiprocessing.parent_process():
         return options, ""
     try:
-        versions = " ".join(f"{package} {metadata.version(package)}" for package in NATIVE[name])
+        versions = _versions(name, options)
         form = _format(folder)
-    except (metadata.PackageNotFoundError, ValueError):  # no library, or a damaged file: `load` says so
+    except (metadata.PackageNotFoundError, Unavailable, ValueError):  # no library, or a damaged file: `load` says so
         return options, ""
     about = [_processor(), versions, name, form]
     death = _death(load, folder, options, about)
@@ -297,14 +300,31 @@ def usable(
         return options, ""
     shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "its own options"
     said = f"{versions} dies with {death} on this processor when it opens {form} with {shown}"
-    others = options | {"threads": 0}
-    if options.get("threads") and not _death(load, folder, others, about):
-        note = f"threads were left to {name}: {said}"
-        logging.getLogger(__name__).warning(note)
-        return others, note
+    for others, changed in _ways_round(name, options):
+        if not _death(load, folder, others, [about[0], _versions(name, others), *about[2:]]):
+            note = f"{changed}: {said}"
+            logging.getLogger(__name__).warning(note)
+            return others, note
     able = [other for other in READERS[artifact_kind(folder)] if other != name]
     way = f"use {' or '.join(able)}, or " if able else ""
     raise EngineUnavailable(f"{said}; {way}export the model in another format (what was found is kept in {CHECKS})")
+
+
+def _versions(name: str, options: Mapping[str, object]) -> str:
+    """The libraries that an engine opens with these options, and their versions."""
+    if name == "llamacpp":
+        return llamacpp_library.find(str(options.get("build", ""))).shown
+    return " ".join(f"{package} {metadata.version(package)}" for package in NATIVE[name])
+
+
+def _ways_round(name: str, options: dict[str, object]) -> Iterator[tuple[dict[str, object], str]]:
+    """Other options for a library that dies with those asked for, and what was changed."""
+    if options.get("threads"):
+        yield options | {"threads": 0}, f"threads were left to {name}"
+    if other := OTHERWISE.get(name, {}):
+        with contextlib.suppress(Unavailable):
+            if _versions(name, options | other) != _versions(name, options):
+                yield options | other, f"{name} was opened with {', '.join(f'{k}={v}' for k, v in other.items())}"
 
 
 def open_and_run(request: dict) -> dict:

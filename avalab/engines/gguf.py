@@ -39,7 +39,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from avalab.data import grammars
 from avalab.kernels import block_types, formats
 from avalab.kernels.block_types import Steps
 from avalab.kernels.formats import Encoded
@@ -47,6 +46,7 @@ from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.models import checkpoint
+from avalab.models.stops import padding_token, stop_tokens
 
 BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -103,7 +103,7 @@ def write_tensors(
     writer = gguf.GGUFWriter(str(file), config.model_type)
     _write_sizes(writer, config, file.stem, block)
     tokenizer = checkpoint.load_tokenizer(folder)
-    _write_tokenizer(writer, tokenizer, rows=config.vocab_size)
+    _write_tokenizer(writer, tokenizer, rows=config.vocab_size, stops=stop_tokens(folder, tokenizer))
     for name, kind, values in tensors:
         writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
     try:
@@ -252,7 +252,7 @@ DIGITS = set("0123456789")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of gguf's TokenType
 
 
-def _write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
+def _write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, *, rows: int, stops: tuple[int, ...]) -> None:
     """Add the tokenizer to a `gguf.GGUFWriter`; `rows` of the embedding that no token has are filled as unused.
 
     Raises ValueError for a tokenizer that is not byte-level BPE, or has more tokens than rows.
@@ -270,7 +270,9 @@ def _write_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, *, rows: int) -
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]])
     writer.add_add_space_prefix(False)
     writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
-    writer.add_eos_token_id(grammars.stop_tokens(tokenizer)[0])
+    # Readers end an answer at each of the three; without any, llama.cpp would take an id of its own, a piece of text.
+    for kind, stop in zip(("eos", "eot", "eom"), stops or (padding_token(stops, tokenizer),), strict=False):
+        getattr(writer, f"add_{kind}_token_id")(stop)
     ids = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id, "unk": tokenizer.unk_token_id}
     for name, token in ids.items():
         if token is not None:

@@ -1,23 +1,21 @@
-"""llama.cpp: the engine for GGUF files through llama-cpp-python's plain C functions, K types by its own quantiser, and
-how it is built for this machine.
+"""llama.cpp: the engine for GGUF files, K types by its own quantiser, and how it is built for this machine.
 
-1. `load`: prompt and steps go through `llama_decode`; logits are copied out and the shared greedy loop chooses. The
-   key-value cache is allocated whole: `context` tokens of it, which is then the longest sequence.
-2. `write`: the dense artefact becomes a GGUF file of 16-bit floats (`gguf`), and `llama_model_quantize` writes one of a
-   mixture of block types, whose choice is its own. With windows of calibration tokens the importance of a column is the
-   mean square of what it is multiplied with, which is what llama.cpp's imatrix tool averages, from one walk over the
-   blocks (`walk`). Rows that 256 does not divide fall back to blocks of 32 (q4_k to q5_0, q6_k to q8_0).
-3. `build_flags`: the package compiles llama.cpp while it is installed (`make setup-llamacpp`). Its native build crashes
-   on x86 processors with AMX (release 0.3): there the build gets the instruction sets by name instead, those that
+1. `load`: prompt and steps go through llama.cpp's C functions (`llamacpp_library`, which also says which builds there
+   are, one of them a wheel); the shared greedy loop chooses from the logits, so that grammars and end tokens are the
+   lab's own. The key-value cache is allocated whole: `context` tokens of it, which is then the longest sequence.
+2. `write`: the dense artefact becomes a GGUF file of 16-bit floats (`gguf`), and llama.cpp writes one of a mixture of
+   block types, whose choice is its own. With windows of calibration tokens the importance of a column is the mean
+   square of what it is multiplied with, which is what llama.cpp's imatrix tool averages, from one walk over the blocks
+   (`walk`). Rows that 256 does not divide fall back to blocks of 32 (q4_k to q5_0, q6_k to q8_0).
+3. `build_flags`: `make setup-llamacpp` compiles llama.cpp, for those who want to. Its native build crashes on x86
+   processors with AMX (release 0.3): there the build gets the instruction sets by name instead, those that
    /proc/cpuinfo lists and AMX left out. On other processors, or where that file is missing, the native build is right.
 
-For a GPU add -DGGML_CUDA=ON to the flags of the build.
+For a GPU add -DGGML_CUDA=ON to the flags of the build and load with `build="python"`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import platform
 import shutil
 import tempfile
@@ -29,77 +27,67 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab.engines import engine
+from avalab.engines import engine, llamacpp_library
 from avalab.engines import gguf as gguf_file
-from avalab.engines.engine import Engine
+from avalab.engines.engine import Engine, EngineUnavailable
+from avalab.engines.llamacpp_library import Library, Model
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError, ProcessFailed
+from avalab.lab.errors import Unavailable
 from avalab.models import checkpoint, walk
-
-INSTALL = "make setup-llamacpp (it compiles llama.cpp and then the extra [llamacpp]; a C++ compiler is needed)"
 
 BATCH = 512  # tokens of a prompt that are read at once
 
+LOGITS_BYTES = 2**26  # at most, of a batch whose logits are all asked for
+
 
 def load(
-    artifact: Artifact | Path, *, context: int = 2048, threads: int = 0, gpu_layers: int = 0, cache_bits: int = 16
+    artifact: Artifact | Path,
+    *,
+    context: int = 2048,
+    threads: int = 0,
+    gpu_layers: int = 0,
+    cache_bits: int = 16,
+    build: str = "",
 ) -> Engine:
-    """Open a GGUF artefact; `gpu_layers` of its blocks go to a GPU (-1: all), `threads` 0 leaves llama.cpp's choice.
+    """Open a GGUF artefact; `gpu_layers` of its blocks go to a GPU (-1: all), `threads` 0 takes every processor.
 
-    `cache_bits` 8 keeps keys and values as q8_0, which llama.cpp can only with its fused attention.
+    `cache_bits` 8 keeps keys and values as q8_0, which llama.cpp can only with its fused attention. `build` is one of
+    `llamacpp_library.BUILDS`, "" the first that is here.
     Raises ValueError for a file that llama.cpp refuses (truncated, or with tensors of a type that it does not know).
     """
     folder = engine.folder_for("llamacpp", artifact)
-    engine.require("llamacpp", "llama_cpp", INSTALL)
-    from llama_cpp import GGML_TYPE_F16, GGML_TYPE_Q8_0, Llama
-
+    library = _library(build)
     facts = engine.model_facts(folder, context=context)
-    file, kept = engine.gguf_file(folder), GGML_TYPE_Q8_0 if cache_bits == 8 else GGML_TYPE_F16
-    try:
-        model = Llama(
-            str(file),
-            n_ctx=facts.context,
-            n_batch=BATCH,
-            n_ubatch=BATCH,
-            n_threads=threads or None,
-            n_threads_batch=threads or None,
-            n_gpu_layers=gpu_layers,
-            type_k=kept,
-            type_v=kept,
-            flash_attn=cache_bits == 8,
-            verbose=False,
-        )
-    except ValueError as error:
-        raise InputError(f"llama.cpp cannot read {file}: {error}") from error
+    model = Model(
+        library,
+        engine.gguf_file(folder),
+        context=facts.context,
+        batch=BATCH,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        cache_type=llamacpp_library.Q8_0 if cache_bits == 8 else llamacpp_library.F16,
+    )
     return engine.from_reader("llamacpp", folder, facts, {"model": model}, _reader)
 
 
+def _library(build: str = "", *, among: tuple[str, ...] = ()) -> Library:
+    try:
+        return llamacpp_library.opened(llamacpp_library.find(build, among=among))
+    except Unavailable as error:
+        raise EngineUnavailable(f"engine llamacpp: {error}") from error
+
+
 def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
-    import llama_cpp
+    model = state["model"]
+    model.clear()
+    at_once = min(BATCH, max(1, LOGITS_BYTES // (4 * model.vocabulary))) if every else BATCH
 
-    model, read = state["model"], 0
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
+    def read(tokens: list[int]) -> Tensor:
+        pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
+        return torch.cat([torch.from_numpy(model.read(piece, every=every)) for piece in pieces])
 
-    def decode(tokens: list[int]) -> Tensor:
-        nonlocal read
-        size = len(tokens)
-        batch = llama_cpp.llama_batch_init(size, 0, 1)
-        batch.n_tokens = size
-        for index, token in enumerate(tokens):
-            batch.token[index], batch.pos[index] = token, read + index
-            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-            batch.logits[index] = every or index == size - 1
-        code = llama_cpp.llama_decode(model.ctx, batch)
-        llama_cpp.llama_batch_free(batch)
-        if code:
-            raise ProcessFailed(f"llama.cpp stopped with code {code} while reading {size} tokens from position {read}")
-        read += size
-        rows = size if every else 1
-        found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(model.ctx), shape=(rows, model.n_vocab()))
-        return torch.from_numpy(found.copy())  # the library's own memory, overwritten by the next batch
-
-    return lambda tokens: torch.cat([decode(tokens[at : at + BATCH]) for at in range(0, len(tokens), BATCH)])
+    return read
 
 
 # --- K types by llama.cpp's quantiser --------------------------------------------------------------------------------
@@ -114,10 +102,11 @@ def write(
 ) -> Artifact:
     """Quantise a dense artefact into `<name>+gguf-<mixture>` beside it or `out`; one made before is reused.
 
-    Raises ValueError for an unknown mixture or a model that is not dense, EngineUnavailable without llama-cpp-python.
+    Raises ValueError for an unknown mixture or a model that is not dense, EngineUnavailable without a build
+    of llama.cpp that quantises.
     """
     engine.check_dense(artifact.path, mixture, known=MIXTURES, form="llama.cpp's quantiser")
-    engine.require("llamacpp", "llama_cpp", INSTALL)
+    require_quantiser()
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "llama.cpp", "mixture": mixture, "calibration": text}
     about = artifacts.Export(step, f"gguf-{mixture}", READ_BY)
@@ -126,19 +115,33 @@ def write(
     )
 
 
+def require_quantiser() -> None:
+    """Raise EngineUnavailable, with the way to get one, where no build of llama.cpp that quantises is here."""
+    _quantiser_build()
+
+
+def _quantiser_build() -> llamacpp_library.Build:
+    try:
+        return llamacpp_library.find(among=llamacpp_library.QUANTISERS)
+    except Unavailable as error:
+        raise EngineUnavailable(f"K types need llama.cpp's quantiser: {error}") from error
+
+
 def quantise_to_gguf(
     artifact: Artifact, out: Path, mixture: str, windows: Int[Tensor, "window time"] | None = None
 ) -> dict[str, object]:
     """Fill `out` with one GGUF file; the block types that llama.cpp chose are returned under `formats`.
 
-    Raises RuntimeError with llama.cpp's code when it fails.
+    Raises RuntimeError with llama.cpp's code when it fails, EngineUnavailable without a build that quantises.
     """
+    require_quantiser()
     target = out / f"{artifact.name}.{mixture}.gguf"
     columns = {} if windows is None else importance(artifact, windows)
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "model.gguf"
         gguf_file.export(artifact.path, source, "f16")
-        _quantise_file(source, target, mixture, columns)
+        library = _library(_quantiser_build().name)
+        llamacpp_library.quantise(library, source, target, mixture, columns)
         modelfile = (source.parent / "Modelfile").read_text()
     (out / "Modelfile").write_text(modelfile.replace(source.name, target.name))
     gguf_file.copy_beside(artifact.path, out)
@@ -155,23 +158,6 @@ def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[
         column = site.moment.detach().diagonal().contiguous().float().numpy()  # read through a bare pointer
         found |= {names(f"{layer}.weight"): column for layer in site.layers}
     return found
-
-
-def _quantise_file(source: Path, target: Path, mixture: str, columns: dict[str, np.ndarray]) -> None:
-    import llama_cpp
-
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{mixture.upper()}")
-    rows = (llama_cpp.llama_model_imatrix_data * (len(columns) + 1))()  # the last one, nameless, ends the list
-    for row, (name, values) in zip(rows, columns.items(), strict=False):
-        row.name, row.size = name.encode(), values.size
-        row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    if columns:
-        parameters.imatrix = rows
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a line a tensor
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
-    if code:
-        raise ProcessFailed(f"llama.cpp stopped with code {code} while quantising {source.name} to {mixture}")
 
 
 # --- how llama.cpp is built for this machine -------------------------------------------------------------------------

@@ -39,11 +39,13 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats of `hidden @ weight.T / temperature` with `targets`, differentiable in both.
 
-    Targets equal to `ignore_index` do not count. Raises ValueError for widths, dtypes or counts that differ, a target
-    outside the vocabulary, label smoothing outside [0, 1) or a temperature that is not positive.
+    With `softcap` s, logits are s tanh(hidden @ weight.T / s). Targets equal to `ignore_index` do not count. Raises
+    ValueError for widths, dtypes or counts that differ, a target outside the vocabulary, label smoothing outside [0, 1)
+    or a temperature that is not positive.
     """
     flat, kept = loss_chunks.tokens_that_count(hidden, weight, targets != ignore_index, temperature)
     if not 0 <= label_smoothing < 1:
@@ -51,7 +53,7 @@ def linear_cross_entropy(
     labels = targets.reshape(-1)[kept]
     loss_chunks.refuse_outside_vocabulary(labels, len(weight))
     form = choose_form("linear_cross_entropy", CROSS_ENTROPY, weight.device, flat)
-    return form.run(flat, weight, labels, label_smoothing=label_smoothing, temperature=temperature)
+    return form.run(flat, weight, labels, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap)
 
 
 def linear_kl(
@@ -62,11 +64,14 @@ def linear_kl(
     keep: Bool[Tensor, "*batch"] | None = None,
     reverse: bool = False,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean KL(teacher || student) in nats, or with `reverse` KL(student || teacher), times temperature squared.
 
     The student's logits are `hidden @ weight.T`. The teacher is stored logits ["*batch vocab"] or, live, a pair of its
-    hidden states and head. Both are divided by `temperature`. Tokens where `keep` is False do not count.
+    hidden states and head. With a soft cap s they are s tanh(z / s). Both are divided by `temperature`. Tokens where
+    `keep` is False do not count.
     Raises ValueError for shapes or dtypes that do not match or a temperature that is not positive.
     """
     flat, kept = loss_chunks.tokens_that_count(hidden, weight, keep, temperature)
@@ -77,9 +82,9 @@ def linear_kl(
         raise InputError(
             f"the teacher has {len(states)} rows of {entries} vocabulary entries, the student {tokens} of {len(weight)}"
         )
-    heard = _Teacher(states, None if head is None else head.detach(), kept)
+    heard = _Teacher(states, None if head is None else head.detach(), kept, teacher_softcap)
     form = choose_form("linear_kl", KL, weight.device, flat)
-    return form.run(flat, weight, heard, reverse=reverse, temperature=temperature)
+    return form.run(flat, weight, heard, reverse=reverse, temperature=temperature, softcap=softcap)
 
 
 @dataclass(frozen=True)
@@ -89,29 +94,46 @@ class _Teacher:
     states: Tensor  # hidden states, or the logits themselves where there is no head
     head: Tensor | None
     kept: Tensor
+    softcap: float | None
 
     def __getitem__(self, place: slice | tuple[slice, slice]) -> Tensor:
         tokens, entries = place if isinstance(place, tuple) else (place, slice(None))
         if self.head is None:
             return self.states[:, entries][self.kept[tokens]]
-        return self.states[self.kept[tokens]] @ self.head[entries].T
+        return _capped(self.states[self.kept[tokens]] @ self.head[entries].T, self.softcap)
+
+
+def _capped(logits: Logits, softcap: float | None) -> Logits:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def cross_entropy_reference(
-    hidden: Hidden, weight: Head, targets: Labels, *, label_smoothing: float = 0.0, temperature: float = 1.0
+    hidden: Hidden,
+    weight: Head,
+    targets: Labels,
+    *,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Full logits, then torch's own loss."""
-    logits = (hidden @ weight.T).to(working_dtype(hidden.dtype)) / temperature
+    logits = _capped(hidden @ weight.T, softcap).to(working_dtype(hidden.dtype)) / temperature
     total = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
     return total / max(1, len(targets))
 
 
 def kl_reference(
-    hidden: Hidden, weight: Head, teacher: _Teacher | Logits, *, reverse: bool = False, temperature: float = 1.0
+    hidden: Hidden,
+    weight: Head,
+    teacher: _Teacher | Logits,
+    *,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Full logits of both, then the sum of p (log p - log q); an entry that p gives no probability adds nothing."""
     dtype = working_dtype(hidden.dtype)
-    student = ((hidden @ weight.T).to(dtype) / temperature).log_softmax(-1)
+    student = (_capped(hidden @ weight.T, softcap).to(dtype) / temperature).log_softmax(-1)
     other = (teacher[:].to(dtype) / temperature).log_softmax(-1)
     p, q = (student, other) if reverse else (other, student)
     terms = torch.where(p.exp() == 0, 0.0, p.exp() * (p - q))
@@ -119,12 +141,19 @@ def kl_reference(
 
 
 def _whichever_holds_less(by_chunks: Callable, by_panels: Callable) -> Callable:
-    """By panels of the vocabulary where the head is trained on more tokens than a chunk has, else by chunks of them."""
+    """By panels of the vocabulary where the head is trained on more tokens than a chunk has, else by chunks of them.
 
-    def run(hidden: Tensor, weight: Tensor, target: object, **options: float | bool) -> Tensor:
+    Panels know no soft cap.
+    """
+
+    def run(
+        hidden: Tensor, weight: Tensor, target: object, *, softcap: float | None = None, **options: float | bool
+    ) -> Tensor:
         trained = weight.requires_grad and torch.is_grad_enabled()
         chunk = loss_chunks.tokens_in_chunk(weight.device.type, len(weight) * weight.element_size())
-        return (by_panels if trained and len(hidden) > chunk else by_chunks)(hidden, weight, target, **options)
+        if trained and len(hidden) > chunk and softcap is None:
+            return by_panels(hidden, weight, target, **options)
+        return by_chunks(hidden, weight, target, softcap=softcap, **options)
 
     return run
 

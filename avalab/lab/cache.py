@@ -62,13 +62,13 @@ def save_tensors(tensors: dict[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def cached_document(path: Path, compute: Callable[[], dict]) -> dict:
-    """The JSON object in a file, or the one that `compute` returns, which the file then holds."""
+def cached_document(path: Path, compute: Callable[[], dict], *, again: bool = False) -> dict:
+    """The JSON object in a file, or the one that `compute` returns, which the file then holds (always with `again`)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict):
+    if again or not isinstance(found, dict):
         found = compute()
         write_atomically(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
     return found

@@ -21,12 +21,16 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from avalab.lab.errors import ProcessFailed
 
-for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -133,13 +137,30 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+_seen: list[TextIO] = []  # standard error as it was when the outermost `quietly` began
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Keep the libraries' progress bars, logs and deprecation warnings to themselves; errors still come through."""
+    """Keep the libraries' progress bars, logs and deprecation warnings to themselves; errors still come through.
+
+    Bars of the lab's own (`progress`) are seen none the less.
+    """
     quiet_libraries()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    _seen.append(_seen[0] if _seen else sys.stderr)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _seen.pop()
+
+
+def progress(items: Iterable | None = None, *, desc: str, total: int | None = None) -> "tqdm | Any":
+    """A bar with the time to go, on the standard error that people see; it is wiped when done."""
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=desc, total=total, leave=False, file=_seen[0] if _seen else sys.stderr)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ device is asked for: the package starts fast.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -29,6 +30,8 @@ ROOT = Path(os.environ.get("AVALAB_ROOT", Path(__file__).resolve().parents[2]))
 
 # A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
+LONGEST_NAME = 80  # characters of a model's name in names of folders
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Record:
     samples: list[float] = field(default_factory=list)  # raw latencies
 
 
+def time_now() -> str:
+    """`2026-11-29T13:10:24+00:00`; such texts are ordered as the times are."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass
 class Run:
     """One execution of a notebook or command: `Run("01_quantization", "laptop")`.
@@ -106,6 +114,7 @@ class Run:
     seed: int = 0
     model: str = ""
     records: list[Record] = field(default_factory=list)
+    started: str = field(default_factory=time_now)
 
     def __post_init__(self) -> None:
         if self.profile_name not in PROFILES:
@@ -136,7 +145,7 @@ class Run:
 
     @property
     def artifacts_dir(self) -> Path:
-        return Path(os.environ.get("AVALAB_ARTIFACTS", ROOT / "artifacts")) / self.name
+        return artifacts_root() / self.name
 
     @property
     def records_path(self) -> Path:
@@ -154,7 +163,7 @@ class Run:
         return device
 
     def record(self, subject: str, metric: str, value: float | None, unit: str, **more) -> Record:
-        """Append one `Record`; profile, model, machine and time are filled in."""
+        """Append one `Record`; profile, model, machine and time are filled in, unless they are given."""
         import torch
 
         facts = {
@@ -165,7 +174,7 @@ class Run:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "commit": commit_hash(),
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "when": time_now(),
         }
         record = Record(subject=subject, metric=metric, value=value, unit=unit, **{**facts, **more})
         self.records.append(record)
@@ -175,6 +184,11 @@ class Run:
         """Write all records to `results/<name>/<notebook>.json`, whole and atomically."""
         save_records(self.records, self.records_path)
         return self.records_path
+
+
+def artifacts_root() -> Path:
+    """The folder of all runs' artefacts."""
+    return Path(os.environ.get("AVALAB_ARTIFACTS", ROOT / "artifacts"))
 
 
 def child_environment() -> dict[str, str]:
@@ -193,9 +207,23 @@ def folder_name(profile: str, model: str = "", seed: int = 0) -> str:
 
 
 def slug(model: str) -> str:
-    """`org/Name` -> `org-name`; a folder contributes its last part only."""
-    shown = (ROOT / model).resolve().name if (ROOT / model).is_dir() else model
-    return re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")
+    """`org/Name` -> `org-name`; a folder or a file contributes its last part only, a hub's snapshot its repository.
+
+    Where letters are lost (other alphabets) or the name is long, a short hash keeps different names different.
+    """
+    shown = next((_name_of(path) for path in (Path(model).expanduser(), ROOT / model) if path.exists()), model)
+    kept = re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")[:LONGEST_NAME].strip("-.")
+    lost = any(letter.isalnum() and not letter.isascii() for letter in shown) or len(shown) > LONGEST_NAME
+    if not lost and kept:
+        return kept
+    return f"{kept or 'model'}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}"
+
+
+def _name_of(path: Path) -> str:
+    path = path.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--")
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def save_records(records: list[Record], path: Path) -> None:
@@ -212,10 +240,28 @@ def load_records(path: Path) -> list[Record]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(rows, list):  # an empty object would otherwise pass for no records
             raise TypeError(f"it holds a {type(rows).__name__}")
-        return [Record(**row) for row in rows]
-    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return [_checked_record(row) for row in rows]
+    except (TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         known = ", ".join(f.name for f in fields(Record))
         raise InputError(f"{path} is not a list of records with the fields {known}: {error}") from error
+
+
+def _checked_record(row: dict) -> Record:
+    """The record of a row. Raises TypeError for fields that there are not, or values of another type than theirs."""
+    record = Record(**row)
+    for each in fields(Record):
+        value, kinds = getattr(record, each.name), KINDS.get(each.name, str)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{each.name} is a {type(value).__name__}")
+    if not all(isinstance(sample, int | float) for sample in record.samples):
+        raise TypeError("samples are not all numbers")
+    return record
+
+
+KINDS = {  # of a record's fields that are no text
+    **dict.fromkeys(("value", "low", "high"), int | float | None),
+    **{"n": int | None, "seed": int, "threads": int, "details": dict, "samples": list},
+}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from avalab.lab.statistics import Estimate
 from avalab.measure import cell
 from avalab.measure.quality import LIMIT_SECONDS, TORCH, engine_code
 from avalab.models import checkpoint, predict
+from avalab.models.stops import stop_tokens
 
 MODES = {"free": "call_accuracy", "grammar": "call_accuracy_grammar", "forced": "call_accuracy_forced"}
 
@@ -79,7 +80,8 @@ class Respondent:
     @cached_property
     def compiler(self) -> grammars.Compiler:
         """Makes grammars for this tokenizer and this number of logits."""
-        return grammars.grammar_compiler(self.tokenizer, self.model.config.vocab_size)
+        stops = stop_tokens(self.model, self.tokenizer)
+        return grammars.grammar_compiler(self.tokenizer, self.model.config.vocab_size, stops)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def answer_questions(request: dict) -> dict:
     def generate(wanted: list[int]) -> Iterator[tuple[int, str]]:
         opened = engines.load(request["engine"], Path(request["folder"]))
         tokenizer = checkpoint.load_tokenizer(Path(request["folder"]))
-        compiler = grammars.grammar_compiler(tokenizer, opened.facts.vocabulary)
+        compiler = grammars.grammar_compiler(tokenizer, opened.facts.vocabulary, opened.facts.stops)
         try:
             for position, index in enumerate(wanted):
                 prompt = tokenizer(questions[index].prompt, add_special_tokens=False).input_ids
@@ -254,6 +256,26 @@ def record_calls(
     share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
     record(details=details, **vars(share))
     return verdicts
+
+
+def read_modes(verdicts: Mapping[str, Sequence[Verdict]]) -> str:
+    """One line on what the modes say together: whether the form of a call is missing, or what stands in it.
+
+    `verdicts` are those of the same cases in every mode, cases in which a call is right. McNemar's test decides between
+    forced and free answers. Raises ValueError for modes of unequal numbers of cases, or none.
+    """
+    right = {mode: [verdict.correct for verdict in each] for mode, each in verdicts.items()}
+    test = statistics.mcnemar(right["forced"], right["free"])
+    forced, free = (statistics.wilson(sum(right[mode]), test.n).value for mode in ("forced", "free"))
+    numbers = f"right when a call is forced {forced:.0%}, in free form {free:.0%}"
+    said = {
+        "better": "the form is what is missing",
+        "worse": "forcing a call does harm",
+        "not distinguishable": "the form is not what is missing" if forced else "more than the form is missing",
+    }
+    called = sum(verdict.error != "no_call" for verdict in verdicts["grammar"])
+    choice = f"left the choice (grammar), it calls in {called} of {test.n} cases that need a call"
+    return f"{said[test.verdict]}: {numbers} (p = {test.p_value:.2g}); {choice}"
 
 
 # --- code -------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from avalab.engines.engine import Engine
 from avalab.lab import process, statistics, trackers
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run, load_average
+from avalab.lab.run import Run, load_average, time_now
 from avalab.models import checkpoint
 from avalab.models.sizes import folder_of, kv_cache_bytes, shape_of, weight_bytes_read, weight_file_bytes
 
@@ -93,6 +93,7 @@ class Cell:
     first: dict[str, list[float]]
     further: dict[str, list[list[float]]]
     joules: dict[str, list[float]]  # of each whole generation; empty where the machine shows no energy
+    when: str  # the measurement began
     energy_note: str = ""
     bytes_read_per_token: int = 0  # weights, and of a predictable cell the cache half-way
     read_bytes_per_s: float = 0.0  # memory, at that footprint
@@ -179,7 +180,7 @@ def time_tokens(engine: Engine, prompt: list[int], new_tokens: int) -> list[floa
 def run_cell(request: dict) -> dict:
     """All measurements of one cell, the fields of `Cell`."""
     device, folder, predictable = request["device"], Path(request["folder"]), request["predictable"]
-    facts = {"load_average": load_average()}
+    facts = {"load_average": load_average(), "when": time_now()}
     trackers.limit_gpu_memory(device, request["memory_cap_gib"])
     runtime_bytes = start_runtime(request) if predictable else trackers.process_memory()["rss"]
     if predictable:
@@ -367,6 +368,7 @@ def merge_cells(cells: Sequence[Cell]) -> Cell:
         **{name: int(np.median([getattr(cell, name) for cell in cells])) for name in ("runtime_bytes", "loaded_bytes")},
         **{name: joined(name) for name in ("first", "further", "joules")},
         load_seconds=[s for cell in cells for s in cell.load_seconds],
+        when=max(cell.when for cell in cells),
         peak_vram_bytes=max((c.peak_vram_bytes for c in cells if c.peak_vram_bytes is not None), default=None),
     )
 
@@ -380,6 +382,7 @@ def record_cell(run: Run, artifact: Artifact, *, engine: str, work: Workload, ce
         engine=engine,
         threads=work.threads if cell.threads is None else cell.threads,
         note=cell.note,
+        when=cell.when,
         details={"load_average": cell.load_average, "runtime_bytes": cell.runtime_bytes},
     )
     record("artifact_bytes", weight_file_bytes(artifact.path), "byte")

@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 
 from avalab import engines
-from avalab.engines import llamacpp
+from avalab.engines import llamacpp, llamacpp_library
 from avalab.lab import artifacts, statistics, trackers
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
@@ -47,7 +47,7 @@ CACHE_BITS = (16, 8)
 
 LIMIT_SECONDS = 600
 
-LIBRARIES = {"openvino": "openvino_genai", "llamacpp": "llama_cpp", "onnx": "onnxruntime_genai"}
+LIBRARIES = {"openvino": "openvino_genai", "onnx": "onnxruntime_genai"}
 
 QUANTIZED_CACHE = (
     "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
@@ -145,6 +145,8 @@ def run_lengths(request: dict) -> dict:
     library = LIBRARIES.get(request["engine"])
     if library and importlib.util.find_spec(library):
         importlib.import_module(library)  # its code is no part of what the artefact needs
+    if request["engine"] == "llamacpp":
+        llamacpp_library.opened(llamacpp_library.find())
     facts = {"runtime_bytes": trackers.process_memory()["rss"], "load_average": load_average()}
     folder, new, draw = Path(request["folder"]), request["new_tokens"], random.Random(0)
     engine, loading = cell.load_engine(request, **request["options"])

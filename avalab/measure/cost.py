@@ -94,16 +94,19 @@ def predict_memory(
     return parts | {"total": sum(parts.values())}
 
 
-def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage | None = None) -> None:
+def record_cost(
+    run: Run, subject: str, artifact: Artifact, *, stored: Storage | None = None, again: bool = False
+) -> None:
     """Measure an artefact in a process of its own, predict the same, and append both to `run`.
 
     `stored` is how its weights are stored, where the card's last step does not say (a pruned model). A measurement of
-    the same bytes, workload and code is read from the run's cache: a killed run goes on where it was.
+    the same bytes, workload and code is read from the run's cache, unless `again`: a killed run goes on where it was.
+    Records say when their figures were measured.
     """
     work, model = workload(run), sizes.shape_of(artifact)
     on_disk = sizes.bytes_by_component(artifact)
     predicted_on_disk = sizes.predict_bytes(model, stored) if stored else sizes.predicted_bytes(artifact)
-    found = cached_cell(artifact, work, run.artifacts_dir / "cache")
+    found = cached_cell(artifact, work, run.artifacts_dir / "cache", again=again)
     memory = predict_memory(
         model,
         stored or sizes.storage_of_artifact(artifact)[0],
@@ -113,7 +116,13 @@ def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage |
     )
     load = {"load_average": found.load_average}
     record = partial(
-        run.record, subject, artifact_sha256=artifact.sha256, engine="torch", threads=found.torch_threads, details=load
+        run.record,
+        subject,
+        artifact_sha256=artifact.sha256,
+        engine="torch",
+        threads=found.torch_threads,
+        when=found.when,
+        details=load,
     )
     record("artifact_bytes", sum(on_disk.values()), "byte")
     for component, count in on_disk.items():
@@ -134,12 +143,15 @@ def record_cost(run: Run, subject: str, artifact: Artifact, *, stored: Storage |
     _record_time(record, found, load)
 
 
-def cached_cell(artifact: Artifact, work: Workload, cache: Path) -> Cell:
-    """`cell.measure_cell` in torch, or what it found before for the same artefact, workload and measuring code."""
+def cached_cell(artifact: Artifact, work: Workload, cache: Path, *, again: bool = False) -> Cell:
+    """`cell.measure_cell` in torch, or what it found before for the same artefact, workload and measuring code.
+
+    What was found before is replaced with `again`.
+    """
     code = code_of(cached_cell, engines.ENGINES["torch"])
     key = artifacts.sha256_of_text(json.dumps([artifact.sha256, asdict(work), code]))
     path = cache_path(cache, "cost", key[:24], suffix=".json")
-    return Cell(**cached_document(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work))))
+    return Cell(**cached_document(path, lambda: asdict(cell.measure_cell(artifact, "torch", work=work)), again=again))
 
 
 def _record_time(record: Callable, found: Cell, load: dict) -> None:

@@ -45,6 +45,7 @@ def score_artifact(
     """
 
     def compute() -> dict[str, torch.Tensor]:
+        predict.refuse_other_words(against.base, artifact)
         if engine == TORCH:
             return vars(_score_in_torch(artifact, against, device))
         request = {"device": device, "cache": str(cache), "windows": against.windows.tolist()}

@@ -43,7 +43,7 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_document
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
-from avalab.lab.run import PROFILES, ROOT, Run, device_name, load_average
+from avalab.lab.run import PROFILES, ROOT, Run, device_name, load_average, time_now
 from avalab.measure import cell
 from avalab.measure.cell import Cell, Workload
 from avalab.models import checkpoint
@@ -291,20 +291,23 @@ def record_batches(run: Run, entries: list[Entry]) -> None:
             run.record, entry.subject, artifact_sha256=entry.artifact.sha256, engine=entry.engine, threads=most
         )
         key = visit_key(entry, work, run, measured="avalab.measure.cell:measure_batches")
-        path = cache_path(run.artifacts_dir / "cache", "batches", key, suffix=".json")
-        measure = partial(cell.measure_batches, entry.artifact, entry.engine, work=work)
+        path = cache_path(run.artifacts_dir / "cache", "batch-times", key, suffix=".json")
         try:
-            found = cached_document(path, measure)
+            kept = cached_document(path, partial(_time_batches, entry, work))
         except engines.EngineUnavailable:
             continue  # the race has said so
         except (RuntimeError, ValueError) as error:
             record("decode_tokens_per_s:batch", None, "token/s", note=str(error))
             continue
-        for size, seconds in found.items():
+        for size, seconds in kept["sizes"].items():
             for name, count in (("prefill", max(work.prompts)), ("decode", work.new_tokens - 1)):
                 rates = [int(size) * count / s for s in seconds[name]]
                 speed = vars(statistics.quantile(rates))
-                record(f"{name}_tokens_per_s:batch{size}", unit="token/s", samples=rates, **speed)
+                record(f"{name}_tokens_per_s:batch{size}", unit="token/s", samples=rates, when=kept["when"], **speed)
+
+
+def _time_batches(entry: Entry, work: Workload) -> dict:
+    return {"when": time_now(), "sizes": cell.measure_batches(entry.artifact, entry.engine, work=work)}
 
 
 def main() -> None:

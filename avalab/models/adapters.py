@@ -131,14 +131,31 @@ def merge_adapters(adapter: Artifact, *, name: str = "", directory: Path | None 
     return artifacts.make_artifact(out, fill, base=adapter, step={"step": "merge", "dtype": "bfloat16"}, format="bf16")
 
 
-def merged_weights(model: PreTrainedModel) -> dict[str, Float[Tensor, "rows cols"]]:
-    """W + s B A of every adapter layer, summed in float32, in bf16."""
+def merged_weights(
+    model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Float[Tensor, "rows cols"]]:
+    """W + s B A of every adapter layer, summed in float32 and rounded once to `dtype`.
+
+    Raises ValueError for what is more than that: DoRA's magnitudes, biases of adapters, modules trained as a whole.
+    """
     merged = {}
+    _refuse_other_adapters(model)
     for name, layer in adapter_layers(model).items():
         a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
         weight = frozen_weight(layer.base_layer, decoded=True)
-        merged[name] = (weight.float() + layer.scaling[ADAPTER] * (b.float() @ a.float())).to(torch.bfloat16)
+        merged[name] = (weight.float() + layer.scaling[ADAPTER] * (b.float() @ a.float())).to(dtype)
     return merged
+
+
+def _refuse_other_adapters(model: PreTrainedModel) -> None:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, layer in adapter_layers(model).items():
+        more = [kind for kind in ("use_dora", "lora_bias") if getattr(layer, kind, {}).get(ADAPTER)]
+        if more or ADAPTER not in layer.lora_A:
+            raise InputError(f"the adapter of {name} is no plain LoRA ({', '.join(more) or type(layer).__name__})")
+    if whole := [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]:
+        raise InputError(f"the adapter holds whole modules ({', '.join(whole)}), which are not merged here")
 
 
 def replace_quantised(model: PreTrainedModel) -> None:

@@ -2,15 +2,20 @@
 
 Each example of the row, as `boundaries` marks them, attends to itself in a call of its own, so that the cost is the sum
 of the examples' squares. It is put into a transformers model under a name of its own; models hand `boundaries` through.
+Whether a model really does, and keeps nothing else from one example to the next (a state, a convolution, positions that
+depend on the longest), is tried once on two short examples: one that does not is refused by its family's name.
 
 On a CPU examples of at most LONGEST tokens take `attend`: a few dense products for all heads at once, the probabilities
 kept for the backward pass. torch's fused kernel works in blocks that are too small for bf16 units there: at 250 tokens,
-9 heads of 64 and 2 threads its backward pass took four times as long. Longer examples, and GPUs, take the fused one.
+9 heads of 64 and 2 threads its backward pass took four times as long. Longer examples, and GPUs, take the fused one;
+what looks back no further than a window goes there with a mask, and soft caps (Gemma 2) are computed as written.
 """
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -26,11 +31,72 @@ NAME = "packed"
 LONGEST = 640  # tokens: beyond, kept probabilities cost more memory than the time is worth
 
 
+PROBED = (5, 7)  # tokens of the examples that packing is tried on
+
+LEAK = 5e-3  # of a hidden state's length: sums in another order, where an expert sees the tokens of both
+
+DIFFERENCE = 0.1  # of its length, on average: two ways to compute the same attention in 16 bits
+
+_known_models: WeakSet[PreTrainedModel] = WeakSet()
+
+
 def apply_packed_attention(model: PreTrainedModel) -> None:
-    """Let the model attend within `boundaries`, a keyword of its forward call ([examples + 1] token offsets)."""
+    """Let the model attend within `boundaries`, a keyword of its forward call ([examples + 1] token offsets).
+
+    Raises ValueError, naming the family, for a model whose packed examples are not what they are alone.
+    """
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    model.set_attn_implementation(NAME)
+    kind, inner = model.config.model_type, model.base_model
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(inner.forward).parameters.values()):
+        raise InputError(_refusal(kind, "its layers take no keyword of ours"))
+    if model in _known_models:
+        model.set_attn_implementation(NAME)
+        return
+    with torch.no_grad():  # what an operation tries and keeps at its first call has to serve training, too
+        _refuse_leaks(model)
+    _known_models.add(model)
+
+
+def _refuse_leaks(model: PreTrainedModel) -> None:
+    """Raise ValueError where two packed examples are not what they are alone, or the first one changes the second."""
+    training, kind = model.training, model.config.model_type
+    model.eval()
+    try:
+        size = model.config.get_text_config().vocab_size
+        first, second = (torch.arange(n) * 89 % size for n in PROBED)
+        alone = model.base_model(input_ids=second[None].to(model.device), use_cache=False).last_hidden_state
+        try:
+            model.set_attn_implementation(NAME)
+        except ValueError as error:
+            raise InputError(_refusal(kind, f"transformers says: {error}")) from error
+        packed, beside_another = (_second_of_two(model, part, second) for part in (first, (first + 11) % size))
+    finally:
+        model.train(training)
+    if _distance(beside_another, packed) > LEAK:
+        raise InputError(_refusal(kind, "an example changes the one packed behind it"))
+    if _distance(packed, alone[0]) > DIFFERENCE:
+        raise InputError(_refusal(kind, "a packed example is not what it is alone"))
+
+
+def _refusal(kind: str, why: str) -> str:
+    return (
+        f"{kind} models cannot be trained here: {why}; models of plain attention can (Llama, Qwen, Mistral, Gemma, "
+        "Phi-3, Granite, OLMo 2, SmolLM3, ...)"
+    )
+
+
+def _second_of_two(model: PreTrainedModel, first: Tensor, second: Tensor) -> Tensor:
+    """Final hidden states of an example that is packed behind another one."""
+    row, ends = torch.cat([first, second]), torch.tensor([0, len(first), len(first) + len(second)])
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
+    given = {"input_ids": row[None].to(model.device), "position_ids": positions[None].to(model.device)}
+    return model.base_model(**given, boundaries=ends, use_cache=False).last_hidden_state[0, len(first) :]
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """Mean over tokens of how far hidden states are apart, over their length."""
+    return float(((found - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)).mean())
 
 
 def packed_attention(
@@ -45,26 +111,60 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: object,
+    **more: object,
 ) -> tuple[Float[Tensor, "1 token head channel"], None]:
-    """Softmax attention of each example with itself. Raises ValueError for a window or soft cap it does not know."""
+    """Softmax attention of each example with itself, looking back less than `sliding_window` tokens where there is one.
+
+    Raises ValueError for attention sinks, other position biases, and an example beyond the length at which rotary
+    embeddings change for the whole row.
+    """
     ends = [0, query.shape[2]] if boundaries is None else boundaries.tolist()
-    longest = max(end - start for start, end in pairwise(ends))
-    if softcap or (sliding_window and longest > sliding_window):
-        raise InputError(f"packed attention knows no soft cap and no window below {longest} tokens; shorten the rows")
+    _refuse_unknown(module, more, longest=max(end - start for start, end in pairwise(ends)))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = [
-        _one(*(t[:, :, start:end] for t in (query, key, value)), scaling, dropout) for start, end in pairwise(ends)
+        _one(*(t[:, :, start:end] for t in (query, key, value)), scaling, dropout, sliding_window, softcap)
+        for start, end in pairwise(ends)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _one(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-    if query.device.type == "cpu" and query.shape[2] <= LONGEST and not dropout:
+def _refuse_unknown(module: nn.Module, more: dict, *, longest: int) -> None:
+    if unknown := [name for name in ("s_aux", "position_bias") if more.get(name) is not None]:
+        raise InputError(_refusal(module.config.model_type, f"packed attention knows no {', '.join(unknown)}"))
+    rotary = getattr(module.config, "rope_parameters", None) or {}
+    first = rotary.get("original_max_position_embeddings")
+    if rotary.get("rope_type") in ("longrope", "dynamic") and first and longest > first:
+        raise InputError(
+            f"an example has {longest} tokens, and beyond {first} the rotary embedding of {module.config.model_type} "
+            "models depends on the longest of a row; leave longer examples out (--row-tokens)"
+        )
+
+
+def _one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    tokens = query.shape[2]
+    masked = window is not None and 0 < window < tokens
+    if query.device.type == "cpu" and tokens <= LONGEST and not (dropout or masked or softcap):
         return attend(query[0], key[0], value[0], scaling)[None]
     repeats = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
+    if not (masked or softcap):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    if masked:
+        seen = seen.triu(1 - window)
+    if not softcap:
+        return F.scaled_dot_product_attention(query, key, value, seen, scale=scaling, dropout_p=dropout)
+    scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(p, dropout) @ value
 
 
 def attend(

@@ -21,15 +21,14 @@ import io
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run
-from avalab.models import stored
+from avalab.lab.run import Run, artifacts_root
+from avalab.models import loading, stored
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -48,7 +47,15 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
-ADAPTER_CONFIG = "adapter_config.json"  # its presence makes a folder an adapter in PEFT's format
+ADAPTER_CONFIG = loading.ADAPTER_CONFIG
+
+# How families call the parts of a model; everything else is a norm.
+COMPONENTS = {
+    "attention": (*ATTENTION, "self_attn", "attn", "attention", "self_attention", "qkv_proj"),
+    "mlp": (*MLP, "mlp", "feed_forward", "block_sparse_moe", "gate_up_proj"),
+    "head": ("lm_head", "embed_out"),
+    "embedding": ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings"),
+}
 
 
 # --- the base of a run -----------------------------------------------------------------------------------------------
@@ -65,11 +72,10 @@ def base_artifact(run: Run) -> Artifact:
         source = assets.fetch_asset(EMBEDDED_GGUF) if run.model == EMBEDDED else assets.resolve_model(run.model)
     except ValueError as error:
         raise InputError(f"{error} (embedded: {EMBEDDED})") from error
-    if source.suffix == ".gguf":  # already on a grid
-        step = {"step": "rescale_off_grid", "range": RESCALE_RANGE, "seed": RESCALE_SEED}
-    else:
-        step = {"step": "cast", "dtype": "bfloat16"}
-    origin = {"name": run.model, "sha256": _source_sha256(source)}
+    step = _first_step(source)
+    shown = name if Path(run.model).expanduser().is_absolute() else run.model  # a card shows nobody's folders
+    asset = _asset_of(run.model)
+    origin = {"name": shown, "sha256": _source_sha256(source)} | ({"about": asset.about} if asset else {})
     found = artifacts.find_artifact(name, run.artifacts_dir, [step], origin["sha256"])
     if found:
         return found
@@ -79,16 +85,31 @@ def base_artifact(run: Run) -> Artifact:
         refuse_non_finite(model)
         save_model(model, tokenizer, folder)
 
-    licence = _licence(run.model)
+    licence = asset.licence if asset else "see base"
     return artifacts.write_artifact(
         name, run.artifacts_dir, save, base=origin, recipe=[step], format="bf16", engines=["torch"], licence=licence
     )
 
 
-def _licence(model: str) -> str:
-    """The licence of an asset; the embedded base's cards have always said `see base`."""
-    asset = assets.known_assets().get(model)
-    return asset.licence if asset else "see base"
+def _first_step(source: Path) -> dict:
+    """The first step of a recipe, with what of the source was not taken over."""
+    if source.suffix == ".gguf":  # already on a grid
+        return {"step": "rescale_off_grid", "range": RESCALE_RANGE, "seed": RESCALE_SEED}
+    if loading.is_adapter(source):
+        return {"step": "merge_adapter", "dtype": "bfloat16", "base": base_folder(source).name}
+    step = {"step": "cast", "dtype": "bfloat16"}
+    if not list(source.glob("*.safetensors")):
+        return step
+    taken_off = loading.wrappers(loading.tensor_names(loading.weight_files(source)))
+    left_out = loading.generation_settings(source)
+    about = {"prefixes_taken_off": list(taken_off.values()), "generation_settings_left_out": left_out}
+    return step | {key: value for key, value in about.items() if value}
+
+
+def _asset_of(model: str) -> assets.Asset | None:
+    """The asset that a model's name stands for, whose licence is its base's; the embedded base's card says neither."""
+    known = assets.known_assets()
+    return None if model == EMBEDDED else known.get(model) or known.get(f"{model}-gguf")
 
 
 def _source_sha256(source: Path) -> str:
@@ -97,18 +118,27 @@ def _source_sha256(source: Path) -> str:
         return artifacts.sha256_of(source)
     suffixes = {".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"}
     files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
-    return artifacts.combined_sha256([(f.name, artifacts.sha256_of(f)) for f in files])
+    parts = [(f.name, artifacts.sha256_of(f)) for f in files]
+    if loading.is_adapter(source):
+        parts.append(("base", _source_sha256(base_folder(source))))
+    return artifacts.combined_sha256(parts)
 
 
 def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The bf16 model of a GGUF file, taken off its grid, or of a folder with safetensors or one GGUF file."""
+    """The bf16 model of a GGUF file, taken off its grid, or of a folder: of safetensors, an adapter, one GGUF file."""
+    if loading.is_adapter(source):
+        base = base_folder(source)
+        if stored.quantization_of(base):
+            raise InputError(f"{base} is quantised; give the 16- or 32-bit base, into which {source} can be merged")
+        tokens = source if any((source / name).is_file() for name in loading.TOKENIZER_FILES) else base
+        model = loading.merge_adapter(load_model(base, dtype=torch.float32), source)
+        return nn.Module.to(model, torch.bfloat16), load_tokenizer(tokens)
     if source.is_dir() and list(source.glob("*.safetensors")):
-        if getattr(AutoConfig.from_pretrained(source), "quantization_config", None):
+        if stored.quantization_of(source):
             raise InputError(f"{source} is already quantised; the base of a comparison has 16- or 32-bit weights")
         return load_model(source), load_tokenizer(source)
     if source.is_dir():
-        (file,) = source.glob("*.gguf")
-        model, tokenizer = from_gguf(file)
+        model, tokenizer = from_gguf(assets.only_gguf(source))
     else:
         model, tokenizer = from_gguf(source)
         rescale_off_grid(model)
@@ -189,52 +219,83 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
     safe weights or a damaged file.
     """
     folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve_model(str(Path(artifact).resolve()))
-    if (folder / ADAPTER_CONFIG).is_file():
-        model = load_model(base_of(artifacts.load_artifact(folder, verify=False)), device, dtype)
-        with process.quietly():
-            model.load_adapter(str(folder))
+    if loading.is_adapter(folder):
+        model = load_model(base_folder(folder), device, dtype)
+        if (folder / artifacts.CARD).is_file():
+            loading.apply_adapter(model, folder)
+        else:
+            model = loading.merge_adapter(model, folder)
         return model.eval()
-    if not list(folder.glob("*.safetensors")) and len(files := list(folder.glob("*.gguf"))) == 1:
+    if folder.suffix == ".gguf" or not list(folder.glob("*.safetensors")):
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-            return nn.Module.to(from_gguf(files[0])[0], device, dtype)
-    with process.quietly():
-        if stored.quantization_of(folder).get("quant_method") == stored.HQQ:
+            return nn.Module.to(from_gguf(assets.only_gguf(folder))[0], device, dtype)
+    if stored.quantization_of(folder).get("quant_method") == stored.HQQ:
+        with process.quietly():
             return nn.Module.to(stored.load_hqq(folder, dtype=dtype), device).eval()
-        try:
-            model = stored.load_packed_embedding(
-                folder, dtype=dtype, device_map=device if device != "cpu" else None, use_safetensors=True
-            )
-        except SafetensorError as error:
-            raise InputError(f"weights in {folder} are truncated or damaged: {error}") from error
-        compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-        if compressor is not None:  # left to itself, compressed-tensors unpacks in the whole model's first call
+    model = stored.load_packed_embedding(folder, dtype=dtype, **({} if device == "cpu" else {"device_map": device}))
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:  # left to itself, compressed-tensors unpacks in the whole model's first call
+        with process.quietly():
             compressor.decompress_model(model=model)
     return model.eval()
 
 
-def base_of(adapter: Artifact) -> Artifact:
-    """The artefact that an adapter was trained on: the one of that name in the same folder.
+def base_folder(adapter: Path) -> Path:
+    """The folder of the model that an adapter was trained on: by its card, or by the name in PEFT's configuration.
 
-    Raises ValueError when it is not there, or is not the one that the adapter's card names.
+    Raises ValueError naming where it was looked for.
     """
-    origin = adapter.card["base"]
+    if (adapter / artifacts.CARD).is_file():
+        return base_of(artifacts.load_artifact(adapter, verify=False)).path
+    name = loading.read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{adapter / ADAPTER_CONFIG} names no base; write its folder as base_model_name_or_path")
+    beside = adapter.parent / Path(name).name
+    if not Path(name).is_dir() and beside.is_dir():
+        return assets.resolve_model(str(beside))
     try:
-        base = artifacts.load_artifact(adapter.path.parent / origin["name"], verify=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{adapter.name} is an adapter; put its base {origin['name']} beside it ({error})") from error
-    if base.sha256 != origin["sha256"]:
-        raise InputError(f"{base.path} is not the base that {adapter.name} was trained on: its SHA-256 differs")
-    return base
+        return assets.resolve_model(name)
+    except InputError as error:
+        raise InputError(
+            f"the base {name!r} of the adapter {adapter} was not found; looked for that folder, for {beside} and for "
+            f"an asset of that name: put it there, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
+        ) from error
 
 
+def base_of(artifact: Artifact) -> Artifact:
+    """The artefact that this one was made from, wherever it lies: the one whose SHA-256 its card names.
+
+    It is looked for beside the artefact and in the folders of all runs. Raises ValueError naming these places.
+    """
+    origin = artifact.card["base"]
+    runs = artifacts_root()
+    places = [artifact.path.resolve().parent, *sorted(path for path in runs.glob("*") if path.is_dir())]
+    for place in dict.fromkeys(places):
+        if found := artifacts.of_sha256(place, origin["sha256"], first=origin["name"]):
+            return found
+    same_name = artifact.path.parent / origin["name"]
+    other = f" ({same_name} is another one: its SHA-256 differs)" if (same_name / artifacts.CARD).is_file() else ""
+    raise InputError(
+        f"the base {origin['name']} (sha256 {origin['sha256'][:16]}...) of {artifact.name} was not found{other}; "
+        f"looked in {places[0]} and in the folders of {runs}: put it into one of them, or make it again there"
+    )
+
+
+@stored.headers_read_once()
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
     process.quiet_libraries()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model, differences = loading.pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loading.refuse_differences(
+        gguf,
+        missing=differences["missing_keys"],
+        unexpected=differences["unexpected_keys"],
+        mismatched=differences["mismatched_keys"],
+    )
     if model.config.model_type in stored.SENTENCEPIECE_FAMILIES:
         tokenizer = stored.sentencepiece_tokenizer(gguf)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = loading.read_tokenizer(gguf.parent, gguf_file=gguf.name)
     forget_quantisation(model)
     model.config.name_or_path = ""  # otherwise the path of this machine is saved
     return model.eval(), tokenizer
@@ -248,34 +309,40 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     model._weight_conversions = None  # how the quantised tensors were read; saving would try to undo it
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model's modules and shapes without any weights, nor what its configuration says of quantisation."""
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+skeleton = loading.skeleton
+
+
+def context_tokens(artifact: Artifact) -> int:
+    """The most tokens that a model's positions were made for."""
+    return loading.read_config(artifact.path).get_text_config().max_position_embeddings
 
 
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the weights."""
-    return AutoTokenizer.from_pretrained(folder.path if isinstance(folder, Artifact) else folder)
+    return loading.read_tokenizer(folder.path if isinstance(folder, Artifact) else folder)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights as safetensors, configuration and tokenizer into a folder."""
     process.quiet_libraries()
+    keep_token_ids(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def keep_token_ids(model: PreTrainedModel) -> None:
+    """Leave nothing but token ids in the model's generation settings, so that they can be saved whatever they were."""
+    if model.generation_config is not None:
+        ids = {name: getattr(model.generation_config, name) for name in loading.TOKEN_IDS}
+        model.generation_config = GenerationConfig(**ids)
 
 
 def component(parameter_name: str) -> str:
     """Which part of the model a parameter belongs to: embedding, head, attention, mlp or norm."""
     parts = parameter_name.split(".")
-    for kind, names in (("attention", (*ATTENTION, "self_attn")), ("mlp", (*MLP, "mlp")), ("head", ("lm_head",))):
-        if any(part in names for part in parts):
-            return kind
-    return "embedding" if "embed" in parameter_name else "norm"
+    if any("norm" in part or part.startswith("ln_") for part in parts[-2:]):  # those of queries and keys as well
+        return "norm"
+    return next((kind for kind, names in COMPONENTS.items() if any(part in names for part in parts)), "norm")
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -38,7 +38,7 @@ from avalab.kernels.formats import Grid, Rounded
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.models import stored
+from avalab.models import loading, stored
 
 INT8_ROWS = "int8-rows"
 
@@ -91,7 +91,7 @@ def pack_model(model: PreTrainedModel, layers: dict[str, Rounded], *, int8_rows_
         readers = [int8_rows_of, *([head] if tied else [])]
         tensors |= _int8_tensors(tensors[f"{int8_rows_of}.weight"], readers)
         groups[INT8_ROWS] = _row_scheme(readers)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config = loading.configuration(model)
     config["quantization_config"] = _quantization(groups, ignore=[] if int8_rows_of and tied else [head])
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     return Packed(kept, config, model.generation_config, measured)
@@ -198,6 +198,11 @@ def int8_rows(
     """Symmetric int8 codes with one bf16 scale a row."""
     scales = (table.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-8).bfloat16()
     return (table.float() / scales.float()).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def int8_rows_bytes(table: Tensor, *, tied: bool) -> int:
+    """Bytes of a table in int8 rows; a tied head repeats the scales."""
+    return table.numel() + 2 * len(table) * (2 if tied else 1)
 
 
 def _int8_tensors(table: Tensor, readers: list[str]) -> dict[str, Tensor]:

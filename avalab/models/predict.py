@@ -7,6 +7,12 @@
    that has a successor, its negative log-likelihood, the KL divergence KL(reference || candidate) of the next-token
    distributions, and whether both rank the same token first.
 
+Embeddings are padded to round numbers of rows, not always to the same one: where the rows of two models differ, both
+distributions are taken over the tokenizer's words, which they share. Models of different words are never compared.
+
+What a family does behind its head, scaling logits (Granite, Cohere) or capping them (Gemma 2), is its `Finish`. Logits
+are never taken for the head's product unseen: `output_head` compares both on a few tokens, once a model, and refuses.
+
 An unquantised head is applied in float32 to the model's hidden states, for reference and candidate alike: logits
 rounded to bf16 would add a KL divergence of about 0.001 that no method is to blame for.
 """
@@ -16,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -38,6 +45,33 @@ BATCH_WINDOWS = 4
 Candidate = Callable[[slice], Float[Tensor, "token vocab"]]  # rows of a window -> log-probabilities
 
 
+LOGIT_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest logit; 16-bit types round as they like
+
+COARSE_ERROR = 0.05
+
+_known_heads: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What stands between the product of hidden states and head, and the logits: softcap tanh(scale x / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The logits of a product."""
+        scaled = self.scaled(product)
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def scaled(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Hidden states, or their product with the head, times the scale."""
+        return hidden if self.scale == 1 else hidden * self.scale
+
+
+PLAIN = Finish()
+
+
 @dataclass(frozen=True)
 class Reference:
     """What every candidate is compared with: the base's hidden states and head on fixed windows."""
@@ -46,8 +80,9 @@ class Reference:
     windows: Int[Tensor, "window time"]
     hidden: Float[Tensor, "window time channel"]
     head: nn.Module
-    softcap: float | None
+    finish: Finish
     identity: str  # of base and windows together
+    words: int  # of the tokenizer: rows of the head beyond them are padding
 
 
 @dataclass(frozen=True)
@@ -61,15 +96,35 @@ class TokenScores:
 
 def make_reference(base: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str = "cpu") -> Reference:
     """The base's hidden states on these windows, computed once and kept in `cache`."""
-    hidden, head, softcap = cached_hidden_states(base, windows, cache, device)
+    hidden, head, finish = cached_hidden_states(base, windows, cache, device)
     identity = artifacts.combined_sha256([("base", base.sha256), ("windows", windows_sha256(windows))])
-    return Reference(base, windows, hidden, head, softcap, identity)
+    words = max(checkpoint.load_tokenizer(base).get_vocab().values()) + 1
+    return Reference(base, windows, hidden, head, finish, identity, words)
+
+
+def refuse_other_words(base: Artifact, candidate: Artifact | Path) -> None:
+    """Raise InputError where two models do not share a tokenizer's words: their predictions cannot be compared."""
+    if isinstance(candidate, Artifact) and _tokenizer_sha256(base) == _tokenizer_sha256(candidate) != "":
+        return
+    name = candidate.name
+    ours, theirs = (checkpoint.load_tokenizer(model).get_vocab() for model in (candidate, base))
+    if ours == theirs:
+        return
+    shown = min(ours.items() ^ theirs.items(), key=lambda word: (word[1], word[0]))
+    raise InputError(
+        f"{name} ({len(ours):,} words) and {base.name} ({len(theirs):,}) have different tokenizers, from "
+        f"{shown[0]!r} (id {shown[1]}) on: their predictions cannot be compared; compare models of one family"
+    )
+
+
+def _tokenizer_sha256(artifact: Artifact) -> str:
+    return next((file["sha256"] for file in artifact.card["files"] if file["name"] == "tokenizer.json"), "")
 
 
 def cached_hidden_states(
     artifact: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str = "cpu"
-) -> tuple[Float[Tensor, "window time channel"], nn.Module, float | None]:
-    """An artefact's final hidden states, computed once and kept in `cache`, with its head and the soft cap of that."""
+) -> tuple[Float[Tensor, "window time channel"], nn.Module, Finish]:
+    """An artefact's final hidden states, computed once and kept in `cache`, with its head and what follows that."""
     model = checkpoint.load_model(artifact, device)
     code = code_of(cached_hidden_states)
     path = cache_path(cache, "hidden", artifact.sha256, windows_sha256(windows), code[:8], torch.device(device).type)
@@ -90,10 +145,10 @@ def score_hidden_states(
     model: PreTrainedModel, hidden: Iterable[Float[Tensor, "time channel"]], against: Reference
 ) -> TokenScores:
     """Score each window's final hidden states through the model's own head."""
-    head, softcap = in_float32(*output_head(model))
+    head, finish = in_float32(*output_head(model))
 
     def candidate(state: Tensor) -> Candidate:
-        return lambda rows: log_probabilities(state[rows], head, softcap)
+        return lambda rows: log_probabilities(state[rows], head, finish)
 
     return _score_windows(map(candidate, hidden), against)
 
@@ -111,16 +166,30 @@ def score_logits(logits: Callable[[list[int]], Float[Tensor, "time vocab"]], aga
 @torch.inference_mode()
 def _score_windows(candidates: Iterable[Candidate], against: Reference) -> TokenScores:
     """Scores of one candidate a window."""
-    head, softcap = in_float32(against.head, against.softcap)
+    head, finish = in_float32(against.head, against.finish)
     scored = []
     for window, expected, candidate in zip(against.windows, against.hidden, candidates, strict=True):
         parts = []
         for rows in chunks(len(window) - 1):
             ours = candidate(rows)
-            theirs = log_probabilities(expected[rows], head, softcap).to(ours.device)
+            theirs = log_probabilities(expected[rows], head, finish).to(ours.device)
+            ours, theirs = _over_shared_words(ours, theirs, against)
             parts.append([c.cpu() for c in token_scores(ours, theirs, window[1:][rows].to(ours.device))])
         scored.append([torch.cat(column) for column in zip(*parts, strict=True)])
     return TokenScores(*(torch.stack(column) for column in zip(*scored, strict=True)))
+
+
+def _over_shared_words(ours: Tensor, theirs: Tensor, against: Reference) -> tuple[Tensor, Tensor]:
+    """Both distributions as they are where they have equal many rows, else of the tokenizer's words alone."""
+    rows = min(ours.shape[-1], theirs.shape[-1])
+    if ours.shape[-1] == theirs.shape[-1]:
+        return ours, theirs
+    if rows < against.words:
+        raise InputError(
+            f"a head of {rows:,} rows cannot be compared with {against.base.name}, whose tokenizer has "
+            f"{against.words:,} words"
+        )
+    return tuple(part[..., : against.words].log_softmax(-1) for part in (ours, theirs))
 
 
 def chunks(tokens: int) -> Iterator[slice]:
@@ -159,39 +228,74 @@ def kl_divergence(
 @torch.inference_mode()
 def hidden_states(model: PreTrainedModel, windows: Int[Tensor, "window time"]) -> Float[Tensor, "window time channel"]:
     """What the model hands to its head: the final norm's output."""
+    return _final(model, windows)
+
+
+def _final(model: PreTrainedModel, windows: Tensor) -> Tensor:
     return model.base_model(input_ids=windows.to(model.device), use_cache=False).last_hidden_state
 
 
-def output_head(model: PreTrainedModel) -> tuple[nn.Module, float | None]:
-    """The model's LM head and the soft cap of its logits, if it has one (Gemma 2).
+def output_head(model: PreTrainedModel) -> tuple[nn.Module, Finish]:
+    """The model's LM head and what it does with that head's product.
 
-    Raises ValueError for a model that scales its logits after the head (Granite, Cohere): not implemented.
+    Raises ValueError, naming the family, for a model whose own logits are not these: nothing is scored on a guess.
     """
-    for scale in ("logits_scaling", "logit_scale"):
-        if getattr(model.config, scale, None) not in (None, 1, 1.0):
-            raise InputError(f"{model.config.model_type} models multiply their logits by {scale}; not supported here")
-    return model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    head, finish = model.get_output_embeddings(), finish_of(model.config)
+    if model not in _known_heads:
+        _refuse_other_logits(model, head, finish)
+        _known_heads.add(model)
+    return head, finish
+
+
+def finish_of(config: PreTrainedConfig) -> Finish:
+    """What a family's configuration says of its logits."""
+    config, scale = config.get_text_config(), 1.0
+    if divisor := getattr(config, "logits_scaling", None):  # HyperCLOVA X multiplies by what others divide by
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    for factor in ("logit_scale", "lm_head_multiplier"):
+        scale *= getattr(config, factor, None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return Finish(float(scale), softcap and float(softcap))
+
+
+@torch.no_grad()  # what an operation tries and keeps at its first call has to serve training, too
+def _refuse_other_logits(model: PreTrainedModel, head: nn.Module | None, finish: Finish) -> None:
+    """Raise ValueError where the model's own logits of a few tokens are not those of its head and finish."""
+    training = model.training
+    model.eval()
+    try:
+        tokens = (torch.arange(8)[None] * 97 + 3) % model.config.get_text_config().vocab_size
+        said = model(input_ids=tokens.to(model.device), use_cache=False).logits.float()
+        ours = None if head is None else finish(head(_final(model, tokens)).float())
+    finally:
+        model.train(training)
+    limit = LOGIT_ERROR.get(model.dtype, COARSE_ERROR) * float(said.abs().max())
+    if ours is None or ours.shape != said.shape or float((ours - said).abs().max()) > limit:
+        raise InputError(
+            f"{model.config.model_type} models make logits of their hidden states in a way that is not known here; "
+            "families whose logits are the head's product, scaled or capped, are (Llama, Qwen, Gemma, Granite, ...)"
+        )
 
 
 def log_probabilities(
-    hidden: Float[Tensor, "token channel"], head: nn.Module, softcap: float | None = None
+    hidden: Float[Tensor, "token channel"], head: nn.Module, finish: Finish = PLAIN
 ) -> Float[Tensor, "token vocab"]:
     """Next-token log-probabilities in float32; a plain linear head is applied in float32 too."""
-    head, softcap = in_float32(head, softcap)
+    head, finish = in_float32(head, finish)
     # A quantised head decides its own arithmetic.
-    logits = _exact_product(hidden, head) if _is_plain(head) else head(hidden).float()
-    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
+    product = _exact_product(hidden, head) if _is_plain(head) else head(hidden).float()
+    return finish(product).log_softmax(-1)
 
 
-def in_float32(head: nn.Module, softcap: float | None) -> tuple[nn.Module, float | None]:
+def in_float32(head: nn.Module, finish: Finish) -> tuple[nn.Module, Finish]:
     """A float32 copy of a plain linear head that is not in float32 yet; any other head as it is."""
     if not _is_plain(head) or head.weight.dtype == torch.float32:
-        return head, softcap
+        return head, finish
     wide = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
     wide.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
     wide.bias = None if head.bias is None else nn.Parameter(head.bias.detach().float(), requires_grad=False)
     wide.from_bf16 = head.weight.dtype == torch.bfloat16
-    return wide, softcap
+    return wide, finish
 
 
 def _is_plain(head: nn.Module) -> bool:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Int
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from avalab.lab.errors import InputError
 from avalab.models.checkpoint import ATTENTION, MLP
@@ -53,6 +53,11 @@ class Kept:
     hidden: Int[Tensor, "_"] | None = None
     blocks: list[int] | None = None
 
+    @property
+    def cuts_inside(self) -> bool:
+        """Whether blocks get smaller, not only fewer."""
+        return any(part is not None for part in (self.heads, self.kv_heads, self.channels, self.hidden))
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -66,12 +71,18 @@ class Sizes:
     channels: int
 
 
-def structure_sizes(model: PreTrainedModel) -> Sizes:
-    """The sizes of a Llama-like model. Raises ValueError naming what it lacks."""
+def structure_sizes(model: PreTrainedModel, *, inside_blocks: bool = True) -> Sizes:
+    """The sizes of a Llama-like model; of another one, too, if nothing is cut inside blocks.
+
+    Raises ValueError naming what a model lacks.
+    """
     config, block = model.config, model.base_model.layers[0]
     present = {name.rpartition(".")[2] for name, _ in block.named_modules()}
-    if missing := [name for name in (*ATTENTION, *MLP) if name not in present]:
-        raise InputError(f"{config.model_type} blocks have no {', '.join(missing)}; only Llama-like models can be cut")
+    if inside_blocks and (missing := [name for name in (*ATTENTION, *MLP) if name not in present]):
+        raise InputError(
+            f"{config.model_type} blocks have no {', '.join(missing)}; of such models whole layers can be cut, and "
+            "weights set to zero"
+        )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -92,7 +103,7 @@ def channels_of(heads: Int[Tensor, "kept"], head_dim: int) -> Int[Tensor, "chann
 
 def save_smaller(model: PreTrainedModel, kept: Kept, folder: Path) -> None:
     """Write the smaller model's weights and configuration. Raises ValueError for a model it cannot cut."""
-    of = structure_sizes(model)
+    of = structure_sizes(model, inside_blocks=kept.cuts_inside)
     if kept.hidden is not None and "gemma" in (kind := model.config.model_type):
         raise InputError(f"{kind} scales its embeddings by the hidden width, which can therefore not be cut here")
     tensors = {}
@@ -104,17 +115,20 @@ def save_smaller(model: PreTrainedModel, kept: Kept, folder: Path) -> None:
             continue
         small = _sliced(tensor, name.split(".")[-2], block, kept=kept, of=of)
         tensors[renamed] = small.detach().cpu().contiguous()
+    config = configuration(model, kept)
+    _refuse_misfits(config, tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    configuration(model, kept).save_pretrained(folder)
+    config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 
 def configuration(model: PreTrainedModel, kept: Kept):
     """The model's configuration with the sizes of what is kept."""
-    config, of = copy.deepcopy(model.config), structure_sizes(model)
+    config, of = copy.deepcopy(model.config), structure_sizes(model, inside_blocks=kept.cuts_inside)
     config.architectures = [type(model).__name__]
-    config.head_dim = of.head_dim  # otherwise derived from sizes that change
+    if kept.cuts_inside:
+        config.head_dim = of.head_dim  # otherwise derived from sizes that change
     if kept.heads is not None:
         config.num_attention_heads = len(kept.heads[0])
     if kept.kv_heads is not None:
@@ -124,10 +138,24 @@ def configuration(model: PreTrainedModel, kept: Kept):
     if kept.hidden is not None:
         config.hidden_size = len(kept.hidden)
     if kept.blocks is not None:
+        for name, value in model.config.to_dict().items():  # kinds of attention, layers without positions
+            of_blocks = isinstance(value, list) and len(value) == of.blocks
+            if of_blocks and not name.endswith(("_token_id", "architectures")):
+                setattr(config, name, [value[index] for index in kept.blocks])
         config.num_hidden_layers = len(kept.blocks)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[index] for index in kept.blocks]
     return config
+
+
+def _refuse_misfits(config: PreTrainedConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError where the family's configuration cannot say what was cut."""
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    for name, tensor in tensors.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            raise InputError(
+                f"a {config.model_type} configuration cannot say what was cut: {name} has {tuple(tensor.shape)} left, "
+                f"it means {tuple(expected[name].shape)}; mlp_channels, layers and patterns of zeros remain"
+            )
 
 
 def _renumbered(name: str, kept: Kept) -> tuple[int | None, str]:
@@ -146,8 +174,11 @@ def _renumbered(name: str, kept: Kept) -> tuple[int | None, str]:
 
 
 def _sliced(tensor: Tensor, module: str, block: int | None, *, kept: Kept, of: Sizes) -> Tensor:
-    norm = module.endswith("norm") and module not in ("q_norm", "k_norm")
-    rows = _indices("hidden" if norm else ROWS.get(module), block, kept, of)
+    kind = "hidden" if module.endswith("norm") else ROWS.get(module)
+    if module in ("q_norm", "k_norm"):  # of one head, the same for all, or of all heads (OLMo 2)
+        whole = len(tensor) != of.head_dim
+        kind = {"q_norm": "heads", "k_norm": "kv_heads"}[module] if whole else None
+    rows = _indices(kind, block, kept, of)
     columns = _indices(COLUMNS.get(module), block, kept, of) if tensor.ndim == 2 else None
     tensor = tensor if rows is None else tensor[rows]
     return tensor if columns is None else tensor[:, columns]

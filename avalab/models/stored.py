@@ -29,7 +29,10 @@ decoded rows, integers less zero points times scales, each in bf16, take the pla
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,9 +42,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from avalab.lab.errors import InputError
+from avalab.models import loading
 
 SPARSE_FILE = "model.sparse"  # safetensors inside; another suffix, so that nothing loads it for the weights
 
@@ -161,6 +165,23 @@ def from_two_of_four(
 # --- the tokenizer of a GGUF file ------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def headers_read_once() -> Iterator[None]:
+    """Within it a GGUF file's header is parsed once: transformers does it for configuration, weights and tokenizer.
+
+    Each time takes 12 s for a vocabulary of 150,000 tokens.
+    """
+    import gguf
+
+    parse = gguf.GGUFReader
+    parsed = functools.cache(parse)
+    gguf.GGUFReader = lambda path, *mode: parsed(str(path), *mode)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = parse
+
+
 def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a file of one of the families in `SENTENCEPIECE_FAMILIES`.
 
@@ -221,7 +242,7 @@ def sentencepiece_encoder(tokens: list[str], scores: list[float], types: list[in
 def quantization_of(folder: Path) -> dict:
     """What the configuration in a folder says of quantisation; nothing where there is no configuration."""
     path = Path(folder) / "config.json"
-    return (json.loads(path.read_text()).get("quantization_config") if path.is_file() else None) or {}
+    return (loading.read_json(path).get("quantization_config") if path.is_file() else None) or {}
 
 
 def write_hqq(
@@ -239,32 +260,50 @@ def write_hqq(
         parts = {"W_q": made.W_q.data, "scale": made.meta["scale"], "zero": made.meta["zero"]}
         tensors |= {f"{name}.{key}": value.detach().contiguous() for key, value in parts.items()}
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config = loading.configuration(model)
     config["quantization_config"] = {"quant_method": HQQ, "nbits": bits, "group_size": group_size, "axis": axis}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_hqq(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The dense model of a checkpoint. Raises ValueError for a tensor that is missing, naming it."""
-    config = AutoConfig.from_pretrained(folder)
+    """The dense model of a checkpoint. Raises ValueError for tensors that are missing or too many, naming them."""
+    config = loading.read_config(folder)
     settings = config.quantization_config
     del config.quantization_config
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tensors = load_file(Path(folder) / "model.safetensors")
+    model.generation_config = loading.token_ids(folder, config)
+    names = loading.tensor_names(files := loading.weight_files(folder))
+    parts = {name: _hqq_parts(name, names) for name, _ in model.named_parameters()}
+    loading.refuse_differences(
+        folder,
+        missing={part for of in parts.values() for part in of} - names,
+        unexpected=names - {part for of in parts.values() for part in of},
+        mismatched=[],
+    )
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
     for name, parameter in model.named_parameters():
-        layer = name.removesuffix(".weight")
-        if f"{layer}.W_q" in tensors:
-            found = _decode_hqq(layer, tensors, settings, parameter.shape)
-        elif f"{name}_scale" in tensors:
-            found = tensors[name].to(dtype) * tensors[f"{name}_scale"].to(dtype)
-        elif name in tensors:
+        if len(parts[name]) == 1:
             found = tensors[name]
+        elif len(parts[name]) == 2:
+            found = tensors[name].to(dtype) * tensors[f"{name}_scale"].to(dtype)
         else:
-            raise InputError(f"{folder} has no tensor for {name}")
+            found = _decode_hqq(name.removesuffix(".weight"), tensors, settings, parameter.shape)
+        if found.shape != parameter.shape:
+            loading.refuse_differences(
+                folder, missing=[], unexpected=[], mismatched=[(name, found.shape, parameter.shape)]
+            )
         with torch.no_grad():
             parameter.copy_(found)
     return model
+
+
+def _hqq_parts(name: str, names: set[str]) -> tuple[str, ...]:
+    """The tensors that a parameter is kept in: HQQ's codes, scales and zeros, int8 rows with a scale, or itself."""
+    layer = name.removesuffix(".weight")
+    if f"{layer}.W_q" in names:
+        return tuple(f"{layer}.{part}" for part in ("W_q", "scale", "zero"))
+    return (name, f"{name}_scale") if f"{name}_scale" in names else (name,)
 
 
 def _decode_hqq(layer: str, tensors: dict[str, Tensor], settings: dict, shape: torch.Size) -> Tensor:
@@ -294,28 +333,24 @@ def packed_embedding_name(folder: Path) -> str:
 
 
 def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` that knows packed embeddings; without one it is just that.
+    """`loading.load` that knows packed embeddings; without one it is just that.
 
-    Raises ValueError when the folder lacks other tensors than the embedding, naming the first.
+    Raises ValueError when the folder lacks other tensors than the embedding, naming them.
     """
     name = packed_embedding_name(folder)
     if not name:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
-    config = AutoConfig.from_pretrained(folder)
+        return loading.load(folder, **options)
+    config = loading.read_config(folder)
     groups = config.quantization_config["config_groups"]
     others = {key: group for key, group in groups.items() if key != PACKED_EMBEDDING}
     config.quantization_config = config.quantization_config | {"config_groups": others}
     if not others:
         del config.quantization_config
-    with torch.random.fork_rng(devices=[]):  # missing weights are drawn before they are replaced
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, output_loading_info=True, **options
-        )
+    tied = ["lm_head"] if config.tie_word_embeddings else []
+    model = loading.load(folder, config=config, replaced=[name, *tied], **options)
     table = model.get_input_embeddings()
-    filled = {n for n, m in model.named_modules() if getattr(m, "weight", None) is table.weight}
-    missing = sorted(set(loading["missing_keys"]) - {f"{n}.weight" for n in filled})
-    if missing or name not in filled:
-        raise InputError(f"{folder} lacks {', '.join(missing[:1]) or name}: nothing else than the embedding is packed")
+    if model.get_submodule(name) is not table:
+        raise InputError(f"{folder} packs {name}: nothing else than the embedding is read so")
     table.weight.data = decode_embedding(folder, name, table.weight.dtype).to(table.weight.device)
     return model
 

@@ -18,11 +18,12 @@ While they do not (`measure_moments`), one walk serves every score, pattern and 
 A walk that was killed goes on at the first block without a file. What a pruned block does to the next is left out.
 
 Gradients come from one backward pass (`gradient_pass`) of the loss of labels that the model itself draws. Memory is one
-block's inputs and moments, for gradients the model's activations. Blocks are those of `model.base_model.layers`.
+block's inputs and moments, for gradients the model's activations. Blocks are those of `blocks`.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,10 +35,9 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from avalab.lab import artifacts, cache
+from avalab.lab import artifacts, cache, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
@@ -45,26 +45,56 @@ from avalab.models import checkpoint, predict
 
 # --- layers by name --------------------------------------------------------------------------------------------------
 
+BLOCKS = ("layers", "h")  # how families call their list of blocks; GPT-2 and its kin the latter
+
+IN_BLOCK = re.compile(rf"(?:^|\.)(?:{'|'.join(BLOCKS)})\.(\d+)\.")
+
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers inside the transformer blocks by qualified name, in order; the LM head is not one of them."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{name}"}
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and IN_BLOCK.search(name)}
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks in order. Raises InputError naming a family that keeps them where nothing here looks."""
+    found = [m for name, m in model.base_model.named_children() if name in BLOCKS and isinstance(m, nn.ModuleList)]
+    if len(found) != 1:
+        known = " or ".join(BLOCKS)
+        raise InputError(f"{model.config.model_type} models have no list of blocks called {known}; they are not walked")
+    return found[0]
 
 
 def select_linear(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that any pattern fits: a kind (`attention`, `mlp`), a glob, a name or its end.
 
-    Raises ValueError for a pattern that matches nothing.
+    Raises ValueError for a pattern that matches nothing, saying where such weights are in a model that keeps them
+    elsewhere: in transposed layers (GPT-2), or stacked experts.
     """
     names = list(linear_layers(model))
+    if not names:
+        matrices = [m for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
+        kinds = sorted({type(m).__name__ for m in matrices if not isinstance(m, nn.Embedding | nn.Linear)}) or ["none"]
+        raise InputError(
+            f"{_family(model)} models have no linear layers of torch in their blocks (but {', '.join(kinds)}): "
+            "they can be measured and talked to, not trained or pruned by layer"
+        )
 
     def fits(name: str, pattern: str) -> bool:
         return checkpoint.component(name) == pattern or fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
 
     for pattern in patterns:
         if not any(fits(name, pattern) for name in names):
-            raise InputError(f"{pattern!r} matches no linear layer; use attention, mlp, or names like {names[0]}")
+            stacked = sorted({name for name, p in model.named_parameters() if p.dim() == 3})
+            why = f" of this {_family(model)} model, whose experts are stacked ({stacked[0]})" if stacked else ""
+            known = [kind for kind in ("attention", "mlp") if any(checkpoint.component(name) == kind for name in names)]
+            raise InputError(
+                f"{pattern!r} matches no linear layer{why}; use {', '.join(known)}, or names like {names[0]}"
+            )
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+
+
+def _family(model: nn.Module) -> str:
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -109,8 +139,10 @@ class _Reached(Exception):
 
 def block_index(name: str) -> int:
     """The number of the transformer block in a module name: `model.layers.7.mlp.down_proj` -> 7."""
-    parts = name.split(".")
-    return int(parts[parts.index("layers") + 1])
+    found = IN_BLOCK.search(f"{name}.")
+    if found is None:
+        raise InputError(f"{name} lies in no block")
+    return int(found[1])
 
 
 @torch.no_grad()
@@ -122,12 +154,12 @@ def calibration_sites(
     Raises ValueError for calibration windows that are empty.
     """
     _refuse_empty(windows)
-    blocks = model.base_model.layers
-    changed = first_calls(model, blocks[0], windows)
+    walked = blocks(model)
+    changed = first_calls(model, walked[0], windows)
     original = changed
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    prefix = next(name for name, module in model.named_modules() if module is walked)
     keywords = own_keywords(model, windows)
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(walked):
         if keywords:  # the block's own rotary embedding and mask
             original, changed = (with_keywords(calls, keywords[index]) for calls in (original, changed))
         names = {module: f"{prefix}.{index}.{name}" for name, module in block.named_modules()}
@@ -212,7 +244,7 @@ def own_keywords(model: PreTrainedModel, windows: Tensor) -> list[list[dict]]:
     def note(kind: str) -> Callable[..., None]:
         return lambda _module, _args, kwargs: found.setdefault(kind, []).append(kwargs)
 
-    firsts = [model.base_model.layers[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
+    firsts = [blocks(model)[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
     hooks = zip(firsts, map(note, dict.fromkeys(kinds)), strict=True)
     with _hooked([block.register_forward_pre_hook(hook, with_kwargs=True) for block, hook in hooks]):
         for batch in windows.split(BATCH_WINDOWS):
@@ -324,15 +356,15 @@ def measure_moments(model: PreTrainedModel, windows: Int[Tensor, "window time"],
     Raises ValueError for no calibration text, and for activations that are not finite, naming the layer.
     """
     _refuse_empty(windows)
-    blocks = model.base_model.layers
-    files = [block_file(folder, index) for index in range(len(blocks))]
+    walked = blocks(model)
+    files = [block_file(folder, index) for index in range(len(walked))]
     finished = [_is_readable(file) for file in files]
     if all(finished):
         return files
     start = time.perf_counter()
-    calls = first_calls(model, blocks[0], windows)
+    calls = first_calls(model, walked[0], windows)
     keywords = own_keywords(model, windows)
-    for index, block in enumerate(tqdm(blocks, desc="calibration", leave=False)):
+    for index, block in enumerate(process.progress(walked, desc="calibration")):
         if keywords:  # the block's own rotary embedding and mask
             calls = with_keywords(calls, keywords[index])
         if finished[index]:

@@ -5,7 +5,8 @@
    Python answers: only a run imports more than the standard library.
 2. Run by papermill into a hidden file of the results folder. Absolute paths, progress bars and stderr go, the code's
    hash comes in, and the file becomes `results/<name>/NN_subject.ipynb`. After a failure the copy so far is kept as
-   `NN_subject.failed.ipynb` with `NN_subject.traceback.txt`, and an earlier good copy stays.
+   `NN_subject.failed.ipynb` with `NN_subject.traceback.txt`, and an earlier good copy stays. The page is built anew
+   after each notebook.
 3. Ctrl-C stops the kernel and exits 130; a kernel whose runner was killed exits within seconds. Runs of one results
    folder wait for each other, since notebooks measure speed.
 """
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from avalab.lab.errors import InputError, ProcessFailed
+from avalab.lab.errors import InputError, LabError, ProcessFailed
 from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, write_atomically
 from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
@@ -329,13 +330,25 @@ def _run_all(selected: list[str], profile: str, model: str, seed: int) -> int:
         except RuntimeError as error:
             print(f"{notebook}: failed after {time.monotonic() - started:.0f} s: {error}", file=sys.stderr)
             status = max(status, 1)
+            _rebuild_page(ROOT / "results" / folder_name(profile, model_argument(profile, model), seed))
         except (ValueError, OSError) as error:
             print(f"{notebook}: {error}", file=sys.stderr)
             status = 2
         else:
             seconds = time.monotonic() - started
             print(f"{notebook}: done in {seconds:.0f} s, {executed.relative_to(ROOT)}", flush=True)
+            _rebuild_page(executed.parent)
     return status
+
+
+def _rebuild_page(results: Path) -> None:
+    """The page with what is there by now; what keeps it from being built is said, and fails no notebook."""
+    from avalab.report import page  # papermill, which has just run, has imported most of it
+
+    try:
+        print(f"report so far: {page.build_page(results).relative_to(ROOT)}", flush=True)
+    except (LabError, OSError) as error:
+        print(f"no report yet: {error}", file=sys.stderr)
 
 
 def _stop(signum: int, frame: object) -> None:

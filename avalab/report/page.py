@@ -217,7 +217,7 @@ def build_page(folder: Path, notebooks: Path = ROOT / "notebooks") -> Path:
     Raises FileNotFoundError when there is no such folder, ValueError naming a file in it that cannot be read.
     """
     if not folder.is_dir():
-        there = ", ".join(sorted(p.name for p in folder.parent.glob("[!.]*/"))) or "none"
+        there = ", ".join(sorted(p.name for p in folder.parent.glob("[!.]*/") if p.name != "families")) or "none"
         raise MissingFile(f"no results folder {folder} (beside it: {there})")
     entries = read_entries(folder, notebooks)
     text = render_page(folder.resolve().name, entries, code_states(folder, notebooks.parent))

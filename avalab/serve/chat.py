@@ -4,7 +4,7 @@ A turn: the tools stand in the system message; the artefact answers the request 
 grammar of the tools (a call or a plain text); calls in the answer are executed (`serve.tools`) and shown; results go
 back as messages of the role `tool`, which `data.chats` writes so that every model sees them, and the artefact goes on,
 until it answers without a call, repeats itself, or has answered `ROUNDS` times. The oldest turns are left out when the
-context is full.
+context is full; that, and an answer that is cut off before its end, is said.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from avalab.data import calls, chats, grammars, toolbox
 from avalab.data.calls import Call
 from avalab.lab.errors import InputError
 from avalab.measure.answers import Respondent
+from avalab.models.stops import padding_token, stop_tokens
 from avalab.serve.tools import Tool, execute, shown_call
 
 MODES = ("free", "grammar")
@@ -79,16 +80,26 @@ def fitted(chat: list[dict], length: Callable[[list[dict]], int], most: int) -> 
 
 
 def answerer(
-    respondent: Respondent, tools: Sequence[Tool], mode: str, *, stream: bool = True, new_tokens: int = ANSWER_TOKENS
+    respondent: Respondent,
+    tools: Sequence[Tool],
+    mode: str,
+    *,
+    stream: bool = True,
+    new_tokens: int = ANSWER_TOKENS,
+    say: Say = print,
 ) -> Answer:
     """A function from a chat to the artefact's greedy answer, written to the terminal as it comes with `stream`.
 
-    Raises ValueError for an unknown mode; the function, when a request has no place in the model's context.
+    An answer has `new_tokens` at most, and half of the context. Raises ValueError for an unknown mode; the function,
+    when a request has no place in the model's context.
     """
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
-    tokenizer, model, stops = respondent.tokenizer, respondent.model, grammars.stop_tokens(respondent.tokenizer)
-    room = getattr(model.config, "max_position_embeddings", DEFAULT_CONTEXT) - new_tokens
+    tokenizer, model = respondent.tokenizer, respondent.model
+    stops = stop_tokens(model, tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_CONTEXT)
+    new_tokens = min(new_tokens, context // 2)
+    room = context - new_tokens
     offered = [tool.described for tool in tools]
     grammar = grammars.call_grammar(respondent.compiler, offered, max_calls=MAX_CALLS) if mode == "grammar" else None
 
@@ -96,18 +107,24 @@ def answerer(
         return tokenizer(chats.prompt_text(tokenizer, chat), add_special_tokens=False).input_ids
 
     def answer(chat: list[dict]) -> str:
-        ids = torch.tensor([tokens(fitted(chat, lambda part: len(tokens(part)), room))], device=model.device)
+        kept = fitted(chat, lambda part: len(tokens(part)), room)
+        if left_out := len(chat) - len(kept):
+            say(f"(the {left_out} oldest messages are left out: the model has room for {room:,} tokens)")
+        ids = torch.tensor([tokens(kept)], device=model.device)
         whole = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
+            eos_token_id=list(stops) or None,
+            pad_token_id=padding_token(stops, tokenizer),
             logits_processor=[grammars.logits_mask([grammar])] if grammar else [],
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         )
-        return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+        new = whole[0, ids.shape[1] :].tolist()
+        if len(new) == new_tokens and new[-1] not in stops:
+            say(f"(cut off after {new_tokens:,} tokens)")
+        return tokenizer.decode(new, skip_special_tokens=True)
 
     return answer
 
@@ -116,14 +133,14 @@ def converse(
     respondent: Respondent, tools: Sequence[Tool], *, mode: str = "grammar", read: Read = input, say: Say = print
 ) -> list[dict]:
     """Chat until `/quit`, the end of input (Ctrl-D) or an interrupt (Ctrl-C); returns the chat."""
-    answer = answerer(respondent, tools, mode)
+    answer = answerer(respondent, tools, mode, say=say)
     say(f"{respondent.artifact.name} with {', '.join(tool.name for tool in tools)}. {QUIT} or Ctrl-D ends.")
     chat = opening(tools)
     try:
         while (request := read("> ").strip()) != QUIT:
             try:
                 chat = respond(request, chat, tools, answer, say=say) if request else chat
-            except ValueError as error:  # of this request only, such as one that is too long
+            except InputError as error:  # of this request only, such as one that is too long
                 say(f"({error})")
     except (EOFError, KeyboardInterrupt):
         say("")  # the shell's prompt gets a line of its own

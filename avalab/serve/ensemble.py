@@ -190,6 +190,7 @@ class Mixture(PreTrainedModel):
         config.num_hidden_layers = sum(member.config.num_hidden_layers for member in members)
         config._attn_implementation = "eager"  # the members attend, this module does not
         super().__init__(config)
+        self.generation_config = members[0].generation_config  # names tokens that end an answer
         self.members, self.about = nn.ModuleList(members), about
         self.generator = torch.Generator(members[0].device).manual_seed(about.draw)
 

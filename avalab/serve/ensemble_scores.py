@@ -172,11 +172,11 @@ class Voice:
 
     hidden: Float[Tensor, "window time channel"]
     head: nn.Module
-    softcap: float | None
+    finish: predict.Finish
 
     def log_probabilities(self, window: int, rows: slice) -> Float[Tensor, "token vocab"]:
         """Of some rows of one window."""
-        return predict.log_probabilities(self.hidden[window][rows], self.head, self.softcap)
+        return predict.log_probabilities(self.hidden[window][rows], self.head, self.finish)
 
 
 def held_out_windows(run: Run, tokenizer: PreTrainedTokenizerBase, count: int) -> Int[Tensor, "window time"]:
@@ -249,7 +249,7 @@ def score_distributions(run: Run, ensembles: Mapping[str, Ensemble], against: Re
 
 @torch.inference_mode()
 def _score(voices: dict[str, Voice], ensembles: Mapping[str, Ensemble], against: Reference) -> dict[str, TokenScores]:
-    reference = Voice(against.hidden, against.head, against.softcap)
+    reference = Voice(against.hidden, against.head, against.finish)
     columns: dict[str, list] = {name: [] for name in ensembles}
     for index, window in enumerate(tqdm(against.windows, desc="pool", leave=False)):
         parts: dict[str, list] = {name: [] for name in ensembles}

@@ -23,9 +23,8 @@ The student is trained through adapters (`finetune.Recipe`), also on a 4-bit bas
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,43 +34,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab import kernels
 from avalab.data.packing import IGNORED, Rows, one_row_batch
-from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint, predict
 from avalab.models.attention import apply_packed_attention
+from avalab.models.predict import PLAIN
 from avalab.train import finetune, loop, losses, targets
-from avalab.train.targets import FORMS, TargetForm
-
-ONLINE = "online"
-
-TEACHERS = (ONLINE, *FORMS)
+from avalab.train.recipes import ONLINE, Map
+from avalab.train.recipes import DistillRecipe as Recipe
+from avalab.train.targets import TargetForm
 
 FITTED_ROWS = 4  # of the rows: what a projection between widths is fitted on
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the student listens, and how it is trained. Weights of 0 leave a part out."""
-
-    kl: float = 1.0
-    temperature: float = 1.0
-    reverse: float = 0.0  # share of `kl`
-    cross_entropy: float = 0.0
-    hidden: float = 0.0
-    attention: float = 0.0
-    pairs: int = 4  # of blocks that are compared, evenly spaced
-    layer_map: losses.Map = ()  # (student's block, teacher's block); empty: `pairs` of them
-    teacher: str = ONLINE
-    count: int = 50  # draws or entries a token of stored targets
-    training: finetune.Recipe = field(default_factory=finetune.Recipe)
-
-    @property
-    def listens(self) -> bool:
-        """Whether the teacher's model is needed at all."""
-        return any((self.kl, self.hidden, self.attention))
 
 
 @dataclass(frozen=True)
@@ -81,7 +56,7 @@ class Objective:
     recipe: Recipe
     student: PreTrainedModel
     teacher: PreTrainedModel | None
-    layer_map: losses.Map
+    layer_map: Map
     projections: tuple[Tensor | None, ...]  # of each pair of the map
     identity: str
 
@@ -96,14 +71,13 @@ class Objective:
         recipe, keep = self.recipe, batch["labels"] != IGNORED
         loss = hidden.new_zeros((), dtype=torch.float32)
         if recipe.cross_entropy:
-            labels = kernels.linear_cross_entropy(hidden, head, batch["labels"], ignore_index=IGNORED)
-            loss = loss + recipe.cross_entropy * labels
+            loss = loss + recipe.cross_entropy * losses.next_token(hidden, head, batch)
         if recipe.kl and recipe.teacher != ONLINE:
             loss = loss + recipe.kl * _from_targets(hidden, head, batch, keep, recipe)
         if self.teacher is not None:
             heard = teacher_outputs(self.teacher, batch, layers=self.needs_layers)
             states = heard.last_hidden_state
-            loss = loss + recipe.kl * _divergence(hidden, head, states, self.teacher, keep, recipe)
+            loss = loss + recipe.kl * _divergence(hidden, head, batch, states, self.teacher, recipe)
             loss = loss + self._inside(batch, heard.hidden_states, keep[0])
         return loss
 
@@ -135,15 +109,15 @@ def train_student(
     _refuse(recipe, student, teacher)
     step = {"step": "distill", **asdict(recipe), "teacher_name": teacher.name if teacher else ""}
     step |= {"teacher_sha256": teacher.sha256 if teacher else "", "rows": targets.rows_sha256(rows), "seed": run.seed}
-    identity = artifacts.sha256_of_text(json.dumps([student.sha256, step], sort_keys=True))
 
-    def train(folder: Path) -> dict:
+    def train(folder: Path, identity: str) -> dict:
         start = time.perf_counter()
         taught, stored = with_targets(run, rows, teacher, recipe)
         target_seconds = time.perf_counter() - start
         model = prepare_student(student, recipe, run)
         loss = objective_of(model, teacher, recipe, rows=rows, device=run.device, identity=identity)
-        loop.fit_kept(model, taught, folder, run=run, name=name, schedule=recipe.training.schedule, loss=loss)
+        schedule = recipe.training.schedule
+        loop.fit_kept(model, taught, folder, run=run, name=name, schedule=schedule, loss=loss, identity=identity)
         tokenizer = checkpoint.load_tokenizer(student)
         if recipe.training.rank:
             adapters.save_adapters(model, folder)
@@ -201,15 +175,6 @@ def refuse_other_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 
 
 def _refuse(recipe: Recipe, student: Artifact, teacher: Artifact | None) -> None:
-    if recipe.teacher not in TEACHERS or not 0 <= recipe.reverse <= 1:
-        known = f"choose one of {', '.join(TEACHERS)} and a share in [0, 1]"
-        raise InputError(f"teacher {recipe.teacher!r} with a share of reverse divergence {recipe.reverse}; {known}")
-    if min(recipe.kl, recipe.cross_entropy, recipe.hidden, recipe.attention) < 0 or not (
-        recipe.listens or recipe.cross_entropy
-    ):
-        raise InputError("weights of kl, cross_entropy, hidden and attention have to be 0 or more, one of them above 0")
-    if recipe.teacher != ONLINE and (recipe.reverse or recipe.hidden or recipe.attention):
-        raise InputError(f"{recipe.teacher!r} targets know forward divergence only; use the teacher online")
     if recipe.listens and teacher is None:
         raise InputError("kl, hidden and attention need a teacher; without one only cross_entropy can be above 0")
     if recipe.listens:
@@ -227,23 +192,39 @@ def teacher_outputs(teacher: PreTrainedModel, batch: dict, *, layers: bool):
 
 
 def _divergence(
-    hidden: Tensor, head: Tensor, states: Tensor, teacher: PreTrainedModel, keep: Tensor, recipe: Recipe
+    hidden: Tensor, head: Tensor, batch: dict, states: Tensor, teacher: PreTrainedModel, recipe: Recipe
 ) -> Tensor | float:
     """Divergence from a teacher that reads along, forward and reverse in the recipe's shares."""
-    aim = (states.to(hidden.dtype), teacher.get_output_embeddings().weight.to(hidden.dtype))
-    total = 0.0
+    spoken, finish = predict.output_head(teacher)
+    aim = (finish.scaled(states.to(hidden.dtype)), spoken.weight.to(hidden.dtype))
+    keep, softcap, total = batch["labels"] != IGNORED, batch.get("finish", PLAIN).softcap, 0.0
     for share, reverse in ((1 - recipe.reverse, False), (recipe.reverse, True)):
         if recipe.kl * share:
             total = total + share * kernels.linear_kl(
-                hidden, head, aim, keep=keep, reverse=reverse, temperature=recipe.temperature
+                hidden,
+                head,
+                aim,
+                keep=keep,
+                reverse=reverse,
+                temperature=recipe.temperature,
+                softcap=softcap,
+                teacher_softcap=finish.softcap,
             )
     return total
 
 
 def _from_targets(hidden: Tensor, head: Tensor, batch: dict, keep: Tensor, recipe: Recipe) -> Tensor:
     """Divergence from stored targets: their cross-entropy less the teacher's own entropy."""
-    ids, weights, tail = batch["target_ids"].long(), batch["target_weights"], recipe.teacher == "topk"
-    crossed = kernels.linear_sparse(hidden, head, ids, weights, keep=keep, tail=tail, temperature=recipe.temperature)
+    crossed = kernels.linear_sparse(
+        hidden,
+        head,
+        batch["target_ids"].long(),
+        batch["target_weights"],
+        keep=keep,
+        tail=recipe.teacher == "topk",
+        temperature=recipe.temperature,
+        softcap=batch.get("finish", PLAIN).softcap,
+    )
     return crossed - recipe.temperature**2 * batch["target_entropy"][keep].sum() / keep.sum().clamp(min=1)
 
 
@@ -252,15 +233,13 @@ def objective_of(
 ) -> Objective:
     """The loss of a recipe; the teacher is loaded only where it has to read along.
 
-    Raises ValueError for a map with blocks that there are not, and models that cap their logits.
+    Raises ValueError for a map with blocks that there are not.
     """
     inside = recipe.hidden or recipe.attention
     if not inside and (recipe.teacher != ONLINE or not recipe.kl):
         return Objective(recipe, model, None, (), (), identity)
     asked = checkpoint.load_model(teacher, device)
     apply_packed_attention(asked)
-    if any(predict.output_head(each)[1] for each in (model, asked)):
-        raise InputError("a model with a soft cap on its logits cannot be distilled here")
     if not inside:
         return Objective(recipe, model, asked, (), (), identity)
     blocks = [each.config.num_hidden_layers for each in (model, asked)]

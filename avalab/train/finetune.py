@@ -15,7 +15,7 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -27,25 +27,9 @@ from avalab.lab.code import code_of
 from avalab.lab.run import Run
 from avalab.models import adapters, checkpoint, walk
 from avalab.train import loop, losses
-from avalab.train.loop import Schedule
+from avalab.train.recipes import AdapterRecipe as Recipe
 
 REHEARSAL_ROW = 512  # tokens
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained and how: the adapter, the rows, the schedule, and the means (which change speed, not results)."""
-
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("attention", "mlp")
-    row_tokens: int = 1024
-    rehearsal_tokens: int = 0  # of general text, held to what the base says there (`losses.rehearsed`)
-    first_token_weight: float = 0.0  # of answers' first tokens, which decide between call and refusal
-    schedule: Schedule = field(default_factory=Schedule)
-    fused: bool = True  # the lab's kernels instead of PEFT's forward pass
-    decoded: bool = True  # a 4-bit base is held in bf16 while training
 
 
 def train_adapter(
@@ -69,7 +53,7 @@ def train_adapter(
     step = {"step": "finetune", **asdict(recipe), "examples": chats, "held_out": kept_chats}
     step |= {"seed": run.seed, "code": code_of(train_adapter)[:12]}
 
-    def train(folder: Path) -> dict:
+    def train(folder: Path, identity: str) -> dict:
         model, tokenizer = prepare_model(base, recipe, run), checkpoint.load_tokenizer(base)
         context = model.config.max_position_embeddings
         rows, kept = (
@@ -80,7 +64,17 @@ def train_adapter(
             length, original = min(recipe.row_tokens, REHEARSAL_ROW), checkpoint.base_artifact(run)
             rows += packing.rehearsal_rows(run, original, tokens=recipe.rehearsal_tokens, row_tokens=length)
         loss = losses.weighted_first_tokens(recipe.first_token_weight)
-        loop.fit_kept(model, rows, folder, run=run, name=name, schedule=recipe.schedule, loss=loss, held_out=kept)
+        loop.fit_kept(
+            model,
+            rows,
+            folder,
+            run=run,
+            name=name,
+            schedule=recipe.schedule,
+            loss=loss,
+            identity=identity,
+            held_out=kept,
+        )
         adapters.save_adapters(model, folder)
         tokenizer.save_pretrained(folder)
         return {"tokens": sum(len(row["input_ids"]) for row in rows), "backend": training_backend(run.device)}
@@ -123,6 +117,13 @@ def load_history(adapter: Artifact) -> list[dict]:
     return json.loads((adapter.path / loop.HISTORY).read_text(encoding="utf-8"))
 
 
+def loss_change(artifact: Artifact) -> tuple[float, float]:
+    """The loss of the first tenth of the steps and of the last tenth, at least one each, in nats a token."""
+    curve = [entry["loss"] for entry in load_history(artifact) if "loss" in entry]
+    tenth = max(1, len(curve) // 10)
+    return statistics.mean(curve[:tenth]), statistics.mean(curve[-tenth:])
+
+
 def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     """Append training's tokens a second, its seconds and `train_loss`: the curve, its value the last tenth's mean."""
     entries = load_history(adapter)
@@ -134,7 +135,7 @@ def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     measured = adapter.card["measured"]
     run.record(subject, "train_tokens_per_s", last["tokens"] / last["seconds"], "tokens/s", details=measured, **about)
     run.record(subject, "train_seconds", last["seconds"], "s", details=measured, **about)
-    end = statistics.mean(curve[-max(1, len(curve) // 10) :])
+    _, end = loss_change(adapter)
     progress = {"tokens": list(at.values()), "held_out": held_out}
     run.record(subject, "train_loss", end, "nats/token", samples=curve, details=progress, **about)
 

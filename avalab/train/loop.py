@@ -6,7 +6,7 @@
    only where there is loss, a chunk at a time (`kernels.linear_cross_entropy`).
 3. The loss of a step is the mean over all its answer tokens, whatever the rows, micro-batches or processes.
 4. AdamW (8-bit and paged on a GPU), linear warm-up, cosine decay, gradient clipping, checkpoints, exact resume and
-   early stopping are the Trainer's; a checkpoint of other settings or other data is refused, naming the difference.
+   early stopping are the Trainer's; whose a checkpoint is, and whether it is whole, `checkpoints` says.
 
 A loss is a function `(hidden ["1 token channel"], head ["vocab channel"], batch) -> mean over the tokens that count`.
 One with a true `needs_layers` finds the residual stream before, between and after the blocks in `batch["layers"]`.
@@ -24,7 +24,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -38,38 +38,23 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from avalab.data.packing import IGNORED, Rows, one_row_batch
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run, write_atomically
+from avalab.lab.run import Run
+from avalab.models import predict
 from avalab.models.attention import apply_packed_attention
+from avalab.train import checkpoints
 from avalab.train.losses import Loss, next_token
+from avalab.train.recipes import Schedule
 
-SETTINGS, HISTORY = "settings.json", "history.json"
+HISTORY = "history.json"
 
 LOGGED = ("step", "tokens", "loss", "seconds", "learning_rate", "grad_norm")
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long, how fast and how often; what a step is made of. Times are in steps."""
-
-    learning_rate: float = 1e-3
-    epochs: float = 1.0
-    rows_per_step: int = 1  # gradient accumulation
-    warmup: float = 0.05  # share of all steps
-    weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the whole gradient
-    checkpoint_every: int = 50
-    patience: int = 0  # held-out evaluations (one a checkpoint) without improvement before stopping; 0: never stop
-    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    steps: int = 0  # stop after so many, whatever the epochs; 0: no limit
-    seed: int = 0
 
 
 class Student(nn.Module):
@@ -80,7 +65,10 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
         super().__init__()
-        self.hidden_model = (model, loss)  # a tuple is no submodule
+        head, finish = predict.output_head(model)
+        if getattr(head, "bias", None) is not None:
+            raise InputError(f"{model.config.model_type} models have a bias in their head, which no loss here knows")
+        self.hidden_model = (model, loss, finish)  # a tuple is no submodule
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise InputError("no parameter of the model is trainable; attach adapters or set requires_grad first")
@@ -88,11 +76,12 @@ class Student(nn.Module):
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """`{"loss"}`: this row's share of the step's mean, or its own mean when nobody says what the step has."""
-        model, loss = self.hidden_model
+        model, loss, finish = self.hidden_model
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "boundaries")}
         needs_layers = getattr(loss, "needs_layers", False)
         outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=needs_layers)
-        hidden, more = outputs.last_hidden_state, {"layers": outputs.hidden_states} if needs_layers else {}
+        hidden, more = finish.scaled(outputs.last_hidden_state), {"finish": finish}
+        more |= {"layers": outputs.hidden_states} if needs_layers else {}
         mean = loss(hidden, model.get_output_embeddings().weight.to(hidden.dtype), batch | more)
         if num_items_in_batch is None:
             return {"loss": mean}
@@ -104,15 +93,19 @@ class Student(nn.Module):
         return super().train(mode)
 
 
-def train_artifact(out: Path, train: Callable[[Path], dict], *, base: Artifact, step: dict, format: str) -> Artifact:
-    """The artefact in the folder `out`: `base` and one more step, filled and measured by `train(folder)`.
+def train_artifact(
+    out: Path, train: Callable[[Path, str], dict], *, base: Artifact, step: dict, format: str
+) -> Artifact:
+    """The artefact in the folder `out`: `base` and one more step, filled and measured by `train(folder, identity)`.
 
-    What the same step made from the same base before is verified and returned instead.
+    The identity of base and step tells its checkpoints from others'. What the same step made from the same base before
+    is verified and returned instead.
     """
+    identity = artifacts.sha256_of_text(json.dumps([base.sha256, step], sort_keys=True))
 
     def fill(folder: Path) -> dict:
         start = time.perf_counter()
-        measured = train(folder)
+        measured = train(folder, identity)
         return measured | {"train_seconds": time.perf_counter() - start}
 
     return artifacts.make_artifact(out, fill, base=base, step=step, format=format)
@@ -127,11 +120,12 @@ def fit_kept(
     name: str,
     schedule: Schedule,
     loss: Loss,
+    identity: str,
     held_out: Rows | None = None,
 ) -> None:
     """`fit` with checkpoints under the run's by `name`; the history is kept in `folder`, beside the weights to come."""
-    checkpoints = run.artifacts_dir / "checkpoints" / name
-    history = fit(model, rows, schedule=schedule, folder=checkpoints, held_out=held_out, loss=loss)
+    kept = run.artifacts_dir / "checkpoints" / name
+    history = fit(model, rows, schedule=schedule, folder=kept, held_out=held_out, loss=loss, identity=identity)
     (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
 
 
@@ -143,13 +137,15 @@ def fit(
     folder: Path,
     held_out: Rows | None = None,
     loss: Loss = next_token,
+    identity: str = "",
 ) -> list[dict]:
     """Train the model in place; returns its history: `step, tokens, loss, seconds` and `held_out_loss` where measured.
 
-    `folder` keeps checkpoints while training and goes when it is done; what was killed goes on from the last one.
-    With `held_out` rows and `patience` the best checkpoint's parameters are the result.
-    Raises ValueError when the folder holds a checkpoint of other settings, rows or loss (its `identity` or name), when
-    no parameter is trainable, or when the loss is not finite.
+    `folder` keeps checkpoints while training and loses them when it is done. What was stopped or killed goes on from
+    the last one, where schedule, rows, loss (its `identity` or name) and `identity`, which stands for model and recipe,
+    are the same; else it begins anew. With `held_out` rows and `patience` the best checkpoint's parameters are the
+    result. Raises ValueError when no parameter is trainable, or a loss or gradient is not finite; KeyboardInterrupt,
+    when it was stopped.
     """
     if not rows:
         raise InputError("there is nothing to train on: no rows")
@@ -158,21 +154,30 @@ def fit(
     apply_packed_attention(model)
     if schedule.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    arguments = _arguments(schedule, folder, model.device.type, evaluate=bool(held_out))
     settings = asdict(schedule) | {"rows": _identity(rows), "held_out": _identity(held_out or [])}
-    settings["loss"] = getattr(loss, "identity", getattr(loss, "__name__", ""))
-    _claim(folder, settings, writes=arguments.process_index == 0)
+    settings |= {"loss": getattr(loss, "identity", getattr(loss, "__name__", "")), "identity": identity}
+    own = checkpoints.own_folder(folder, settings)
+    arguments = _arguments(schedule, own, model.device.type, evaluate=bool(held_out))
+    if first := arguments.process_index == 0:
+        checkpoints.claim(own, settings)
+    progress, keeper = Progress(own), checkpoints.Keeper(schedule.checkpoint_seconds)
     trainer = Trainer(
         student,
         arguments,
         data_collator=one_row_batch,
         train_dataset=rows,
         eval_dataset=held_out or None,
-        callbacks=[Progress(), *([EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],
+        callbacks=[progress, keeper, *([EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],
     )
     trainer.remove_callback(PrinterCallback)
     process.quiet_libraries()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    with trainer.accelerator.main_process_first():
+        last = checkpoints.last_whole(own, writes=first)
+    try:
+        with keeper.interruptible():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        progress.close()
     history = []
     for logged in trainer.state.log_history:
         if "loss" in logged:
@@ -181,7 +186,9 @@ def fit(
             history.append({"step": logged["step"], "held_out_loss": logged["eval_loss"]})
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        shutil.rmtree(folder)
+        shutil.rmtree(own)
+        if not any(folder.iterdir()):
+            folder.rmdir()
     return history
 
 
@@ -190,6 +197,9 @@ class Progress(TrainerCallback):
 
     The base class is what the Trainer's interface asks for.
     """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bar = folder, None  # of the checkpoints
 
     def on_train_begin(self, args, state, control, **_) -> None:
         seen = [e["seconds"] for e in state.log_history if "seconds" in e]
@@ -200,8 +210,9 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs, **_) -> None:
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise InputError(f"the loss is {logs['loss']} at step {state.global_step}; lower the learning rate")
+        for what, value in (("loss", logs["loss"]), ("gradient", logs.get("grad_norm", 0.0))):
+            if not math.isfinite(value):
+                raise InputError(f"the {what} is {value} at step {state.global_step}; {self._way_out(args)}")
         seconds = time.perf_counter() - self.started
         entry = state.log_history[-1]
         entry |= {"seconds": seconds, "tokens": int(state.num_input_tokens_seen)}
@@ -210,8 +221,15 @@ class Progress(TrainerCallback):
         self.bar.set_postfix_str(f"loss {curve} {logs['loss']:.3f}, {rate:.0f} tokens/s", refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args, state, control, **_) -> None:
-        self.bar.close()
+    def _way_out(self, args) -> str:
+        kept = checkpoints.last_whole(self.folder, writes=False)
+        where = f"step {checkpoints.step_of(kept)} is kept in {self.folder}" if kept else "nothing is left behind"
+        return f"lower the learning rate, which is {args.learning_rate:g} ({where})"
+
+    def close(self) -> None:
+        """Let the bar be, however training ended."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def sparkline(values: list[float], width: int = 16) -> str:
@@ -249,6 +267,7 @@ def _arguments(schedule: Schedule, folder: Path, device: str, *, evaluate: bool)
         save_strategy="steps",
         save_steps=schedule.checkpoint_every,
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # of early stopping: how patient it still is
         eval_strategy="steps" if evaluate else "no",
         eval_steps=schedule.checkpoint_every,
         prediction_loss_only=True,
@@ -259,24 +278,3 @@ def _arguments(schedule: Schedule, folder: Path, device: str, *, evaluate: bool)
 
 def _identity(rows: Rows) -> str:
     return artifacts.sha256_of_text(json.dumps([[row["input_ids"].tolist(), row["labels"].tolist()] for row in rows]))
-
-
-def _claim(folder: Path, settings: dict, *, writes: bool) -> None:
-    """Make the folder this run's own, or find that it is; what a run with other settings left is not continued."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
-    if not path.is_file():
-        if writes:
-            write_atomically(path, json.dumps(settings, indent=1))
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differing = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
-    if differing:
-        changes = ", ".join(f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in differing)
-        raise InputError(f"{folder} holds an unfinished run with other settings ({changes}); finish or delete it")
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the state comes last, and a killed run may leave a half."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -1,7 +1,8 @@
 """Losses of training: next token, first token, rehearsal, and what a student shares with its teacher inside.
 
 Every loss that `loop.fit` takes is a function of final hidden states, the head and a row; logits exist a chunk at a
-time, in the kernels.
+time, in the kernels. Hidden states come scaled as the model's logits want them; `batch["finish"]` says what else stands
+behind the head (`predict.Finish`; nothing, where a batch does not say).
 
 - `next_token`: cross-entropy of the labelled tokens.
 - `rehearsed`: the same on a row of chats, KL(base || model) on a row of rehearsal, which holds the base's hidden states
@@ -30,25 +31,32 @@ from transformers import PreTrainedModel
 from avalab import kernels
 from avalab.data.packing import IGNORED
 from avalab.lab.errors import InputError
+from avalab.models.predict import PLAIN
+from avalab.train.recipes import Map
 
 Loss = Callable[[Tensor, Tensor, dict], Tensor]
 
 RIDGE = 1e-3  # of the mean squared student channel: least squares stay solvable with few tokens
 
-Map = tuple[tuple[int, int], ...]  # (student's block, teacher's block), counted from zero
-
 
 def next_token(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
     """Cross-entropy in nats, mean over labelled tokens."""
-    return kernels.linear_cross_entropy(hidden, head, batch["labels"], ignore_index=IGNORED)
+    return cross_entropy(hidden, head, batch["labels"], batch)
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, batch: dict) -> Tensor:
+    """Mean over the labels that count, of logits as the batch's model finishes them."""
+    softcap = batch.get("finish", PLAIN).softcap
+    return kernels.linear_cross_entropy(hidden, head, labels, ignore_index=IGNORED, softcap=softcap)
 
 
 def rehearsed(hidden: Float[Tensor, "1 token channel"], head: Float[Tensor, "vocab channel"], batch: dict) -> Tensor:
     """Cross-entropy of a row of chats, or KL(teacher || model) of a row that holds the teacher's hidden states."""
     if "teacher" not in batch:
         return next_token(hidden, head, batch)
-    targets = (batch["teacher"].to(hidden.dtype), head.detach())
-    return kernels.linear_kl(hidden, head, targets, keep=batch["labels"] != IGNORED)
+    finish = batch.get("finish", PLAIN)
+    targets, keep = (finish.scaled(batch["teacher"].to(hidden.dtype)), head.detach()), batch["labels"] != IGNORED
+    return kernels.linear_kl(hidden, head, targets, keep=keep, softcap=finish.softcap, teacher_softcap=finish.softcap)
 
 
 def labels_of_first_tokens(labels: Int[Tensor, "*rows token"]) -> Int[Tensor, "*rows token"]:
@@ -70,7 +78,7 @@ def weighted_first_tokens(weight: float) -> Loss:
         if not weight or "teacher" in batch:
             return mean
         first = labels_of_first_tokens(batch["labels"])
-        return mean + weight * kernels.linear_cross_entropy(hidden, head, first, ignore_index=IGNORED)
+        return mean + weight * cross_entropy(hidden, head, first, batch)
 
     loss.identity = f"answers, first token {weight}"
     return loss

@@ -31,7 +31,7 @@ is one block's gradients and two streams.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -50,34 +50,10 @@ from avalab.lab.run import Run
 from avalab.models import checkpoint, packed
 from avalab.models.walk import Call, first_calls, next_call, own_keywords, with_keywords
 from avalab.train import distill, fake_quant, finetune, loop, losses
-from avalab.train.loop import Schedule
+from avalab.train.recipes import BlockTraining
+from avalab.train.recipes import RoundingRecipe as Recipe
 
 JUDGED = 4  # steps' worth of windows that say whether a block got better
-
-KINDS = ("scales", "weights", "blocks", "torchao")
-
-
-@dataclass(frozen=True)
-class BlockTraining:
-    """How long each block is trained, on how many windows a step, and how far a step moves at first."""
-
-    steps: int = 40
-    windows_per_step: int = 4
-    position_rate: float = 0.02  # in quantization steps
-    scale_rate: float = 0.002  # relative
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained, how the teacher is heard, and for how long."""
-
-    kind: str = "scales"
-    zeros: bool = False  # zero points too
-    teacher: str = "sampled"  # cached targets; `online`: it reads along
-    count: int = 50  # draws a token
-    windows_per_row: int = 2  # read at once; a step costs a rounding of all weights, however many they are
-    schedule: Schedule = field(default_factory=lambda: Schedule(learning_rate=3e-3))
-    blocks: BlockTraining = field(default_factory=BlockTraining)  # of `blocks` only, which has no schedule
 
 
 def training_windows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int) -> Int[Tensor, "window time"]:
@@ -100,21 +76,18 @@ def train_quantized(
 ) -> Artifact:
     """The artefact in the folder `out`: `start` with codes, scales and zero points as the recipe trains them on `read`.
 
-    Raises ValueError for an unknown kind, a start without packed layers, a teacher that is not bf16 or has another
+    Raises ValueError for a start without packed layers, a teacher that is not bf16 or has another
     tokenizer, and what `loop.fit` raises.
     """
     recipe = recipe or Recipe()
-    if recipe.kind not in KINDS:
-        raise InputError(f"unknown kind {recipe.kind!r}; choose one of {', '.join(KINDS)}")
     if teacher.format != "bf16":
         raise InputError(f"the teacher {teacher.name} is in format {teacher.format!r}; it has to be the bf16 model")
     distill.refuse_other_tokenizer(checkpoint.load_tokenizer(start), checkpoint.load_tokenizer(teacher))
     text = artifacts.sha256_of_text(json.dumps(read.tolist()))
     step = {"step": "qat", **asdict(recipe), "teacher_sha256": teacher.sha256, "seed": run.seed, "text": text}
     step |= {"tokens": read.numel(), "window_tokens": read.shape[1]}
-    identity = artifacts.sha256_of_text(json.dumps([start.sha256, step], sort_keys=True))
 
-    def train(folder: Path) -> dict:
+    def train(folder: Path, identity: str) -> dict:
         layers = packed.packed_layers(start)
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
@@ -126,7 +99,8 @@ def train_quantized(
             listening = distill.Recipe(teacher=recipe.teacher, count=recipe.count)
             rows, stored = distill.with_targets(run, rows, teacher, listening)
             loss = distill.objective_of(model, teacher, listening, rows=rows, device=run.device, identity=identity)
-            loop.fit_kept(model, rows, folder, run=run, name=out.name, schedule=recipe.schedule, loss=loss)
+            schedule = recipe.schedule
+            loop.fit_kept(model, rows, folder, run=run, name=out.name, schedule=schedule, loss=loss, identity=identity)
             measured = {"target_bytes_per_token": stored, "tokens": read.numel()}
         after = {name: layer.rounded() for name, layer in fake_quant.fake_layers(model).items()}
         packed.replace_layers(start, folder, after)

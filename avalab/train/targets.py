@@ -38,8 +38,7 @@ from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
 from avalab.models.attention import apply_packed_attention
-
-FORMS = ("sampled", "topk")
+from avalab.train.recipes import FORMS
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,9 @@ def distributions(teacher: PreTrainedModel, row: dict[str, Tensor], temperature:
     """Log-probabilities ["token vocab"] at a temperature of the tokens that are scored, some tokens at a time."""
     inputs = {n: v.to(teacher.device) for n, v in one_row_batch([row]).items() if n in ("input_ids", "position_ids")}
     hidden = teacher.base_model(**inputs, boundaries=row["boundaries"], use_cache=False).last_hidden_state[0]
-    head, softcap = predict.output_head(teacher)
+    head, finish = predict.output_head(teacher)
     for part in (row["labels"] != IGNORED).nonzero()[:, 0].split(predict.CHUNK_TOKENS):
-        log_p = predict.log_probabilities(hidden[part.to(hidden.device)], head, softcap).cpu()
+        log_p = predict.log_probabilities(hidden[part.to(hidden.device)], head, finish).cpu()
         yield log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 

@@ -17,14 +17,14 @@ from avalab.measure import answers
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao's syntax warnings at its first import are not this file's question
     from avalab import engines
-    from avalab.compress import patterns, quantize, saliency
+    from avalab.compress import ava, ava_targets, equivalence, patterns, quantize, saliency
     from avalab.engines import aot, executorch, gguf, llamacpp, onnx, onnxruntime, openvino, tensorrt
     from avalab.models import checkpoint
     from avalab.serve import chat, ensemble
-    from avalab.train import distill, qat
 
 ROOT = lab_run.ROOT
 CHATS = ROOT / "data" / "synthetic_datasets" / "instruction.jsonl"  # the smallest of the lab's own files
+DISTILL = ["distill", "--teacher", "x", "--student", "y", "--out", "z"]
 FINETUNE = ["finetune", "--out", "x", "--profile", "smoke"]
 
 
@@ -74,7 +74,25 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
         ([*FINETUNE, "--data", CHATS, "--target-modules", "experts"], "matches no linear layer"),
         ([*FINETUNE, "--data", CHATS, "--row-tokens", "8"], "no example fits into a row"),
         (["finetune", "--out", "x", "--data", "nothing/here"], "nothing/here"),
-        ([*FINETUNE, "--rank", "0"], "rank is 0"),
+        ([*FINETUNE, "--rank", "0"], "rank is 0; it has to be 1 or more"),
+        ([*FINETUNE, "--epochs", "0"], "number of epochs is 0; it has to be above 0"),
+        ([*FINETUNE, "--epochs", "nan"], "number of epochs is nan"),
+        ([*FINETUNE, "--alpha", "0"], "alpha is 0; it has to be above 0"),
+        ([*FINETUNE, "--dropout", "1"], "dropout is 1; it has to be 0 or more and below 1"),
+        ([*FINETUNE, "--learning-rate", "1e9"], "learning rate is 1e+09; it has to be above 0 and at most 1"),
+        ([*FINETUNE, "--learning-rate", "-1"], "learning rate is -1"),
+        ([*FINETUNE, "--learning-rate", "nan"], "learning rate is nan"),
+        ([*FINETUNE, "--row-tokens", "0"], "number of tokens in a row is 0"),
+        ([*FINETUNE, "--rehearsal", "nan"], "rehearsal is nan; it has to be 0 or more and at most 1"),
+        ([*FINETUNE, "--limit", "-1"], "limit is -1"),
+        ([*FINETUNE, "--target-modules", ""], "no target modules"),
+        ([*DISTILL, "--temperature", "0"], "temperature is 0; it has to be above 0"),
+        ([*DISTILL, "--temperature", "inf"], "temperature is inf"),
+        ([*DISTILL, "--hidden", "-1"], "weights of kl, cross_entropy, hidden and attention are 1, 0, -1, 0"),
+        ([*DISTILL, "--count", "256"], "number of entries a token is 256"),
+        ([*DISTILL, "--targets", "topk", "--reverse", "0.5"], "'topk' targets know forward divergence only"),
+        ([*DISTILL, "--data", "nothing/here"], "no examples at nothing/here"),
+        (["recover", "nothing/here", "--out", "x", "--learning-rate", "2"], "learning rate is 2"),
         (["finetune", "--out", "tests", "--profile", "smoke"], "is not an artefact; name a new folder"),
         (["eval", "nothing/here"], "no artefact at"),
         (["chat", "nothing/here"], "no artefact at"),
@@ -109,46 +127,95 @@ QUICK = [
     ["eval", "nothing/here", "--mode", "mumble"],
     ["compare", "nothing/here", "nothing/there", "--task", "looks"],
     ["synthesize", "--out", "x", "--kinds", "poem"],
-    ["finetune", "--out", "x", "--rank", "0"],
+    *(["finetune", "--out", "x", *wrong] for wrong in (["--rank", "0"], ["--epochs", "0"], ["--learning-rate", "1e9"])),
     ["finetune", "--out", "x", "--data", "nothing/here"],
     ["distill", "--teacher", "http://127.0.0.1:9/v1", "--student", "x", "--out", "y"],
     ["ensemble", "--models", "nothing/here", "--prompt", "hello", "--method", "shout"],
+    ["ensemble", "--models", "nothing/here", "--prompt", " "],
+    ["ensemble", "--models", "nothing/here", "--prompt", "hello", "--method", "weighted", "--weights", "half"],
     ["chat", "nothing/here"],
+    ["chat", "data/tiny-llama", "--mode", "forced"],
+    ["chat", "LICENSE"],
+    ["bench", "tests"],
+    ["bench", "data/tiny-lama"],
+    ["bench", "data/tiny-llama", "--engine", "warpdrive"],
+    ["bench", "data/tiny-llama", "--profile", "desk"],
+    ["bench", "data/tiny-llama", "--threads", "many"],
+    ["eval", "data/tiny-llama", "--tasks", "bfcll"],
+    ["eval", "data/tiny-llama", "--tasks", ","],
+    ["eval", "data/tiny-llama", "--engine", "steam"],
+    ["compare", "data/tiny-llama", "data/tiny-lama"],
+    ["compare", "data/tiny-llama", "data/tiny-llama", "--mode", "loud"],
+    ["compare", "data/tiny-llama", "data/tiny-llama", "--task", "speed", "--engine", "steam"],
+    ["export", "data/tiny-llama", "--to", "onnx", "--weights", "int3", "--out", "x"],
+    ["quantize", "--model", "data/tiny-lama", "--method", "rtn", "--out", "x"],
+    ["quantise", "--method", "rtn"],
+    ["bench"],
+    ["bench", "--engin", "torch"],
 ]
-IMPORTED = """import contextlib, io, json, sys
+IMPORTED = """import contextlib, io, json, sys, time
 from avalab import cli
 found = []
 for arguments in json.loads(sys.argv[1]):
-    sys.argv, said = ["avalab", *arguments], io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    sys.argv, told, said, started = ["avalab", *arguments], io.StringIO(), io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(told):
         try:
             cli.main()
         except SystemExit as stopped:
             code = stopped.code or 0
     heavy = [name for name in ("torch", "transformers", "matplotlib", "scipy", "pandas") if name in sys.modules]
-    found.append([code, said.getvalue(), heavy])
+    found.append([code, told.getvalue(), said.getvalue(), heavy, time.process_time() - started])
 print(json.dumps(found))"""
 
 
-def test_help_and_refusals_that_need_no_model_import_neither_torch_nor_transformers():
+def test_help_and_refusals_that_need_no_model_are_one_quick_line_without_torch():
     """In one process, one after the other: what an earlier command imported would show in the later ones."""
     done = subprocess.run([sys.executable, "-c", IMPORTED, json.dumps(QUICK)], capture_output=True, text=True, cwd=ROOT)
-    for arguments, (code, said, heavy) in zip(QUICK, json.loads(done.stdout), strict=True):
-        assert not heavy, f"avalab {' '.join(arguments)} imports {', '.join(heavy)}"
-        assert code == (0 if "--help" in arguments else 2), said
-        assert "Traceback" not in said
+    assert done.returncode == 0, done.stderr
+    for arguments, (code, told, said, heavy, seconds) in zip(QUICK, json.loads(done.stdout), strict=True):
+        shown = f"avalab {' '.join(arguments)}: {said}"
+        assert not heavy, f"{shown} imports {', '.join(heavy)}"
+        assert seconds < 3, f"{shown} takes {seconds:.1f} s of the processor"
+        if "--help" in arguments:
+            assert (code, said) == (0, "")
+        else:
+            assert (code, told, said[:8], said.count("\n"), said[-1]) == (2, "", "avalab: ", 1, "\n"), shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "data/tiny-lama"], "did you mean 'tiny-llama'?"),
+        (["quantize", "--model", "data/tiny-lama", "--method", "rtn", "--out", "x"], "did you mean 'tiny-llama'?"),
+        (["quantize", "--method", "gptk", "--out", "x"], "did you mean 'gptq'?"),
+        (["bench", "data/tiny-llama", "--engine", "openvin"], "did you mean 'openvino'?"),
+        (["eval", "data/tiny-llama", "--tasks", "bfcll"], "choose of bfcl, humaneval; did you mean 'bfcl'?"),
+        (["benhc"], "Did you mean 'bench'?"),
+        (["bench", "data/tiny-llama", "--engin", "torch"], "--engine"),
+    ],
+)
+def test_what_is_misspelt_is_answered_with_the_name_that_was_meant(arguments, says, avalab, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, _, error = avalab(*arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert says in error
 
 
 def test_names_that_are_refused_without_torch_are_those_of_the_tables():
-    assert set(options.METHODS) == quantize.METHODS.keys()
+    assert {name: tuple(row.defaults) for name, row in quantize.METHODS.items()} == options.METHODS
+    assert {name: tuple(values) for name, values in quantize.CHOICES.items()} == options.CHOICES
+    assert {name: set(values) for name, values in options.AVA_CHOICES.items()} == {
+        "format": ava_targets.TARGETS.keys(),
+        "embedding": set(ava.EMBEDDINGS),
+        "engine": ava_targets.GGUF_TYPES.keys(),
+        "transform": set(equivalence.TRANSFORMS),
+    }
     assert set(options.SCORES) == saliency.SCORES.keys()
     assert set(options.PATTERNS) == patterns.PATTERNS.keys()
     assert set(options.ENGINES) == engines.ENGINES.keys()
     assert set(options.CALL_MODES) == answers.MODES.keys()
     assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
-    assert options.TRAINED == qat.KINDS
-    assert set(options.TARGETS) == set(distill.TEACHERS)
     assert set(options.KINDS) == drafts.KINDS.keys()
     assert options.SET_MAKER == synthesize.MAKER
     assert options.EMBEDDED == checkpoint.EMBEDDED

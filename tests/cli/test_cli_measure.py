@@ -1,6 +1,8 @@
 """The comparison of two artefacts on a command line: verdicts by pencil, rounds in turn, and one-line errors."""
 
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ from transformers import PreTrainedModel  # noqa: F401  (before what reaches tor
 
 from avalab.cli import measure
 from avalab.engines.engine import Engine, Facts
-from avalab.lab.run import Run
-from avalab.measure import cell
+from avalab.lab import artifacts
+from avalab.lab.run import ROOT, Run
+from avalab.measure import cell, families, quality
 from avalab.models import checkpoint
 
 
@@ -76,6 +79,77 @@ def test_text_compares_the_loss_on_the_same_windows(tiny, avalab):
     code, text, _ = avalab(*arguments)
     assert code == 0
     assert all("not distinguishable: +0.0000" in line for line in text.splitlines())
+
+
+def test_all_modes_stand_in_one_table_with_intervals_and_a_line_that_reads_it(tiny, avalab):
+    code, text, error = avalab("eval", tiny, "--profile", "smoke", "--limit", "2")
+    assert code == 0, error
+    header, simple, _, irrelevance, every, reading = text.splitlines()
+    assert header.split() == ["right", "answers", "free", "grammar", "forced"]
+    assert len(re.findall(r"\d+ \[\d+, \d+\] %", simple)) == 3
+    assert irrelevance.split()[-1] == "-", "a call that is forced cannot be none"
+    assert every.startswith("all that need a call")
+    assert re.search(r"right when a call is forced \d+%, in free form \d+% .* it calls in \d of 4 cases", reading)
+
+
+def test_a_model_folder_is_measured_as_an_artefact_is(avalab, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "artifacts_dir", tmp_path / "artifacts")
+    code, text, error = avalab(
+        "eval", ROOT / "data" / "tiny-llama", "--profile", "smoke", "--limit", "1", "--mode", "free"
+    )
+    assert code == 0, error
+    assert text.startswith("tiny-llama")
+
+
+@pytest.fixture
+def gguf(tiny):
+    from avalab.engines import gguf as gguf_file
+
+    return gguf_file.write(artifacts.load_artifact(tiny), "q8_0").path
+
+
+def test_an_artefact_is_compared_with_its_own_gguf_file_in_8_bits(tiny, gguf, avalab):
+    """The same weights but for rounding to 8 bits: the loss moves by less than a hundredth of a nat."""
+    code, text, error = avalab("compare", gguf, tiny, "--task", "text", "--profile", "smoke", "--limit", "2")
+    assert code == 0, error
+    gaps = [float(gap) for gap in re.findall(r"(?:better|worse|distinguishable): ([+-][\d.]+)", text)]
+    assert len(gaps) == 2
+    assert max(map(abs, gaps)) < 0.01
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A random model that is not the tiny one, with its tokenizer."""
+    return families.make_model("llama", tmp_path / "stranger")
+
+
+@pytest.mark.parametrize("task", ["text", "bfcl"])
+def test_models_of_different_bases_are_compared(stranger, tiny, avalab, task):
+    code, text, error = avalab("compare", stranger, tiny, "--task", task, "--profile", "smoke", "--limit", "2")
+    assert code == 0, error
+    assert all(re.search(r"(better|worse|not distinguishable): [+\d-]", line) for line in text.splitlines()), text
+
+
+def test_other_tokenizers_are_refused_by_name_before_anything_is_scored(stranger, tiny, avalab, monkeypatch):
+    """Two letters have each other's number: the same vocabulary size, another vocabulary."""
+    monkeypatch.setattr(quality, "score_artifact", lambda *_, **__: pytest.fail("scored"))
+    file = stranger / "tokenizer.json"
+    described = json.loads(file.read_text())
+    numbers = described["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+    file.write_text(json.dumps(described))
+    code, _, error = avalab("compare", stranger, tiny, "--task", "text", "--profile", "smoke")
+    assert (code, error.strip().count("\n")) == (2, 0), error
+    assert re.search(r"stranger \(1,024 tokens\) and tiny-llama \(1,024 tokens\) have different tokenizers", error)
+    assert "--task bfcl" in error
+
+
+def test_two_artefacts_that_torch_cannot_load_have_no_common_loss(avalab, tmp_path):
+    about = {"base": {"name": "b", "sha256": ""}, "recipe": [], "format": "openvino", "engines": ["openvino"]}
+    pair = [artifacts.write_artifact(name, tmp_path, lambda folder: None, **about).path for name in "ab"]
+    code, _, error = avalab("compare", *pair, "--task", "text", "--profile", "smoke")
+    assert (code, error.strip().count("\n")) == (2, 0), error
+    assert "a (openvino) and b (openvino) do not" in error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`avalab ensemble`: every method answers, and what is wrong is one line."""
 
+import json
 import re
 
 import pytest
@@ -27,7 +28,7 @@ def answer(monkeypatch, avalab, tmp_path):
     """Exit code, standard output and standard error of `avalab ensemble ARGUMENTS`."""
     monkeypatch.setattr(Run, "artifacts_dir", tmp_path)
     asked = ("--prompt", "What is a list?", "--profile", "smoke", "--max-new-tokens", "8")
-    return lambda *arguments: avalab("ensemble", *arguments, *asked)
+    return lambda *arguments: avalab("ensemble", *asked, *arguments)
 
 
 @pytest.mark.parametrize("method", ["mean", "logits", "weighted", "vote"])
@@ -68,11 +69,38 @@ def test_the_second_model_is_asked_only_below_the_threshold(threshold, says, ans
         (2, ["--method", "cascade"], "use --method answer-cascade"),
         (2, ["--method", "weighted", "--weights", "0.9,0.9"], "sum to 1"),
         (1, ["--method", "self-consistency", "--temperature", "0"], "both must be positive"),
+        (
+            1,
+            ["--weights", "half", "--method", "weighted"],
+            "numbers with commas, such as 0.7,0.3; got 'half'",
+        ),
+        (1, ["--prompt", ""], "the prompt is empty"),
+        (1, ["--prompt", "   "], "the prompt is empty"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(count, arguments, says, answer, folders):
     code, _, error = answer("--models", *folders[:count], *arguments)
     assert (code, says in error, error.strip().count("\n")) == (2, True, 0), error
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers_before_a_model_is_loaded(
+    answer, folders, base, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    tokenizer, context = checkpoint.load_tokenizer(base), json.loads((base.path / "config.json").read_text())
+    prompt = "garden " * context["max_position_embeddings"]
+    length = len(tokenizer(prompt).input_ids)
+    code, _, error = answer("--models", *folders[:2], "--prompt", prompt)
+    said = re.search(r"the prompt takes ([\d,]+) tokens and the context of \S+ holds ([\d,]+)", error)
+    assert (code, error.strip().count("\n")) == (2, 0)
+    found, holds = (int(number.replace(",", "")) for number in said.groups())
+    assert (holds, length <= found <= length + 40) == (context["max_position_embeddings"], True)
+
+
+def test_an_answer_that_is_cut_off_says_so(answer, folders):
+    code, text, _ = answer("--models", *folders[:2], "--max-new-tokens", "1")
+    assert code == 0
+    assert "(cut off after 1 tokens: --max-new-tokens allows more)" in text
 
 
 def test_a_folder_that_is_no_artefact_and_another_tokenizer_are_refused(answer, folders, base, tmp_path):

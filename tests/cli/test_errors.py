@@ -11,7 +11,7 @@ def raising(monkeypatch):
     """Make the command raise an exception."""
 
     def prepare(error: BaseException) -> None:
-        def stand_in():
+        def stand_in(**_):
             raise error
 
         monkeypatch.setattr(cli, "app", stand_in)

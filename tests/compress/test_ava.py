@@ -99,13 +99,11 @@ def test_an_engine_gets_only_types_that_it_reads_as_written(run, base, plain):
     assert set(found.card["measured"]["formats"]) <= {*ava_targets.GGUF_TYPES["openvino"], "bf16"}
 
 
-def test_a_budget_over_bf16_copies_and_says_so(run, base):
-    for format in ("gguf", "transformers"):
-        found = quantize.compress_artifact(base, "ava", run=run, bytes=4_000_000, format=format)
-        assert "holds the whole bf16 model: copied" in found.card["measured"]["note"]
-        ours, theirs = (checkpoint.load_model(artifact).state_dict() for artifact in (found, base))
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert found.format == "bf16"
+@pytest.mark.parametrize("format", ["transformers", "gguf", "onnx"])
+def test_a_budget_that_holds_the_model_as_it_is_is_refused_with_both_sizes(format, run, base):
+    said = f"{base.bytes / 1e6:.1f} MB in bf16, within the budget of 4.0 MB: nothing to compress"
+    with pytest.raises(ValueError, match=said):
+        quantize.compress_artifact(base, "ava", run=run, bytes=4_000_000, format=format)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +113,10 @@ def test_a_budget_over_bf16_copies_and_says_so(run, base):
         ({"format": "rtf"}, "unknown format 'rtf'; choose one of transformers, gguf, onnx"),
         ({"format": "gguf", "engine": "steam"}, "engine 'steam'; choose one of any, llamacpp, torch, openvino"),
         ({"bytes": -1}, "a budget has to be positive, got -1"),
+        ({"bytes": 700_000, "bits_per_weight": 5.0}, "two budgets for one file"),
+        ({"engine": "openvino"}, "engine 'openvino' chooses among GGUF types; it needs format=gguf"),
+        ({"format": "gguf", "group_size": 64}, "group_size 64 is not of format=gguf"),
+        ({"format": "gguf", "embedding": "bf16"}, "embedding=bf16 is not of format=gguf"),
     ],
 )
 def test_a_budget_format_or_engine_that_cannot_be_is_refused(parameters, message, run, base):

@@ -1,6 +1,5 @@
 """Libraries' compressors: bitsandbytes' own bytes, AutoRound's own integers, engines' quantisers, what is refused."""
 
-import importlib.util
 import logging
 import subprocess
 import warnings
@@ -13,12 +12,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from avalab import kernels
 from avalab.compress import libraries, quantize
 from avalab.compress.libraries import Job
-from avalab.engines import engine
+from avalab.engines import engine, llamacpp_library
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
 from avalab.models import checkpoint
 
-has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
+has_quantiser = pytest.mark.skipif(
+    not any(llamacpp_library.BUILDS[name]() for name in llamacpp_library.QUANTISERS),
+    reason="no build of llama.cpp that quantises is here: python -m avalab.lab.assets llamacpp-linux-x64",
+)
 
 PLAIN = {"double_quantization": False, "block_size": 64, "compute_dtype": "bfloat16"}
 
@@ -116,7 +118,7 @@ def test_a_window_is_what_the_stateful_graph_reads():
     assert inputs["beam_idx"].tolist() == [0]
 
 
-@has_llama_cpp
+@has_quantiser
 def test_llama_cpp_writes_a_mixture_that_torch_reads(base, run):
     artifact = quantize.compress_artifact(base, "gguf-q4_k_m", run=run)
     assert artifact.card["measured"]["formats"]["q5_0"] > 0  # 256 does not divide the tiny model's rows

@@ -1,8 +1,10 @@
 """Texts: the same for everyone, disjoint, and cut into windows without losing or repeating a token."""
 
 import ast
+import bz2
 import hashlib
 import json
+import re
 from pydoc_data.topics import topics
 
 import pytest
@@ -189,6 +191,34 @@ def test_too_short_a_calibration_text_is_refused_with_both_counts(tokenizer, mon
     monkeypatch.setattr(corpora, "calibration_text", lambda *_, **__: Text("calibration", "word " * 200))
     with pytest.raises(ValueError, match=r"calibration text has \d windows of \d+ tokens, asked for 8"):
         corpora.calibration_windows(Run("test", "smoke"), tokenizer)
+
+
+def test_the_encyclopedia_is_whole_paragraphs_of_leads_without_markup(tmp_path, monkeypatch):
+    sentence = "The '''rook''' is a [[Chess piece|piece]] that moves along ranks and files.<ref>A book.</ref> "
+    lead = "[[File:a.png|thumb|" + 200 * "x" + ".]]\n" + 4 * sentence + "\n\nToo short.\n"
+    page = "<page><title>{}</title>{}<revision><text>{}</text></revision></page>"
+    text = (lead + "\n== History ==\n" + 5 * sentence).replace("<", "&lt;")
+    pages = page.format("Rook", "", text) + page.format("R", '<redirect title="Rook"/>', 9 * sentence.split("<")[0])
+    path = tmp_path / "articles.xml.bz2"
+    path.write_bytes(bz2.compress(f'<mediawiki xmlns="urn:export">{pages}</mediawiki>'.encode()))
+    monkeypatch.setattr(assets, "fetch_asset", lambda name: path)
+    corpora.encyclopedia.cache_clear()
+    plain = "The rook is a piece that moves along ranks and files."
+    assert corpora.encyclopedia() == " ".join(4 * [plain])
+    corpora.encyclopedia.cache_clear()
+
+
+def test_the_dialogue_asks_each_question_once_in_the_chat_format(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.yml").write_text("conversations:\n- - Hello\n  - Hi\n  - How are you?\n  - Fine.\n- - Alone\n")
+    (tmp_path / "b.yml").write_text("conversations:\n- - Hello\n  - Good day\n- - What is 1?\n  - 1\n")
+    monkeypatch.setattr(assets, "fetch_asset", lambda name: tmp_path)
+    said = corpora.evaluation_text("dialogue", tokenizer).content
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", said)
+    assert sorted(turns[i : i + 2] for i in range(0, len(turns), 2)) == [
+        [("user", "Hello"), ("assistant", "Hi")],
+        [("user", "How are you?"), ("assistant", "Fine.")],
+        [("user", "What is 1?"), ("assistant", "1")],
+    ]
 
 
 def test_an_unknown_text_lists_the_known_ones(tokenizer):

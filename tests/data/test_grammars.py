@@ -15,11 +15,11 @@ from avalab.data.grammars import (
     greedy_answers,
     left_padded,
     logits_mask,
-    stop_tokens,
 )
 from avalab.lab import assets
 from avalab.lab.run import ROOT
 from avalab.lab.schemas import to_json_schema
+from avalab.models.stops import stop_tokens
 
 ADD = {
     "name": "math.add",
@@ -74,7 +74,7 @@ def ending_bias(tokenizer, size):
     for text, token in tokenizer.get_vocab().items():
         if text and set(text) <= set('"}]'):
             bias[token] = 4.0
-    bias[stop_tokens(tokenizer)] = 4.0
+    bias[list(stop_tokens(tokenizer))] = 4.0
     return bias
 
 
@@ -124,7 +124,7 @@ def test_the_same_holds_for_the_embedded_models_tokenizer():
         pytest.skip("the embedded model has not been fetched")
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     size = 49152
-    assert tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer)) == ["<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer)[0]) == "<|im_end|>"
     batch = [call_grammar(grammar_compiler(tokenizer, size), [ADD, BOOK], refusal=False)] * 4
     texts = [text for text in sample(tokenizer, batch, seed=1, size=size) if text is not None]
     assert texts
@@ -268,7 +268,7 @@ def test_batched_answers_are_those_of_transformers_generate(model, tokenizer, ti
     functions = [ADD, NOW, BOOK, NOW]
     chosen = [call_grammar(tiny_compiler, [f], refusal=mode == "refusal", max_calls=1) for f in functions]
     chosen = None if mode == "free" else chosen
-    stops = stop_tokens(tokenizer)
+    stops = list(stop_tokens(tokenizer))
     expected = []
     for index, prompt in enumerate(PROMPTS):
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])

@@ -18,17 +18,25 @@ import pytest
 from avalab.lab.run import ROOT
 
 TINY = ROOT / "data" / "tiny-llama"
-EXTRAS = {"openvino_genai": "openvino", "llama_cpp": "llamacpp", "executorch": "executorch"}
+EXTRAS = {"openvino_genai": "openvino", "xllamacpp": "lab", "executorch": "executorch"}
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs(*modules): skip the test where one of them is not installed")
+    config.addinivalue_line("markers", "quantiser: skip the test where no build of llama.cpp that quantises is here")
 
 
 def pytest_runtest_setup(item):
     for module in [module for mark in item.iter_markers("needs") for module in mark.args]:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[{EXTRAS.get(module, 'onnx')}]'")
+    if item.get_closest_marker("quantiser"):
+        from avalab.engines import EngineUnavailable, llamacpp
+
+        try:
+            llamacpp.require_quantiser()
+        except EngineUnavailable as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_the_compile_command_says_where_the_package_is_and_how_to_run_it_without
 def test_the_compile_command_says_in_one_line_which_compiler_is_missing(tiny_artifact, tmp_path, command):
     with without_a_compiler():
         code, said = command("compile", "--model", tiny_artifact.path, "--out", tmp_path / "there")
-    assert code == 1
+    assert code == 2
     assert said.startswith("avalab: engine aot needs the C++ compiler no-such-compiler")
     assert said.count("\n") == 1
     assert not (tmp_path / "there").exists()

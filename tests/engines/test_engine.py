@@ -119,7 +119,6 @@ def test_other_engines_name_the_one_that_loads_a_package(tmp_path):
         ("onnx", "onnxruntime_genai", "onnx"),
         ("onnxruntime", "onnxruntime", "onnx"),
         ("executorch", "executorch", "executorch"),
-        ("llamacpp", "llama_cpp", "llamacpp"),
         ("vllm", "vllm", "vllm"),
         ("tensorrt", "tensorrt_llm", "tensorrt"),
     ],

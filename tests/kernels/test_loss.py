@@ -70,6 +70,33 @@ def test_kl_and_both_gradients_agree_with_torch(tokens, vocab, reverse, seed):
     torch.testing.assert_close(torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(theirs, (hidden, head)))
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_capped_logits_and_both_gradients_agree_with_torch(small_chunks, trained):
+    """3 tanh(z / 3), as Gemma 2 has it with 30; the teacher's cap is its own."""
+    hidden, head, targets = inputs()
+    other, other_head, _ = (t.detach() for t in inputs(seed=1))
+    head.requires_grad_(trained)
+    both = (hidden, head) if trained else (hidden,)
+    logits, theirs = 3 * torch.tanh(hidden @ head.T / 3), 2 * torch.tanh(other @ other_head.T / 2)
+    q, p = logits.log_softmax(-1), theirs.log_softmax(-1)
+    capped = {"softcap": 3.0}
+    pairs = [
+        (kernels.linear_cross_entropy(hidden, head, targets, **capped), functional.cross_entropy(logits, targets)),
+        (
+            kernels.linear_kl(hidden, head, (other, other_head), teacher_softcap=2.0, **capped),
+            functional.kl_div(q, p, log_target=True, reduction="batchmean"),
+        ),
+        (
+            kernels.linear_sparse(hidden, head, torch.arange(67).expand(21, 67), p.exp(), **capped),
+            -(p.exp() * q).sum(-1).mean(),
+        ),
+    ]
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected)
+        found, wanted = (torch.autograd.grad(loss, both, retain_graph=True) for loss in (ours, expected))
+        torch.testing.assert_close(found, wanted)
+
+
 def test_gradients_agree_with_finite_differences(small_chunks):
     hidden, head, targets = inputs(18, 11, 2)
     teacher = torch.randn(18, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from avalab.lab import artifacts
+from avalab.lab.errors import LabError
 
 RECIPE = [{"step": "nf4", "group_size": 64}]
 BASE = {"name": "tiny", "sha256": "ab" * 32}
@@ -283,3 +286,49 @@ def test_the_bare_numbers_beside_an_openvino_graph_are_no_pickle(tmp_path):
         "x", tmp_path, save, base={"name": "b", "sha256": "0"}, recipe=[], format="openvino"
     )
     assert written.bytes == 4
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def outcome(read, path: Path):
+    """What is read from a path, or None and the one line that is said."""
+    try:
+        return read(path), ""
+    except LabError as error:
+        return None, str(error)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_altered_or_truncated_card_loads_as_before_or_is_one_line_that_names_it(tmp_path, data):
+    """Any part replaced by any JSON value, or the text cut anywhere: what loads has the forms that are read."""
+    card = tmp_path / "a" / artifacts.CARD
+    if not card.exists():
+        write(tmp_path, name="a")
+        (tmp_path / "kept.json").write_bytes(card.read_bytes())
+    whole = (tmp_path / "kept.json").read_bytes()
+    if data.draw(st.booleans()):
+        card.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])
+    else:
+        parts = json.loads(whole)
+        key = data.draw(st.sampled_from(sorted(parts)))
+        if isinstance(parts[key], dict) and parts[key] and data.draw(st.booleans()):
+            parts[key][data.draw(st.sampled_from(sorted(parts[key])))] = data.draw(JSON)
+        else:
+            parts[key] = data.draw(JSON)
+        card.write_text(json.dumps(parts))
+    found, said = outcome(artifacts.load_artifact, tmp_path / "a")
+    if found is None:
+        assert str(tmp_path / "a") in said
+        assert "\n" not in said
+        return
+    assert isinstance(found.name, str)
+    assert isinstance(found.format, str)
+    assert isinstance(found.card["base"]["name"], str)
+    assert isinstance(found.bytes, int)
+    assert all(isinstance(step, dict) for step in found.card["recipe"])

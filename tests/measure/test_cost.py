@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,18 @@ def test_a_measurement_is_taken_once_for_the_same_bytes(measured, tmp_path, monk
     assert cost.cached_cell(artifact, Workload(), tmp_path) == first == measured
     cost.cached_cell(artifact, Workload(prompts=(9,)), tmp_path)
     assert len(taken) == 2
+
+
+def test_a_kept_figure_says_when_it_was_measured_and_again_replaces_it(measured, artifact, tmp_path, monkeypatch):
+    clock = iter(range(9))
+    at = "2026-01-0{}T00:00:00+00:00".format
+    monkeypatch.setattr(Run, "artifacts_dir", tmp_path)
+    monkeypatch.setattr(cell, "measure_cell", lambda *args, work: replace(measured, when=at(next(clock))))
+    run = Run("t", "smoke")
+    for again in (False, False, True, False):
+        cost.record_cost(run, "tiny", artifact, again=again)
+    found = [record.when for record in run.records if record.metric == "peak_rss_bytes"]
+    assert found == [at(0), at(0), at(1), at(1)]
 
 
 def test_a_crashing_measurement_names_the_artefact_and_the_last_error_line(tmp_path):

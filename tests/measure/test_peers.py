@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from avalab import engines
 from avalab.compress import quantize
 from avalab.data import corpora
-from avalab.engines import EngineUnavailable
+from avalab.engines import EngineUnavailable, llamacpp_library
 from avalab.lab import artifacts
 from avalab.lab.run import Record, load_records
 from avalab.measure import answers, peers
 from avalab.models import checkpoint, packed, predict, sizes
 from avalab.report import tables
 
-has_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is missing")
 EMBEDDING = "model.embed_tokens.weight"
 KEPT, OTHER = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
@@ -75,7 +74,9 @@ def test_a_peer_without_its_library_names_it_and_how_to_get_it(peer, run, base, 
     row = quantize.METHODS[peers.PEERS[peer][0]]
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == row.library else real(name))
-    with pytest.raises(EngineUnavailable, match=rf"{row.library}; install it: (pip install|make )"):
+    for build in llamacpp_library.BUILDS:
+        monkeypatch.setitem(llamacpp_library.BUILDS, build, lambda: None)
+    with pytest.raises(EngineUnavailable, match=rf"{row.library}; install it: (pip install|make )|; get it: python -m"):
         peers.make_peer(base, peer, run=run)
 
 

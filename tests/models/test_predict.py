@@ -92,7 +92,7 @@ def test_token_scores_of_two_tokens_by_hand():
 def test_a_soft_cap_bends_the_logits_before_the_softmax():
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
-    found = predict.log_probabilities(torch.tensor([[10.0, -10.0]]), head, 5.0)
+    found = predict.log_probabilities(torch.tensor([[10.0, -10.0]]), head, predict.Finish(softcap=5.0))
     expected = (5 * torch.tanh(torch.tensor([[2.0, -2.0]]))).log_softmax(-1)
     assert torch.allclose(found, expected)
 
@@ -147,7 +147,7 @@ def test_the_reference_is_computed_once_for_the_same_base_and_windows(base, wind
 def test_logits_scaled_after_the_head_are_refused_not_ignored(base):
     model = checkpoint.load_model(base)
     model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match="logits_scaling"):
+    with pytest.raises(ValueError, match="llama models make logits of their hidden states in a way that is not known"):
         predict.output_head(model)
 
 

@@ -144,7 +144,7 @@ def test_the_greedy_answer_is_that_of_the_evaluation(respondent):
 @pytest.mark.parametrize("end", ["/quit", EOFError, KeyboardInterrupt])
 @pytest.mark.parametrize("mode", serve_chat.MODES)
 def test_a_chat_ends_cleanly(respondent, monkeypatch, mode, end):
-    monkeypatch.setattr(serve_chat, "answerer", lambda *_: scripted("Hello.", "Again."))
+    monkeypatch.setattr(serve_chat, "answerer", lambda *_, say: scripted("Hello.", "Again."))
     said = []
     chat = serve_chat.converse(respondent, TOOLS, mode=mode, read=reader("Hi.", "", "Again?", end), say=said.append)
     assert [m["content"] for m in chat[1:]] == ["Hi.", "Hello.", "Again?", "Again."]
@@ -157,6 +157,29 @@ def test_a_request_that_is_too_long_is_refused_and_the_chat_goes_on(respondent):
     chat = serve_chat.converse(respondent, TOOLS, read=read, say=said.append)
     assert len(chat) == 1
     assert "the model has room for" in said[1]
+
+
+def test_an_answer_that_is_cut_off_says_so(respondent):
+    """One that ends does not: what is streamed above is the answer alone."""
+    heard: list[str] = []
+    answer = serve_chat.answerer(respondent, TOOLS, "grammar", stream=False, new_tokens=1, say=heard.append)
+    answer([{"role": "user", "content": "What is a list?"}])
+    assert heard == ["(cut off after 1 tokens)"]
+
+
+def test_turns_that_no_longer_fit_are_left_out_with_a_notice(respondent):
+    """The long turn takes more than half of what there is room for, twice it does not fit."""
+    context = respondent.model.config.max_position_embeddings
+    unit = len(respondent.tokenizer(" garden").input_ids)
+    long = " garden" * (context // 2 // unit)
+    chat = [
+        {"role": "user", "content": long},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": long},
+    ]
+    heard: list[str] = []
+    serve_chat.answerer(respondent, [], "free", stream=False, new_tokens=4, say=heard.append)(chat)
+    assert heard[0] == f"(the 2 oldest messages are left out: the model has room for {context - 4:,} tokens)"
 
 
 def test_an_unknown_mode_is_refused_before_anything_is_loaded(respondent):

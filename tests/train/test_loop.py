@@ -27,13 +27,28 @@ SCHEDULE = Schedule(learning_rate=3e-3, checkpoint_every=2, epochs=3)
 
 def packed():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    examples = toolbox.function_calling_examples(8, seed=0)
+    examples = toolbox.function_calling_examples(4, seed=0)
     return packing.pack_chats(tokenizer, examples, row_tokens=1000, context=1024, seed=0)
 
 
 @pytest.fixture(scope="module")
 def rows():
     return packed()
+
+
+def trained(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def alike(first, second):
+    return all(map(torch.equal, trained(first).values(), trained(second).values()))
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    """A student after an unbroken run, and its history."""
+    model = student()
+    return model, loop.fit(model, rows, schedule=SCHEDULE, folder=tmp_path_factory.mktemp("whole") / "run")
 
 
 def student(dtype=torch.float32, fused=True, dropout=0.0):
@@ -74,13 +89,16 @@ class Stop(loop.Progress):
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(rows, tmp_path, monkeypatch):
     """Also where chance decides: the generators' states are part of a checkpoint."""
-    whole = loop.fit(student(dropout=0.3), rows, schedule=SCHEDULE, folder=tmp_path / "whole")
+    first, second = student(dropout=0.3), student(dropout=0.3)
+    whole = loop.fit(first, rows, schedule=SCHEDULE, folder=tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Progress", Stop)
         with pytest.raises(KeyboardInterrupt):
             loop.fit(student(dropout=0.3), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    resumed = loop.fit(student(dropout=0.3), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    resumed = loop.fit(second, rows, schedule=SCHEDULE, folder=tmp_path / "run")
     assert after(resumed, 4) == after(whole, 4)
+    assert alike(first, second)
+    assert not (tmp_path / "run").exists()
 
 
 KILLED = """
@@ -100,24 +118,91 @@ loop.fit(here.student(), here.packed(), schedule=here.SCHEDULE, folder=Path(sys.
 """
 
 
-def test_a_run_whose_process_was_killed_goes_on_from_its_last_checkpoint(rows, tmp_path):
+def test_a_run_whose_process_was_killed_goes_on_from_its_last_checkpoint(rows, whole, tmp_path):
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "run")]
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert (tmp_path / "run" / "checkpoint-4").is_dir()
-    whole = loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "whole")
-    resumed = loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    assert after(resumed, 4) == after(whole, 4)
+    assert list((tmp_path / "run").glob("*/checkpoint-4"))
+    resumed = student()
+    history = loop.fit(resumed, rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    assert after(history, 4) == after(whole[1], 4)
+    assert alike(resumed, whole[0])
 
 
-def test_an_unfinished_run_of_other_settings_or_rows_is_not_continued(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Progress", Stop)
-    with pytest.raises(KeyboardInterrupt):
-        loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    with pytest.raises(ValueError, match=r"learning_rate: 0.003 then, 0.1 now"):
-        loop.fit(student(), rows, schedule=replace(SCHEDULE, learning_rate=0.1), folder=tmp_path / "run")
-    with pytest.raises(ValueError, match="rows: "):
-        loop.fit(student(), rows[:1], schedule=SCHEDULE, folder=tmp_path / "run")
+def stopped(rows, folder, monkeypatch, schedule=SCHEDULE):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Progress", Stop)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(student(), rows, schedule=schedule, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schedule": replace(SCHEDULE, steps=1, learning_rate=0.1)}, "learning_rate: 0.003 then, 0.1 now"),
+        ({"rows": slice(1)}, "rows: "),
+        ({"identity": "rank 8"}, "identity: '' then, 'rank 8' now"),
+    ],
+)
+def test_an_unfinished_run_of_other_settings_is_kept_and_not_continued(
+    rows, tmp_path, monkeypatch, capsys, change, said
+):
+    stopped(rows, tmp_path / "run", monkeypatch)
+    chosen = rows[change.get("rows", slice(None))]
+    how = {"schedule": replace(SCHEDULE, steps=1), **{name: value for name, value in change.items() if name != "rows"}}
+    assert loop.fit(student(), chosen, **how, folder=tmp_path / "run")[0]["step"] == 1
+    shown = capsys.readouterr().err
+    assert "keeps an unfinished training of other settings" in shown
+    assert said in shown
+    assert list((tmp_path / "run").glob("*/checkpoint-4"))
+
+
+def test_a_checkpoint_is_due_after_so_many_seconds_too(rows, whole, tmp_path, monkeypatch):
+    schedule = replace(SCHEDULE, checkpoint_every=50, checkpoint_seconds=0.0)
+    stopped(rows, tmp_path / "run", monkeypatch, schedule)
+    assert {path.name for path in (tmp_path / "run").glob("*/checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    resumed = student()
+    loop.fit(resumed, rows, schedule=schedule, folder=tmp_path / "run")
+    assert alike(resumed, whole[0])
+
+
+class Interrupt(loop.Progress):
+    """Presses Ctrl-C in the middle of step 3."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_the_step_keeps_it_and_goes_on_from_there(rows, whole, tmp_path, monkeypatch, capsys):
+    schedule, before = replace(SCHEDULE, checkpoint_every=50), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Progress", Interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(student(), rows, schedule=schedule, folder=tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step, which is kept" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").glob("*/checkpoint-*")] == ["checkpoint-3"]
+    resumed = student()
+    loop.fit(resumed, rows, schedule=schedule, folder=tmp_path / "run")
+    assert alike(resumed, whole[0])
+
+
+class Late(loop.Progress):
+    """Is killed when the last checkpoint was made and nothing else."""
+
+    def on_train_end(self, args, state, control, **_):
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_ended_before_its_weights_were_kept_ends_again_at_once(rows, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Progress", Late)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    ended = student()
+    assert losses(loop.fit(ended, rows, schedule=SCHEDULE, folder=tmp_path / "run")) == losses(whole[1])
+    assert alike(ended, whole[0])
 
 
 def test_a_step_is_the_mean_over_tokens_however_they_are_dealt_out(rows, tmp_path):
@@ -132,7 +217,7 @@ def test_a_step_is_the_mean_over_tokens_however_they_are_dealt_out(rows, tmp_pat
 
 
 def test_held_out_rows_are_scored_and_patience_ends_the_run(rows, tmp_path):
-    schedule = Schedule(learning_rate=0.0, checkpoint_every=1, epochs=50, patience=2)
+    schedule = Schedule(learning_rate=1e-30, checkpoint_every=1, epochs=50, patience=2)
     history = loop.fit(student(), rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=rows[1:])
     held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
     assert len(losses(history)) < 6
@@ -166,8 +251,19 @@ def test_the_libraries_own_forward_pass_and_loss_give_the_same_curve(rows, tmp_p
 def test_a_loss_that_is_not_finite_ends_the_run(rows, tmp_path):
     model = student()
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match="lower the learning rate"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1; lower .*0\.001 \(nothing is left behind\)"):
         loop.fit(model, rows, schedule=Schedule(steps=2), folder=tmp_path / "run")
+
+
+def test_a_loss_that_stops_being_finite_names_the_step_and_the_last_good_one(rows, tmp_path):
+    def spoilt(hidden, head, batch):
+        seen.append(1)
+        return next_token(hidden, head, batch) * (float("nan") if len(seen) == 4 else 1.0)
+
+    seen: list[int] = []
+    with pytest.raises(ValueError, match=r"the loss is nan at step 4; lower the learning rate.*step 2 is kept in "):
+        loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run", loss=spoilt)
+    assert list((tmp_path / "run").glob("*/checkpoint-2"))
 
 
 def test_a_model_without_trainable_parameters_is_refused(rows, tmp_path):
@@ -260,13 +356,24 @@ def test_two_processes_under_accelerate_launch_train_as_one_with_the_doubled_bat
     assert found[2] == pytest.approx(found[1], abs=1e-5)
 
 
-def test_half_a_checkpoint_is_passed_over(rows, tmp_path, monkeypatch):
-    """A kill while step 4's checkpoint was being written: training goes on from step 2's."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "Progress", Stop)
-        with pytest.raises(KeyboardInterrupt):
-            loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
-    whole = loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "whole")
-    resumed = loop.fit(student(), rows, schedule=SCHEDULE, folder=tmp_path / "run")
-    assert after(resumed, 2) == after(whole, 2)
+@pytest.mark.parametrize("harm", ["half", "missing", "altered", "unsealed"])
+def test_a_damaged_checkpoint_goes_said_so_and_the_one_before_it_is_taken(
+    rows, whole, tmp_path, monkeypatch, capsys, harm
+):
+    stopped(rows, tmp_path / "run", monkeypatch)
+    (last,) = (tmp_path / "run").glob("*/checkpoint-4")
+    if harm == "half":
+        (last / "files.json").write_text('{"optim')
+    elif harm == "unsealed":
+        (last / "files.json").unlink()
+    elif harm == "missing":
+        (last / "rng_state.pth").unlink()
+    else:
+        content = bytearray((last / "optimizer.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (last / "optimizer.pt").write_bytes(content)
+    resumed = student()
+    history = loop.fit(resumed, rows, schedule=SCHEDULE, folder=tmp_path / "run")
+    assert f"{last} is damaged (" in capsys.readouterr().err
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4, 5, 6]
+    assert alike(resumed, whole[0])
