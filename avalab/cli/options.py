@@ -75,6 +75,8 @@ KINDS = (  # of examples, of avalab.data.drafts
     *("missing_argument", "structured_output", "reasoning", "instruction"),
 )
 
+SET_MAKER = "Made by `avalab.data.synthesize`"  # of avalab.data.synthesize: in the card of a set
+
 ENGINES = ("torch", "openvino", "onnx", "llamacpp", "onnxruntime", "aot", "executorch", "vllm", "tensorrt")
 
 CALL_MODES = ("free", "grammar", "forced")  # of avalab.measure.answers

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avalab.cli import compress, options
-from avalab.data import drafts
+from avalab.data import drafts, synthesize
 from avalab.lab import run as lab_run
 from avalab.lab.errors import InputError
 from avalab.measure import answers
@@ -83,6 +83,9 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
         (["assets", "nosuch"], "nosuch"),
         (["synthesize", "--out", "x", "--kinds", "poem"], "choose one of single_call"),
         (["synthesize", "--out", "x", "--overlap", "some"], "choose here, all or none"),
+        (["synthesize", "--out", "x", "--teacher-model", "m"], "--teacher-model m is of no teacher"),
+        (["synthesize", "--out", ROOT / "README.md"], "is a file; name a folder"),
+        (["synthesize", "--out", ROOT], "holds README.md that this command did not make"),
         (["synthesize", "--out", "x", "--teacher", "nothing/here"], "no artefact at"),
         (["synthesize", "--out", "x", "--teacher", "http://127.0.0.1:9/v1"], "needs --teacher-model"),
         (["prune", "--out", "x", "--method", "guess", "--profile", "smoke"], "sparsegpt"),
@@ -235,6 +238,7 @@ def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
     assert set(options.KINDS) == drafts.KINDS.keys()
+    assert options.SET_MAKER == synthesize.MAKER
     assert options.EMBEDDED == checkpoint.EMBEDDED
 
 
