@@ -81,7 +81,7 @@ def _compare(source: Artifact, check: Check, folder: Path) -> dict:
 
 def exact_model(source: Artifact) -> PreTrainedModel:
     """An artefact's model as `exact` has it."""
-    return exact(checkpoint.load_model(source, dtype=torch.float32))
+    return exact(checkpoint.load_dense(source.path, dtype=torch.float32))
 
 
 def exact(model: PreTrainedModel) -> PreTrainedModel:

@@ -243,7 +243,7 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
 def load_dense(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model of a dense folder, or of a compressed-tensors one decoded into plain linear layers."""
     model = load_model(folder, dtype=dtype)
-    if not stored.quantization_of(folder):
+    if stored.quantization_of(folder).get("quant_method") != "compressed-tensors":
         return model
     config = loading.read_config(folder)
     del config.quantization_config

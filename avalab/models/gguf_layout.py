@@ -435,7 +435,7 @@ class _Header:
         found = []
         for _ in range(self.counted(count)):
             name, dimensions = self.text(), self.number("I")
-            elements = prod(self.number("Q") for _ in range(self.counted(dimensions)))
+            elements = math.prod(self.number("Q") for _ in range(self.counted(dimensions)))
             found.append((name, elements, self.number("I"), self.number("Q")))
         alignment = self.values.get(ALIGNMENT, 32)
         if not isinstance(alignment, int) or alignment < 1:

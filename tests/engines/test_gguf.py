@@ -124,19 +124,19 @@ def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
     ("least", "greatest", "block"),
     [
         *[(-8, 7, "q4_0"), (-3, 12, "q4_1"), (-16, 15, "q5_0"), (-1, 30, "q5_1"), (-127, 127, "q8_0")],
-        *[(-9, 6, "q5_0"), (-13, 18, "q8_0"), (-255, 0, "bf16")],  # 11 bits do not hold 9 or 13 times 1.9921875
+        *[(-9, 6, "q5_0"), (-13, 18, "q8_0"), (-255, 0, "f16")],  # 11 bits do not hold 9 or 13 times 1.9921875
     ],
 )
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_steps_get_the_smallest_block_type_that_holds_their_values_exactly(least, greatest, block, group_size):
-    """gguf decodes what was written as steps times scales, to the last bit of float32; in bf16 as that rounds them."""
+    """gguf decodes what was written as steps times scales, to the last bit of float32; in f16 as bf16 rounds them."""
     steps = torch.randint(least, greatest + 1, (3, 128), dtype=torch.int32)
     steps[:, ::32], steps[:, 1::32] = least, greatest
     scales = torch.tensor([[1.9921875, 0.25], [0.498046875, 2.0], [1.0, 0.5]]).bfloat16().repeat(1, 64 // group_size)
     kind, stored = gguf_file.encoded_steps(Steps(steps, scales))
     assert kind == block
     expected = steps * scales.float().repeat_interleave(group_size, dim=1)
-    expected = expected.bfloat16().float() if kind == "bf16" else expected
+    expected = expected.bfloat16().float() if kind == "f16" else expected
     assert torch.equal(torch.from_numpy(dequantize(stored, GGMLQuantizationType[kind.upper()])), expected)
 
 
