@@ -51,7 +51,7 @@ def refuse_unreachable(
         f"{what} changes linear layers, which hold {share:.0%} of the weights in the blocks of "
         f"{model.config.model_type} ({kind}: {count / max(1, total):.0%}, which would stay as they are); "
         + (f"{remedy}; " if share else "")
-        + "whole, this model stays in bf16; Llama, Mistral, Qwen, Gemma, Phi-3, OLMo 2 and Granite are reached"
+        + "`avalab export --to gguf --weights q8_0` takes the whole model where llama.cpp knows its family"
     )
 
 
