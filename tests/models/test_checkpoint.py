@@ -151,7 +151,7 @@ def scales(blocks: int, draw: np.random.Generator) -> np.ndarray:
     return draw.uniform(0.0002, 0.0004, (blocks, 1)).astype(np.float16).view(np.uint8)
 
 
-# A type of the published files: its random bytes, weights of a block, a grid of as many bits, what rounding costs off it
+# By block type: its random bytes, weights of a block, a grid of as many bits, what rounding to that costs off the grid
 K_GRIDS = {
     "q4_k": (q4_k_bytes, 256, block_types.FORMATS["q4_1"], 0.02),
     "q6_k": (q6_k_bytes, 256, formats.integer(6, 16, symmetric=False), 0.005),
@@ -387,7 +387,7 @@ def test_the_header_of_a_gguf_file_is_parsed_once_and_the_package_is_left_as_it_
         return parse(path, *mode)
 
     monkeypatch.setattr(gguf, "GGUFReader", counted)
-    model, tokenizer = checkpoint.from_gguf(tmp_path / "m.gguf")
+    _, tokenizer = checkpoint.from_gguf(tmp_path / "m.gguf")
     assert len(parsed) == 1
     assert gguf.GGUFReader is counted
     assert tokenizer("def f(x):").input_ids == checkpoint.load_tokenizer(TINY)("def f(x):").input_ids

@@ -145,6 +145,13 @@ def test_the_reference_is_computed_once_for_the_same_base_and_windows(base, wind
     assert torch.equal(again.hidden, first.hidden)
 
 
+def test_logits_scaled_after_the_head_are_refused_not_ignored(base):
+    model = checkpoint.load_model(base)
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match="llama models make logits of their hidden states in a way that is not known"):
+        predict.output_head(model)
+
+
 def test_logits_that_a_model_scales_behind_its_head_are_scored_as_scaled(windows, tmp_path):
     """Granite divides them by `logits_scaling`; the oracle is transformers' own forward pass."""
     model = checkpoint.load_model(families.make_model("granite", tmp_path / "granite"), dtype=torch.float32)
@@ -196,13 +203,6 @@ def test_models_of_other_words_are_refused_by_name(base, tmp_path):
     predict.refuse_other_words(base, base.path)
     with pytest.raises(ValueError, match=r"other \(1,031 words\) and tiny-llama \(1,024\) have different tok"):
         predict.refuse_other_words(base, folder)
-
-
-def test_logits_scaled_after_the_head_are_refused_not_ignored(base):
-    model = checkpoint.load_model(base)
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match="llama models make logits of their hidden states in a way that is not known"):
-        predict.output_head(model)
 
 
 def test_a_bf16_head_loses_nothing_beyond_float32_rounding():
