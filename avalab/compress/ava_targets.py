@@ -225,7 +225,7 @@ class GgufModel:
         check = Check({"torch": "bf16"})  # the model's values are rounded to bf16, the file's are not
         model = checks.exact(copy.deepcopy(self.model).cpu())
         tokenizer = checkpoint.load_tokenizer(self.source)
-        self.measured |= checks.compare(model, tokenizer, folder, check, name=self.source.name)
+        self.measured.update(checks.compare(model, tokenizer, folder, check, name=self.source.name))
 
 
 def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedConfig:
