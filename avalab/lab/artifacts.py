@@ -289,12 +289,45 @@ class Export:
 
 
 def write_export(
-    artifact: Artifact, export: Export, save: Callable[[Path], dict | None], *, out: Path | None = None
+    artifact: Artifact,
+    export: Export,
+    save: Callable[[Path], dict | None],
+    check: Callable[[Path], dict],
+    *,
+    out: Path | None = None,
 ) -> Artifact:
-    """`make_artifact` for an engine, in `<name>+<format>` beside the artefact or in the folder `out`."""
+    """`make_artifact` for an engine, in `<name>+<format>` beside the artefact or in the folder `out`.
+
+    `check` compares the filled folder with the artefact; what it finds is in the card, what it raises keeps nothing.
+    """
     out = out or artifact.path.parent / f"{artifact.name}+{export.format}"
-    step = {**export.step, "code": code_of(save)}
-    return make_artifact(out, save, base=artifact, step=step, format=export.format, engines=export.engines)
+    step = {**export.step, "code": code_of(save, check)}
+
+    def fill(folder: Path) -> dict:
+        return (save(folder) or {}) | check(folder)
+
+    return make_artifact(out, fill, base=artifact, step=step, format=export.format, engines=export.engines)
+
+
+def refuse_foreign(folder: Path, names: Iterable[str], *, made_by: str) -> None:
+    """Raise ValueError for files of these names, or a README.md, that would be replaced and are somebody else's.
+
+    Ours is a README.md that says `made_by`, and a file whose sha256 it lists; it need not be there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written; name another folder")
+    card = folder / "README.md"
+    said = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    foreign = [card.name] if card.exists() and made_by not in said else []
+    foreign += [name for name in names if (folder / name).is_file() and sha256_of(folder / name) not in said]
+    if foreign:
+        raise InputError(
+            f"{folder} holds {', '.join(foreign)} that this command did not make, or that was changed since; "
+            "name another folder, or have it replaced by --force"
+        )
 
 
 def sha256_of(path: Path) -> str:
