@@ -211,12 +211,20 @@ def slug(model: str) -> str:
 
     Where letters are lost (other alphabets) or the name is long, a short hash keeps different names different.
     """
-    shown = next((_name_of(path) for path in (Path(model).expanduser(), ROOT / model) if path.exists()), model)
+    shown = next((_name_of(path) for path in (user_path(model), ROOT / model) if path.exists()), model)
     kept = re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")[:LONGEST_NAME].strip("-.")
     lost = any(letter.isalnum() and not letter.isascii() for letter in shown) or len(shown) > LONGEST_NAME
     if not lost and kept:
         return kept
     return f"{kept or 'model'}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}"
+
+
+def user_path(text: str) -> Path:
+    """A path as a person wrote it, `~` for a home folder; one of nobody (`~0`) is a name like any other."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def _name_of(path: Path) -> str:
