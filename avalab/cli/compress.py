@@ -95,6 +95,7 @@ def quantize(
     parameters = {name: value for name, value in offered.items() if value is not None}
     options.known_parameters(method, parameters)
     options.known_model(model)
+    options.possible_skips(run, skip or [])
     if parameters.get("bytes"):
         options.possible_budget(run, parameters["bytes"])
     if group_size and method not in ("ava", "hqq"):  # which take any
@@ -290,7 +291,7 @@ def recover(
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)
     if not as_json:
-        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")
+        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before; {qat.loss_change(found)}")
 
 
 def _written(made: Artifact, engines: str) -> str:
@@ -299,10 +300,9 @@ def _written(made: Artifact, engines: str) -> str:
 
 def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
     """An ONNX file, executed once by ONNX Runtime; with weights int8, one of 8-bit products; GenAI's if packed."""
-    from avalab import engines
     from avalab.engines import onnxruntime as onnxruntime_engine
 
-    if weights == "kept" or (not weights and engines.kind(artifact.path) == "compressed-tensors"):
+    if weights == KEPT:
         return _onnx_genai(artifact, out, "kept", windows)
     if weights == "int8" or windows is not None:
         mode = "dynamic" if windows is None else "static"
@@ -311,7 +311,7 @@ def _onnx(artifact: Artifact, out: Path, weights: str, windows) -> str:
     found = made.card["measured"]
     return (
         f"{made.path}: {found['onnx_bytes'] / 1e6:.1f} MB, weights {weights or 'dense'}\n"
-        f"ONNX Runtime: logits differ by {found['logit_difference']:.1g} of the largest, "
+        f"ONNX Runtime: logits differ by {found['logit_difference']:.1g} of their spread, "
         f"best token the same at {found['top1_agreement']:.1%} of positions"
     )
 
@@ -336,7 +336,8 @@ def _gguf(artifact: Artifact, out: Path, weights: str, windows) -> str:
         return _written(llamacpp.write(artifact, weights, windows=windows, out=out), "llamacpp or torch")
     if windows is not None:
         raise InputError(f"only {', '.join(llamacpp.MIXTURES)} are calibrated; got {weights or 'q8_0'}")
-    return _written(gguf_file.write(artifact, weights or "q8_0", out=out), "openvino, llamacpp or torch")
+    made = gguf_file.write(artifact, weights or "q8_0", out=out)
+    return _written(made, " or ".join(made.card["engines"]))
 
 
 def _by_engine(engine: str, default: str) -> Callable[..., str]:
@@ -358,15 +359,17 @@ class Exporter:
     calibrated: bool = False
 
 
-BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "kept")
+KEPT = "kept"  # the integers of a packed artefact, not rounded again
+
+BLOCKS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", KEPT)
 
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
 EXPORTERS: dict[str, Exporter] = {
-    "onnx": Exporter(_onnx, ("dense", "sparse", "bitmask", "int8", "kept"), calibrated=True),
-    "onnx-genai": Exporter(_onnx_genai, ("fp32", "int8", "int4", "kept")),
+    "onnx": Exporter(_onnx, ("dense", "sparse", "bitmask", "int8", KEPT), calibrated=True),
+    "onnx-genai": Exporter(_onnx_genai, ("fp32", "int8", "int4", KEPT)),
     "gguf": Exporter(_gguf, (*BLOCKS, *MIXTURES), calibrated=True),
-    "openvino": Exporter(_by_engine("openvino", "int8"), ("f16", "int8", "int4")),
+    "openvino": Exporter(_by_engine("openvino", "int8"), ("f16", "int8", "int4", KEPT)),
     "executorch": Exporter(_by_engine("executorch", "fp32"), ("fp32",)),
     "aot": Exporter(_by_engine("aot", "bf16"), ("bf16", "fp32")),
 }
@@ -401,6 +404,8 @@ def export(
         from avalab.models import checkpoint
 
         windows = corpora.calibration_windows(run, checkpoint.load_tokenizer(found))
+    if found.format.startswith("compressed-tensors") and KEPT in row.weights:
+        weights = weights or KEPT
     print(row.write(found, out, weights, windows))
 
 

@@ -183,6 +183,14 @@ def possible_groups(run: Run, method: str, size: int, skip: list[str]) -> None:
             )
 
 
+def possible_skips(run: Run, globs: list[str]) -> None:
+    """Raise ValueError for a glob that none of the layers fits, by the headers."""
+    names = [name.removesuffix(".weight") for name in matrices(run) if ".layers." in name]
+    for glob in globs:
+        if names and not any(fnmatchcase(name, glob) for name in names):
+            raise InputError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
+
+
 def possible_budget(run: Run, budget: int) -> None:
     """Raise ValueError for a budget that no 2-bit file keeps, however it is made."""
     count = sum(prod(shape) for shape in matrices(run).values())

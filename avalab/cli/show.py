@@ -81,9 +81,9 @@ def _ggufs(folder: Path) -> Iterator[Line]:
 
 def _gguf(file: Path) -> Iterator[Line]:
     """Architecture, sizes and block types of a GGUF file, whatever architecture it is."""
-    from avalab.engines import gguf as gguf_file
+    from avalab.models import gguf_layout
 
-    types = gguf_file.check(file)
+    types = gguf_layout.check(file)
     try:
         from gguf import GGUFReader
     except ImportError as error:

@@ -222,11 +222,9 @@ def _tell(line: str, as_json: bool) -> None:
     print(line, file=sys.stderr if as_json else sys.stdout)
 
 
-def _made(artifact: Artifact, change: tuple[float, float]) -> str:
+def _made(artifact: Artifact, change: str) -> str:
     """Where the result is, how large, and what training did to the loss."""
-    before, after = change
-    note = "" if after < before else "; it did not fall: lower --learning-rate, or train longer"
-    return f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, training loss {before:.3f} -> {after:.3f} nats/token{note}"
+    return f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {change}"
 
 
 def distill(

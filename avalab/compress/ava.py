@@ -188,7 +188,8 @@ def checked_target(parameters: Mapping) -> Target:
 def format_and_engines(parameters: Mapping) -> tuple[str, tuple[str, ...]]:
     """The artefact's format and the engines that load it. Raises ValueError as `checked_target` does."""
     target = checked_target(parameters)
-    return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), target.engines
+    named = ("openvino",) if parameters["format"] == "gguf" and parameters["engine"] == "openvino" else ()
+    return (PACKED_FORMAT if parameters["embedding"] == PACKED else target.format), (*named, *target.engines)
 
 
 def checked_budget(job: Job, model: PreTrainedModel) -> int:

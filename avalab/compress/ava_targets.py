@@ -12,6 +12,7 @@ there below 5 bits a parameter, but only `checkpoint.load_model` reads the file,
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,14 +30,15 @@ from avalab.compress import block_rounding, equivalence, rounding, sensitivity
 from avalab.compress.allocation import Allocation, Option
 from avalab.compress.libraries import Job
 from avalab.compress.sensitivity import BF16, Sizes
+from avalab.engines import checks, onnx_graph
 from avalab.engines import gguf as gguf_file
-from avalab.engines import onnx_graph
+from avalab.engines.checks import Check
 from avalab.engines.onnx_graph import OnnxModel
 from avalab.kernels import block_types, formats
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import Grid, Rounded
 from avalab.lab.errors import InputError
-from avalab.models import checkpoint, packed, predict, walk
+from avalab.models import checkpoint, gguf_layout, packed, predict, walk
 from avalab.models.packed import Packed
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 7, 8), (32, 64, 128)
@@ -210,14 +212,20 @@ class GgufModel:
 
     source: Path
     rows: list[tuple[str, str, np.ndarray]]  # name, type and content of every tensor
+    model: PreTrainedModel  # that the file is to be
     config: PreTrainedConfig
     measured: dict
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the .gguf file, configuration, tokenizer and Ollama's Modelfile."""
-        file = Path(folder) / f"{self.source.name}.ava.gguf"
+        """Write the .gguf file, configuration, tokenizer and Ollama's Modelfile, and compare them with the model."""
+        folder = Path(folder)
+        file = folder / f"{self.source.name}.ava.gguf"
         gguf_file.write_tensors(self.source, file, self.rows, config=self.config, block=gguf_file.KEPT)
-        gguf_file.copy_beside(self.source, Path(folder))
+        gguf_file.copy_beside(self.source, folder, context=gguf_layout.context_of(self.config))
+        check = Check({"torch": "bf16"})  # the model's values are rounded to bf16, the file's are not
+        model = checks.exact(copy.deepcopy(self.model).cpu())
+        tokenizer = checkpoint.load_tokenizer(self.source)
+        self.measured |= checks.compare(model, tokenizer, folder, check, name=self.source.name)
 
 
 def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedConfig:
@@ -244,7 +252,7 @@ def _gguf_fixed_bytes(work: Work, options: Options) -> int:
         gguf_file.write_tensors(work.job.folder, file, [], config=config, block=gguf_file.KEPT)
         header = file.stat().st_size
     named = dict(work.model.named_parameters())  # a head tied to the embedding is not repeated
-    entries = sum(ENTRY_BYTES + len(gguf_file.tensor_namer(config)(name)) for name in named)
+    entries = sum(ENTRY_BYTES + len(gguf_layout.tensor_namer(config)(name)) for name in named)
     rest = [p for name, p in named.items() if name.removesuffix(".weight") not in options]
     return header + entries + sum((4 if p.ndim == 1 else 2) * p.numel() for p in rest)
 
@@ -263,14 +271,18 @@ def _write_gguf(work: Work, chosen: Allocation, rounded: dict[str, BlockRounded]
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens",
         "types": {name: option.format for name, option in chosen.chosen.items()},
     }
-    names, rows = gguf_file.tensor_namer(work.prepared), []
+    names, rows = gguf_layout.tensor_namer(work.prepared), []
+    dense = "f16" if work.job.parameters["engine"] == "openvino" else BF16  # the one of the two that it reads
     for name, parameter in model.named_parameters():
         part = rounded.get(name.removesuffix(".weight"))  # brings its bytes along; other vectors are float32
-        kind = part.format.name if part else ("f32" if parameter.ndim == 1 else BF16)
-        content = part.packed() if part else parameter.detach().cpu()
-        content = gguf_file.in_file_order(name, content, work.prepared)
-        rows.append((names(name), kind, content.numpy() if part else gguf_file.encode_tensor(content, kind)))
-    return GgufModel(work.job.folder, rows, work.prepared, about)
+        kind = part.format.name if part else ("f32" if parameter.ndim == 1 else dense)
+        if part:
+            content = gguf_layout.in_file_order(name, part.packed(), work.prepared).numpy()
+        else:
+            value = gguf_layout.file_value(name, parameter.detach().cpu(), work.prepared)
+            content = gguf_file.encode_tensor(value, kind)
+        rows.append((names(name), kind, content))
+    return GgufModel(work.job.folder, rows, model, work.prepared, about)
 
 
 TARGETS: dict[str, Target] = {

@@ -125,7 +125,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right; `error` is one of ERRORS or "", `detail` names the argument or function."""
+    """Whether an answer is right; `detail` names the argument or function.
+
+    `error` is one of ERRORS, "too_long" where the question was not asked, or "".
+    """
 
     correct: bool
     error: str = ""

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from avalab.engines import engine
+from avalab.engines import checks, engine
 from avalab.engines import gguf as gguf_file
+from avalab.engines.checks import Check
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -63,24 +64,28 @@ WAY_OUT = "install one (apt-get install g++; conda install gxx), name it in CXX,
 
 
 def write(artifact: Artifact, weights: str = "bf16", *, dynamic: bool = True, out: Path | None = None) -> Artifact:
-    """Compile a dense artefact into `<name>+aot-<weights>` beside it or the folder `out`; one made before is reused."""
+    """Compile an artefact into `<name>+aot-<weights>` beside it or the folder `out`; one made before is reused.
+
+    Packed integers are decoded: the package has the dense model's size.
+    """
     step = {"step": "aot", "weights": weights, "dynamic": dynamic, "torch": torch.__version__}
     about = artifacts.Export(step, f"aot-{weights}", ("aot",))
+    check = checks.against(artifact, Check({"aot": "bf16" if weights == "bf16" else ""}))
     return artifacts.write_export(
-        artifact, about, lambda folder: export(artifact.path, folder, weights, dynamic=dynamic), out=out
+        artifact, about, lambda folder: export(artifact.path, folder, weights, dynamic=dynamic), check, out=out
     )
 
 
 def export(folder: Path, out: Path, weights: str = "bf16", *, dynamic: bool = True) -> None:
-    """Fill `out` with the compiled package of the dense model in `folder`, its program and its tokenizer.
+    """Fill `out` with the compiled package of the dense or packed model in `folder`, its program and its tokenizer.
 
     Raises ValueError for unknown weights or a model that is not dense, EngineUnavailable without a C++ compiler.
     """
-    engine.check_dense(folder, weights, known=tuple(DTYPES), form="the compiled package")
+    engine.check_source(folder, weights, known=tuple(DTYPES), form="the compiled package", packed="any")
     wanted = [name for name in torch._inductor.config.cpp.cxx if name]
     if not any(shutil.which(name) for name in wanted):
         raise engine.EngineUnavailable(f"engine aot needs the C++ compiler {' or '.join(wanted)}, not found: {WAY_OUT}")
-    model = checkpoint.load_model(folder, dtype=DTYPES[weights]).eval()
+    model = checkpoint.load_dense(folder, dtype=DTYPES[weights])
     shape = sizes(model)
     out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():  # torch's own deprecations, in its own code

@@ -34,12 +34,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from avalab.data import grammars
 from avalab.data.grammars import CallGrammar
-from avalab.engines import gguf, llamacpp_library
-from avalab.lab import artifacts, assets, process
+from avalab.engines import gguf
+from avalab.lab import artifacts, assets, llamacpp_library, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, Unavailable
 from avalab.lab.run import ROOT, write_atomically
-from avalab.models import checkpoint
+from avalab.models import checkpoint, gguf_layout
 from avalab.models.stops import stop_tokens
 
 READERS: dict[str, tuple[str, ...]] = {
@@ -135,16 +135,30 @@ def gguf_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise InputError(f"{folder} has to hold one .gguf file, found {', '.join(f.name for f in files) or 'none'}")
-    gguf.check(files[0])
+    gguf_layout.check(files[0])
     return files[0]
 
 
-def check_dense(folder: Path, weights: str, *, known: Sequence[str], form: str) -> None:
-    """Raise ValueError for weights that a form of export does not have, or a model that is quantised already."""
+def check_source(folder: Path, weights: str, *, known: Sequence[str], form: str, packed: str = "") -> None:
+    """Raise ValueError for weights that a form of export does not have, or a model that it cannot read.
+
+    `packed` is what a compressed-tensors artefact may be exported as: nothing, one of the weights, or "any".
+    """
     if weights not in known:
         raise InputError(f"no weights {weights!r} for {form}; choose one of {', '.join(known)}")
-    if artifact_kind(folder) != "dense":
-        raise InputError(f"{folder.name} is {artifact_kind(folder)}; export the dense model that it was made from")
+    found = artifact_kind(folder)
+    if found == "dense" and weights != gguf.KEPT:
+        return
+    if found == "compressed-tensors" and packed in ("any", weights):
+        return
+    if weights == gguf.KEPT:
+        raise InputError(
+            f"{folder.name} is {found} and holds no packed integers to keep; rtn, gptq, awq and ava make some"
+        )
+    way = f"export its integers with weights {packed}, or" if found == "compressed-tensors" and packed else "export"
+    raise InputError(
+        f"{folder.name} is {found}, and {form} is made of dense models; {way} the model that it was made from"
+    )
 
 
 @dataclass(frozen=True)
@@ -385,7 +399,7 @@ def _stand_in(folder: Path) -> Iterator[Path]:
 def _format(folder: Path) -> str:
     """How an artefact's weights are stored, as far as the kernels that open it differ."""
     if (found := artifact_kind(folder)) == "gguf":
-        return f"gguf of {', '.join(sorted(gguf.check(gguf_file(folder))))}"
+        return f"gguf of {', '.join(sorted(gguf_layout.check(gguf_file(folder))))}"
     card = folder / artifacts.CARD
     return json.loads(card.read_text())["format"] if card.is_file() else f"{found} of {_bytes(folder)} bytes"
 

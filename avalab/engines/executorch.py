@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avalab.engines import aot, engine
+from avalab.engines import aot, checks, engine
 from avalab.engines import gguf as gguf_file
+from avalab.engines.checks import Check
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -89,8 +90,9 @@ def write(artifact: Artifact, weights: str = "fp32", *, context: int = CONTEXT, 
     """Export a dense artefact into `<name>+executorch-<weights>` beside it or `out`; one made before is reused."""
     step = {"step": "executorch", "weights": weights, "context": context}
     about = artifacts.Export(step, f"executorch-{weights}", ("executorch",))
+    check = checks.against(artifact, Check({"executorch": ""}))
     return artifacts.write_export(
-        artifact, about, lambda folder: export(artifact.path, folder, weights, context=context), out=out
+        artifact, about, lambda folder: export(artifact.path, folder, weights, context=context), check, out=out
     )
 
 
@@ -99,9 +101,9 @@ def export(folder: Path, out: Path, weights: str = "fp32", *, context: int = CON
 
     Raises ValueError for unknown weights or a model that is not dense, EngineUnavailable without executorch.
     """
-    engine.check_dense(folder, weights, known=WEIGHTS, form="ExecuTorch")
+    engine.check_source(folder, weights, known=WEIGHTS, form="ExecuTorch", packed="any")
     engine.require("executorch", "executorch", INSTALL)
-    model = checkpoint.load_model(folder, dtype=torch.float32).eval()
+    model = checkpoint.load_dense(folder, dtype=torch.float32)
     shape = aot.sizes(model)
     shape["context"] = min(context, shape["context"])
     traced = {}

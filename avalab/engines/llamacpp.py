@@ -27,14 +27,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from avalab.engines import engine, llamacpp_library
+from avalab.engines import checks, engine
 from avalab.engines import gguf as gguf_file
+from avalab.engines.checks import Check
 from avalab.engines.engine import Engine, EngineUnavailable
-from avalab.engines.llamacpp_library import Library, Model
-from avalab.lab import artifacts
+from avalab.lab import artifacts, llamacpp_library
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import Unavailable
-from avalab.models import checkpoint, walk
+from avalab.lab.llamacpp_library import Library, Model
+from avalab.models import checkpoint, gguf_layout, walk
 
 BATCH = 512  # tokens of a prompt that are read at once
 
@@ -94,6 +95,10 @@ def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Te
 
 MIXTURES = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
+COARSE = {"q6_k": "q5_0", "q5_k_m": "q5_0", "q4_k_m": "q4_0", "q3_k_m": "q4_0", "q2_k": "q4_0"}  # as coarse, or finer
+
+LEAST = dict.fromkeys(MIXTURES[:3], checks.FLOOR) | {"q3_k_m": 0.5, "q2_k": 1.0}  # of the logits' spread
+
 READ_BY = ("torch", "llamacpp")  # OpenVINO GenAI reads no K types
 
 
@@ -105,13 +110,14 @@ def write(
     Raises ValueError for an unknown mixture or a model that is not dense, EngineUnavailable without a build
     of llama.cpp that quantises.
     """
-    engine.check_dense(artifact.path, mixture, known=MIXTURES, form="llama.cpp's quantiser")
+    engine.check_source(artifact.path, mixture, known=MIXTURES, form="llama.cpp's quantiser")
     require_quantiser()
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "llama.cpp", "mixture": mixture, "calibration": text}
     about = artifacts.Export(step, f"gguf-{mixture}", READ_BY)
+    check = checks.against(artifact, Check(dict.fromkeys(("llamacpp", "torch"), COARSE[mixture]), least=LEAST[mixture]))
     return artifacts.write_export(
-        artifact, about, lambda folder: quantise_to_gguf(artifact, folder, mixture, windows), out=out
+        artifact, about, lambda folder: quantise_to_gguf(artifact, folder, mixture, windows), check, out=out
     )
 
 
@@ -145,14 +151,14 @@ def quantise_to_gguf(
         modelfile = (source.parent / "Modelfile").read_text()
     (out / "Modelfile").write_text(modelfile.replace(source.name, target.name))
     gguf_file.copy_beside(artifact.path, out)
-    types = gguf_file.check(target)
+    types = gguf_layout.check(target)
     return {"formats": dict(sorted(types.items())), "calibration_tokens": 0 if windows is None else windows.numel()}
 
 
 def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[str, np.ndarray]:
     """Mean squared input of each column, float32, by the file's name of each linear layer."""
     model = checkpoint.load_model(artifact)
-    names = gguf_file.tensor_namer(gguf_file.checked_config(artifact.path))
+    names = gguf_layout.tensor_namer(gguf_file.checked_config(artifact.path))
     found = {}
     for site in walk.calibration_sites(model, windows):
         column = site.moment.detach().diagonal().contiguous().float().numpy()  # read through a bare pointer

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from avalab.engines import engine, onnx_graph
+from avalab.engines import checks, engine, onnx_graph
+from avalab.engines.checks import Check
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -47,6 +48,10 @@ KEPT = "kept"
 
 WEIGHTS = ("fp32", "int8", "int4")
 
+COARSE = {"fp32": "", "int8": "q8_0", "int4": "q4_0"}  # what rounding is like, for the check
+
+INPUTS = {"int8": "q8_0", "float32": "bf16"}  # what products that read them are like
+
 
 def write(artifact: Artifact, weights: str = "int4", *, inputs: str = "int8", out: Path | None = None) -> Artifact:
     """Export into an ONNX artefact, `<name>+onnx-<weights>` beside the artefact or the folder `out`.
@@ -57,11 +62,15 @@ def write(artifact: Artifact, weights: str = "int4", *, inputs: str = "int8", ou
     step = {"step": "onnxruntime-genai", "weights": weights}
     if weights != KEPT:
         about = artifacts.Export(step, f"onnx-{weights}", ("onnx",))
-        return artifacts.write_export(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
+        check = checks.against(artifact, Check({"onnx": COARSE[weights]}))
+        return artifacts.write_export(
+            artifact, about, lambda folder: export(artifact.path, folder, weights), check, out=out
+        )
     engine.require("onnx", onnx_graph.PACKAGES, onnx_graph.INSTALL)
     about = artifacts.Export(step | {"inputs": inputs}, onnx_graph.FORMAT, onnx_graph.ENGINES)
+    check = checks.against(artifact, Check({"onnx": INPUTS[inputs]}))
     return artifacts.write_export(
-        artifact, about, lambda folder: onnx_graph.export_packed(artifact.path, folder, inputs=inputs), out=out
+        artifact, about, lambda folder: onnx_graph.export_packed(artifact.path, folder, inputs=inputs), check, out=out
     )
 
 
@@ -70,5 +79,5 @@ def export(folder: Path, out: Path, weights: str = "int4") -> None:
 
     Raises ValueError for unknown weights or a model that is not dense, else as `onnx_graph.run_builder` does.
     """
-    engine.check_dense(folder, weights, known=WEIGHTS, form="ONNX")
+    engine.check_source(folder, weights, known=WEIGHTS, form="ONNX Runtime GenAI", packed=KEPT)
     onnx_graph.run_builder(folder, out, weights)

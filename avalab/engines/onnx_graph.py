@@ -19,6 +19,7 @@ float32, where transformers rounds that product to bf16.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,8 @@ BESIDE = ("config.json", "generation_config.json")
 
 LIMIT_SECONDS = 3600
 
+DEFECTS = ("KeyError", "AttributeError", "TypeError", "NotImplementedError")  # what the builder ends with, otherwise
+
 REFUSAL = "not currently supported"  # of the builder, for a family of models
 
 
@@ -63,13 +66,21 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", precision]
         command = [*builder, "-i", str(folder.resolve()), "-o", str(out.resolve()), "-c", cache]
         command += ["--extra_options", *options] if options else []
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, timeout=LIMIT_SECONDS)
+        # Without git the builder takes its release for the producer's; with it, the revision of whatever is around it.
+        here = os.environ | {"GIT_DIR": os.devnull}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cache, env=here, timeout=LIMIT_SECONDS)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         if REFUSAL in last:
             raise InputError(
                 f"{folder.name}: {last.partition(': ')[2] or last} That is said by ONNX Runtime GenAI's builder; "
                 "packed artefacts stay readable in transformers and vLLM, and `avalab export` writes gguf and openvino"
+            )
+        if last.partition(":")[0] in DEFECTS:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+            raise InputError(
+                f"{folder.name} is a {kind} of a kind that ONNX Runtime GenAI's builder cannot read ({last}); "
+                "`avalab export` writes gguf, aot and onnx"
             )
         raise ProcessFailed(f"the ONNX model builder failed on {folder.name}: {last}")
     for name in BESIDE:

@@ -32,8 +32,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from avalab.engines import engine
+from avalab.engines import checks, engine
 from avalab.engines import gguf as gguf_file
+from avalab.engines.checks import Check
 from avalab.engines.engine import Engine
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -129,7 +130,8 @@ def write(artifact: Artifact, out: Path, *, weights: str = "dense") -> Artifact:
     engine.require("onnxruntime", PACKAGES, INSTALL)
     about = artifacts.Export({"step": "onnx", "weights": weights}, "onnx", ("onnxruntime",))
     out = artifacts.checked_target(out)
-    return artifacts.write_export(artifact, about, lambda folder: export(artifact, folder, weights), out=out)
+    check = checks.against(artifact, Check({"onnxruntime": ""}))
+    return artifacts.write_export(artifact, about, lambda folder: export(artifact, folder, weights), check, out=out)
 
 
 def export(artifact: Artifact, out: Path, weights: str) -> dict:
@@ -302,6 +304,8 @@ def _bitmask(weight: Tensor, name: str) -> tuple[list, list]:
 
 MODES = ("dynamic", "static")
 
+OUTLIERS = 1.0  # of the logits' spread: what one scale a product may cost, however well it is chosen
+
 
 def write_int8(
     artifact: Artifact, mode: str, *, windows: Int[Tensor, "window time"] | None = None, out: Path | None = None
@@ -310,8 +314,10 @@ def write_int8(
     text = "" if windows is None else artifacts.sha256_of_text(str(windows.tolist()))
     step = {"step": "onnxruntime-int8", "mode": mode, "calibration": text}
     about = artifacts.Export(step, f"onnx-int8-{mode}", ("onnxruntime",))
+    least = checks.FLOOR if mode == "dynamic" else OUTLIERS
+    check = checks.against(artifact, Check({"onnxruntime": "q4_0"}, least=least))
     return artifacts.write_export(
-        artifact, about, lambda folder: export_int8(artifact.path, folder, mode, windows=windows), out=out
+        artifact, about, lambda folder: export_int8(artifact.path, folder, mode, windows=windows), check, out=out
     )
 
 
@@ -321,7 +327,7 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
     Raises ValueError for an unknown mode, a model that is not dense, or `static` without windows; EngineUnavailable
     without the packages.
     """
-    engine.check_dense(folder, mode, known=MODES, form="8-bit ONNX")
+    engine.check_source(folder, mode, known=MODES, form="8-bit ONNX")
     if mode == "static" and windows is None:
         raise InputError("static 8-bit ONNX needs windows of calibration tokens, such as corpora.calibration_windows")
     engine.require("onnxruntime", PACKAGES, INSTALL)

@@ -28,12 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avalab.engines import engine
+from avalab.engines import checks, engine
 from avalab.engines import gguf as gguf_file
+from avalab.engines.checks import Check
 from avalab.engines.engine import Engine, Request
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
+from avalab.models import gguf_layout
 
 INSTALL = 'pip install -e ".[openvino]"'
 
@@ -53,6 +55,8 @@ def load(
     folder = engine.folder_for("openvino", artifact)
     engine.require("openvino", "openvino_genai", INSTALL)
     source = engine.gguf_file(folder) if engine.artifact_kind(folder) == "gguf" else folder
+    if source.is_file():
+        refuse_unread(source)
     options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     state = {"source": source, "device": device, "options": options | (properties or {})}
     backend = {} if paged else {"ATTENTION_BACKEND": "SDPA"}
@@ -110,7 +114,29 @@ def _reader(state: dict, *, every: bool) -> Callable[[list[int]], Tensor]:
     return read
 
 
+# What GenAI reads of kept steps. The minimums of q4_1 become whole steps, which they are.
+GGUF = gguf_file.Reader(("q4_0", "q4_1", "q8_0"), dense="f16", whole_minimums=True)
+
 UNREAD = ("Unsupported quantization type", "gguf_tensor_to_f16 failed")
+
+
+def refuse_unread(file: Path) -> None:
+    """Raise NotSupported for a GGUF file that GenAI refuses, or of which it would compute another model in silence."""
+    header = gguf_layout.read_header(file)
+    family = header.values.get("general.architecture")
+    biases = family == "llama" and any(name.endswith(".bias") for name in header.types)
+    if family not in gguf_file.OPENVINO_READS:
+        reason = f"is a {family}; of GGUF files it reads {', '.join(gguf_file.OPENVINO_READS)}"
+    elif f"{family}.rope.scaling.type" in header.values or "rope_freqs.weight" in header.types:
+        reason = "scales positions, which it leaves out"
+    elif biases:
+        reason = "has biases, which it leaves out"
+    elif unread := sorted(set(header.types.values()) - set(gguf_file.OPENVINO_TYPES)):
+        known = f"it reads {', '.join(gguf_file.OPENVINO_TYPES)}, to which `quantize --engine openvino` keeps"
+        reason = f"holds {', '.join(unread)}; {known}"
+    else:
+        return
+    raise engine.NotSupported(f"openvino cannot run {file.name}: it {reason}; llamacpp and torch can")
 
 
 def pipeline(source: Path, device: str, **options):
@@ -119,7 +145,7 @@ def pipeline(source: Path, device: str, **options):
 
     try:
         return openvino_genai.LLMPipeline(str(source), device, **options)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         if any(reason in str(error) for reason in UNREAD):
             raise engine.NotSupported(
                 f"openvino does not read all tensors of {source.name}; export it as f16, q8_0 or q4_0, or use llamacpp "
@@ -157,15 +183,26 @@ def compiled(source: Path, device: str, options: dict[str, str | int]):
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
-WEIGHTS = ("f16", "int8", "int4")
+KEPT = gguf_file.KEPT  # the steps of a packed artefact, as they are
+
+WEIGHTS = ("f16", "int8", "int4", KEPT)
+
+# What rounding is like: the key-value cache and what products read have 8 bits.
+COARSE = {"f16": "bf16", "int8": "q8_0", "int4": "q4_0", KEPT: "q8_0"}
 
 GROUP_SIZE = 64
 
 
 def write(artifact: Artifact, weights: str = "int8", *, out: Path | None = None) -> Artifact:
-    """Export a dense artefact into an OpenVINO artefact, `<name>+openvino-<weights>` beside it or the folder `out`."""
+    """Export an artefact into an OpenVINO artefact, `<name>+openvino-<weights>` beside it or the folder `out`.
+
+    `kept` asks for a packed one, the other weights for a dense one.
+    """
     about = artifacts.Export({"step": "openvino", "weights": weights}, f"openvino-{weights}", ("openvino",))
-    return artifacts.write_export(artifact, about, lambda folder: export(artifact.path, folder, weights), out=out)
+    check = checks.against(artifact, Check({"openvino": COARSE[weights]}))
+    return artifacts.write_export(
+        artifact, about, lambda folder: export(artifact.path, folder, weights), check, out=out
+    )
 
 
 def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = GROUP_SIZE) -> None:
@@ -173,25 +210,27 @@ def export(folder: Path, out: Path, weights: str = "int8", *, group_size: int = 
 
     Raises ValueError for unknown weights or a quantised model, EngineUnavailable without openvino-genai or nncf.
     """
-    engine.check_dense(folder, weights, known=WEIGHTS, form="OpenVINO")
+    engine.check_source(folder, weights, known=WEIGHTS, form="OpenVINO", packed=KEPT)
     engine.require("openvino", ("openvino_genai", "nncf"), INSTALL)
     import openvino
 
+    config = gguf_file.checked_config(folder, kept=weights == KEPT)
     out.mkdir(parents=True, exist_ok=True)
     graph = engine.OWN_FILES["openvino"]
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "model.gguf"
-        gguf_file.export(folder, file, "f16")
+        file = Path(temporary) / f"{folder.name}.gguf"
+        gguf_file.export(folder, file, KEPT if weights == KEPT else "f16", reader=GGUF)
         gguf_file.copy_beside(folder, file.parent)
         engine.usable("openvino", load, file.parent, {})  # raises where reading the file would end this process
+        refuse_unread(file)
         pipeline(file, "CPU", enable_save_ov_model=True)
         model = openvino.Core().read_model(str(file.parent / graph))
-        if weights != "f16":
+        if weights in ("int8", "int4"):
             model = _compressed(model, weights, group_size)
         openvino.save_model(model, str(out / graph), compress_to_fp16=False)
         for path in file.parent.glob("openvino_*tokenizer.*"):
             shutil.copyfile(path, out / path.name)
-    gguf_file.copy_beside(folder, out)
+    gguf_file.copy_beside(folder, out, context=gguf_layout.context_of(config))
 
 
 def _compressed(model, weights: str, group_size: int):

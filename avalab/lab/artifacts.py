@@ -289,12 +289,24 @@ class Export:
 
 
 def write_export(
-    artifact: Artifact, export: Export, save: Callable[[Path], dict | None], *, out: Path | None = None
+    artifact: Artifact,
+    export: Export,
+    save: Callable[[Path], dict | None],
+    check: Callable[[Path], dict],
+    *,
+    out: Path | None = None,
 ) -> Artifact:
-    """`make_artifact` for an engine, in `<name>+<format>` beside the artefact or in the folder `out`."""
+    """`make_artifact` for an engine, in `<name>+<format>` beside the artefact or in the folder `out`.
+
+    `check` compares the filled folder with the artefact; what it finds is in the card, what it raises keeps nothing.
+    """
     out = out or artifact.path.parent / f"{artifact.name}+{export.format}"
-    step = {**export.step, "code": code_of(save)}
-    return make_artifact(out, save, base=artifact, step=step, format=export.format, engines=export.engines)
+    step = {**export.step, "code": code_of(save, check)}
+
+    def fill(folder: Path) -> dict:
+        return (save(folder) or {}) | check(folder)
+
+    return make_artifact(out, fill, base=artifact, step=step, format=export.format, engines=export.engines)
 
 
 def refuse_foreign(folder: Path, names: Iterable[str], *, made_by: str) -> None:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, artifacts_root
-from avalab.models import loading, stored
+from avalab.models import gguf_layout, loading, stored
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -240,6 +240,22 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
     return model.eval()
 
 
+def load_dense(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model of a dense folder, or of a compressed-tensors one decoded into plain linear layers."""
+    model = load_model(folder, dtype=dtype)
+    if stored.quantization_of(folder).get("quant_method") != "compressed-tensors":
+        return model
+    config = loading.read_config(folder)
+    del config.quantization_config
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    decoded = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(decoded[name])
+    return plain.eval()
+
+
 def base_folder(adapter: Path) -> Path:
     """The folder of the model that an adapter was trained on: by its card, or by the name in PEFT's configuration.
 
@@ -285,6 +301,11 @@ def base_of(artifact: Artifact) -> Artifact:
 def from_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file to a float32 model that no longer claims to be quantised, and its tokenizer."""
     process.quiet_libraries()
+    gguf_layout.check(gguf)
+    if (gguf.parent / "config.json").is_file():  # which says more than transformers reads from a file, of more families
+        config = loading.read_config(gguf.parent)
+        if config.model_type in gguf_layout.FAMILIES:
+            return gguf_layout.read_back(gguf, config), load_tokenizer(gguf.parent)
     model, differences = loading.pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     loading.refuse_differences(
         gguf,
@@ -315,6 +336,16 @@ skeleton = loading.skeleton
 def context_tokens(artifact: Artifact) -> int:
     """The most tokens that a model's positions were made for."""
     return loading.read_config(artifact.path).get_text_config().max_position_embeddings
+
+
+def vocabulary_rows(artifact: Artifact) -> int:
+    """Rows of a model's embedding: its tokenizer's words and what pads them."""
+    return loading.read_config(artifact.path).get_text_config().vocab_size
+
+
+def tokenizer_words(artifact: Artifact) -> int:
+    """One more than the largest id that a model's tokenizer gives."""
+    return max(load_tokenizer(artifact).get_vocab().values()) + 1
 
 
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:

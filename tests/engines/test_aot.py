@@ -111,7 +111,9 @@ def test_unknown_weights_and_quantised_models_are_refused_before_anything_is_com
     with pytest.raises(ValueError, match=f"no weights 'int3' for .*{says}"):
         export.export(TINY, tmp_path / "out", "int3")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
-    with pytest.raises(ValueError, match=r"is bitsandbytes; export the dense model that it was made from"):
+    with pytest.raises(
+        ValueError, match=r"is bitsandbytes, and the compiled package is made of dense models; export the model"
+    ):
         export.export(tmp_path, tmp_path / "out", "fp32")
 
 

@@ -21,6 +21,7 @@ from avalab.engines.engine import TINY, Engine, Request
 from avalab.lab import artifacts, process
 from avalab.lab.run import Run
 from avalab.measure import cell
+from avalab.models import gguf_layout
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,7 @@ def test_a_large_gguf_file_is_stood_in_for_by_the_tiny_model_in_the_same_blocks(
     monkeypatch.setattr(engine, "SMALL_BYTES", 1000)
     with engine._stand_in(tmp_path) as found:
         assert found != tmp_path
-        assert gguf_file.check(engine.gguf_file(found)) == gguf_file.check(tmp_path / "large.gguf")
+        assert gguf_layout.check(engine.gguf_file(found)) == gguf_layout.check(tmp_path / "large.gguf")
 
 
 @pytest.mark.parametrize("block", gguf_file.BLOCKS)

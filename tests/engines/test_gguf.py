@@ -5,21 +5,25 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from avalab import engines
 from avalab.compress import quantize
 from avalab.data import grammars
 from avalab.engines import gguf as gguf_file
-from avalab.engines import llamacpp_library
 from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import TINY
 from avalab.kernels import block_types, formats
-from avalab.lab import process
-from avalab.models import checkpoint
+from avalab.kernels.block_types import Steps
+from avalab.lab import llamacpp_library, process
+from avalab.lab.errors import InputError
+from avalab.models import checkpoint, gguf_layout
 
 TEXTS = ("def area(width, height):\n    return 12 * 345", "<|im_start|>user\nHéllo 2026!<|im_end|>\n")
 READ_TEXTS = (
@@ -56,12 +60,6 @@ def header(folder: Path) -> dict:
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
-
-
-def test_rows_that_turn_together_become_neighbours():
-    """Two heads of four rows: row i turns with row i + 2."""
-    rows = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13]).float()
-    assert gguf_file.interleaved(rows, 2).tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
 
 
 def test_a_file_in_float32_computes_what_the_folder_computes(made):
@@ -124,28 +122,64 @@ def test_the_block_type_of_a_file_is_read_from_its_tensors(block, tmp_path):
 
 @pytest.mark.parametrize(
     ("least", "greatest", "block"),
-    [(-8, 7, "q4_0"), (-3, 12, "q4_1"), (-16, 15, "q5_0"), (-1, 30, "q5_1"), (-127, 127, "q8_0"), (-255, 0, "f16")],
+    [
+        *[(-8, 7, "q4_0"), (-3, 12, "q4_1"), (-16, 15, "q5_0"), (-1, 30, "q5_1"), (-127, 127, "q8_0")],
+        *[(-9, 6, "q5_0"), (-13, 18, "q8_0"), (-255, 0, "f16")],  # 11 bits do not hold 9 or 13 times 1.9921875
+    ],
 )
-def test_steps_get_the_smallest_block_type_that_holds_them(least, greatest, block):
-    steps = torch.randint(least, greatest + 1, (2, 64), dtype=torch.int32)
-    steps[0, :2] = torch.tensor([least, greatest])
-    assert gguf_file.block_of_steps(steps) == block
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_steps_get_the_smallest_block_type_that_holds_their_values_exactly(least, greatest, block, group_size):
+    """gguf decodes what was written as steps times scales, to the last bit of float32; in f16 as bf16 rounds them."""
+    steps = torch.randint(least, greatest + 1, (3, 128), dtype=torch.int32)
+    steps[:, ::32], steps[:, 1::32] = least, greatest
+    scales = torch.tensor([[1.9921875, 0.25], [0.498046875, 2.0], [1.0, 0.5]]).bfloat16().repeat(1, 64 // group_size)
+    kind, stored = gguf_file.encoded_steps(Steps(steps, scales))
+    assert kind == block
+    expected = steps * scales.float().repeat_interleave(group_size, dim=1)
+    expected = expected.bfloat16().float() if kind == "f16" else expected
+    assert torch.equal(torch.from_numpy(dequantize(stored, GGMLQuantizationType[kind.upper()])), expected)
 
 
-@pytest.mark.parametrize(("least", "block"), [(-8, "q4_0"), (-3, "q4_1"), (-16, "q5_0"), (-1, "q5_1"), (-100, "q8_0")])
-def test_steps_and_scales_are_read_back_by_gguf_as_their_product(least, block):
-    """Groups of 64 in blocks of 32; scales are powers of two, so that float16 holds every minimum."""
-    width = {"q4": 15, "q5": 31, "q8": 200}[block[:2]]
-    steps = torch.randint(least, least + width + 1, (3, 128), dtype=torch.int32)
-    scales = torch.tensor([[0.5, 0.25], [1.0, 2.0], [0.125, 0.5]]).bfloat16()
-    stored = gguf_file.encoded_steps(steps, scales, block).numpy()
-    found = dequantize(stored, GGMLQuantizationType[block.upper()])
-    expected = steps * scales.float().repeat_interleave(64, dim=1)
-    assert torch.equal(torch.from_numpy(found), expected)
+def test_groups_that_blocks_of_32_do_not_divide_are_stored_as_the_values_that_transformers_decodes():
+    steps, scales = torch.randint(-8, 8, (2, 96), dtype=torch.int32), torch.full((2, 2), 0.3).bfloat16()
+    kind, stored = gguf_file.encoded_steps(Steps(steps, scales))
+    assert kind == "f16"
+    assert torch.equal(torch.from_numpy(stored).float(), (steps * scales.float()[0, 0]).bfloat16().float())
+
+
+def test_scales_below_those_of_float16_leave_the_values_in_bf16():
+    steps = torch.randint(-8, 8, (2, 64), dtype=torch.int32)
+    kind, stored = gguf_file.encoded_steps(Steps(steps, torch.full((2, 2), 1e-6).bfloat16()))
+    assert kind == "bf16"
+    expected = (steps * torch.tensor(1e-6).bfloat16().float()).bfloat16().float()
+    assert torch.equal(torch.from_numpy(dequantize(stored, GGMLQuantizationType.BF16)), expected)
+
+
+def test_a_reader_that_makes_minimums_whole_gets_four_bits_where_float16_rounds_them():
+    """OpenVINO GenAI: least step -9, which is scale times 9 in the file, rounded."""
+    steps = torch.randint(-9, 7, (2, 64), dtype=torch.int32)
+    steps[:, ::32], steps[:, 1::32] = -9, 6
+    scales = torch.full((2, 2), 1.9921875).bfloat16()
+    kind, stored = gguf_file.encoded_steps(Steps(steps, scales), openvino_engine.GGUF)
+    assert kind == "q4_1"
+    decoded = torch.from_numpy(dequantize(stored, GGMLQuantizationType.Q4_1))
+    assert torch.equal((decoded / 1.9921875).round().int(), steps)
+
+
+@pytest.mark.parametrize("method", ["rtn", "ava"])
+def test_every_weight_of_a_packed_artefact_is_in_the_file_as_transformers_decodes_it(method, run, base):
+    options = {"group_size": 32} if method == "rtn" else {"bits_per_weight": 5.0}
+    artifact = quantize.compress_artifact(base, method, run=run, **options)
+    exported = gguf_file.write(artifact, "kept")
+    back = checkpoint.from_gguf(engines.gguf_file(exported.path))[0]
+    decoded = checkpoint.load_dense(artifact.path)
+    for name, weight in back.named_parameters():
+        assert torch.equal(weight.bfloat16(), decoded.get_parameter(name)), name
+    assert set(exported.card["measured"]["types"]) <= {"f32", "f16", "bf16", *(row[0] for row in gguf_file.RANGES)}
 
 
 def test_a_mixed_grid_artefact_computes_in_gguf_what_it_computes_in_its_own_format(run, base):
-    """Nothing is rounded again but minimums, to 11 bits: logits within 0.02, where 4 bits move them by more than 1."""
+    """Nothing is rounded again; transformers rounds decoded values to bf16: logits within 0.02."""
     artifact = quantize.compress_artifact(base, "ava", run=run)
     exported = gguf_file.write(artifact, "kept")
     torch.testing.assert_close(logits(exported.path), logits(artifact.path), atol=0.02, rtol=0)
@@ -182,23 +216,6 @@ def test_a_file_without_configuration_beside_it_tells_context_vocabulary_and_end
     assert set(found.stops) <= {*known.stops, 0}  # transformers reads GPT-2's <|endoftext|> into any such file
 
 
-def split_by(pattern: str) -> dict:
-    return {"type": "Split", "pattern": {"Regex": pattern}}
-
-
-@pytest.mark.parametrize(
-    ("pre_tokenizer", "name"),
-    [
-        ({"type": "ByteLevel"}, "gpt-2"),
-        ({"pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}, "smollm"),
-        ({"pretokenizers": [split_by(r"x|\p{N}{1,3}|y"), {"type": "ByteLevel"}]}, "llama-bpe"),
-        ({"pretokenizers": [split_by(r"x|\p{N}| ?y"), {"type": "ByteLevel"}]}, "qwen2"),
-    ],
-)
-def test_a_way_of_cutting_text_has_the_name_that_readers_know(pre_tokenizer, name):
-    assert gguf_file.split_name(pre_tokenizer) == name
-
-
 # --- artefacts ---------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +236,7 @@ def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tiny_artifac
     out = tmp_path / "there"
     code, said = command("export", tiny_artifact.path, "--to", "gguf", "--weights", "q4_0", "--out", out)
     assert not code
-    assert said == f"{out}: 0.6 MB, gguf-q4_0\nload it with the engine openvino, llamacpp or torch\n"
+    assert said == f"{out}: 0.6 MB, gguf-q4_0\nload it with the engine openvino or torch or llamacpp\n"
 
 
 def overwritten(file: Path, old: bytes, new: bytes) -> None:
@@ -269,6 +286,54 @@ def test_a_spoilt_file_is_refused_by_name_and_offset(spoil, says, made, tmp_path
     assert "spoilt.gguf" in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    """A file of a small header and few tensors."""
+    writer = GGUFWriter(tmp_path_factory.mktemp("whole") / "w.gguf", "llama")
+    writer.add_context_length(128)
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_token_scores([0.5, 1.5, 2.5])
+    writer.add_tensor("token_embd.weight", np.ones((3, 32), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return writer.path.read_bytes()
+
+
+def refusal(file: Path) -> str:
+    """What is said of a file, nothing where it is read."""
+    try:
+        gguf_layout.check(file)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=2000)
+@given(data=st.data())
+def test_a_file_cut_anywhere_is_refused_in_one_line(data, whole, tmp_path):
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 33))])  # the last bytes may be padding
+    said = refusal(file)
+    assert str(file) in said
+    assert "\n" not in said
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=2000)
+@given(data=st.data())
+def test_a_file_with_any_altered_bytes_is_read_or_refused_in_one_line(data, whole, tmp_path):
+    """Never another exception, nor memory without end: a number of parts is less than the file's bytes."""
+    altered = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        altered[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path / "altered.gguf"
+    file.write_bytes(bytes(altered))
+    said = refusal(file)
+    assert not said or (str(file) in said and "\n" not in said)
+
+
 def changed(folder: Path, **values) -> Path:
     config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(json.dumps(config))
@@ -279,8 +344,8 @@ def changed(folder: Path, **values) -> Path:
     ("values", "says"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised already \(gptq\)"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "of type 'linear'"),
-        ({"model_type": "gpt2", "n_layer": 2}, "is a gpt2; exported are llama, qwen2, qwen3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type 'dynamic'"),
+        ({"model_type": "bloom", "n_layer": 2}, "is a bloom; GGUF is written for llama, mistral"),
     ],
 )
 def test_a_model_that_is_not_exported_is_refused_by_what_it_is(values, says, tiny_copy, tmp_path):
@@ -292,20 +357,6 @@ def test_a_model_that_is_not_exported_is_refused_by_what_it_is(values, says, tin
 def test_an_unknown_block_type_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no block type 'q3_x'.*q8_0, q5_1, q5_0, q4_1, q4_0, kept"):
         gguf_file.export(TINY, tmp_path / "x.gguf", "q3_x")
-
-
-def test_gpt_2s_cut_is_called_smollms_where_no_token_joins_digits():
-    assert gguf_file.split_name({"type": "ByteLevel"}, digits_stand_alone=True) == "smollm"
-
-
-def test_text_cut_in_an_unknown_way_is_refused():
-    with pytest.raises(ValueError, match="text is cut by Metaspace"):
-        gguf_file.split_name({"type": "Metaspace"})
-
-
-def test_more_tokens_than_rows_are_refused():
-    with pytest.raises(ValueError, match="ids up to 1023, the embedding 1000 rows"):
-        gguf_file.vocabulary(checkpoint.load_tokenizer(TINY), 1000)
 
 
 # --- readers -----------------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from avalab import engines
 from avalab.data import grammars
 from avalab.engines import gguf as gguf_file
-from avalab.engines import llamacpp, llamacpp_library
+from avalab.engines import llamacpp
 from avalab.engines.engine import TINY
-from avalab.engines.llamacpp_library import Model
-from avalab.lab import artifacts, process
+from avalab.lab import artifacts, llamacpp_library, process
 from avalab.lab.errors import Unavailable
+from avalab.lab.llamacpp_library import Model
 from avalab.lab.run import ROOT
 from avalab.models import checkpoint
 

@@ -1,11 +1,14 @@
 """ONNX Runtime GenAI: folders of its own builder against transformers in float32, and what is refused."""
 
+import subprocess
+
 import pytest
 import torch
 
 from avalab import engines
 from avalab.engines import onnx as genai_folder
 from avalab.engines.engine import TINY
+from avalab.lab.run import ROOT
 
 
 @pytest.mark.needs("onnxruntime_genai")
@@ -20,6 +23,18 @@ def test_onnx_in_float32_has_the_tokens_and_logits_of_transformers(made, prompt,
 def test_onnx_int8_is_close_to_its_dense_model(made, prompt, divergence, reference):
     engine = engines.load("onnx", made("onnx-int8"), threads=1)
     assert divergence(engine.logits(prompt), reference(TINY).logits(prompt)) < 0.005
+
+
+@pytest.mark.needs("onnxruntime_genai")
+def test_a_graph_says_of_its_producer_the_installed_release_and_nothing_of_where_it_was_made(made):
+    """The builder asks git for the revision of whatever repository it is installed below."""
+    import onnx
+    import onnxruntime_genai
+
+    here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout[:7] or "none"
+    version = onnx.load(made("onnx-fp32") / "model.onnx", load_external_data=False).producer_version
+    assert version.startswith(onnxruntime_genai.__version__)
+    assert here not in version
 
 
 @pytest.mark.needs("onnxruntime_genai")

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from avalab import engines
+from avalab.compress import quantize
+from avalab.engines import checks
 from avalab.engines import gguf as gguf_file
 from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import TINY
+from avalab.measure import families
 from avalab.models import checkpoint, walk
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
@@ -59,8 +62,41 @@ def test_an_openvino_artefact_names_what_it_was_made_from_and_is_made_once(tiny_
 
 @pytest.mark.needs("openvino_genai")
 def test_openvino_refuses_block_types_that_it_does_not_read_and_says_what_does(made):
-    with pytest.raises(engines.NotSupported, match=r"export it as f16, q8_0 or q4_0, or use llamacpp or torch"):
+    says = r"it holds q5_1; it reads f32, f16, q8_0, q4_0, q4_1.*; llamacpp and torch can"
+    with pytest.raises(engines.NotSupported, match=says):
         engines.load("openvino", made("gguf-q5_1"))
+
+
+@pytest.mark.needs("openvino_genai")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llama-rope-llama3", "it scales positions, which it leaves out"),
+        ("llama-rope-linear", "it scales positions, which it leaves out"),
+        ("llama-biases", "it has biases, which it leaves out"),
+        ("granite", "it is a granite; of GGUF files it reads llama, qwen2, qwen3"),
+    ],
+)
+def test_a_gguf_file_of_which_openvino_would_compute_another_model_is_refused(name, says, tmp_path):
+    """Its reader takes these files and gives logits that are off by more than their own spread (LOG.md)."""
+    source = families.make_model(name, tmp_path / "source")
+    (tmp_path / "file").mkdir()
+    gguf_file.export(source, tmp_path / "file" / "m.gguf", "f16")
+    with pytest.raises(engines.NotSupported, match=rf"openvino cannot run m\.gguf: {says}.*; llamacpp and torch can"):
+        openvino_engine.refuse_unread(tmp_path / "file" / "m.gguf")
+    with pytest.raises(engines.NotSupported, match=says):
+        openvino_engine.export(source, tmp_path / "out", "f16")
+
+
+@pytest.mark.needs("openvino_genai")
+def test_the_steps_of_a_packed_artefact_reach_openvino_as_they_are(run, base, prompt):
+    """In float32, logits of the decoded model within what bf16 rounds of decoded values."""
+    artifact = quantize.compress_artifact(base, "rtn", run=run, group_size=32)
+    made = openvino_engine.write(artifact, "kept")
+    ours = engines.load("openvino", made, threads=1, properties=EXACT).logits(prompt)
+    theirs = engines.load("torch", artifact, dtype=torch.float32).logits(prompt)
+    assert checks.difference(ours, theirs) < 0.01
+    assert made.card["measured"]["checked_in"] == "openvino"
 
 
 @pytest.mark.needs("openvino_genai")
@@ -73,5 +109,5 @@ def test_openvino_leaves_an_artefact_as_it_was(made, prompt):
 
 
 def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"no weights 'int3' for OpenVINO; choose one of f16, int8, int4"):
+    with pytest.raises(ValueError, match=r"no weights 'int3' for OpenVINO; choose one of f16, int8, int4, kept"):
         openvino_engine.export(TINY, tmp_path, "int3")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from avalab import engines
 from avalab.compress import quantize
 from avalab.data import corpora
-from avalab.engines import EngineUnavailable, llamacpp_library
-from avalab.lab import artifacts
+from avalab.engines import EngineUnavailable
+from avalab.lab import artifacts, llamacpp_library
 from avalab.lab.run import Record, load_records
 from avalab.measure import answers, peers
 from avalab.models import checkpoint, packed, predict, sizes
