@@ -15,6 +15,9 @@ NOTEBOOKS =
 ONLY =
 JOBS = 2
 
+# A folder's name may hold anything: no variable of make's is looked for in it, and a shell gets it in quotes.
+model = '$(subst ','\'',$(value MODEL))'
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
@@ -53,6 +56,8 @@ system_python = $(or $(call new_enough,$(if $(active),$(python),python3 python3.
 $(ready): pyproject.toml $(if $(active),$(wildcard $(active)/pyvenv.cfg),.venv/.made)
 	@$(if $(system_python),echo "Installing what the lab needs into $(environment) (once, a few minutes)")
 	@env -u PYTHONPATH $(python) -m pip install --editable '.[lab]'
+	@[ "$$(uname -sm)" != 'Linux x86_64' ] || $(python) -m avalab.lab.assets llamacpp-linux-x64 \
+		|| echo 'llama.cpp runs from the wheel xllamacpp instead, and K types are not written'
 	@mkdir -p .stamps && touch '$@'
 
 .venv/.made:
@@ -65,7 +70,7 @@ $(ready): pyproject.toml $(if $(active),$(wildcard $(active)/pyvenv.cfg),.venv/.
 ifneq ($(filter reproduce report stale,$(MAKECMDGOALS)),)
 planner := $(or $(call new_enough,$(python)),$(system_python))
 plan := $(shell $(planner) -m avalab.report.notebooks plan --profile '$(PROFILE)' \
-	--model '$(MODEL)' --seed '$(SEED)' --notebooks '$(NOTEBOOKS)')
+	--model $(model) --seed '$(SEED)' --notebooks '$(NOTEBOOKS)')
 ifneq ($(filter error:,$(firstword $(plan)))$(if $(plan),,none),)
 $(error $(or $(wordlist 2,999,$(plan)),cannot plan the run))
 endif
@@ -80,7 +85,7 @@ help: ## this list
 
 setup: $(ready) ## build .venv, or complete the active environment (every other target does it when needed)
 
-setup-llamacpp: $(ready) ## build llama.cpp for the engine `llamacpp` (a C++ compiler, 4 to 8 minutes)
+setup-llamacpp: $(ready) ## compile llama.cpp for this machine, which nothing needs (a C++ compiler, 4 to 8 minutes)
 	@flags="$$($(python) -c "from avalab.engines import llamacpp; llamacpp.print_build_flags()")" || exit 1; echo "building with $$flags"; \
 	env -u PYTHONPATH CMAKE_ARGS="$$flags" $(python) -m pip install --no-cache-dir --editable '.[llamacpp]'
 
@@ -106,7 +111,7 @@ bench-train: $(ready) ## time a training step against peft + bitsandbytes, in sp
 	@$(python) -m avalab.measure.training --profile '$(PROFILE)'
 
 bench-peers: $(ready) ## score other methods at the same file bytes as ours, here or on another model [PROFILE=laptop] [MODEL=id]
-	@$(python) -m avalab.measure.peers --profile '$(PROFILE)' --model '$(MODEL)'
+	@$(python) -m avalab.measure.peers --profile '$(PROFILE)' --model $(model)
 
 families: $(ready) ## run every family of models through every command, what changed since [ONLY="qwen*,prune*"] [JOBS=2]
 	@OMP_NUM_THREADS=1 AVALAB_DEVICE=cpu $(python) -m avalab.cli.families --only '$(ONLY)' --jobs '$(JOBS)'
@@ -117,7 +122,7 @@ notebooks: $(selected:%=$(stamps)/%.done)
 # The stamp gets the time of the start: what is edited while a notebook runs makes it run again.
 $(stamps)/%.done: notebooks/%.ipynb
 	@mkdir -p $(@D) && touch $@.started
-	@$(python) -m avalab.report.notebooks run --notebooks $* --profile '$(PROFILE)' --model '$(MODEL)' --seed '$(SEED)'
+	@$(python) -m avalab.report.notebooks run --notebooks $* --profile '$(PROFILE)' --model $(model) --seed '$(SEED)'
 	@mv $@.started $@
 
 # Of the results, not of the stamps: building the page never runs a notebook.

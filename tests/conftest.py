@@ -96,7 +96,7 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "artifacts_dir", property(lambda self: folder / self.name))
+        patch.setenv("AVALAB_ARTIFACTS", str(folder))
         patch.setenv("AVALAB_DEVICE", "cpu")
         yield Run("t", "smoke")
 

@@ -95,6 +95,7 @@ def quantize(
     parameters = {name: value for name, value in offered.items() if value is not None}
     options.known_parameters(method, parameters)
     options.known_model(model)
+    options.possible_skips(run, skip or [])
     if parameters.get("bytes"):
         options.possible_budget(run, parameters["bytes"])
     if group_size and method not in ("ava", "hqq"):  # which take any
@@ -290,7 +291,7 @@ def recover(
     qat.record_recovery(run, out.name, found)
     options.print_records(run, as_json)
     if not as_json:
-        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before")
+        print(f"{found.path}: {found.bytes / 1e6:.1f} MB, as before; {qat.loss_change(found)}")
 
 
 def _written(made: Artifact, engines: str) -> str:

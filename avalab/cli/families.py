@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
@@ -106,43 +107,60 @@ def run_cells(request: dict) -> dict:
 
 
 def run_family(name: str, verbs: Sequence[str], keep: Callable[[str, dict], object], *, table: str = TABLE) -> None:
-    """Run verbs of a table on a family; `keep(verb, cell)` is called for each when its process has ended.
+    """Run verbs of a table on a family; `keep(verb, cell)` is called for each as it ends.
 
-    The table is named, `module:name`, since it is looked up in that process.
+    The table is named, `module:name`, since it is looked up in another process.
     """
     waiting = list(verbs)
     module, _, variable = table.partition(":")
     limits = {verb: row.limit_seconds for verb, row in getattr(importlib.import_module(module), variable).items()}
-    with tempfile.TemporaryDirectory(prefix="avalab-families-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="avalab-families-") as scratch, ThreadPoolExecutor(1) as beside:
         model, told = make_model(name, Path(scratch) / "model"), Path(scratch) / "told.jsonl"
         request = {"family": name, "scratch": scratch, "model": str(model), "told": str(told), "table": table}
         while waiting:
-            death = None
+            told.write_text("", encoding="utf-8")
             limit = sum(limits[verb] for verb in waiting) + 60
-            try:
-                process.call(
-                    "avalab.cli.families:run_cells", request | {"verbs": waiting}, limit_seconds=limit, label=name
-                )
-            except ProcessFailed as error:
-                death = error
-            for verb, cell in _read(told, death, limits):
+            child = beside.submit(_child, request | {"verbs": waiting}, limit)
+            for verb, cell in _cells(told, child, limits):
                 keep(verb, cell)
                 waiting.remove(verb)
-            told.unlink()
 
 
-def _read(told: Path, death: ProcessFailed | None, limits: Mapping[str, int]) -> list[tuple[str, dict]]:
-    """The cells that a child told of; the one that it died in is a defect. Raises ProcessFailed where none began."""
-    lines = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()] if told.exists() else []
+def _child(request: dict, limit_seconds: float) -> ProcessFailed | None:
+    """Run the cells in a process of its own; how it failed, if it did."""
+    try:
+        target = "avalab.cli.families:run_cells"
+        process.call(target, request, limit_seconds=limit_seconds, label=request["family"])
+    except ProcessFailed as error:
+        return error
+    return None
+
+
+def _cells(told: Path, child: Future[ProcessFailed | None], limits: Mapping[str, int]) -> Iterator[tuple[str, dict]]:
+    """The cells that a child tells of, as it does; the one that it dies in is a defect.
+
+    Raises ProcessFailed for a child that never began one.
+    """
+    begun, read = None, 0
+    while True:
+        ended = child.done()  # before what it told is read
+        lines = told.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()  # a last one may be half written
+        for line in map(json.loads, lines[read:]):
+            begun = line if "begun" in line else None
+            if not begun:
+                yield line.pop("verb"), line
+        read = len(lines)
+        if ended:
+            break
+        time.sleep(0.1)
+    death = child.result()
     if not lines:
         raise ProcessFailed(f"no cell was begun: {death}")
-    cells = [(line.pop("verb"), line) for line in lines if "verb" in line]
-    if last := lines[-1].get("begun"):
-        seconds, limit = time.time() - lines[-1]["at"], limits[last]
-        late = seconds >= limit and not isinstance(death, process.Killed)
-        line = f"took longer than {limit} s" if late else str(death)
-        cells.append((last, {"outcome": DEFECT, "line": line, "seconds": round(seconds, 1)}))
-    return cells
+    if begun:
+        verb, seconds = begun["begun"], time.time() - begun["at"]
+        late = seconds >= limits[verb] and not isinstance(death, process.Killed)
+        line = f"took longer than {limits[verb]} s" if late else str(death)
+        yield verb, {"outcome": DEFECT, "line": line, "seconds": round(seconds, 1)}
 
 
 def code_key(name: str, verb: str) -> str:

@@ -5,7 +5,8 @@ PEFT load the folder that was handed in, round its weights to bf16 and compute i
 `Differs`; anything else that a command raises is its own.
 
 - The bf16 form: the same logits. An adapter's base was rounded after the sum, which costs a little.
-- What was compressed: finite logits, not further from the base's than a format of so few bits explains.
+- What was compressed: finite logits, not further from the base's than a format of so few bits explains; and a file
+  that is smaller by a share of the blocks' weights, or a card that says how little was reached.
 - What was exported: the same logits where the engine gives them, and greedy tokens that the reference would choose or
   finds as likely. The prompt is longer than the model's sliding window and than the context it was scaled from.
 """
@@ -41,6 +42,8 @@ PROMPT_TOKENS, NEW_TOKENS = 96, 12
 SAME, MERGED, EXPORTED, EIGHT_BITS, FOUR_BITS, FEW_BITS = 2e-5, 0.002, 0.002, 0.02, 0.4, 0.9
 
 NEAR, FAR = 0.15, 0.5  # of the logits' standard deviation: what rounding may decide, exact and in 8 bits
+
+REACHED = 0.2  # of the blocks' bytes in bf16; eight bits save a half
 
 EXAMPLES = 12
 
@@ -154,11 +157,21 @@ def quantize(subject: Subject, method: str, **parameters: object) -> str:
     out = subject.new(f"quantize {method}")
     compress.quantize(method, out, model=str(subject.folder), profile=PROFILE, **parameters)
     made = artifacts.load_artifact(out)
+    _smaller(subject, made)
     most = FEW_BITS if "q2" in method or "q3" in method else FOUR_BITS
     named = made.card["engines"]
     if "torch" in named and made.format != "gguf":
         return _near(subject, _in_torch(made, subject.prompt, torch.bfloat16), most)
     return _in_engine(subject, made, next(name for name in named if name != "torch"), most, near=float("inf"))
+
+
+def _smaller(subject: Subject, made: Artifact) -> None:
+    """Raise Differs for a file that is about as large as its base's, unless its card says that little was reached."""
+    outside = {subject.plain.get_input_embeddings().weight, subject.plain.get_output_embeddings().weight}
+    blocks = sum(2 * p.numel() for p in subject.plain.parameters() if p.dim() > 1 and p not in outside)
+    saved, share = subject.base.bytes - made.bytes, made.card["measured"].get("reached_share", 1.0)
+    if saved < REACHED * blocks and share > REACHED:
+        raise Differs(f"{saved:,} bytes fewer than the base, of {blocks:,} in blocks, and the card does not say why")
 
 
 def prune(subject: Subject, score: str, pattern: str) -> str:

@@ -127,7 +127,7 @@ def _print_modes(run: Run, verdicts: dict[str, list]) -> None:
         shown = {mode: known[answers.call_metric(category, mode)] for mode in asked}
         cells = {m: "not measured" if r.value is None else tables.value_text(r) for m, r in shown.items()}
         line(category.replace("_", " "), [cells.get(mode, "-") for mode in verdicts])
-    for note in dict.fromkeys(record.note for record in run.records if record.value is None):
+    for note in dict.fromkeys(record.note for record in run.records if record.note):
         print(note)
     if not all(verdicts.values()):
         return

@@ -75,6 +75,8 @@ KINDS = (  # of examples, of avalab.data.drafts
     *("missing_argument", "structured_output", "reasoning", "instruction"),
 )
 
+SET_MAKER = "Made by `avalab.data.synthesize`"  # of avalab.data.synthesize: in the card of a set
+
 ENGINES = ("torch", "openvino", "onnx", "llamacpp", "onnxruntime", "aot", "executorch", "vllm", "tensorrt")
 
 CALL_MODES = ("free", "grammar", "forced")  # of avalab.measure.answers
@@ -179,6 +181,14 @@ def possible_groups(run: Run, method: str, size: int, skip: list[str]) -> None:
             raise InputError(
                 f"a group of {size} does not divide the {columns} columns of {layer}; {method} needs one that does"
             )
+
+
+def possible_skips(run: Run, globs: list[str]) -> None:
+    """Raise ValueError for a glob that none of the layers fits, by the headers."""
+    names = [name.removesuffix(".weight") for name in matrices(run) if ".layers." in name]
+    for glob in globs:
+        if names and not any(fnmatchcase(name, glob) for name in names):
+            raise InputError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
 
 
 def possible_budget(run: Run, budget: int) -> None:

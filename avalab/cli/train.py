@@ -26,7 +26,7 @@ Cost = Annotated[float, typer.Option(min=0, help="Most that a URL's answers may 
 
 
 def synthesize(
-    out: Annotated[Path, typer.Option(help="Folder of the set and its card; what is there is replaced.")],
+    out: Annotated[Path, typer.Option(help="Folder of the set and its card; an older set there is replaced.")],
     count: Annotated[int, typer.Option(min=1, help="Accepted examples.")] = 400,
     kinds: Annotated[str, typer.Option(help="Kinds with commas, such as single_call,no_function; all without.")] = "",
     teacher: Annotated[str, typer.Option(help="Who rewords: OpenAI-compatible base URL or artefact folder.")] = "",
@@ -35,20 +35,27 @@ def synthesize(
     price: Annotated[str, typer.Option(help="Its prices a million tokens: in,out.")] = "0,0",
     per_minute: Annotated[float, typer.Option(min=0.1, help="Most requests a minute to a URL.")] = 60,
     overlap: Annotated[str, typer.Option(help="Compare with evaluation sets: here, all (fetched) or none.")] = "here",
+    force: Annotated[bool, typer.Option("--force", help="Replace files there that this command did not make.")] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Make examples for fine-tuning; the key of a URL is read from OPENAI_API_KEY. Stopped, it resumes its answers."""
     if overlap not in ("here", "all", "none"):
         raise InputError(f"unknown overlap {overlap!r}; choose here, all or none")
-    chosen = tuple(kind for kind in kinds.split(",") if kind)
+    chosen = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     for kind in chosen:
         options.one_of("kind", kind, options.KINDS)
+    if teacher_model and not teacher:
+        raise InputError(f"--teacher-model {teacher_model} is of no teacher; give its base URL by --teacher")
+    if not force:
+        artifacts.refuse_foreign(out, [f"{kind}.jsonl" for kind in options.KINDS], made_by=options.SET_MAKER)
     rewriter = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
     from avalab.data import repeats, synthesize
 
     sets = [] if overlap == "none" else repeats.evaluation_sets(fetch=overlap == "all")
-    report = synthesize.write_examples(out, count=count, seed=seed, kinds=chosen, teacher=rewriter, sets=sets)
+    report = synthesize.write_examples(
+        out, count=count, seed=seed, kinds=chosen, teacher=rewriter, sets=sets, replace=force
+    )
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -78,6 +85,8 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
         price_in, price_out = map(float, price.split(","))
     except ValueError:
         raise InputError(f"{price!r} is no pair of prices; write it like 0.15,0.6") from None
+    if not (0 <= price_in < inf and 0 <= price_out < inf) or cost != cost:
+        raise InputError(f"prices {price!r} and cost {cost}; they are sums of 0 or more")
     from avalab.data import teachers
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
@@ -213,11 +222,9 @@ def _tell(line: str, as_json: bool) -> None:
     print(line, file=sys.stderr if as_json else sys.stdout)
 
 
-def _made(artifact: Artifact, change: tuple[float, float]) -> str:
+def _made(artifact: Artifact, change: str) -> str:
     """Where the result is, how large, and what training did to the loss."""
-    before, after = change
-    note = "" if after < before else "; it did not fall: lower --learning-rate, or train longer"
-    return f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, training loss {before:.3f} -> {after:.3f} nats/token{note}"
+    return f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {change}"
 
 
 def distill(

@@ -29,12 +29,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from avalab import engines, kernels
+from avalab.compress import equivalence
 from avalab.engines import llamacpp, onnx_graph
 from avalab.engines import openvino as openvino_engine
 from avalab.kernels import NestedScales, Weight4, formats
 from avalab.kernels.formats import Grid, Rounded
 from avalab.kernels.weight import NESTED_GROUP
-from avalab.lab import artifacts
+from avalab.lab import artifacts, process
 from avalab.lab.errors import InputError, ProcessFailed
 from avalab.models import checkpoint, loading, packed, stored, walk
 from avalab.models.packed import Packed
@@ -43,13 +44,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 AUTOROUND_BATCH = 8  # windows; the library's own
 
-HQQ_BITS = (2, 3, 4, 8)
+# By method, where not all of 2 to 8: with more bits than 6 AutoRound's bf16 weights no longer tell its integers.
+KNOWN_BITS = {"hqq": (2, 3, 4, 8), "autoround": (2, 3, 4, 5, 6)}
 
 NNCF_GROUP_SIZE = 64
 
 K_QUANT = ("algo_config=k_quant", "is_symmetric=false")
 
-NORM_SCALED = ("awq", "smoothquant")
+FUSED = ("phi3",)  # families whose q, k and v are one layer, as gate and up are
 
 GGUF = "gguf-"  # and a mixture: the methods of `llama_cpp`
 
@@ -174,14 +176,15 @@ def torchao(job: Job) -> PreTrainedModel:
 
 def llmcompressor(job: Job) -> PreTrainedModel:
     """llmcompressor's rtn, gptq, awq or smoothquant on the job's calibration windows."""
+    _silence_llmcompressor()
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
-    from loguru import logger
+    from llmcompressor.pipelines.sequential import pipeline
 
-    model, recipe, data = _load(job), _modifiers(job), {}
-    for chatty in ("llmcompressor", "compressed_tensors"):  # each of whose modules, once imported, enables them again
-        logger.disable(chatty)
+    model, data = _load(job), {}
+    recipe = _modifiers(job, model.config.model_type)
+    _silence_llmcompressor()  # again: modules that were imported since have enabled their log
     if job.calibration is not None:
         rows = {"input_ids": job.calibration.tolist(), "attention_mask": torch.ones_like(job.calibration).tolist()}
         samples, length = job.calibration.shape
@@ -193,12 +196,10 @@ def llmcompressor(job: Job) -> PreTrainedModel:
         else contextlib.nullcontext()
     )
     family = model.config.model_type
-    if job.method in NORM_SCALED and not hasattr(model.base_model.layers[0], "input_layernorm"):
-        raise InputError(
-            f"{job.method} folds scales into norms that blocks of {family} do not have; use gptq, rtn or ava"
-        )
+    if job.method == "awq" and not hasattr(model.base_model.layers[0], "input_layernorm"):
+        raise InputError(f"awq folds scales into norms that blocks of {family} do not have; use gptq, rtn or ava")
     try:  # it draws the order of the samples from the global generators
-        with pinning, torch.random.fork_rng(), _seeded(job.seed):
+        with pinning, patch.object(pipeline, "tqdm", process.progress), _seeded(job.seed):
             oneshot(model=model, recipe=recipe, **data)
     except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -208,21 +209,31 @@ def llmcompressor(job: Job) -> PreTrainedModel:
     return model
 
 
+def _silence_llmcompressor() -> None:
+    """Disable the library's log, which is bound to whatever is standard output at its first import."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import llmcompressor  # noqa: F401
+        from loguru import logger
+    for chatty in ("llmcompressor", "compressed_tensors"):
+        logger.disable(chatty)
+
+
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch, and give Python's and numpy's their states back after."""
+    """Seed the global generators of Python, numpy and torch, and give them their states back after."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
     try:
-        yield
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
 
 
-def _modifiers(job: Job) -> list:
+def _modifiers(job: Job, family: str) -> list:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -231,8 +242,25 @@ def _modifiers(job: Job) -> list:
     kind = GPTQModifier if job.method == "gptq" else QuantizationModifier
     rounding = kind(config_groups=_scheme(job), ignore=["lm_head", *job.skipped])
     if job.method == "smoothquant":
-        return [SmoothQuantModifier(smoothing_strength=job.parameters["smoothing_strength"]), rounding]
+        strength = job.parameters["smoothing_strength"]
+        return [SmoothQuantModifier(smoothing_strength=strength, mappings=_smoothed(family)), rounding]
     return [AWQModifier(n_grid=job.parameters["grid_points"]), rounding] if job.method == "awq" else [rounding]
+
+
+def _smoothed(family: str) -> list[tuple[list[str], str]]:
+    """Layers that read a norm, and that norm: the library's own list takes the wrong one of Gemma's four.
+
+    Raises ValueError for a family whose norms are not known here.
+    """
+    before_attention, before_mlp = equivalence.NORMS.get(family, ("", ""))
+    if not before_attention:
+        known = ", ".join(name for name, norms in equivalence.NORMS.items() if norms[0])
+        raise InputError(f"smoothquant scales norms before attention and MLP; known are those of {known}, not {family}")
+    attention, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
+    if family in FUSED:
+        attention, mlp = ["qkv_proj"], ["gate_up_proj"]
+    pairs = ((attention, before_attention), (mlp, before_mlp))
+    return [([f"re:.*{name}" for name in layers], f"re:.*{norm}") for layers, norm in pairs]
 
 
 def _scheme(job: Job) -> dict:

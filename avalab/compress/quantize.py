@@ -19,6 +19,8 @@ is thrown away: whoever wants a number loads the artefact back.
 | `gguf-q6_k` to `gguf-q2_k` | llama.cpp | its mixtures of block types, with an importance matrix |
 | `ava` | this package | mixed grids under a budget of bytes, embedding too; re-scaled first if asked; see `ava` |
 
+Before a method runs and after, `reach` says what share of the model it changes; too little is refused.
+
 `embedding="int8"` puts int8 rows in the place of the bf16 embedding that a library leaves (`packed`, `libraries.hqq`).
 
 A model must be saved before its first forward pass: bitsandbytes re-packs 4-bit weights for the CPU in place, and
@@ -199,10 +201,11 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
             raise InputError(f"{name} {merged[name]!r} is not one of {', '.join(allowed)}")
     if parameters.get("bytes") and parameters.get("bits_per_weight"):
         raise InputError("bytes and bits_per_weight are two budgets for one file; give one of them")
-    if method == "hqq" and merged["bits"] not in libraries.HQQ_BITS:
-        raise InputError(f"HQQ has no {merged['bits']} bits; choose one of {', '.join(map(str, libraries.HQQ_BITS))}")
     if not 2 <= merged.get("bits", 8) <= 8:
         raise InputError(f"bits {merged['bits']} is not one of 2 to 8")
+    known = libraries.KNOWN_BITS.get(method)
+    if known and merged["bits"] not in known:
+        raise InputError(f"{method} has no {merged['bits']} bits; choose one of {', '.join(map(str, known))}")
     for name in ("group_size", "block_size"):
         if merged.get(name, row.smallest_group) < row.smallest_group:
             raise InputError(f"{name} {merged[name]} of {method!r} is below {row.smallest_group}")

@@ -15,7 +15,8 @@ An answer is judged on what it calls, not on how it is spelt.
 Rules: Patil et al., "The Berkeley Function Calling Leaderboard" (2025), abstract-syntax evaluation. The agreement of
 this implementation with the leaderboard's own checker is a test. Where the rules are coarse they are kept, because the
 numbers should mean the same: nested types are checked one level deep, parallel calls are matched greedily, and an
-unreadable attempt at a call counts as "no call" in the irrelevance categories (its verdict carries `not_json`).
+unreadable attempt at a call counts as "no call" in the irrelevance categories (its verdict carries `not_json`). A type
+that the leaderboard's dialect cannot name (`anyOf`, `$ref`) is checked as JSON Schema says.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 from transformers import PreTrainedTokenizerBase
 
 from avalab.data import chats, toolbox
 from avalab.lab import assets
 from avalab.lab.errors import InputError, MissingFile
+from avalab.lab.schemas import to_json_schema
 
 LIVE_CATEGORIES = ("live_simple", "live_multiple", "live_irrelevance")
 
@@ -57,9 +60,9 @@ PYTHON_TYPES: dict[str, type] = {
     **{"array": list, "tuple": list, "dict": dict, "object": dict},
 }
 
-JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
-
-REWRITTEN_KEYWORDS = ("type", "items", "properties", "required", "optional")
+COMPOSED = {  # words of JSON Schema by which a value's type is not the one that `type` names
+    *("$ref", "anyOf", "oneOf", "allOf", "not", "if", "const", "prefixItems", "nullable"),
+}
 
 _IGNORED_IN_STRINGS = str.maketrans({**dict.fromkeys(" ,./-_*^"), "'": '"'})
 
@@ -122,7 +125,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right; `error` is one of ERRORS or "", `detail` names the argument or function."""
+    """Whether an answer is right; `detail` names the argument or function.
+
+    `error` is one of ERRORS, "too_long" where the question was not asked, or "".
+    """
 
     correct: bool
     error: str = ""
@@ -157,7 +163,16 @@ def cases(category: str, limit: int | None = None) -> list[Case]:
 
 def accepted_calls(calls: list[dict]) -> list[dict[str, dict[str, list]]]:
     """What `Case.expected` holds where only these calls are right."""
-    return [{call["name"]: {name: [value] for name, value in call["arguments"].items()}} for call in calls]
+    return [{call["name"]: {name: [_as_answer(value)] for name, value in call["arguments"].items()}} for call in calls]
+
+
+def _as_answer(value: Any) -> Any:
+    """A value as the leaderboard writes it: each key of an object with a list of accepted values."""
+    if isinstance(value, dict):
+        return {key: [item] for key, item in value.items()}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return [_as_answer(item) for item in value]
+    return value
 
 
 def case_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
@@ -194,25 +209,6 @@ def _rows(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
         if missing := [field for field in fields if field not in row]:
             raise InputError(f"{place}: no field {', '.join(missing)}")
         yield row
-
-
-def to_json_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The JSON Schema of a function's arguments, without undeclared ones; "any" becomes a schema without a type."""
-    return _schema(function["parameters"])
-
-
-def _schema(declared: dict[str, Any]) -> dict[str, Any]:
-    schema = {key: value for key, value in declared.items() if key not in REWRITTEN_KEYWORDS}
-    kind = declared.get("type", "any")
-    if kind != "any":
-        schema["type"] = JSON_TYPES.get(kind, kind) if isinstance(kind, str) else kind
-    if "items" in declared:
-        schema["items"] = _schema(declared["items"])
-    if "properties" in declared:
-        schema["properties"] = {name: _schema(value) for name, value in declared["properties"].items()}
-        schema["required"] = [name for name in declared.get("required", []) if name in schema["properties"]]
-        schema.setdefault("additionalProperties", False)
-    return schema
 
 
 def parse_calls(text: str) -> list[Call] | str:
@@ -390,14 +386,20 @@ def _check_call(functions: list[dict], expected: dict[str, dict], call: Call) ->
     (name, accepted), *_ = expected.items()
     if call.name != name:
         return Verdict(False, "wrong_function", f"{call.name} for {name}")
-    declared = next(f for f in functions if f["name"] == name)["parameters"]
+    function = next(f for f in functions if f["name"] == name)
+    declared = function.get("parameters", {"properties": {}})
+    if COMPOSED & declared.keys() or not isinstance(declared.get("properties", {}), dict):
+        if error := _schema_error(function, call.arguments):
+            return error
+        declared = {"additionalProperties": True}
+    open_ended = declared.get("additionalProperties", "properties" not in declared)
     for argument in declared.get("required", []):
         if argument not in call.arguments:
             return Verdict(False, "missing_argument", argument)
     for argument, value in call.arguments.items():
-        if argument not in declared["properties"] or argument not in accepted:
+        if argument not in accepted or (argument not in declared.get("properties", {}) and open_ended is False):
             return Verdict(False, "extra_argument", argument)
-        if error := _argument_error(declared["properties"][argument], value, accepted[argument]):
+        if error := _argument_error(function, argument, value, accepted[argument]):
             return Verdict(False, error, f"{argument}={value!r}")
     for argument, values in accepted.items():
         if argument not in call.arguments and "" not in values:
@@ -405,9 +407,21 @@ def _check_call(functions: list[dict], expected: dict[str, dict], call: Call) ->
     return Verdict(True)
 
 
-def _argument_error(declared: dict, value: Any, accepted: list) -> str:
+def _schema_error(function: dict, arguments: dict) -> Verdict | None:
+    """What is wrong with arguments whose schema is composed of others, by JSON Schema's rules."""
+    found = jsonschema.exceptions.best_match(
+        jsonschema.Draft202012Validator(to_json_schema(function)).iter_errors(arguments)
+    )
+    kinds = {"required": "missing_argument", "additionalProperties": "extra_argument"}
+    return found and Verdict(False, kinds.get(found.validator, "wrong_type"), found.message)
+
+
+def _argument_error(function: dict, argument: str, value: Any, accepted: list) -> str:
     """`wrong_type`, `wrong_value` or "" for one argument."""
-    kind = declared.get("type", "any")
+    declared = function.get("parameters", {}).get("properties", {}).get(argument)
+    if not _is_plain(declared):
+        return _composed_error(function, argument, value, accepted)
+    kind = declared["type"]
     if kind == "tuple" and isinstance(value, tuple):
         value = list(value)
     if kind in ("float", "number") and type(value) is int:  # not bool
@@ -424,6 +438,25 @@ def _argument_error(declared: dict, value: Any, accepted: list) -> str:
     if shown not in (None, wanted):  # the accepted values are of another type: compare as they are
         return "" if value in accepted else "wrong_value"
     return "" if _value_fits(value, accepted, inner) else "wrong_value"
+
+
+def _is_plain(declared: Any) -> bool:
+    """Whether the leaderboard's rules say what a value's type is: one name of a type, and one of its items'."""
+    if not isinstance(declared, dict) or COMPOSED & declared.keys():
+        return False
+    named = isinstance(declared.get("type"), str) and declared["type"] in PYTHON_TYPES
+    return named and ("items" not in declared or _is_plain(declared["items"]))
+
+
+def _composed_error(function: dict, argument: str, value: Any, accepted: list) -> str:
+    """As `_argument_error`, for a schema beyond the leaderboard's dialect: its type is checked as JSON Schema says."""
+    schema = to_json_schema(function)
+    own = schema.get("properties", {}).get(argument, schema.get("additionalProperties", True))
+    if not jsonschema.Draft202012Validator(schema).evolve(schema=own).is_valid(value):
+        return "wrong_type"
+    inner = dict if isinstance(value, list) and value and all(isinstance(item, dict) for item in value) else None
+    alike = [answer for answer in accepted if isinstance(answer, bool) == isinstance(value, bool)]
+    return "" if _value_fits(value, alike, inner) else "wrong_value"
 
 
 def _type_of_first(accepted: list) -> type | None:

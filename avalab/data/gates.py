@@ -31,6 +31,7 @@ from avalab.data import calls, phrasing, repeats, toolbox
 from avalab.data.arguments import SCALES, WORDS, ways_to_say
 from avalab.data.repeats import EvaluationSet
 from avalab.lab.errors import InputError
+from avalab.lab.schemas import refuse_loops, to_json_schema
 from avalab.lab.words import said_numbers
 
 Gate = Callable[[dict], str]
@@ -89,10 +90,12 @@ def schema_validity(example: dict) -> str:
 def checked_schema(tool: dict) -> dict:
     """The JSON Schema of a tool's arguments. Raises ValueError naming the tool where it is not a valid one."""
     try:
-        schema = calls.to_json_schema(tool)
+        schema = to_json_schema(tool)
         jsonschema.Draft202012Validator.check_schema(schema)
-    except (jsonschema.SchemaError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"tool {tool.get('name')!r} is not valid JSON Schema: {str(error).splitlines()[0]}") from error
+        refuse_loops(schema)
+    except (jsonschema.SchemaError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"tool {tool.get('name')!r} is not valid JSON Schema: {said}") from error
     return schema
 
 
@@ -100,10 +103,11 @@ def grounded(example: dict) -> str:
     """Every argument of every call is said in the request."""
     request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
     for call in example["calls"]:
-        tool = next((tool for tool in example["tools"] if tool["name"] == call["name"]), {"parameters": {}})
-        described = tool["parameters"].get("properties", {})
+        tool = next((tool for tool in example["tools"] if tool["name"] == call["name"]), {})
+        described = (tool.get("parameters") or {}).get("properties", {})
         for name, value in call["arguments"].items():
-            about = f"{name} {described.get(name, {}).get('description', '')}"
+            said = described.get(name)
+            about = f"{name} {said.get('description', '') if isinstance(said, dict) else ''}"
             if (missing := first_unsaid(value, about, request)) is not None:
                 return f"{call['name']}: {name}={missing!r} is not said in the request"
     return ""

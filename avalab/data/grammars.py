@@ -7,8 +7,9 @@
 3. During decoding, the logits of every token that cannot continue the text are set to minus infinity, row by row of
    the batch.
 
-A grammar makes a call readable, not right; it follows the order of the schema. Words of JSON Schema that xgrammar does
-not enforce are left out: the function is then named in `CallGrammar.loosened`, and the caller can count it.
+A grammar makes a call readable, not right; it follows the order of the schema. `schemas.Rewriting` puts a schema into
+words that xgrammar enforces; what has none is left out: the function is then named in `CallGrammar.loosened`, and the
+caller can count it.
 
 Source: Dong et al., "XGrammar: Flexible and Efficient Structured Generation Engine for Large Language Models" (2024).
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from xgrammar import Grammar
 
-from avalab.data.calls import to_json_schema
+from avalab.lab import schemas
 from avalab.lab.errors import InputError
 from avalab.models.stops import padding_token, stop_tokens
 
@@ -37,11 +38,6 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_CALLS = 8
 
 REFUSAL_TOKENS = 48  # a text without a call ends here: enough to say why, and no time is spent on more
-
-NOT_ENFORCED = {  # xgrammar reads these words of a schema and accepts what they forbid
-    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
-    *("dependentRequired", "dependentSchemas"),
-}
 
 FLOAT = (  # beside xgrammar's own rules: a number with a decimal point
     "basic_float ::= ((basic_number_1 basic_number_2 basic_float_1 basic_number_5))\n"
@@ -93,26 +89,30 @@ def call_grammar(
 
 
 def _compile(engine: xgrammar.GrammarCompiler, functions: list[dict], *, refusal: bool, max_calls: int) -> CallGrammar:
-    schemas = {f["name"]: enforceable(to_json_schema(f)) for f in functions}
-    loosened = {f["name"] for f in functions if schemas[f["name"]] != to_json_schema(f)}
-    for name, schema in schemas.items():
+    described: dict[str, dict] = {}
+    loosened, defs = set(), {}
+    for index, function in enumerate(functions):
+        rewriting = schemas.Rewriting(schemas.to_json_schema(function), prefix=f"{index}_")
         try:
-            _from_schema(schema)
-        except RuntimeError:  # a pattern or reference that xgrammar cannot translate
-            schemas[name] = {"type": "object"}
-            loosened.add(name)
+            schema = rewriting.whole()
+            _from_schema({**schema, "$defs": rewriting.defs})
+            defs |= rewriting.defs
+        except (RuntimeError, InputError):  # a pattern or reference that cannot be translated
+            schema, rewriting.exact = {"type": "object"}, False
+        described[function["name"]] = schema
+        loosened |= set() if rewriting.exact else {function["name"]}
     grammars = []
     if functions:
         one_of = [
             {
                 "type": "object",
-                "properties": {"name": {"const": name}, "arguments": schema},
+                "properties": {"name": schemas.exactly(name), "arguments": schema},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for name, schema in schemas.items()
+            for name, schema in described.items()
         ]
-        listed = {"type": "array", "items": {"anyOf": one_of}, "minItems": 1, "maxItems": max_calls}
+        listed = {"type": "array", "items": {"anyOf": one_of}, "minItems": 1, "maxItems": max_calls, "$defs": defs}
         begin, end = (Grammar.from_ebnf(f'root ::= "{text}"') for text in (BEGIN, END))
         calls = Grammar.concat(begin, _from_schema(listed), end)
         only_floats = _declared(functions) & {"float", "number"} == {"float"}
@@ -147,25 +147,6 @@ def _declared(schema: Any) -> set[str]:
 def _from_schema(schema: dict) -> Grammar:
     """Fixed spaces keep answers short; strict mode would forbid the items of a list that declares none."""
     return Grammar.from_json_schema(schema, any_whitespace=False, strict_mode=False)
-
-
-def enforceable(schema: Any) -> Any:
-    """The schema without the words a grammar does not enforce, at every depth (names of properties are kept)."""
-    if isinstance(schema, list):
-        return [enforceable(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {key: value for key, value in schema.items() if key not in NOT_ENFORCED}
-    if "oneOf" in kept:  # "exactly one" becomes "at least one"
-        kept["anyOf"] = kept.pop("oneOf")
-    if len(kept.get("allOf", ())) > 1:
-        del kept["allOf"]
-    for key, value in kept.items():
-        if key in ("properties", "$defs"):
-            kept[key] = {name: enforceable(inner) for name, inner in value.items()}
-        elif key not in ("enum", "const", "default", "examples"):
-            kept[key] = enforceable(value)
-    return kept
 
 
 def logits_mask(grammars: list[CallGrammar]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -32,7 +32,7 @@ from avalab.data import calls, chats, drafts, gates, repeats, toolbox
 from avalab.data.calls import Call, Case
 from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
-from avalab.lab import statistics, words
+from avalab.lab import artifacts, statistics, words
 from avalab.lab.artifacts import sha256_of
 from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import write_atomically
@@ -52,6 +52,8 @@ REWORDING = {  # the form of a teacher's answer, for teachers that can be held t
     "required": ["request"],
     "additionalProperties": False,
 }
+
+MAKER = "Made by `avalab.data.synthesize`"  # what the data card says
 
 JSON_PROMPT = "Reply with one JSON object, and nothing else, that satisfies this JSON schema:\n"
 
@@ -199,12 +201,16 @@ def write_examples(
     kinds: tuple[str, ...] = (),
     teacher: Teacher | None = None,
     sets: list[EvaluationSet] | None = None,
+    replace: bool = False,
 ) -> dict:
     """Generate into the folder `path`: `<kind>.jsonl` files and the data card README.md; returns the report.
 
-    Nothing is replaced before every example is there. Report: `counts` (gates), `diversity`, `evaluation` (name ->
+    Nothing is replaced before every example is there, and without `replace` nothing that an older set's card does not
+    list as it is: that raises ValueError at once. Report: `counts` (gates), `diversity`, `evaluation` (name ->
     sha256 of what the overlap gate compared with), `files` (name -> sha256, bytes, examples).
     """
+    if not replace:
+        artifacts.refuse_foreign(Path(path), [f"{kind}.jsonl" for kind in drafts.KINDS], made_by=MAKER)
     sets = repeats.evaluation_sets() if sets is None else sets
     counts: Counter = Counter()
     made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard_gates(sets), counts=counts))

@@ -309,6 +309,27 @@ def write_export(
     return make_artifact(out, fill, base=artifact, step=step, format=export.format, engines=export.engines)
 
 
+def refuse_foreign(folder: Path, names: Iterable[str], *, made_by: str) -> None:
+    """Raise ValueError for files of these names, or a README.md, that would be replaced and are somebody else's.
+
+    Ours is a README.md that says `made_by`, and a file whose sha256 it lists; it need not be there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written; name another folder")
+    card = folder / "README.md"
+    said = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    foreign = [card.name] if card.exists() and made_by not in said else []
+    foreign += [name for name in names if (folder / name).is_file() and sha256_of(folder / name) not in said]
+    if foreign:
+        raise InputError(
+            f"{folder} holds {', '.join(foreign)} that this command did not make, or that was changed since; "
+            "name another folder, or have it replaced by --force"
+        )
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:

@@ -9,7 +9,8 @@
    the package is replaced by its last part, one from outside by its full dotted path. Moving or merging modules,
    renaming an import, comments and layout change no key; a changed body, constant or default within reach does.
 3. The hash is that of the sorted set of the definitions, each with the hashes of those that it names: calling another
-   function of the same name is a change too.
+   function of the same name is a change too. Where one of `TEXTS` is among them, which reads tables and prompts that
+   come with the package, all text files of its folders count.
 
 What is looked up by a name at run time cannot be seen (`table[name]` counts with the whole table): the caller hands in
 what it chose, as in `code_of(ENGINES[name])`, and the table is in `NOT_FOLLOWED`.
@@ -44,6 +45,8 @@ NOT_FOLLOWED = (  # modules and definitions that are in the hash by name only
     "avalab.compress.quantize:METHODS",
 )
 
+TEXTS = {"avalab.lab.words:read_packaged": ("data/prompts", "data/domains")}  # who reads text, and from where
+
 DEFINED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:\w+")  # `package.module:name`, as `process.call` takes it
 
 Reference = tuple[str, str]  # module and name; without a name, the module as a value
@@ -65,11 +68,28 @@ def reached(*functions: Callable | type | str) -> list[str]:
 @cache
 def _hash(starts: tuple[Reference, ...]) -> str:
     entries = set()
-    for at in _closure(starts):
+    closure = _closure(starts)
+    for folder in (
+        folder for reader, folders in TEXTS.items() if _as_reference(reader) in closure for folder in folders
+    ):
+        entries.add(_texts_sha256(Path(__file__).parents[1] / folder))
+    for at in closure:
         definition = _definition(*at)
         others = [_definition(*other).sha256 for other in definition.references if other[1] and _is_followed(other)]
         entries.add("\n".join([definition.dump, *others]))
     return _sha256("\n\n".join(sorted(entries)))
+
+
+def _as_reference(text: str) -> Reference:
+    module, _, name = text.partition(":")
+    return module, name
+
+
+def _texts_sha256(folder: Path) -> str:
+    """The names and contents of the text files of a folder."""
+    return _sha256(
+        "\n".join(f"{file.name} {_sha256(file.read_text('utf-8'))}" for file in sorted(folder.glob("*.txt")))
+    )
 
 
 def _closure(starts: Iterable[Reference]) -> set[Reference]:

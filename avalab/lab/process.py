@@ -5,8 +5,9 @@
 2. What the process prints goes to a file, whose last line explains a crash. An exception comes back as its name and
    message; a process that is killed, crashes in native code or takes too long becomes a RuntimeError in one line.
 3. The package imports this module first, and it sets the log levels of libraries that warn of what no reader can act
-   on (GPU libraries that torchao cannot load, a CPU kernel that bitsandbytes would fetch): a deliberate exception to
-   "importing does nothing", since later is too late. The level of a logger that a user has configured stays.
+   on (GPU libraries that torchao cannot load, a CPU kernel that bitsandbytes would fetch, advice of torch.fx to the
+   libraries that call it): a deliberate exception to "importing does nothing", since later is too late. The level of a
+   logger that a user has configured stays.
 """
 
 from __future__ import annotations
@@ -23,12 +24,9 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from avalab.lab.errors import ProcessFailed
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
@@ -156,8 +154,8 @@ def quietly() -> Iterator[None]:
         _seen.pop()
 
 
-def progress(items: Iterable | None = None, *, desc: str, total: int | None = None) -> "tqdm | Any":
-    """A bar with the time to go, on the standard error that people see; it is wiped when done."""
+def progress(items: Iterable | None = None, *, desc: str, total: int | None = None) -> Any:
+    """A bar of tqdm's with the time to go, on the standard error that people see; it is wiped when done."""
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=desc, total=total, leave=False, file=_seen[0] if _seen else sys.stderr)

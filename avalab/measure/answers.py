@@ -78,6 +78,11 @@ class Respondent:
         return checkpoint.load_model(self.artifact, self.device)
 
     @cached_property
+    def context(self) -> int:
+        """The longest sequence that the model was made for, prompt and answer together."""
+        return engines.facts(self.artifact.path).context
+
+    @cached_property
     def compiler(self) -> grammars.Compiler:
         """Makes grammars for this tokenizer and this number of logits."""
         stops = stop_tokens(self.model, self.tokenizer)
@@ -104,9 +109,14 @@ def answer(
 ) -> list[str]:
     """The answers to questions of a task in their order, `tokens` long at most; read from `cache` where known.
 
+    A prompt that leaves no room for so many in the model's context is not asked; its answer is the empty text.
     Raises ValueError for an artefact that cannot be loaded; from engines other than torch EngineUnavailable,
     NotSupported, or RuntimeError in one line for any other failure.
     """
+    if any(late := too_long(respondent, questions, tokens)):
+        fitting = [question for question, is_late in zip(questions, late, strict=True) if not is_late]
+        given = iter(answer(respondent, fitting, cache, task=task, tokens=tokens, progress=progress))
+        return ["" if is_late else next(given) for is_late in late]
     path, keys = _answers_file(respondent, cache, task, tokens), [question.key for question in questions]
     if respondent.engine == TORCH:
 
@@ -123,6 +133,13 @@ def answer(
         cell.ask_engine(target, respondent.artifact, respondent.engine, request, limit)
         known = known_lines(path)
     return [known[key]["text"] for key in keys]
+
+
+def too_long(respondent: Respondent, questions: Sequence[Question], tokens: int) -> list[bool]:
+    """Which prompts leave less than `tokens` of the model's context: beyond it a model was never trained."""
+    room = respondent.context - tokens
+    encode = respondent.tokenizer
+    return [len(encode(question.prompt, add_special_tokens=False).input_ids) > room for question in questions]
 
 
 def answer_questions(request: dict) -> dict:
@@ -250,11 +267,18 @@ def record_calls(
             raise
         record(value=None, note=str(error))
         return []
-    verdicts = judge_calls(asked, texts)
+    late = too_long(respondent, _questions(respondent, asked, mode), CALL_TOKENS)
+    verdicts = [
+        Verdict(False, "too_long") if is_late else verdict
+        for is_late, verdict in zip(late, judge_calls(asked, texts), strict=True)
+    ]
     details = {"errors": count_errors(verdicts), "mode": mode, "skipped": skip, "max_calls": _max_calls(category)}
     details["items_per_s"] = items_per_s(respondent, asked, mode, cache)
+    beyond = (
+        f"{sum(late)} of {len(asked)} prompts exceed the context of {respondent.context:,} tokens: counted as wrong"
+    )
     share = statistics.wilson(sum(v.correct for v in verdicts), len(verdicts))
-    record(details=details, **vars(share))
+    record(details=details, note=beyond if any(late) else "", **vars(share))
     return verdicts
 
 

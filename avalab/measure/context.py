@@ -134,7 +134,8 @@ def _measure_in_process(folder: Path, engine: str, work: Workload, options: dict
             if not file.is_file():
                 raise
             why = str(error)
-        return [json.loads(line) for line in file.read_text().splitlines()], why
+        # A line that the process was writing when it died has no end.
+        return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")], why
 
 
 def run_lengths(request: dict) -> dict:

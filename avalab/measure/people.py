@@ -168,7 +168,10 @@ def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[s
 
 def load_key(folder: Path) -> dict[str, dict]:
     """Whose answers they are: subject -> its facts and `answers` (prompt key -> answer id). Not for raters."""
-    return json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    try:
+        return json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # a JSON error is one
+        raise InputError(f"{folder / 'key.json'} is damaged: {error}; make the sheet again") from error
 
 
 def answer_id(prompt: Prompt, text: str) -> str:

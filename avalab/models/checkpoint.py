@@ -338,6 +338,16 @@ def context_tokens(artifact: Artifact) -> int:
     return loading.read_config(artifact.path).get_text_config().max_position_embeddings
 
 
+def vocabulary_rows(artifact: Artifact) -> int:
+    """Rows of a model's embedding: its tokenizer's words and what pads them."""
+    return loading.read_config(artifact.path).get_text_config().vocab_size
+
+
+def tokenizer_words(artifact: Artifact) -> int:
+    """One more than the largest id that a model's tokenizer gives."""
+    return max(load_tokenizer(artifact).get_vocab().values()) + 1
+
+
 def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the weights."""
     return loading.read_tokenizer(folder.path if isinstance(folder, Artifact) else folder)

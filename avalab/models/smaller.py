@@ -138,7 +138,7 @@ def configuration(model: PreTrainedModel, kept: Kept):
     if kept.hidden is not None:
         config.hidden_size = len(kept.hidden)
     if kept.blocks is not None:
-        for name, value in model.config.to_dict().items():  # kinds of attention, layers without positions
+        for name, value in list(vars(model.config).items()):  # kinds of attention, layers without positions
             of_blocks = isinstance(value, list) and len(value) == of.blocks
             if of_blocks and not name.endswith(("_token_id", "architectures")):
                 setattr(config, name, [value[index] for index in kept.blocks])

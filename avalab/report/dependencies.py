@@ -20,7 +20,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from avalab.lab.run import ROOT
+from avalab.lab.errors import InputError
+from avalab.lab.run import ROOT, load_records
 
 
 def module_paths(root: Path = ROOT) -> dict[str, Path]:
@@ -118,13 +119,16 @@ def code_states(results: Path, root: Path = ROOT) -> dict[str, str]:
         name = executed.name.removesuffix(".ipynb")
         if "." in name:  # the copy of a failure
             continue
-        metadata = json.loads(executed.read_text(encoding="utf-8")).get("metadata", {})
-        if code := metadata.get("avalab", {}).get("code"):
+        try:
+            code = json.loads(executed.read_text(encoding="utf-8")).get("metadata", {}).get("avalab", {}).get("code")
+        except (ValueError, AttributeError) as error:  # a JSON error is a ValueError
+            raise InputError(f"{executed} is not a notebook: {error}") from error
+        if code:
             states[name] = "current" if code == now.get(name) else "stale (its code has changed since)"
         else:
             records = results / f"{name}.json"
-            rows = json.loads(records.read_text(encoding="utf-8")) if records.is_file() else []
-            states[name] = _state_by_commit(name, {row.get("commit", "") for row in rows}, now, at_commit)
+            commits = {record.commit for record in (load_records(records) if records.is_file() else [])}
+            states[name] = _state_by_commit(name, commits, now, at_commit)
     return states
 
 

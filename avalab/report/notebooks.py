@@ -1,8 +1,8 @@
 """The notebooks as make sees them: what has to run again, and one run without a browser.
 
 1. Plan: a make include file with one rule a notebook, which depends on the modules it reaches, on pins and assets, and
-   on the files of a model that is a local folder. A stamp whose results or sources are gone is taken back. A bare
-   Python answers: only a run imports more than the standard library.
+   on a list of the files of a model that is a local folder, whose names may be any (`list_model`). A stamp whose
+   results or sources are gone is taken back. A bare Python answers: only a run imports more than the standard library.
 2. Run by papermill into a hidden file of the results folder. Absolute paths, progress bars and stderr go, the code's
    hash comes in, and the file becomes `results/<name>/NN_subject.ipynb`. After a failure the copy so far is kept as
    `NN_subject.failed.ipynb` with `NN_subject.traceback.txt`, and an earlier good copy stays. The page is built anew
@@ -33,6 +33,8 @@ from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, write
 from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
 COMMON = ("pyproject.toml", "data/assets.toml", "avalab/lab/profiles.toml")  # every notebook depends on these
+
+MODEL_FILES = ".stamps/{}/model.json"
 
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
@@ -71,11 +73,23 @@ def model_argument(profile: str, model: str, root: Path = ROOT) -> str:
     return str(folder.resolve()) if folder else model
 
 
-def make_rules(name: str, model: str, root: Path = ROOT) -> str:
+def list_model(name: str, model: str, root: Path = ROOT) -> None:
+    """Write what make compares for run `name`: names, sizes and times of a model's files, if it is a local folder.
+
+    The list is written only when it changes: then it is newer than the stamps.
+    """
+    folder, file = root / model, root / MODEL_FILES.format(name)
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if model and folder.is_dir() else []
+    rows = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    text = json.dumps(rows, indent=0) + "\n"
+    if rows and not (file.is_file() and file.read_text(encoding="utf-8") == text):
+        write_atomically(file, text)
+
+
+def make_rules(name: str, root: Path = ROOT) -> str:
     """The make include file of run `name`: which stamp (one a notebook, one for the page) depends on which files."""
     paths, graph = module_graph(root)
-    folder = root / model
-    data = [*(root / path for path in COMMON), *(sorted(folder.iterdir()) if model and folder.is_dir() else [])]
+    data = [*(root / path for path in COMMON), root / MODEL_FILES.format(name)]
     page = [paths[module] for module in sorted(reachable({f"{__package__}.page"} & graph.keys(), graph))]
     rules = {"report": [*page, *sorted((root / "avalab" / "report" / "templates").glob("*.j2"))]}
     for notebook in notebook_names(root=root):
@@ -115,8 +129,8 @@ def plan(profile: str, *, model: str = "", seed: str = "0", notebooks: str = "")
     name = folder_name(profile, model, int(seed))
     selected = notebook_names(notebooks)
     remove_void_stamps(name)
-    rules = make_rules(name, model or PROFILES[profile].model)
-    write_atomically(ROOT / ".stamps" / name / "dependencies.mk", rules)
+    list_model(name, model or PROFILES[profile].model)
+    write_atomically(ROOT / ".stamps" / name / "dependencies.mk", make_rules(name))
     return [name, *selected]
 
 

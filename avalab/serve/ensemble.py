@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from avalab import engines
 from avalab.data import calls
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -235,6 +236,11 @@ class Choir(Respondent):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the first member, which is that of all."""
         return checkpoint.load_tokenizer(self.about.members[0])
+
+    @cached_property
+    def context(self) -> int:
+        """The shortest of the members' contexts."""
+        return min(engines.facts(member.path).context for member in self.about.members)
 
     @cached_property
     def model(self) -> Mixture:

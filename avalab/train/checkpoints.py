@@ -59,6 +59,13 @@ def _changes(other: Path, settings: dict) -> str:
     return " (" + ", ".join(f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in differing) + ")"
 
 
+def forget(own: Path) -> None:
+    """Delete what a training that is done has kept."""
+    shutil.rmtree(own)
+    if not any(own.parent.iterdir()):
+        own.parent.rmdir()
+
+
 def seal(checkpoint: Path) -> None:
     """Note every file of a checkpoint with its hash, last of all: without it there is no checkpoint."""
     files = sorted(path for path in checkpoint.iterdir() if path.name != SEAL)

@@ -59,6 +59,7 @@ class Objective:
     layer_map: Map
     projections: tuple[Tensor | None, ...]  # of each pair of the map
     identity: str
+    words: int | None = None  # entries that are compared, where one vocabulary is padded further than the other
 
     @property
     def needs_layers(self) -> bool:
@@ -73,11 +74,12 @@ class Objective:
         if recipe.cross_entropy:
             loss = loss + recipe.cross_entropy * losses.next_token(hidden, head, batch)
         if recipe.kl and recipe.teacher != ONLINE:
-            loss = loss + recipe.kl * _from_targets(hidden, head, batch, keep, recipe)
+            loss = loss + recipe.kl * _from_targets(hidden, head[: self.words], batch, keep, recipe)
         if self.teacher is not None:
             heard = teacher_outputs(self.teacher, batch, layers=self.needs_layers)
             states = heard.last_hidden_state
-            loss = loss + recipe.kl * _divergence(hidden, head, batch, states, self.teacher, recipe)
+            heard_by = hidden, head[: self.words]
+            loss = loss + recipe.kl * _divergence(*heard_by, batch, states, self.teacher, recipe)
             loss = loss + self._inside(batch, heard.hidden_states, keep[0])
         return loss
 
@@ -177,6 +179,11 @@ def refuse_other_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 def _refuse(recipe: Recipe, student: Artifact, teacher: Artifact | None) -> None:
     if recipe.listens and teacher is None:
         raise InputError("kl, hidden and attention need a teacher; without one only cross_entropy can be above 0")
+    if recipe.listens and teacher.sha256 == student.sha256:
+        raise InputError(
+            f"teacher and student are the same model ({student.name}, sha256 {student.sha256[:16]}...): there is "
+            "nothing to learn; give the model that the student was made from, or a larger one"
+        )
     if recipe.listens:
         refuse_other_tokenizer(checkpoint.load_tokenizer(student), checkpoint.load_tokenizer(teacher))
 
@@ -196,7 +203,7 @@ def _divergence(
 ) -> Tensor | float:
     """Divergence from a teacher that reads along, forward and reverse in the recipe's shares."""
     spoken, finish = predict.output_head(teacher)
-    aim = (finish.scaled(states.to(hidden.dtype)), spoken.weight.to(hidden.dtype))
+    aim = (finish.scaled(states.to(hidden.dtype)), spoken.weight[: len(head)].to(hidden.dtype))
     keep, softcap, total = batch["labels"] != IGNORED, batch.get("finish", PLAIN).softcap, 0.0
     for share, reverse in ((1 - recipe.reverse, False), (recipe.reverse, True)):
         if recipe.kl * share:
@@ -235,17 +242,25 @@ def objective_of(
 
     Raises ValueError for a map with blocks that there are not.
     """
-    inside = recipe.hidden or recipe.attention
+    inside, words = recipe.hidden or recipe.attention, shared_words(model, teacher) if recipe.kl else None
     if not inside and (recipe.teacher != ONLINE or not recipe.kl):
-        return Objective(recipe, model, None, (), (), identity)
+        return Objective(recipe, model, None, (), (), identity, words)
     asked = checkpoint.load_model(teacher, device)
     apply_packed_attention(asked)
     if not inside:
-        return Objective(recipe, model, asked, (), (), identity)
+        return Objective(recipe, model, asked, (), (), identity, words)
     blocks = [each.config.num_hidden_layers for each in (model, asked)]
     pairs = recipe.layer_map or losses.layer_map(*blocks, min(recipe.pairs, blocks[0]))
     pairs = losses.checked_map(pairs, *blocks)
-    return Objective(recipe, model, asked, pairs, _projections(model, asked, pairs, rows), identity)
+    if recipe.attention:
+        losses.refuse_other_attention(model, asked)
+    return Objective(recipe, model, asked, pairs, _projections(model, asked, pairs, rows), identity, words)
+
+
+def shared_words(model: PreTrainedModel, teacher: Artifact) -> int | None:
+    """How many entries of both vocabularies are compared: all (None), or the words where their paddings differ."""
+    rows = [len(model.get_output_embeddings().weight), checkpoint.vocabulary_rows(teacher)]
+    return None if rows[0] == rows[1] else min(*rows, checkpoint.tokenizer_words(teacher))
 
 
 def _projections(model: PreTrainedModel, teacher: PreTrainedModel, pairs: tuple, rows: Rows) -> tuple:

@@ -36,6 +36,8 @@ from avalab.models import walk
 
 RATES = {"log_scale": 1.0, "shift": 10.0, "position": 10.0}
 
+PARTS = ("codes", "scales", "zero_points")
+
 CELL = 0.45  # of a step: how far from its code a weight may start, so that the codes start as they are in the file
 
 
@@ -117,7 +119,17 @@ class FakeQuantized(nn.Module):
     def settle(self) -> None:
         """Fix the codes as they are now; scales start again from where they are."""
         now = self.rounded()
-        self.codes, self.scales, self.zero_points = now.codes, now.scales.float(), now.zero_points.float()
+        self.restore(now.codes, now.scales.float(), now.zero_points.float())
+
+    def restore(
+        self,
+        codes: Int8[Tensor, "rows cols"],
+        scales: Float[Tensor, "rows groups"],
+        zero_points: Float[Tensor, "rows groups"],
+    ) -> None:
+        """Be what a layer with these parts was when it was settled."""
+        device = self.scales.device
+        self.codes, self.scales, self.zero_points = (part.to(device) for part in (codes, scales, zero_points))
         self.position = None
         self.log_scale.data.zero_()
         if self.shift is not None:

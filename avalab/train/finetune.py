@@ -117,9 +117,17 @@ def load_history(adapter: Artifact) -> list[dict]:
     return json.loads((adapter.path / loop.HISTORY).read_text(encoding="utf-8"))
 
 
-def loss_change(artifact: Artifact) -> tuple[float, float]:
-    """The loss of the first tenth of the steps and of the last tenth, at least one each, in nats a token."""
-    curve = [entry["loss"] for entry in load_history(artifact) if "loss" in entry]
+def loss_change(artifact: Artifact) -> str:
+    """What training did to the loss, in words: of held-out examples, or else of the first and last tenth of steps."""
+    history = load_history(artifact)
+    kept = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
+    curve = kept or [entry["loss"] for entry in history if "loss" in entry]
+    before, after = (kept[0], kept[-1]) if kept else _ends(curve)
+    note = "" if after < before else "; it did not fall: a lower learning rate or more examples may help"
+    return f"{'held-out' if kept else 'training'} loss {before:.3f} -> {after:.3f} nats/token{note}"
+
+
+def _ends(curve: list[float]) -> tuple[float, float]:
     tenth = max(1, len(curve) // 10)
     return statistics.mean(curve[:tenth]), statistics.mean(curve[-tenth:])
 
@@ -128,15 +136,15 @@ def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     """Append training's tokens a second, its seconds and `train_loss`: the curve, its value the last tenth's mean."""
     entries = load_history(adapter)
     steps = [entry for entry in entries if "loss" in entry]
-    at = {entry["step"]: entry["tokens"] for entry in steps}
+    at = {0: 0} | {entry["step"]: entry["tokens"] for entry in steps}
     held_out = [[at[entry["step"]], entry["held_out_loss"]] for entry in entries if "held_out_loss" in entry]
     curve, last = [entry["loss"] for entry in steps], steps[-1]
     about = {"artifact_sha256": adapter.sha256, "engine": "torch", "n": len(steps)}
     measured = adapter.card["measured"]
     run.record(subject, "train_tokens_per_s", last["tokens"] / last["seconds"], "tokens/s", details=measured, **about)
     run.record(subject, "train_seconds", last["seconds"], "s", details=measured, **about)
-    _, end = loss_change(adapter)
-    progress = {"tokens": list(at.values()), "held_out": held_out}
+    _, end = _ends(curve)
+    progress = {"tokens": [entry["tokens"] for entry in steps], "held_out": held_out}
     run.record(subject, "train_loss", end, "nats/token", samples=curve, details=progress, **about)
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -143,9 +143,9 @@ def fit(
 
     `folder` keeps checkpoints while training and loses them when it is done. What was stopped or killed goes on from
     the last one, where schedule, rows, loss (its `identity` or name) and `identity`, which stands for model and recipe,
-    are the same; else it begins anew. With `held_out` rows and `patience` the best checkpoint's parameters are the
-    result. Raises ValueError when no parameter is trainable, or a loss or gradient is not finite; KeyboardInterrupt,
-    when it was stopped.
+    are the same; else it begins anew. `held_out` rows are scored before, after, and every `checkpoint_every` steps;
+    with `patience` the best checkpoint's parameters are the result. Raises ValueError when no parameter is trainable,
+    or a loss or gradient is not finite; KeyboardInterrupt, when it was stopped.
     """
     if not rows:
         raise InputError("there is nothing to train on: no rows")
@@ -157,7 +157,10 @@ def fit(
     settings = asdict(schedule) | {"rows": _identity(rows), "held_out": _identity(held_out or [])}
     settings |= {"loss": getattr(loss, "identity", getattr(loss, "__name__", "")), "identity": identity}
     own = checkpoints.own_folder(folder, settings)
+    steps = schedule.steps or math.ceil(len(rows) / schedule.rows_per_step) * schedule.epochs
     arguments = _arguments(schedule, own, model.device.type, evaluate=bool(held_out))
+    if steps * schedule.warmup < 1:  # rounded up, the only step of a short run would have a learning rate of 0
+        arguments.warmup_steps = 0
     if first := arguments.process_index == 0:
         checkpoints.claim(own, settings)
     progress, keeper = Progress(own), checkpoints.Keeper(schedule.checkpoint_seconds)
@@ -171,6 +174,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     process.quiet_libraries()
+    before = held_out_loss(student, held_out) if held_out else None
     with trainer.accelerator.main_process_first():
         last = checkpoints.last_whole(own, writes=first)
     try:
@@ -178,18 +182,28 @@ def fit(
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         progress.close()
-    history = []
+    history = [] if before is None else [{"step": 0, "held_out_loss": before}]
     for logged in trainer.state.log_history:
         if "loss" in logged:
             history.append({name: logged[name] for name in LOGGED})
         elif "eval_loss" in logged:
             history.append({"step": logged["step"], "held_out_loss": logged["eval_loss"]})
+    if held_out and "held_out_loss" not in history[-1]:
+        history.append({"step": trainer.state.global_step, "held_out_loss": held_out_loss(student, held_out)})
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        shutil.rmtree(own)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        checkpoints.forget(own)
     return history
+
+
+@torch.no_grad()
+def held_out_loss(student: Student, rows: Rows) -> float:
+    """Mean loss of rows, each counted alike, as the Trainer's evaluation has it."""
+    device = student.hidden_model[0].device
+    student.eval()
+    losses = [student(**{name: value.to(device) for name, value in one_row_batch([row]).items()}) for row in rows]
+    student.train()
+    return statistics.mean(float(found["loss"]) for found in losses)
 
 
 class Progress(TrainerCallback):

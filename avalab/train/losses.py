@@ -135,6 +135,19 @@ def attention_divergence(
     return torch.special.xlogy(teacher, teacher / student.clamp(min=1e-12)).sum(-1).mean()
 
 
+def refuse_other_attention(*models: PreTrainedModel) -> None:
+    """Raise ValueError, naming the family, for a model whose attention `attention_maps` cannot compute again."""
+    for model in models:
+        inner, kinds = model.base_model, getattr(model.config, "layer_types", None) or ["full_attention"]
+        block = getattr(inner, "layers", [None])[0]
+        known = all(hasattr(block, name) for name in ("input_layernorm", "self_attn")) and hasattr(inner, "rotary_emb")
+        if not known or set(kinds) != {"full_attention"} or getattr(model.config, "sliding_window", None):
+            raise InputError(
+                f"attention of {model.config.model_type} models cannot be matched here (a window, or blocks of another "
+                "form than Llama's); leave --attention at 0, hidden states and logits can be matched"
+            )
+
+
 def attention_maps(
     model: PreTrainedModel, block: int, states: Float[Tensor, "1 token width"], batch: dict
 ) -> list[Tensor]:

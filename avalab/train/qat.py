@@ -10,7 +10,7 @@
 | `torchao` | as `weights`, through torchao's fake quantizers | end to end |
 
 End to end is the loop with the loss of `distill`. `blocks` and then `scales` are the two stages of EfficientQAT (Chen
-et al. 2024, arXiv 2407.11062): each writes an artefact, so that a killed run repeats one at most. Every layer keeps its
+et al. 2024, arXiv 2407.11062): each writes an artefact, and a killed one goes on where it was. Every layer keeps its
 own grid, every tensor its shape and type. Text is calibration text, without the windows that calibrated the rounding:
 it fits those already, and learns little.
 
@@ -24,6 +24,7 @@ Block-wise reconstruction, so that each block does what it did before:
    question of AdaRound, Nagel et al. 2020, arXiv 2004.10568). A block that is no better afterwards on the first few
    windows stays as it was.
 4. The block's codes are then fixed, and both streams move on.
+What a block has become is kept until all are done: a killed run goes on at the first one that is not.
 Windows that are each read once teach more than few that are read often: a block has as many codes as weights. Memory
 is one block's gradients and two streams.
 """
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -44,12 +46,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avalab.data import corpora, packing
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.lab.cache import cached_tensors
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, packed
 from avalab.models.walk import Call, first_calls, next_call, own_keywords, with_keywords
-from avalab.train import distill, fake_quant, finetune, loop, losses
+from avalab.train import checkpoints, distill, fake_quant, finetune, loop, losses
 from avalab.train.recipes import BlockTraining
 from avalab.train.recipes import RoundingRecipe as Recipe
 
@@ -92,7 +95,10 @@ def train_quantized(
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
             whole = checkpoint.load_model(teacher, run.device)
-            errors = reconstruct(model, whole, read, recipe.blocks, seed=run.seed)
+            kept = checkpoints.own_folder(run.artifacts_dir / "checkpoints" / out.name, {"identity": identity})
+            checkpoints.claim(kept, {"identity": identity})
+            errors = reconstruct(model, whole, read, recipe.blocks, seed=run.seed, kept=kept)
+            checkpoints.forget(kept)
             measured = {"block_errors": [list(pair) for pair in errors]}
         else:
             rows = packing.window_rows(read, windows_per_row=recipe.windows_per_row)
@@ -120,6 +126,14 @@ def record_recovery(run: Run, subject: str, artifact: Artifact) -> None:
         run.record(subject, "train_seconds", artifact.card["measured"]["train_seconds"], "s", engine="torch", **about)
     else:
         finetune.record_training(run, subject, artifact)
+
+
+def loss_change(artifact: Artifact) -> str:
+    """What the last stage did to its loss, in words."""
+    if not (errors := artifact.card["measured"].get("block_errors")):
+        return finetune.loss_change(artifact)
+    before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+    return f"relative error of blocks {before:.4f} -> {after:.4f} on average"
 
 
 def tokens_trained(step: dict) -> int:
@@ -150,17 +164,17 @@ def reconstruct(
     how: BlockTraining,
     *,
     seed: int,
+    kept: Path | None = None,
 ) -> list[tuple[float, float]]:
     """Train the student's fake quantizers block by block, in place; each block's relative error before and after.
 
-    Raises ValueError for a student without fake quantizers, or other sizes than positive ones.
+    What a file of the folder `kept` holds of a block is taken from there; others are written. Raises ValueError for a
+    student without fake quantizers, or other sizes than positive ones.
     """
     if not fake_quant.fake_layers(student):
         raise InputError("nothing to reconstruct: no layer of the student is a fake quantizer")
-    if min(how.steps, how.windows_per_step, len(windows)) < 1:
-        raise InputError(
-            f"{how.steps} steps of {how.windows_per_step} of {len(windows)} windows: each has to be above 0"
-        )
+    if not len(windows):
+        raise InputError("there is nothing to reconstruct from: no windows")
     generator = torch.Generator().manual_seed(seed)
     blocks = list(zip(student.base_model.layers, teacher.base_model.layers, strict=True))
     parts = windows.split(how.windows_per_step)
@@ -178,24 +192,42 @@ def reconstruct(
             mine, theirs = with_keywords(mine, keywords), with_keywords(theirs, keywords)
         with torch.no_grad():
             theirs = [next_call(original, call) for call in theirs]
-        errors.append(_fit(block, mine, [args[0] for args, _ in theirs], how, generator))
-        for layer in fake_quant.fake_layers(block).values():
-            layer.settle()
+        aims, order = [args[0] for args, _ in theirs], _order(len(mine), how.steps, generator)
+        settled = partial(_settled, block, mine, aims, how, order)
+        found = settled() if kept is None else cached_tensors(kept / f"block-{index}.safetensors", settled)
+        errors.append(tuple(found["errors"].tolist()))
+        for name, layer in fake_quant.fake_layers(block).items():
+            layer.restore(**{part: found[f"{name}.{part}"] for part in fake_quant.PARTS})
         with torch.no_grad():
             mine = [next_call(block, call) for call in mine]
     return errors
 
 
+def _order(calls: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Which call each step reads: all of them in a drawn order before one comes again."""
+    return torch.cat([torch.randperm(calls, generator=generator) for _ in range(-(-steps // calls))])[:steps]
+
+
+def _settled(
+    block: nn.Module, calls: list[Call], aims: list[Tensor], how: BlockTraining, order: Tensor
+) -> dict[str, Tensor]:
+    """A block's errors before and after its training, and the codes, scales and zero points it then has."""
+    found = {"errors": torch.tensor(_fit(block, calls, aims, how, order), dtype=torch.float64)}
+    for name, layer in fake_quant.fake_layers(block).items():
+        layer.settle()
+        found |= {f"{name}.{part}": getattr(layer, part).cpu() for part in fake_quant.PARTS}
+    return found
+
+
 def _fit(
-    block: nn.Module, calls: list[Call], aims: list[Tensor], how: BlockTraining, generator: torch.Generator
+    block: nn.Module, calls: list[Call], aims: list[Tensor], how: BlockTraining, order: Tensor
 ) -> tuple[float, float]:
     layers = fake_quant.fake_layers(block).values()
     rates = [(p, rate) for layer in layers for p, rate in layer.trainable(how.position_rate, how.scale_rate)]
     kept = [parameter.detach().clone() for parameter, _ in rates]
     judged = calls[:JUDGED], aims[:JUDGED]
     before = _error(block, *judged)
-    order = torch.cat([torch.randperm(len(calls), generator=generator) for _ in range(-(-how.steps // len(calls)))])
-    for step, at in enumerate(order[: how.steps].tolist()):
+    for step, at in enumerate(order.tolist()):
         loss = _distance(block, calls[at], aims[at])
         for (parameter, rate), slope in zip(rates, torch.autograd.grad(loss, [p for p, _ in rates]), strict=True):
             parameter.data.sub_(slope.sign_(), alpha=rate * (1 - step / how.steps))

@@ -67,7 +67,8 @@ def attach_targets(run: Run, rows: Rows, teacher: Artifact, form: TargetForm) ->
     name = artifacts.sha256_of_text(json.dumps(about, sort_keys=True))[:16]
     path = run.artifacts_dir / "cache" / f"targets-{name}.safetensors"
     if not path.is_file():
-        write_targets(path, rows, checkpoint.load_model(teacher, run.device), about)
+        words = checkpoint.tokenizer_words(teacher)
+        write_targets(path, rows, checkpoint.load_model(teacher, run.device), about, words=words)
     scored = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
     return load_targets(path, rows), path.stat().st_size / max(1, scored)
 
@@ -85,13 +86,13 @@ def rows_sha256(rows: Rows) -> str:
 
 
 @torch.inference_mode()
-def write_targets(path: Path, rows: Rows, teacher: PreTrainedModel, about: dict) -> None:
-    """Compute the targets of all rows and keep them under `path`."""
+def write_targets(path: Path, rows: Rows, teacher: PreTrainedModel, about: dict, *, words: int | None = None) -> None:
+    """Compute the targets of all rows, among the first `words` entries, and keep them under `path`."""
     apply_packed_attention(teacher)
     generator = torch.Generator().manual_seed(about["seed"])
     form, parts = TargetForm(about["name"], about["count"], about["temperature"], about["seed"]), []
     for row in tqdm(rows, desc="teacher", unit="row", leave=False):
-        for log_p in distributions(teacher, row, form.temperature):
+        for log_p in distributions(teacher, row, form.temperature, words):
             ids, kept = sampled(log_p, form.count, generator) if form.name == "sampled" else topk(log_p, form.count)
             parts.append((ids, kept, -(log_p.exp() * log_p).sum(-1)))
     found = _packed(parts, len(teacher.get_output_embeddings().weight), form)
@@ -101,14 +102,20 @@ def write_targets(path: Path, rows: Rows, teacher: PreTrainedModel, about: dict)
     temporary.replace(path)
 
 
-def distributions(teacher: PreTrainedModel, row: dict[str, Tensor], temperature: float) -> Iterator[Tensor]:
-    """Log-probabilities ["token vocab"] at a temperature of the tokens that are scored, some tokens at a time."""
+def distributions(
+    teacher: PreTrainedModel, row: dict[str, Tensor], temperature: float, words: int | None = None
+) -> Iterator[Tensor]:
+    """Log-probabilities ["token vocab"] at a temperature of the tokens that are scored, some tokens at a time.
+
+    They are those of the first `words` entries; None takes all.
+    """
     inputs = {n: v.to(teacher.device) for n, v in one_row_batch([row]).items() if n in ("input_ids", "position_ids")}
     hidden = teacher.base_model(**inputs, boundaries=row["boundaries"], use_cache=False).last_hidden_state[0]
     head, finish = predict.output_head(teacher)
     for part in (row["labels"] != IGNORED).nonzero()[:, 0].split(predict.CHUNK_TOKENS):
         log_p = predict.log_probabilities(hidden[part.to(hidden.device)], head, finish).cpu()
-        yield log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
+        padded = words is not None and words < log_p.shape[-1]
+        yield (log_p[:, :words] / temperature).log_softmax(-1) if padded or temperature != 1 else log_p
 
 
 def sampled(

@@ -8,10 +8,13 @@ import sys
 import warnings
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from avalab.cli import compress, options
-from avalab.data import drafts
+from avalab.data import drafts, synthesize
 from avalab.lab import run as lab_run
+from avalab.lab.errors import InputError
 from avalab.measure import answers
 
 with warnings.catch_warnings():
@@ -39,6 +42,24 @@ def test_what_is_no_size_is_refused_with_an_example(size):
         compress.byte_count(size)
 
 
+UNITS = {"": 1, "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "gib": 1024**3}
+
+
+@given(count=st.integers(1, 10**6), unit=st.sampled_from(sorted(UNITS)))
+def test_whole_numbers_of_every_unit_are_counted_exactly(count, unit):
+    assert compress.byte_count(f"{count}{unit}") == count * UNITS[unit]
+
+
+@given(size=st.text(max_size=12) | st.from_regex(r"[-+.0-9e]{1,8}[KMGiB]{0,3}", fullmatch=True))
+def test_any_text_is_a_positive_number_of_bytes_or_refused_in_one_line(size):
+    try:
+        found, said = compress.byte_count(size, 1), ""
+    except InputError as error:
+        found, said = 1, str(error)
+    assert found >= 1
+    assert len(said.splitlines()) <= 1
+
+
 def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
     monkeypatch.setattr(lab_run.Run, "artifacts_dir", tmp_path / "artifacts")
     out = tmp_path / "small"
@@ -62,6 +83,9 @@ def test_a_model_is_compressed_and_shown(tmp_path, monkeypatch, avalab):
         (["assets", "nosuch"], "nosuch"),
         (["synthesize", "--out", "x", "--kinds", "poem"], "choose one of single_call"),
         (["synthesize", "--out", "x", "--overlap", "some"], "choose here, all or none"),
+        (["synthesize", "--out", "x", "--teacher-model", "m"], "--teacher-model m is of no teacher"),
+        (["synthesize", "--out", ROOT / "README.md"], "is a file; name a folder"),
+        (["synthesize", "--out", ROOT], "holds README.md that this command did not make"),
         (["synthesize", "--out", "x", "--teacher", "nothing/here"], "no artefact at"),
         (["synthesize", "--out", "x", "--teacher", "http://127.0.0.1:9/v1"], "needs --teacher-model"),
         (["prune", "--out", "x", "--method", "guess", "--profile", "smoke"], "sparsegpt"),
@@ -214,6 +238,7 @@ def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
     assert set(options.KINDS) == drafts.KINDS.keys()
+    assert options.SET_MAKER == synthesize.MAKER
     assert options.EMBEDDED == checkpoint.EMBEDDED
 
 

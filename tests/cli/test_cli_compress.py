@@ -24,8 +24,9 @@ EARLY = {
     ("ava", "--bytes", "0MB"): "'0MB' are 0 bytes",
     ("ava", "--bytes", "1KB"): "a budget of 1,000 bytes is below 2 bits for each of the 1,000,000 weights",
     ("ava", "--bytes", "1MB", "--bits-per-weight", "5"): "two budgets for one file",
-    ("gptq", "--group-size", "48"): "a group of 48 does not divide the 128 columns of model.layers.0",
+    ("gptq", "--group-size", "48"): "a group of 48 does not divide the 3684 columns of model.layers.0.mlp.down_proj",
     ("nf4", "--bits", "4"): "method 'nf4' has no parameter bits; it has: double_quantization",
+    ("nf4", "--skip", "*.no_layer"): "skip '*.no_layer' matches no linear layer; names look like model.layers.0.mlp",
     ("nf4", "--symmetric"): "has no parameter symmetric",
     ("rtn", "--bytes", "1MB"): "has no parameter bytes; it has: bits, group_size, symmetric, embedding",
     ("nf4", "--compute-dtype", "int3"): "unknown compute_dtype 'int3'; choose one of bfloat16",
@@ -173,12 +174,17 @@ def test_the_usual_ratio_of_measured_over_predicted_is_computed_from_records(tmp
 
 
 def test_interrupted_it_shows_a_bar_leaves_nothing_half_written_and_says_so(tmp_path):
-    """SIGINT while a bar is seen; the terminal's size is that of no terminal, so bars come as text on stderr."""
+    """SIGINT while a bar is seen; a shell's background jobs ignore it, so the child is told not to."""
     arguments = [*QUANTIZE, "ava", "--bits-per-weight", "5", "--out", str(tmp_path / "small")]
     environment = {**os.environ, "AVALAB_DEVICE": "cpu"}
     with (tmp_path / "said").open("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "avalab.cli", *arguments], stderr=said, stdout=said, env=environment, cwd=ROOT
+            [sys.executable, "-m", "avalab.cli", *arguments],
+            stderr=said,
+            stdout=said,
+            env=environment,
+            cwd=ROOT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         end = time.monotonic() + 300
         while "sensitivity" not in (tmp_path / "said").read_text() and time.monotonic() < end:

@@ -48,6 +48,51 @@ def test_a_pruned_artefact_is_taught_by_a_model_and_merged(run, tmp_path):
     assert (found.format, found.card["recipe"][-2]["temperature"]) == ("bf16", 2.0)
 
 
+def test_an_adapter_and_a_four_bit_artefact_can_be_trained_and_a_packed_one_says_what_can(run, chats, tmp_path):
+    """The adapter is merged first; nothing is left where nothing was trained."""
+    how = ["--data", chats, "--profile", "smoke", "--rehearsal", "0", "--rank", "2"]
+    code, text, error = run(*how, "--model", TINY, "--out", tmp_path / "tuned", command="finetune")
+    assert code == 0, error
+    assert re.search(rf"{tmp_path}/tuned: \d\.\d MB, held-out loss \d+\.\d+ -> \d+\.\d+ nats/token$", text.strip())
+    adapter = tmp_path / "tiny-llama+lora-tuned"
+    code, text, error = run(*how, "--model", adapter, "--out", tmp_path / "again", command="finetune")
+    assert code == 0, error
+    steps = [step["step"] for step in artifacts.load_artifact(tmp_path / "again").card["recipe"]]
+    assert steps[-4:] == ["finetune", "merge", "finetune", "merge"]
+    for method in ("nf4", "rtn"):
+        small = ["--method", method, "--profile", "smoke", "--model", TINY, "--out", tmp_path / method]
+        assert run(*small, command="quantize")[0] == 0
+    qlora = [*how, "--model", tmp_path / "nf4", "--method", "qlora", "--out", tmp_path / "q"]
+    assert run(*qlora, command="finetune")[0] == 0
+    for model, says in (("nf4", "or --method qlora for NF4 ones"), ("rtn", "train its base tiny-llama and compress")):
+        code, _, error = run(*how, "--model", tmp_path / model, "--out", tmp_path / "x", command="finetune")
+        assert (code, says in error, error.strip().count("\n")) == (2, True, 0), error
+    assert not (tmp_path / "x").exists()
+
+
+def test_examples_that_do_not_fit_and_too_few_of_them_are_said(run, chats, tmp_path):
+    how = ["--data", chats, "--profile", "smoke", "--rehearsal", "0", "--model", TINY, "--out", tmp_path / "x"]
+    code, _, error = run(*how, "--row-tokens", "8", command="finetune")
+    assert code == 2
+    assert re.search(r"no example fits into a row of 8 tokens: the shortest of 12 has \d+ tokens; raise --row-t", error)
+    code, text, error = run(*how, "--limit", "500", "--rank", "1", command="finetune")
+    assert code == 0, error
+    assert "asked for 500 examples to learn from; 11 are there" in text
+
+
+def test_recover_finds_the_base_wherever_a_run_keeps_it(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("AVALAB_ARTIFACTS", str(tmp_path.parent))  # whose folders are those of runs
+    small, elsewhere = tmp_path / "art" / "small", tmp_path / "elsewhere" / "better"
+    how = ["--method", "rtn", "--profile", "smoke", "--model", TINY, "--out", small]
+    assert run(*how, command="quantize")[0] == 0
+    code, text, error = run(
+        small, "--profile", "smoke", "--tokens", "128", "--steps", "1", "--out", elsewhere, command="recover"
+    )
+    assert code == 0, error
+    assert "MB, as before" in text
+    assert run(tmp_path / "art" / "small", "--out", small, command="recover")[0] == 2
+
+
 def test_a_four_bit_artefact_gets_an_adapter_beside_it(run, tmp_path):
     out = tmp_path / "small"
     assert run("--method", "nf4", "--profile", "smoke", "--model", TINY, "--out", out, command="quantize")[0] == 0
@@ -61,7 +106,9 @@ def test_a_four_bit_artefact_gets_an_adapter_beside_it(run, tmp_path):
 
 def test_a_student_learns_on_policy_from_stored_targets(run, chats, tmp_path):
     how = ["--data", chats, "--own-answers", "--targets", "sampled", *SMALL]
-    code, text, error = run("--teacher", TINY, "--student", TINY, "--out", tmp_path / "own", *how)
+    pruned = ["--method", "magnitude", "--profile", "smoke", "--out", tmp_path / "pruned", "--model", TINY]
+    assert run(*pruned, command="prune")[0] == 0
+    code, text, error = run("--teacher", TINY, "--student", tmp_path / "pruned", "--out", tmp_path / "own", *how)
     assert code == 0, error
     assert re.search(r"target bytes per token +\d", text)
 

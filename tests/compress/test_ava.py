@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from avalab import engines
 from avalab.compress import ava, ava_targets, quantize, rounding, sensitivity
@@ -16,6 +16,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
+from avalab.measure import families
 from avalab.models import checkpoint, packed, predict
 from avalab.models.predict import Reference
 
@@ -280,3 +281,22 @@ def test_damped_moments_are_counted_in_the_notes(base, calibration, monkeypatch)
     monkeypatch.setattr(rounding, "round_model", lambda *arguments, **options: ({}, 2))
     note = ava.compress_model(job_of(base.path, calibration, bytes=600_000)).measured["note"]
     assert note == "2 second moments were singular and got more damping"
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral-sliding", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"]
+)
+def test_a_family_rounded_to_12_bits_gives_nearly_the_logits_of_plain_transformers(family, tmp_path):
+    """Bits for every tensor after scales and a rotation: whatever the walk or a norm left out would show."""
+    folder = families.make_model(family, tmp_path / family)
+    windows = torch.arange(3, 195).reshape(4, 48) * 7 % 1000
+    job = job_of(folder, windows, bits_per_weight=12.0, transform="scale+rotate")
+    made = tmp_path / "made"
+    made.mkdir()
+    ava.compress_model(job).save_pretrained(made)
+    tokens = torch.arange(3, 63).reshape(2, 30) * 13 % 1000
+    eager = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, **eager)(tokens).logits
+        found = checkpoint.load_model(made, dtype=torch.float32)(tokens).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.06

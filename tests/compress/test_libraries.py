@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from avalab import kernels
 from avalab.compress import libraries, quantize
 from avalab.compress.libraries import Job
-from avalab.engines import engine
+from avalab.data import corpora
+from avalab.engines import engine, llamacpp_library
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
+from avalab.lab.run import Run
+from avalab.measure import families
 from avalab.models import checkpoint
 
 has_quantiser = pytest.mark.skipif(
@@ -129,3 +132,24 @@ def test_llama_cpp_writes_a_mixture_that_torch_reads(base, run):
 def test_a_layer_cannot_be_kept_out_of_an_engines_own_quantiser(base, run):
     with pytest.raises(ValueError, match="'nncf-int4' keeps no single layer in bf16; leave out skip"):
         quantize.compress_artifact(base, "nncf-int4", run=run, skip=("*.down_proj",))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "granite"])
+def test_smoothing_scales_the_norm_that_is_read(family, tmp_path, monkeypatch):
+    """At 8 bits logits stay near those of plain transformers; with the wrong norm of Gemma's four, 70 % are off."""
+    monkeypatch.setattr(Run, "artifacts_dir", property(lambda self: tmp_path / "artifacts"))
+    run = Run("t", "smoke", 0, str(families.make_model(family, tmp_path / family)))
+    base = checkpoint.base_artifact(run)
+    monkeypatch.setattr(corpora, "calibration_windows", lambda *_: torch.arange(3, 195).reshape(4, 48) * 7 % 1000)
+    made = quantize.compress_artifact(base, "smoothquant", run=run)
+    tokens = torch.arange(3, 63).reshape(2, 30) * 13 % 1000
+    eager = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(base.path, **eager)(tokens).logits
+        found = checkpoint.load_model(made, dtype=torch.float32)(tokens).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.3
+
+
+def test_smoothing_of_a_family_with_other_norms_is_refused():
+    with pytest.raises(ValueError, match=r"known are those of llama, .*, not olmo2"):
+        libraries._smoothed("olmo2")

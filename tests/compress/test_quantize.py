@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from avalab.compress import quantize
+from avalab.compress import libraries, quantize
 from avalab.kernels import formats
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
@@ -275,3 +275,17 @@ def test_what_is_refused_leaves_no_folder_behind(run, base):
     with refused("unknown method"):
         quantize.compress_artifact(base, "int5", run=run)
     assert sorted(run.artifacts_dir.iterdir()) == before
+
+
+def test_equal_inputs_give_equal_files_whatever_the_global_generators_are_at(base, calibration, tmp_path):
+    """llmcompressor draws the order of samples from them; the caller's are left as they were."""
+    row, parameters = quantize.checked_method("gptq", {"group_size": 32})
+    for seed, name in ((1, "a"), (2, "b")):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        job = libraries.Job(base.path, "cpu", parameters, [], calibration, "gptq", 0, tmp_path / name)
+        quantize._fill(row, job)
+        assert torch.equal(torch.get_rng_state(), before)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]

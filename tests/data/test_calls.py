@@ -10,7 +10,8 @@ import trl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avalab.data.calls import ERRORS, Call, Case, Verdict, check_calls, load_cases, parse_calls, to_json_schema
+from avalab.data.calls import ERRORS, Call, Case, Verdict, check_calls, load_cases, parse_calls
+from avalab.lab.schemas import to_json_schema
 
 RECORDED = Path(__file__).parent.parent / "data" / "bfcl_verdicts.jsonl"
 REFERENCE_ERRORS = {  # the reference's error type, up to the colon where the rest does not matter -> ours

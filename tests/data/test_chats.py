@@ -232,7 +232,7 @@ def openai_chats(draw):
 
 
 @given(openai_chats())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_normalising_twice_changes_nothing_and_calls_are_read_back_as_they_were(pair):
     example, made = pair
     once = chats.normalised(example)
@@ -243,7 +243,7 @@ def test_normalising_twice_changes_nothing_and_calls_are_read_back_as_they_were(
 
 
 @given(st.text(max_size=30), st.text(max_size=30).filter(bool))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_a_preface_is_put_in_once_and_taken_out_again(own, preface):
     for messages in ([ASKED], [{"role": "system", "content": own or "x"}, ASKED]):
         full = chats.prefaced(messages, preface)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
@@ -303,6 +304,26 @@ def test_files_of_an_older_set_go_and_other_files_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     assert synthesize.store_examples(tmp_path, [line()])["no_function.jsonl"]["examples"] == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["no_function.jsonl", "notes.txt"]
+
+
+def test_what_this_command_did_not_make_or_was_changed_since_is_replaced_by_force_only(tmp_path):
+    make = partial(synthesize.write_examples, count=4, seed=1, kinds=("reasoning",), sets=[])
+    (tmp_path / "notes.txt").write_text("mine")
+    make(tmp_path)  # beside other files
+    make(tmp_path)  # over its own
+    set_file, card = tmp_path / "reasoning.jsonl", tmp_path / "README.md"
+    for file, text in (
+        (set_file, set_file.read_text() + "\n"),
+        (card, "# My project"),
+        (tmp_path / "instruction.jsonl", "{}\n"),
+    ):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()} | {file.name: text.encode()}
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"holds .*{file.name}.* that this command did not make.*--force"):
+            make(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        make(tmp_path, replace=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_the_card_claims_no_comparison_that_was_not_made():

@@ -195,6 +195,20 @@ def test_a_missing_artefact_is_refused_with_the_names_beside_it(tmp_path):
         artifacts.load_artifact(tmp_path / "absent")
 
 
+def is_folder_name(name: str) -> bool:
+    return len(name.encode()) < 120 and not name.startswith(".") and not set(name) & {"/", "\0"}
+
+
+@given(name=st.text(min_size=1, max_size=30).filter(is_folder_name))
+@settings(max_examples=60, deadline=None)
+def test_an_artefact_of_any_name_is_written_listed_and_found(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("any")
+    written = write(folder, name=name)
+    assert artifacts.load_artifact(folder / name) == written
+    assert [found.name for found in artifacts.list_artifacts(folder)] == [name]
+    assert artifacts.find_artifact(name, folder, RECIPE, BASE["sha256"]) == written
+
+
 def test_artefacts_are_listed_by_name(tmp_path):
     assert artifacts.list_artifacts(tmp_path / "absent") == []
     for name in ("b", "a"):

@@ -424,6 +424,26 @@ def test_a_folder_asset_is_verified_where_it_is(wheels, tmp_path, monkeypatch):
         assets.resolve_model("mine")
 
 
+def test_the_module_fetches_what_is_named_and_says_in_a_line_what_cannot_be_had(one_file, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["assets", "nonsense", "one"])
+    with pytest.raises(SystemExit) as ended:
+        assets.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.out == f"{one_file}\n"
+    assert "unknown asset 'nonsense'; known assets: one" in printed.err
+
+
+def test_an_asset_that_is_not_here_as_it_should_be_is_not_verified_and_nothing_is_fetched(one_file, monkeypatch):
+    forbid_pip(monkeypatch)
+    assert assets.verified("one") is None
+    one_file.parent.mkdir(parents=True)
+    one_file.write_bytes(CONTENT)
+    assert assets.verified("one") == one_file
+    one_file.write_bytes(CONTENT.upper() + b"!")
+    assert assets.verified("one") is None
+
+
 def test_every_listed_asset_is_pinned_and_says_what_it_is():
     for asset in assets.known_assets().values():
         assert asset.about

@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import shutil
 import symtable
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -244,3 +246,23 @@ def test_real_keys_reach_what_computes_and_leave_out_paths_records_and_other_eng
     wanted = {"avalab.kernels.lora:linear", "avalab.train.loop:fit", "avalab.data.grammars:call_grammar"}
     assert wanted <= set(everything)
     assert not {at for at in everything if at.startswith(("avalab.lab.run", "avalab.engines.llamacpp"))}
+
+
+def test_a_changed_row_of_a_packaged_table_changes_the_keys_of_what_can_read_it_and_no_other(monkeypatch, tmp_path):
+    """`toolbox.tools` reads its table through `words.lines_of`; the head of a model reads no text."""
+    folder = tmp_path / "avalab" / "data" / "prompts"
+    shutil.copytree(Path(code.__file__).parents[1] / "data" / "prompts", folder)
+    monkeypatch.setattr(code, "TEXTS", {"avalab.lab.words:read_packaged": (folder,)})
+
+    def keys():
+        code._hash.cache_clear()
+        return code_of("avalab.data.toolbox:tools"), code_of("avalab.models.predict:output_head")
+
+    before, row = keys(), (folder / "toolbox.txt").read_text()
+    assert keys() == before
+    (folder / "toolbox.txt").write_text(row.replace("math.comb", "math.perm", 1))
+    after = keys()
+    assert (after[0] != before[0], after[1]) == (True, before[1])
+    (folder / "toolbox.txt").write_text(row)
+    assert keys() == before
+    code._hash.cache_clear()

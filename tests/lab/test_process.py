@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import sys
 
 import pytest
 
@@ -91,3 +92,12 @@ def test_an_error_inside_the_block_gives_the_output_back(capfd):
     C.puts(b"after")
     C.fflush(None)
     assert capfd.readouterr().out == "after\n"
+
+
+def test_a_bar_of_the_labs_own_is_seen_where_the_libraries_are_kept_quiet(capsys):
+    with process.quietly(), process.quietly():
+        print("noise", file=sys.stderr)
+        assert list(process.progress(range(2), desc="stage")) == [0, 1]
+    said = capsys.readouterr().err
+    assert "stage" in said
+    assert "noise" not in said

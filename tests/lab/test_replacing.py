@@ -20,7 +20,7 @@ def base(tmp_path) -> Artifact:
 
 
 def _fill(content: bytes):
-    return lambda folder: (folder / "model.safetensors").write_bytes(content) and None
+    return lambda folder: (folder / "model.gguf").write_bytes(content) and None
 
 
 def make(base: Artifact, out: Path, content: bytes = b"small", **changed) -> Artifact:
@@ -28,7 +28,7 @@ def make(base: Artifact, out: Path, content: bytes = b"small", **changed) -> Art
 
 
 def content(artifact: Artifact) -> bytes:
-    return (artifact.path / "model.safetensors").read_bytes()
+    return (artifact.path / "model.gguf").read_bytes()
 
 
 def test_the_same_recipe_is_found_again_and_not_filled(base, tmp_path):

@@ -49,6 +49,23 @@ def test_each_wrong_answer_is_counted_under_its_error():
     assert answers.count_errors(verdicts) == counted
 
 
+def test_a_prompt_beyond_the_context_is_not_asked_and_counts_as_wrong_with_a_word(respondent, own_run, monkeypatch):
+    """Two of three prompts of a category in which the empty answer would be right."""
+    asked = calls.cases("toolbox_irrelevance", 3)
+    lengths = sorted(len(respondent.tokenizer(calls.case_prompt(respondent.tokenizer, c)).input_ids) for c in asked)
+    short = Respondent(respondent.artifact)
+    monkeypatch.setattr(Respondent, "context", lengths[0] + answers.CALL_TOKENS)
+    monkeypatch.setattr(Respondent, "model", respondent.model)
+    verdicts = answers.record_calls(own_run, "x", short, category="toolbox_irrelevance", mode="free", limit=3)
+    expected = sum(length > lengths[0] for length in lengths)
+    assert expected
+    assert [v.error for v in verdicts].count("too_long") == expected
+    assert not any(v.correct for v in verdicts if v.error == "too_long")
+    (record,) = own_run.records
+    said = f"{expected} of 3 prompts exceed the context of {lengths[0] + answers.CALL_TOKENS:,} tokens"
+    assert record.note.startswith(said)
+
+
 RIGHT, WRONG, SILENT = Verdict(True), Verdict(False, "wrong_value"), Verdict(False, "no_call")
 
 

@@ -151,7 +151,7 @@ def scales(blocks: int, draw: np.random.Generator) -> np.ndarray:
     return draw.uniform(0.0002, 0.0004, (blocks, 1)).astype(np.float16).view(np.uint8)
 
 
-# A type of the published files: its random bytes, weights of a block, a grid of as many bits, what rounding costs off it
+# By block type: its random bytes, weights of a block, a grid of as many bits, what rounding to that costs off the grid
 K_GRIDS = {
     "q4_k": (q4_k_bytes, 256, block_types.FORMATS["q4_1"], 0.02),
     "q6_k": (q6_k_bytes, 256, formats.integer(6, 16, symmetric=False), 0.005),
@@ -330,6 +330,17 @@ def test_replacing_a_layer_that_is_not_there_names_it_and_some_that_are():
         ("model.layers.0.input_layernorm.weight", "norm"),
         ("model.layers.0.post_attention_layernorm.weight", "norm"),
         ("model.norm.weight", "norm"),
+        ("model.layers.0.self_attn.q_norm.weight", "norm"),
+        ("model.layers.0.self_attn.qkv_proj.weight", "attention"),
+        ("model.layers.0.mlp.gate_up_proj", "mlp"),
+        ("model.layers.0.mlp.experts.down_proj", "mlp"),
+        ("model.layers.0.mlp.experts.3.down_proj.weight", "mlp"),
+        ("model.layers.0.post_feedforward_layernorm.weight", "norm"),
+        ("transformer.h.0.attn.c_attn.weight", "attention"),
+        ("transformer.h.0.mlp.c_fc.bias", "mlp"),
+        ("transformer.h.0.ln_1.weight", "norm"),
+        ("transformer.ln_f.bias", "norm"),
+        ("transformer.wte.weight", "embedding"),
         ("lm_head.weight", "head"),
     ],
 )
@@ -376,7 +387,7 @@ def test_the_header_of_a_gguf_file_is_parsed_once_and_the_package_is_left_as_it_
         return parse(path, *mode)
 
     monkeypatch.setattr(gguf, "GGUFReader", counted)
-    model, tokenizer = checkpoint.from_gguf(tmp_path / "m.gguf")
+    _, tokenizer = checkpoint.from_gguf(tmp_path / "m.gguf")
     assert len(parsed) == 1
     assert gguf.GGUFReader is counted
     assert tokenizer("def f(x):").input_ids == checkpoint.load_tokenizer(TINY)("def f(x):").input_ids

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from avalab.data import corpora
 from avalab.lab import cache, statistics
+from avalab.measure import families
 from avalab.models import checkpoint, predict
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -149,6 +150,59 @@ def test_logits_scaled_after_the_head_are_refused_not_ignored(base):
     model.config.logits_scaling = 8.0
     with pytest.raises(ValueError, match="llama models make logits of their hidden states in a way that is not known"):
         predict.output_head(model)
+
+
+def test_logits_that_a_model_scales_behind_its_head_are_scored_as_scaled(windows, tmp_path):
+    """Granite divides them by `logits_scaling`; the oracle is transformers' own forward pass."""
+    model = checkpoint.load_model(families.make_model("granite", tmp_path / "granite"), dtype=torch.float32)
+    assert model.config.logits_scaling == 2
+    hidden = predict.hidden_states(model, windows[:1])[0]
+    with torch.inference_mode():
+        found = predict.log_probabilities(hidden, *predict.output_head(model))
+        expected = model(windows[:1]).logits[0].log_softmax(-1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture
+def padded(base, tmp_path):
+    """The blurred base's words in an embedding with 56 rows more, none of which any text has."""
+
+    def make(noise: float) -> PreTrainedModel:
+        model = checkpoint.load_model(base)
+        model.resize_token_embeddings(1080, mean_resizing=False)
+        model.model.layers[1].mlp.down_proj.weight.data *= 1 + noise
+        model.get_input_embeddings().weight.data[1024:] = 1.0
+        return model
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:The new embeddings")
+def test_padded_rows_are_left_out_where_two_models_have_unequal_many(against, base, padded):
+    same = predict.score_model(padded(0.0), against)
+    assert same.kl.abs().max() < 1e-5
+    other = padded(0.3)
+    scores = predict.score_model(other, against)
+    with torch.inference_mode():
+        ours = other(against.windows).logits[:, :-1, :1024].float().log_softmax(-1)
+        theirs = checkpoint.load_model(base)(against.windows).logits[:, :-1].float().log_softmax(-1)
+    kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    assert scores.kl.mean() == pytest.approx(float(kl.mean()), rel=0.05)  # logits in bf16 here
+    back = replace(against, head=padded(0.0).get_output_embeddings())  # the reference may be the padded one, too
+    assert predict.score_model(checkpoint.load_model(base), back).kl.abs().max() < 1e-5
+
+
+def test_a_head_of_fewer_rows_than_there_are_words_is_refused(against):
+    with pytest.raises(ValueError, match=r"a head of 1,000 rows cannot be compared with tiny-llama, .* 1,024 words"):
+        predict.score_logits(lambda tokens: torch.zeros(len(tokens), 1000), against)
+
+
+def test_models_of_other_words_are_refused_by_name(base, tmp_path):
+    folder = families.make_model("llama-odd-vocabulary", tmp_path / "other")
+    predict.refuse_other_words(base, base)
+    predict.refuse_other_words(base, base.path)
+    with pytest.raises(ValueError, match=r"other \(1,031 words\) and tiny-llama \(1,024\) have different tok"):
+        predict.refuse_other_words(base, folder)
 
 
 def test_a_bf16_head_loses_nothing_beyond_float32_rounding():

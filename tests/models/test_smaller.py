@@ -4,13 +4,29 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from avalab.models import checkpoint
 from avalab.models.smaller import Kept, channels_of, configuration, query_heads, save_smaller, structure_sizes
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+
+
+OTHER = {  # of other families
+    **{"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 6, "num_key_value_heads": 2, "eos_token_id": 2},
+}
 
 
 def model_of(**more) -> LlamaForCausalLM:
@@ -24,13 +40,13 @@ def model(request) -> LlamaForCausalLM:
     return model_of(tie_word_embeddings=request.param, attention_bias=True)
 
 
-def smaller(model: LlamaForCausalLM, kept: Kept, folder) -> LlamaForCausalLM:
+def smaller(model: PreTrainedModel, kept: Kept, folder) -> PreTrainedModel:
     save_smaller(model, kept, folder)
     return checkpoint.load_model(folder, dtype=torch.float32)
 
 
 @torch.no_grad()
-def logits(model: LlamaForCausalLM) -> torch.Tensor:
+def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(TOKENS).logits
 
 
@@ -105,7 +121,7 @@ def test_the_configuration_lists_kinds_of_the_blocks_that_are_left(model):
 
 def test_a_model_of_another_shape_is_refused_naming_what_it_lacks(model):
     del model.model.layers[0].mlp.gate_proj
-    with pytest.raises(ValueError, match="llama blocks have no gate_proj; only Llama-like"):
+    with pytest.raises(ValueError, match="llama blocks have no gate_proj; of such models whole layers"):
         structure_sizes(model)
 
 
@@ -119,3 +135,31 @@ def test_another_width_is_refused_where_embeddings_are_scaled_by_it(model, tmp_p
 def test_the_saved_configuration_names_the_class(model, tmp_path):
     save_smaller(model, Kept(blocks=[1]), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_layers_without_positions_keep_their_places_when_blocks_go(tmp_path):
+    """SmolLM3's list says which layers rotate: what is left equals the whole with a block switched off."""
+    shape = {**OTHER, "num_hidden_layers": 4, "bos_token_id": 1, "no_rope_layers": [1, 0, 1, 1]}
+    whole = SmolLM3ForCausalLM(SmolLM3Config(**shape, pad_token_id=0)).eval()
+    small = smaller(whole, Kept(blocks=[1, 2, 3]), tmp_path)
+    whole.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    whole.model.layers[0].mlp.down_proj.weight.data.zero_()
+    torch.testing.assert_close(logits(small), logits(whole), atol=1e-5, rtol=1e-4)
+    assert list(small.config.no_rope_layers) == [0, 1, 1]
+
+
+def test_norms_over_all_heads_lose_the_channels_of_those_that_go(tmp_path):
+    """OLMo 2 normalises queries and keys as wholes; the tensors that are left fit the configuration."""
+    whole = Olmo2ForCausalLM(Olmo2Config(**OTHER, pad_token_id=0)).eval()
+    small = smaller(whole, Kept(heads=[torch.tensor([0, 2, 3, 5])] * 2), tmp_path)
+    assert small.model.layers[0].self_attn.q_norm.weight.shape == (32,)
+    assert small.model.layers[0].self_attn.k_norm.weight.shape == (16,)
+    assert logits(small).isfinite().all()
+
+
+def test_a_configuration_that_cannot_say_what_was_cut_is_refused(tmp_path):
+    """StableLM's heads are as wide as hidden size over heads, whatever the configuration says."""
+    model = StableLmForCausalLM(StableLmConfig(**OTHER))
+    with pytest.raises(ValueError, match=r"stablelm configuration cannot say what was cut.*mlp_channels"):
+        save_smaller(model, Kept(heads=[torch.tensor([0, 2, 3, 5])] * 2), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -237,7 +237,7 @@ def test_a_checkpoint_is_decoded_into_a_dense_model_near_its_base(library, run, 
 
 
 def test_bits_that_the_library_has_not_are_refused(library, run, base):
-    with pytest.raises(ValueError, match="HQQ has no 5 bits; choose one of 2, 3, 4, 8"):
+    with pytest.raises(ValueError, match="hqq has no 5 bits; choose one of 2, 3, 4, 8"):
         quantize.compress_artifact(base, "hqq", run=run, bits=5)
 
 

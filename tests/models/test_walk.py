@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from avalab.models import walk
+from avalab.measure import families
+from avalab.models import checkpoint, walk
 
 
 @pytest.fixture
@@ -234,3 +236,36 @@ def test_a_walk_sees_in_every_block_what_the_model_gives_it(gemma):
     for site in walk.calibration_sites(gemma, windows):
         if any(name.endswith("down_proj") for name in site.layers):
             assert torch.allclose(site.moment, expected[site.block], rtol=1e-3, atol=1e-6)
+
+
+WALKED = ("qwen3", "mistral-sliding", "gemma2", "gemma3", "phi3", "stablelm", "smollm3", "granite", "olmo2", "gpt2")
+
+
+@pytest.mark.parametrize("family", [*WALKED, "qwen3-moe"])
+def test_every_family_is_loaded_and_walked_as_plain_transformers_computes_it(family, tmp_path):
+    """Gemma 2's plain form is the eager one: the fused ones leave out its cap on attention."""
+    folder, tokens = families.make_model(family, tmp_path / family), torch.arange(3, 83).view(2, 40)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    read: dict[str, torch.Tensor] = {}
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear) and module is not plain.get_output_embeddings():
+            module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].flatten(0, 1)}))
+    model = checkpoint.load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, atol=1e-3, rtol=1e-4)
+    assert read.keys() == walk.linear_layers(model).keys()
+    walk.measure_moments(model, tokens, tmp_path / "moments")
+    found = {name: moment for site in walk.calibration_sites(model, tokens) for name in site.layers
+             for moment in [site.moment]}  # fmt: skip
+    assert found.keys() == read.keys()
+    for name, rows in read.items():
+        expected = rows.T @ rows / len(rows)
+        for moment in (found[name], walk.stored_moment(tmp_path / "moments", name)):
+            assert (moment - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def test_a_model_whose_blocks_are_in_no_known_list_is_refused_by_family(model):
+    model.model.trunk = model.model.layers
+    del model.model.layers
+    with pytest.raises(ValueError, match="llama models have no list of blocks called layers or h"):
+        walk.blocks(model)

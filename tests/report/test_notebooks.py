@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -195,7 +196,7 @@ def test_the_page_depends_on_its_module_what_that_imports_and_its_template(packa
     (package / "avalab" / "report" / "templates").mkdir(parents=True)
     (package / "avalab" / "report" / "page.py").write_text("from avalab import e\n")
     (package / "avalab" / "report" / "templates" / "page.html.j2").touch()
-    (rule,) = [line for line in notebooks.make_rules("smoke", "", package).splitlines() if "/report:" in line]
+    (rule,) = [line for line in notebooks.make_rules("smoke", package).splitlines() if "/report:" in line]
     _, _, files = rule.partition(": ")
     page = "avalab/report/page.py avalab/report/templates/page.html.j2"
     assert files == f"avalab/__init__.py avalab/e.py {page}"
@@ -208,7 +209,7 @@ def test_a_stamp_whose_result_or_source_is_gone_is_taken_back(package):
     stamps, results = package / ".stamps" / "smoke", package / "results" / "smoke"
     stamps.mkdir(parents=True)
     results.mkdir(parents=True)
-    (stamps / "dependencies.mk").write_text(notebooks.make_rules("smoke", "", package))
+    (stamps / "dependencies.mk").write_text(notebooks.make_rules("smoke", package))
     for name in ("01_a", "02_e", "03_e"):
         (stamps / f"{name}.done").touch()
         (results / f"{name}.ipynb").touch()
@@ -314,6 +315,26 @@ def test_a_committed_result_without_a_stamp_counts_as_not_done(checkout):
     (checkout / "results" / "smoke").mkdir(parents=True)
     (checkout / "results" / "smoke" / "02_works.ipynb").write_text(json.dumps({}))
     assert would_run(checkout) == ["01_fails", "02_works"]
+
+
+@pytest.mark.parametrize("name", ["модель 模型", "it's mine", "a$b c", "x#y%z", "a=b:c", "(two) [three]"])
+def test_make_plans_a_model_in_a_folder_of_any_name_and_again_when_a_file_of_it_changes(checkout, name):
+    """What a notebook would be given is what was named, and a change of a file makes it run again."""
+    folder = checkout / "odd" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    planned = make(checkout, "-n", "reproduce", "PROFILE=smoke", f"MODEL={folder}").stdout
+    (line,) = [line for line in planned.splitlines() if "notebooks run --notebooks 02_works" in line]
+    words = shlex.split(line)
+    assert words[words.index("--model") + 1] == str(folder)
+
+    (run,) = [path for path in (checkout / ".stamps").iterdir() if path.name.startswith("smoke+")]
+    (run / "02_works.done").touch()
+    (checkout / "results" / run.name).mkdir(parents=True)
+    (checkout / "results" / run.name / "02_works.ipynb").write_text("{}")
+    assert would_run(checkout, f"MODEL={folder}") == ["01_fails"]
+    (folder / "config.json").write_text('{"changed": true}')
+    assert would_run(checkout, f"MODEL={folder}") == ["01_fails", "02_works"]
 
 
 @pytest.mark.parametrize(

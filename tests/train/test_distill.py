@@ -112,13 +112,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_ends_as_one_that_was_
         distill.train_student(pruned, base, rows, run=run, name="killed", recipe=KINDS["inside"])
     monkeypatch.setattr(loop, "Progress", progress)
     assert not (run.artifacts_dir / "killed").exists()
-    with pytest.raises(ValueError, match="holds an unfinished run with other settings"):
-        distill.train_student(pruned, base, rows, run=run, name="killed", recipe=KINDS["mixed"])
     monkeypatch.setattr(loop, "Progress", Seen)
     resumed = distill.train_student(pruned, base, rows, run=run, name="killed", recipe=KINDS["inside"])
     assert Seen.steps == [2, 3]
     losses = [[entry["loss"] for entry in finetune.load_history(a)] for a in (whole, resumed)]
     assert losses[0] == losses[1]
+    files = [{f["name"]: f["sha256"] for f in a.card["files"]}["adapter_model.safetensors"] for a in (whole, resumed)]
+    assert files[0] == files[1]
 
 
 def test_the_parts_of_a_loss_add_up(base, pruned, rows):
@@ -220,6 +220,39 @@ def test_another_tokenizer_is_refused_naming_its_first_other_token_unless_only_t
 def test_impossible_recipes_are_refused(run, base, pruned, rows, change, message):
     with pytest.raises(ValueError, match=message):
         distill.train_student(pruned, base, rows, run=run, name="x", recipe=replace(RECIPE, **change))
+
+
+def padded(run, base, rows):
+    """The base with rows of zeros behind its vocabulary, as published models have them."""
+
+    def save(folder):
+        model = AutoModelForCausalLM.from_pretrained(base.path)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        checkpoint.save_model(model, checkpoint.load_tokenizer(base), folder)
+
+    origin = {"name": base.name, "sha256": base.sha256}
+    return artifacts.write_artifact(f"padded-{rows}", run.artifacts_dir, save, base=origin, recipe=[], format="bf16")
+
+
+@pytest.mark.parametrize("kind", ["mixed", "sampled"])
+def test_padded_vocabularies_are_compared_on_the_words_they_share(run, base, pruned, rows, kind):
+    """The divergence is that from the teacher without its padding, which no tokenizer can write."""
+    recipe, teachers = KINDS[kind], (base, padded(run, base, 1088))
+    model, found = checkpoint.load_model(pruned, dtype=torch.float32), []
+    for teacher in teachers:
+        taught, _ = distill.with_targets(run, rows[:1], teacher, recipe)
+        student = loop.Student(model, objective(model, teacher, recipe, rows))
+        apply_packed_attention(model)
+        with torch.no_grad():
+            found.append(student(**batch_of(taught[0]))["loss"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert distill.shared_words(model, teachers[0]) is None
+    assert distill.shared_words(model, teachers[1]) == 1024
+
+
+def test_a_model_that_is_its_own_teacher_is_refused(run, base, rows):
+    with pytest.raises(ValueError, match=r"teacher and student are the same model .*nothing to learn"):
+        distill.train_student(base, base, rows, run=run, name="x", recipe=RECIPE)
 
 
 def test_listening_to_nobody_is_refused(run, pruned, rows):

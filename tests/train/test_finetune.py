@@ -105,9 +105,11 @@ def test_the_kernels_and_pefts_own_layers_train_alike(run, base, examples):
     assert losses[0] == pytest.approx(losses[1], abs=1e-2)
 
 
-def test_an_adapter_without_its_base_says_what_is_missing(adapter, tmp_path):
+def test_an_adapter_without_its_base_says_where_it_was_looked_for(adapter, tmp_path, monkeypatch):
     artifacts.shutil.copytree(adapter.path, tmp_path / "tuned")
-    with pytest.raises(ValueError, match=r"put its base .* beside it"):
+    checkpoint.load_model(artifacts.load_artifact(tmp_path / "tuned"))  # the base lies in a run's folder
+    monkeypatch.setenv("AVALAB_ARTIFACTS", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"the base .* of .* was not found; looked in"):
         checkpoint.load_model(artifacts.load_artifact(tmp_path / "tuned"))
 
 

@@ -286,6 +286,11 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(rows, tmp_path):
     assert rates[2:] == pytest.approx([(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)])
 
 
+def test_a_run_of_a_few_steps_has_no_warm_up_that_would_be_all_of_it(rows, tmp_path):
+    history = loop.fit(student(), rows[:1], schedule=Schedule(learning_rate=0.01), folder=tmp_path / "run")
+    assert [entry["learning_rate"] for entry in history] == [0.01]
+
+
 def test_the_bar_shows_the_curve_the_speed_and_the_time_left(rows, tmp_path, capsys):
     loop.fit(student(), rows, schedule=Schedule(steps=3), folder=tmp_path / "run")
     shown = capsys.readouterr().err.split("\r")[-1]

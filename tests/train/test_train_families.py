@@ -148,6 +148,14 @@ def test_a_teachers_divergence_is_that_of_both_models_own_logits(student, teache
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2", "gpt2"])
+def test_attention_that_cannot_be_computed_again_is_refused_by_family(name, family_model):
+    model = plain(family_model(name))
+    with pytest.raises(ValueError, match=f"attention of {model.config.model_type} models cannot be matched here"):
+        losses.refuse_other_attention(model)
+    losses.refuse_other_attention(plain(family_model("llama")))
+
+
 def test_stored_targets_are_of_the_teachers_own_distribution(family_model, row):
     teacher = plain(family_model("gemma2"))
     with torch.no_grad():
