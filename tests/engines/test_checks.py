@@ -107,7 +107,7 @@ def test_an_engine_that_is_not_installed_leaves_the_check_to_the_next(tiny_artif
 
 def test_every_exporter_says_in_the_card_what_its_check_found(tiny_artifact, tmp_path):
     """Of those whose libraries are here and fast."""
-    wrote = [gguf.write(tiny_artifact, "q8_0"), onnxruntime.write_int8(tiny_artifact, "dynamic")]
+    wrote = [gguf.write(tiny_artifact, "q8_0")]
     if importlib.util.find_spec("openvino_genai"):
         wrote.append(openvino.write(tiny_artifact, "f16"))
     for artifact in wrote:
