@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from avalab.lab.errors import InputError, LabError, ProcessFailed
-from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, as_path, write_atomically
+from avalab.lab.run import PROFILES, ROOT, as_path, child_environment, folder_name, write_atomically
 from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
 COMMON = ("pyproject.toml", "data/assets.toml", "avalab/lab/profiles.toml")  # every notebook depends on these

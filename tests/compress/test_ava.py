@@ -128,9 +128,7 @@ def test_a_budget_format_or_engine_that_cannot_be_is_refused(parameters, message
 def test_a_family_without_names_in_gguf_is_told_which_exports_remain(tmp_path):
     folder = families.make_model("qwen3-moe", tmp_path)
     job = job_of(folder, torch.zeros(4, 8, dtype=torch.long), format="gguf")
-    with pytest.raises(
-        ValueError, match=r"qwen3_moe.*artefact for transformers.*onnx, onnx-genai and openvino"
-    ):
+    with pytest.raises(ValueError, match=r"qwen3_moe.*artefact for transformers.*onnx, onnx-genai and openvino"):
         ava.compress_model(job)
 
 
