@@ -1,13 +1,13 @@
 """Exports compared with their source: numbers by pencil, and exports that compute another model keep nothing."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import checks, gguf, onnxruntime, openvino
-from avalab.engines import onnx as genai_folder
+from avalab.engines import EngineUnavailable, checks, gguf, llamacpp, onnxruntime, openvino
 from avalab.engines.checks import Check
 from avalab.engines.engine import TINY
 from avalab.lab import artifacts
@@ -48,8 +48,16 @@ def test_a_prompt_goes_past_the_original_context_where_positions_are_scaled(tmp_
     assert len(checks.long_prompt(plain, tokenizer, 9)) == 9
 
 
-@pytest.mark.parametrize("name", ["llama-rope-yarn", "gemma3", "granite", "mistral-sliding", "gpt2"])
-@pytest.mark.parametrize("block", ["f16", "q4_0"])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("llama-rope-yarn", "f16"),
+        ("gemma3", "q4_0"),
+        ("granite", "q8_0"),
+        ("mistral-sliding", "q4_1"),
+        ("gpt2", "q5_0"),
+    ],
+)
 def test_a_gguf_file_of_a_family_is_checked_when_it_is_written(name, block, tmp_path):
     """With the source's numbers rounded in the same way nothing is left but the order of additions."""
     measured = gguf.write(artifact_of(name, tmp_path), block).card["measured"]
@@ -84,19 +92,24 @@ def test_an_export_with_a_matrix_left_out_keeps_nothing(tiny_artifact, monkeypat
     assert not (tmp_path / "there").exists()
 
 
-def test_an_engine_that_is_not_installed_leaves_the_check_to_the_next(tiny_artifact, made):
-    """tensorrt has to have a GPU; the tiny model's file is then read by torch."""
+def absent(folder, **options):
+    raise EngineUnavailable("not here")
+
+
+def test_an_engine_that_is_not_installed_leaves_the_check_to_the_next(tiny_artifact, made, monkeypatch):
+    monkeypatch.setattr(llamacpp, "load", absent)
     model, tokenizer = checks.exact_model(tiny_artifact), checkpoint.load_tokenizer(TINY)
-    found = checks.compare(model, tokenizer, made("gguf-f16"), Check({"vllm": "", "torch": ""}), name="tiny")
+    found = checks.compare(model, tokenizer, made("gguf-f16"), Check({"llamacpp": "", "torch": ""}), name="tiny")
     assert found["checked_in"] == "torch"
+    with pytest.raises(EngineUnavailable, match="not here"):
+        checks.compare(model, tokenizer, made("gguf-f16"), Check({"llamacpp": ""}), name="tiny")
 
 
 def test_every_exporter_says_in_the_card_what_its_check_found(tiny_artifact, tmp_path):
     """Of those whose libraries are here and fast."""
-    wrote = [gguf.write(tiny_artifact, "q8_0"), onnxruntime.write_int8(tiny_artifact, "dynamic")]
-    for write, module in ((openvino.write, "openvino_genai"), (genai_folder.write, "onnxruntime_genai")):
-        if checks.importlib.util.find_spec(module):
-            wrote.append(write(tiny_artifact, "int8"))
+    wrote = [gguf.write(tiny_artifact, "q8_0")]
+    if importlib.util.find_spec("openvino_genai"):
+        wrote.append(openvino.write(tiny_artifact, "f16"))
     for artifact in wrote:
         told = json.loads((artifact.path / artifacts.CARD).read_text())["measured"]
         assert told["checked_in"] in engines.ENGINES

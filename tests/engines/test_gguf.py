@@ -239,6 +239,19 @@ def test_the_command_exports_a_gguf_artefact_and_says_what_loads_it(tiny_artifac
     assert said == f"{out}: 0.6 MB, gguf-q4_0\nload it with the engine openvino or torch or llamacpp\n"
 
 
+def test_the_command_keeps_the_integers_of_a_packed_artefact_and_refuses_other_quantised_ones(
+    quantised, tmp_path, command
+):
+    nf4, rtn = quantised
+    code, said = command("export", rtn.path, "--to", "gguf", "--out", tmp_path / "kept")
+    assert not code
+    assert "MB, gguf-kept\nload it with the engine torch or llamacpp" in said
+    code, said = command("export", nf4.path, "--to", "gguf", "--out", tmp_path / "nf4")
+    assert code == 2
+    assert "is quantised already (bitsandbytes); export the dense model that it was made from" in said
+    assert len(said.splitlines()) == 1
+
+
 def overwritten(file: Path, old: bytes, new: bytes) -> None:
     assert len(old) == len(new)
     data = file.read_bytes()

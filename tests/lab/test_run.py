@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -223,6 +224,11 @@ def test_there_is_no_commit_outside_a_repository_or_before_the_first_one(root, m
 def test_a_machine_without_git_records_no_commit(root, monkeypatch):
     monkeypatch.setenv("PATH", str(root))
     assert lab_run.commit_hash() == ""
+
+
+def test_a_home_folder_of_nobody_is_a_name_like_any_other():
+    assert lab_run.as_path("~0") == Path("~0")
+    assert lab_run.as_path("~") == Path.home()
 
 
 def test_profiles_grow_in_every_size():
