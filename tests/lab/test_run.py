@@ -303,3 +303,11 @@ def test_altered_or_truncated_records_are_read_or_one_line_names_their_file(tmp_
         assert all(isinstance(v, int | float | None) for v in (record.value, record.low, record.high, *record.samples))
         assert isinstance(record.metric + record.subject + record.when + record.note, str)
         assert isinstance(record.details, dict)
+
+
+def test_names_in_other_alphabets_are_never_empty_and_never_collide():
+    names = ["模型", "模形", "модель", "my модель v1", "my модел v1", "x" * 200, "x" * 201]
+    found = [lab_run.slug(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all(name.isascii() and 0 < len(name) < 100 for name in found)
+    assert lab_run.slug("model (copy)") == "model-copy"
