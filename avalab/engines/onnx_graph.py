@@ -50,7 +50,7 @@ BESIDE = ("config.json", "generation_config.json")
 
 LIMIT_SECONDS = 3600
 
-UNBUILT = ("yarn", "dynamic")  # scalings of positions that it passes over in silence
+UNBUILT = ("linear", "yarn", "dynamic")  # scalings of positions that it passes over in silence
 
 DEFECTS = ("KeyError", "AttributeError", "TypeError", "NotImplementedError")  # what the builder ends with, otherwise
 

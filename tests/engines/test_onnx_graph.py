@@ -20,6 +20,7 @@ from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import ROOT, Run
+from avalab.measure import families
 from avalab.models import checkpoint, packed, predict, walk
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
@@ -324,3 +325,17 @@ def test_without_the_library_the_builder_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "PACKAGES", ("no_such_builder",))
     with pytest.raises(RuntimeError, match="engine onnx needs the package no_such_builder; install it: pip install -e"):
         ORIGINAL(TINY, tmp_path, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llama-rope-yarn", "leaves out rotary embeddings of type 'yarn' of a llama"),
+        ("mistral-sliding", "makes a graph that stops after the 16 tokens of the window of a mistral"),
+    ],
+)
+def test_a_model_of_which_the_builder_makes_another_one_is_refused_before_it_starts(name, says, tmp_path):
+    """Logits of the first are off by more than their spread; the second's graph ends with the runtime's own error."""
+    source = families.make_model(name, tmp_path / "mine")
+    with pytest.raises(ValueError, match=rf"mine: ONNX Runtime GenAI's builder {says}; `avalab export` writes gguf"):
+        onnx_graph.refuse_unbuilt(source)
