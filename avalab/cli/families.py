@@ -245,8 +245,8 @@ def table(cells: Mapping[str, Cells], libraries: Mapping[str, str]) -> str:
         "",
         "Tiny random models of every family (`avalab/measure/families.py`) through the commands of `avalab`, run by",
         "`make families`. *works*: logits and greedy tokens are those of plain transformers, as far as the form's bits",
-        "allow (`avalab/cli/family_cells.py` says how far). *refused*: one line, which the note quotes. *not here*: a",
-        "library that was not installed. *defect*: anything else.",
+        "allow (`avalab/cli/family_cells.py` says how far); a number leads to a remark. *refused*: one line, which the",
+        "note quotes. *not here*: a library that was not installed. *defect*: anything else.",
         "",
         "With " + ", ".join(f"{name} {version}" for name, version in libraries.items()) + ".",
         "",
@@ -277,13 +277,11 @@ def _group(cells: Mapping[str, Cells], group: str, notes: dict[tuple[str, str], 
     for name, row in cells.items():
         shown = []
         for verb in verbs:
-            cell = row.get(verb)
-            if cell and cell["outcome"] != WORKS:
-                number = notes.setdefault((cell["outcome"], cell["line"]), len(notes) + 1)
-                word = f"**{DEFECT}**" if cell["outcome"] == DEFECT else cell["outcome"]
-                shown.append(f"{word} {number}")
-            else:
-                shown.append(cell["outcome"] if cell else "")
+            cell = row.get(verb, {"outcome": "", "line": ""})
+            word = f"**{DEFECT}**" if cell["outcome"] == DEFECT else cell["outcome"]
+            said = cell["line"].partition("; ")[2] if cell["outcome"] in (WORKS, "") else cell["line"]
+            number = notes.setdefault((cell["outcome"], said), len(notes) + 1) if said else ""
+            shown.append(f"{word} {number}".strip())
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines
 

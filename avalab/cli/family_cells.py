@@ -8,7 +8,8 @@ PEFT load the folder that was handed in, round its weights to bf16 and compute i
 - What was compressed: finite logits, not further from the base's than a format of so few bits explains; and a file
   that is smaller by a share of the blocks' weights, or a card that says how little was reached.
 - What was exported: the same logits where the engine gives them, and greedy tokens that the reference would choose or
-  finds as likely. The prompt is longer than the model's sliding window and than the context it was scaled from.
+  finds as likely. The prompt is longer than the model's sliding window and than the context it was scaled from; where
+  a file allows for less, it is cut to that, and the cell remarks it.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def divergence(reference: Float[Tensor, "time vocab"], found: Float[Tensor, "tim
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def _near(subject: Subject, logits: Float[Tensor, "time vocab"], most: float) -> str:
-    expected = subject.reference(subject.prompt)
+def _near(subject: Subject, logits: Float[Tensor, "time vocab"], most: float, prompt: list[int] | None = None) -> str:
+    expected = subject.reference(prompt or subject.prompt)
     kl, unrelated = divergence(expected, logits), divergence(expected, expected.roll(1, 0))
     if not kl <= most * unrelated:
         allowed = f"{most * unrelated:.2g} at most, {unrelated:.2g} is unrelated"
@@ -127,7 +128,9 @@ def _in_torch(artifact: Artifact, prompt: list[int], dtype: torch.dtype) -> Floa
 
 def _in_engine(subject: Subject, artifact: Artifact | Path, engine: str, most: float, near: float = NEAR) -> str:
     """What an engine's logits and greedy tokens say beside the reference's."""
-    opened, prompt = engines.load(engine, artifact), subject.prompt
+    opened = engines.load(engine, artifact)
+    room = opened.facts.context - NEW_TOKENS
+    prompt, remark = subject.prompt[-room:], f"; context {opened.facts.context}" if room < PROMPT_TOKENS else ""
     try:
         tokens = opened.generate(prompt, NEW_TOKENS, past_end=True)
         logits = opened.logits(prompt) if opened.all_logits else None
@@ -135,12 +138,12 @@ def _in_engine(subject: Subject, artifact: Artifact | Path, engine: str, most: f
         opened.close()
     expected = subject.reference(prompt + tokens)[len(prompt) - 1 : -1]
     behind = expected.amax(-1) - expected[torch.arange(len(tokens)), torch.tensor(tokens)]
-    said = [] if logits is None else [_near(subject, logits, most)]
+    said = [] if logits is None else [_near(subject, logits, most, prompt)]
     behind = behind / expected.std()
     if not behind.max() <= near:
         place = int((behind > near).nonzero()[0])
         raise Differs(f"greedy token {place + 1} is {behind[place]:.2g} deviations behind the one of transformers")
-    return ", ".join([*said, f"{len(tokens)} tokens"])
+    return ", ".join([*said, f"{len(tokens)} tokens"]) + remark
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------

@@ -195,10 +195,9 @@ def _compare_loss(run: Run, pair: list[Artifact], limit: int | None) -> None:
     from avalab.measure import quality
     from avalab.models import checkpoint, predict
 
-    engines = {artifact.name: options.engine_of(artifact) for artifact in pair}
-    in_torch = [artifact for artifact in reversed(pair) if engines[artifact.name] == quality.TORCH]
+    in_torch = [artifact for artifact in reversed(pair) if options.engine_of(artifact) == quality.TORCH]
     if not in_torch:
-        shown = " and ".join(f"{name} ({engine})" for name, engine in engines.items())
+        shown = " and ".join(f"{artifact.name} ({options.engine_of(artifact)})" for artifact in pair)
         raise InputError(f"one of the two has to load in torch, {shown} do not; give the model they were made from")
     predict.refuse_other_words(pair[1], pair[0])
     cache, tokenizer = run.artifacts_dir / "cache", checkpoint.load_tokenizer(in_torch[0])

@@ -24,7 +24,7 @@ import typer
 from avalab.lab import artifacts, assets
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError, MissingFile
-from avalab.lab.run import Run
+from avalab.lab.run import Run, as_path
 
 EMBEDDED = "smollm2-135m-instruct"  # of avalab.models.checkpoint
 
@@ -160,7 +160,7 @@ def matrices(run: Run) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's weight matrices by name, from headers alone; nothing where they cannot be told yet."""
     from safetensors import SafetensorError, safe_open
 
-    own = Path(run.model).expanduser()
+    own = as_path(run.model)
     folder = own if own.is_dir() else run.artifacts_dir / run.name_of_model
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -218,7 +218,7 @@ def new_folder(
         return
     artifacts.checked_target(out)
     for source in filter(None, sources):
-        if Path(source).expanduser().resolve() == out.resolve():
+        if as_path(str(source)).resolve() == out.resolve():
             raise InputError(f"--out {out} is the model that is read; name another folder")
     if force and (out / artifacts.CARD).is_file():
         aside = out.resolve().with_name(f".replaced-{out.name}-{os.getpid()}")

@@ -225,7 +225,7 @@ class GgufModel:
         check = Check({"torch": "bf16"})  # the model's values are rounded to bf16, the file's are not
         model = checks.exact(copy.deepcopy(self.model).cpu())
         tokenizer = checkpoint.load_tokenizer(self.source)
-        self.measured |= checks.compare(model, tokenizer, folder, check, name=self.source.name)
+        self.measured.update(checks.compare(model, tokenizer, folder, check, name=self.source.name))
 
 
 def _gguf_config(job: Job, model: PreTrainedModel, scratch: Path) -> PreTrainedConfig:
@@ -266,13 +266,13 @@ def _write_gguf(work: Work, chosen: Allocation, rounded: dict[str, BlockRounded]
     # Where nothing was rounded, the model is copied as it was before the transform.
     model = work.model if rounded else checkpoint.load_model(work.job.folder, work.job.device)
     increases = predict.kl_divergence(work.reference, predictions(model, work.held_out))
+    dense = "f16" if work.job.parameters["engine"] == "openvino" else BF16  # the one of the two that it reads
     about |= {
         "measured_kl_divergence": float(increases.mean()),
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens",
-        "types": {name: option.format for name, option in chosen.chosen.items()},
+        "types": {name: dense if o.format == BF16 else o.format for name, o in chosen.chosen.items()},
     }
     names, rows = gguf_layout.tensor_namer(work.prepared), []
-    dense = "f16" if work.job.parameters["engine"] == "openvino" else BF16  # the one of the two that it reads
     for name, parameter in model.named_parameters():
         part = rounded.get(name.removesuffix(".weight"))  # brings its bytes along; other vectors are float32
         kind = part.format.name if part else ("f32" if parameter.ndim == 1 else dense)

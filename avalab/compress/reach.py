@@ -51,7 +51,7 @@ def refuse_unreachable(
         f"{what} changes linear layers, which hold {share:.0%} of the weights in the blocks of "
         f"{model.config.model_type} ({kind}: {count / max(1, total):.0%}, which would stay as they are); "
         + (f"{remedy}; " if share else "")
-        + "the quantisers of engines may take it whole: openvino-int4, onnx-k-quant, gguf-q4_k_m"
+        + "`avalab export --to gguf --weights q8_0` takes the whole model where llama.cpp knows its family"
     )
 
 

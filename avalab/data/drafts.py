@@ -22,11 +22,10 @@ from functools import cache
 from random import Random
 
 from avalab.data import phrasing
-from avalab.data.arguments import kind_of, say_value
+from avalab.data.arguments import kind_of, lines_of, say_value
 from avalab.data.phrasing import Dress
 from avalab.data.toolbox import Tool, call_text, system_prompt
 from avalab.lab.errors import InputError
-from avalab.lab.words import lines_of
 
 VAGUE = {  # stems that say nothing about what a tool does
     *("find", "retur", "compu", "list", "searc", "with", "from", "whole", "numbe", "somet", "somew", "into", "that"),

@@ -28,11 +28,10 @@ from pathlib import Path
 import jsonschema
 
 from avalab.data import calls, phrasing, repeats, toolbox
-from avalab.data.arguments import SCALES, WORDS, ways_to_say
+from avalab.data.arguments import SCALES, WORDS, said_numbers, ways_to_say
 from avalab.data.repeats import EvaluationSet
 from avalab.lab.errors import InputError
 from avalab.lab.schemas import refuse_loops, to_json_schema
-from avalab.lab.words import said_numbers
 
 Gate = Callable[[dict], str]
 

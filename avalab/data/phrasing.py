@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from avalab.data import toolbox
-from avalab.data.arguments import kind_of, parameter, say_value
+from avalab.data.arguments import data_files, kind_of, lines_of, parameter, read_packaged, say_value
 from avalab.data.toolbox import Tool
-from avalab.lab import words
 
 PYTHON_DIALECT = {"number": "float", "object": "dict"}  # as many published tool lists spell the types
 
@@ -58,7 +57,7 @@ class Dress:
 @cache
 def tools() -> tuple[Tool, ...]:
     """Every tool that training may use, in a fixed order; none of the toolbox's held-out ones."""
-    texts = [words.read_packaged("domains", name) for name in words.data_files("domains")]
+    texts = [read_packaged("domains", name) for name in data_files("domains")]
     found = [tool for text in texts for tool in parse_domain(text)]
     for tool in toolbox.rows():
         if toolbox.split_of(tool.name) == "train":
@@ -213,7 +212,7 @@ def _segment(segment: str, arguments: dict) -> str:
 def phrase(frame: str, text: str, rng: random.Random) -> str:
     """The request: the text in one of its frame's styles."""
     if frame != "whole":
-        text = rng.choice(words.lines_of(f"frames_{frame}.txt")).replace("{}", text)
+        text = rng.choice(lines_of(f"frames_{frame}.txt")).replace("{}", text)
     if rng.random() < 0.15:
-        text = rng.choice(words.lines_of("openings.txt")) + " " + text
+        text = rng.choice(lines_of("openings.txt")) + " " + text
     return text[0].upper() + text[1:] if rng.random() < 0.9 else text.rstrip(".?")

@@ -29,10 +29,11 @@ from pathlib import Path
 import jinja2
 
 from avalab.data import calls, chats, drafts, gates, repeats, toolbox
+from avalab.data.arguments import read_packaged
 from avalab.data.calls import Call, Case
 from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
-from avalab.lab import artifacts, statistics, words
+from avalab.lab import artifacts, statistics
 from avalab.lab.artifacts import sha256_of
 from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import write_atomically
@@ -189,7 +190,7 @@ def _question(example: dict, seed: str, wording: int = 0, reason: str = "") -> t
     """The prompt's name, and the question to the teacher."""
     prompt = PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
     why = f"Your last answer was refused because {reason}." if reason else ""
-    asked = words.read_packaged("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
+    asked = read_packaged("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
     return prompt, [{"role": "user", "content": asked}]
 
 
@@ -310,7 +311,7 @@ def _checked(example: dict, *, stated: bool) -> dict:
 
 def data_card(report: dict) -> str:
     """The data card in Markdown, of the report of `write_examples`."""
-    text = words.read_packaged("prompts", "data_card.txt")
+    text = read_packaged("prompts", "data_card.txt")
     card = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return card.render({**report, "kinds": tuple(report["kinds"])})
 

@@ -23,9 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from avalab.data.arguments import Parameter, kind_of
+from avalab.data.arguments import Parameter, kind_of, lines_of
 from avalab.lab.errors import InputError
-from avalab.lab.words import lines_of
 
 SPLITS = ("train", "heldout")
 

@@ -141,6 +141,7 @@ def quantise_to_gguf(
     Raises RuntimeError with llama.cpp's code when it fails, EngineUnavailable without a build that quantises.
     """
     require_quantiser()
+    config = gguf_file.checked_config(artifact.path)
     target = out / f"{artifact.name}.{mixture}.gguf"
     columns = {} if windows is None else importance(artifact, windows)
     with tempfile.TemporaryDirectory() as temporary:
@@ -150,7 +151,7 @@ def quantise_to_gguf(
         llamacpp_library.quantise(library, source, target, mixture, columns)
         modelfile = (source.parent / "Modelfile").read_text()
     (out / "Modelfile").write_text(modelfile.replace(source.name, target.name))
-    gguf_file.copy_beside(artifact.path, out)
+    gguf_file.copy_beside(artifact.path, out, context=gguf_layout.context_of(config))
     types = gguf_layout.check(target)
     return {"formats": dict(sorted(types.items())), "calibration_tokens": 0 if windows is None else windows.numel()}
 

@@ -32,7 +32,7 @@ from avalab.lab import parts
 from avalab.lab.artifacts import UNSAFE_SUFFIXES, sha256_of
 from avalab.lab.errors import InputError, Unavailable
 from avalab.lab.parts import Part
-from avalab.lab.run import ROOT, write_atomically
+from avalab.lab.run import ROOT, places_of, write_atomically
 
 MANIFEST = ROOT / "data" / "assets.toml"
 
@@ -140,7 +140,7 @@ def resolve_model(model: str) -> Path:
     for name in (model, f"{model}-gguf"):
         if name in models:
             return fetch_asset(name)
-    for path in (Path(model).expanduser(), ROOT / model) if model else ():
+    for path in places_of(model):
         if path.is_dir():
             return _check_model(path)
         if path.is_file():

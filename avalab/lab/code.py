@@ -45,7 +45,7 @@ NOT_FOLLOWED = (  # modules and definitions that are in the hash by name only
     "avalab.compress.quantize:METHODS",
 )
 
-TEXTS = {"avalab.lab.words:read_packaged": ("data/prompts", "data/domains")}  # who reads text, and from where
+TEXTS = {"avalab.data.arguments:read_packaged": ("data/prompts", "data/domains")}  # who reads text, and from where
 
 DEFINED = re.compile(r"[A-Za-z_]\w*(\.\w+)*:\w+")  # `package.module:name`, as `process.call` takes it
 

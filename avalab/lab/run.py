@@ -211,12 +211,23 @@ def slug(model: str) -> str:
 
     Where letters are lost (other alphabets) or the name is long, a short hash keeps different names different.
     """
-    shown = next((_name_of(path) for path in (Path(model).expanduser(), ROOT / model) if path.exists()), model)
+    shown = next(map(_name_of, places_of(model)), model)
     kept = re.sub(r"[^a-z0-9.]+", "-", shown.lower()).strip("-.")[:LONGEST_NAME].strip("-.")
     lost = any(letter.isalnum() and not letter.isascii() for letter in shown) or len(shown) > LONGEST_NAME
     if not lost and kept:
         return kept
     return f"{kept or 'model'}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}"
+
+
+def as_path(text: str) -> Path:
+    """A path as a user writes it, `~` included."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  (pathlib raises for a user whom there is not)
+
+
+def places_of(model: str) -> list[Path]:
+    """The files or folders that a user's name of a model means: as given, and below the project's root."""
+    # A name that is too long for a file is none: pathlib would raise.
+    return [path for path in (as_path(model), ROOT / model) if model and os.path.exists(path)]  # noqa: PTH110
 
 
 def _name_of(path: Path) -> str:

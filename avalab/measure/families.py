@@ -47,7 +47,7 @@ SHAPE = {
 
 LOCAL_THEN_GLOBAL = ["sliding_attention", "full_attention"]
 
-WINDOW = 16  # tokens that a sliding layer sees: fewer than any prompt has
+WINDOW = 32  # tokens that a sliding layer sees: fewer than the matrix's prompt has
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import Run, artifacts_root
+from avalab.lab.run import Run, artifacts_root, as_path
 from avalab.models import gguf_layout, loading, stored
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -73,7 +73,7 @@ def base_artifact(run: Run) -> Artifact:
     except ValueError as error:
         raise InputError(f"{error} (embedded: {EMBEDDED})") from error
     step = _first_step(source)
-    shown = name if Path(run.model).expanduser().is_absolute() else run.model  # a card shows nobody's folders
+    shown = name if as_path(run.model).is_absolute() else run.model  # a card shows nobody's folders
     asset = _asset_of(run.model)
     origin = {"name": shown, "sha256": _source_sha256(source)} | ({"about": asset.about} if asset else {})
     found = artifacts.find_artifact(name, run.artifacts_dir, [step], origin["sha256"])

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from avalab.lab.errors import InputError, LabError, ProcessFailed
-from avalab.lab.run import PROFILES, ROOT, child_environment, folder_name, write_atomically
+from avalab.lab.run import PROFILES, ROOT, as_path, child_environment, folder_name, write_atomically
 from avalab.report.dependencies import code_hashes, code_states, module_graph, modules_of_notebook, reachable
 
 COMMON = ("pyproject.toml", "data/assets.toml", "avalab/lab/profiles.toml")  # every notebook depends on these
@@ -67,7 +67,7 @@ def model_argument(profile: str, model: str, root: Path = ROOT) -> str:
     if profile not in PROFILES:
         raise InputError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
     own = PROFILES[profile].model
-    folder = next((f for f in (Path(model).expanduser(), root / model) if f.is_dir()), None) if model else None
+    folder = next((f for f in (as_path(model), root / model) if f.is_dir()), None) if model else None
     if model in ("", own) or (folder and folder.resolve() == (root / own).resolve()):
         return ""
     return str(folder.resolve()) if folder else model

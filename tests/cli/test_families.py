@@ -112,15 +112,15 @@ def test_globs_choose_families_and_verbs_and_an_unknown_one_is_refused():
 def test_the_table_counts_outcomes_and_quotes_each_line_once():
     refused = {"outcome": "refused", "line": "no *such* layer"}
     cells = {
-        "llama": {"load": {"outcome": "works", "line": "KL 0"}, "chat": refused},
+        "llama": {"load": {"outcome": "works", "line": "KL 0; context 32"}, "chat": refused},
         "gpt2": {"load": refused, "chat": {"outcome": "defect", "line": "KeyError: 'x'"}},
     }
     lines = families.table(cells, {"torch": "2.0"}).splitlines()
     assert "| Load, evaluate, chat, train | 1 | 2 | 0 | 1 |" in lines
     assert "| family | load | eval | chat | finetune | finetune qlora | distill |" in lines
-    assert "| llama | works |  | refused 1 |  |  |  |" in lines
-    assert "| gpt2 | refused 1 |  | **defect** 2 |  |  |  |" in lines
-    assert lines[-2:] == ["1. refused: no \\*such\\* layer", "2. defect: KeyError: 'x'"]
+    assert "| llama | works 1 |  | refused 2 |  |  |  |" in lines
+    assert "| gpt2 | refused 2 |  | **defect** 3 |  |  |  |" in lines
+    assert lines[-3:] == ["1. works: context 32", "2. refused: no \\*such\\* layer", "3. defect: KeyError: 'x'"]
     assert "With torch 2.0." in lines
 
 
@@ -142,7 +142,9 @@ def test_a_greedy_token_far_behind_the_references_best_is_a_defect(monkeypatch, 
     monkeypatch.setattr(Subject, "reference", lambda self, tokens: logits)
 
     def opened(tokens):
-        return lambda *_: SimpleNamespace(generate=lambda *_, **__: tokens, all_logits=None, close=lambda: None)
+        facts = SimpleNamespace(context=512)
+        engine = SimpleNamespace(generate=lambda *_, **__: tokens, all_logits=None, close=lambda: None, facts=facts)
+        return lambda *_: engine
 
     monkeypatch.setattr(family_cells.engines, "load", opened([7] * 12))
     assert family_cells._in_engine(subject, tmp_path, "torch", 0.01) == "12 tokens"

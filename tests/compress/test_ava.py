@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from avalab import engines
 from avalab.compress import ava, ava_targets, quantize, rounding, sensitivity
@@ -126,9 +126,9 @@ def test_a_budget_format_or_engine_that_cannot_be_is_refused(parameters, message
 
 
 def test_a_family_without_names_in_gguf_is_told_which_exports_remain(tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=64, vocab_size=64)).save_pretrained(tmp_path)
-    job = job_of(tmp_path, torch.zeros(4, 8, dtype=torch.long), format="gguf")
-    with pytest.raises(ValueError, match=r"gpt2.*artefact for transformers and vLLM.*onnx, onnx-genai and openvino"):
+    folder = families.make_model("qwen3-moe", tmp_path)
+    job = job_of(folder, torch.zeros(4, 8, dtype=torch.long), format="gguf")
+    with pytest.raises(ValueError, match=r"qwen3_moe.*artefact for transformers.*onnx, onnx-genai and openvino"):
         ava.compress_model(job)
 
 

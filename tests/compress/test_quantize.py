@@ -209,6 +209,7 @@ def test_an_artefact_can_be_written_to_a_folder_of_choice_but_not_over_others_fi
     artifact = quantize.compress_artifact(base, "nf4", run=run, out=tmp_path / "mine")
     assert artifacts.load_artifact(tmp_path / "mine").sha256 == artifact.sha256
     (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("mine")
     with pytest.raises(ValueError, match="not an artefact"):
         quantize.compress_artifact(base, "nf4", run=run, out=tmp_path / "notes")
 

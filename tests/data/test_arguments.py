@@ -7,8 +7,7 @@ import jsonschema
 import pytest
 
 from avalab.data import gates, phrasing, toolbox
-from avalab.data.arguments import kind_of, say_value, ways_to_say
-from avalab.lab import words
+from avalab.data.arguments import kind_of, read_packaged, say_value, ways_to_say
 
 FIGURES = "figures.txt"
 KINDS = ["%", "%5..60", "$1000..900000", "$1000000..90000000000", "100000..900000000", "-60000..-10000", "-9.5..-1.5"]
@@ -17,7 +16,7 @@ KINDS += ["&f_holding", "f_data_file", "f_predictor", "[f_predictor]"]
 
 
 def figure_tools() -> list[toolbox.Tool]:
-    return list(phrasing.parse_domain(words.read_packaged("domains", FIGURES)))
+    return list(phrasing.parse_domain(read_packaged("domains", FIGURES)))
 
 
 def said_and_grounded(value: object, said: str) -> bool:

@@ -8,9 +8,8 @@ import pytest
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
 from avalab.data import calls, drafts, gates, repeats, synthesize, toolbox
-from avalab.data.arguments import ways_to_say
+from avalab.data.arguments import lines_of, ways_to_say
 from avalab.data.synthesize import select_answers
-from avalab.lab import words
 from avalab.lab.run import ROOT
 from avalab.measure import answers
 
@@ -88,7 +87,7 @@ def test_refusals_and_questions_back_call_nothing(row):
 
 
 def test_not_to_call_is_one_tokens_decision():
-    openings = {line.split()[0] for name in ("refusals.txt", "ask_back.txt") for line in words.lines_of(name)}
+    openings = {line.split()[0] for name in ("refusals.txt", "ask_back.txt") for line in lines_of(name)}
     assert openings == {"I"}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import engine
+from avalab.engines import engine, llamacpp_library
 from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import TINY, Engine, Request
 from avalab.lab import artifacts, process
@@ -217,6 +217,24 @@ def calls(checks, monkeypatch) -> list[dict]:
 
 def use(load, monkeypatch) -> None:
     monkeypatch.setitem(engines.ENGINES, "onnx", load)
+
+
+def load_that_only_the_wheel_survives(artifact, *, build: str = "", **options) -> Engine:
+    if build != llamacpp_library.WHEEL:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return Engine("llamacpp", artifact, engine.Facts(64, 1024, ()), {"model": 1}, lambda state, request: [1, 2], None)
+
+
+def test_where_a_build_of_llamacpp_dies_the_wheel_is_opened_and_the_note_says_so(made, calls, monkeypatch):
+    monkeypatch.setitem(engines.ENGINES, "llamacpp", load_that_only_the_wheel_survives)
+    for name in llamacpp_library.BUILDS:
+        build = llamacpp_library.Build(name, "1.2", Path("nowhere"))
+        monkeypatch.setitem(llamacpp_library.BUILDS, name, lambda build=build: build)
+    found = engines.load("llamacpp", made("gguf-q8_0"))
+    assert found.note.startswith(
+        "llamacpp was opened with build=xllamacpp: npm llama.cpp 1.2 dies with SIGSEGV on this"
+    )
+    assert calls == [{}, {"build": "xllamacpp"}]
 
 
 def test_threads_are_left_to_an_engine_that_dies_with_those_asked_for_and_it_says_so_once_found(

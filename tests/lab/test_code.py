@@ -249,10 +249,10 @@ def test_real_keys_reach_what_computes_and_leave_out_paths_records_and_other_eng
 
 
 def test_a_changed_row_of_a_packaged_table_changes_the_keys_of_what_can_read_it_and_no_other(monkeypatch, tmp_path):
-    """`toolbox.tools` reads its table through `words.lines_of`; the head of a model reads no text."""
+    """`toolbox.tools` reads its table through `arguments.lines_of`; the head of a model reads no text."""
     folder = tmp_path / "avalab" / "data" / "prompts"
     shutil.copytree(Path(code.__file__).parents[1] / "data" / "prompts", folder)
-    monkeypatch.setattr(code, "TEXTS", {"avalab.lab.words:read_packaged": (folder,)})
+    monkeypatch.setattr(code, "TEXTS", {"avalab.data.arguments:read_packaged": (folder,)})
 
     def keys():
         code._hash.cache_clear()

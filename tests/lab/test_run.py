@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -225,6 +226,11 @@ def test_a_machine_without_git_records_no_commit(root, monkeypatch):
     assert lab_run.commit_hash() == ""
 
 
+def test_a_home_folder_of_nobody_is_a_name_like_any_other():
+    assert lab_run.as_path("~0") == Path("~0")
+    assert lab_run.as_path("~") == Path.home()
+
+
 def test_profiles_grow_in_every_size():
     smoke, laptop, a2000 = (PROFILES[name] for name in ("smoke", "laptop", "a2000"))
     sizes = [f.name for f in fields(smoke) if isinstance(getattr(smoke, f.name), int)]
@@ -297,3 +303,11 @@ def test_altered_or_truncated_records_are_read_or_one_line_names_their_file(tmp_
         assert all(isinstance(v, int | float | None) for v in (record.value, record.low, record.high, *record.samples))
         assert isinstance(record.metric + record.subject + record.when + record.note, str)
         assert isinstance(record.details, dict)
+
+
+def test_names_in_other_alphabets_are_never_empty_and_never_collide():
+    names = ["模型", "模形", "модель", "my модель v1", "my модел v1", "x" * 200, "x" * 201]
+    found = [lab_run.slug(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all(name.isascii() and 0 < len(name) < 100 for name in found)
+    assert lab_run.slug("model (copy)") == "model-copy"

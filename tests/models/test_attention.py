@@ -1,11 +1,18 @@
 """Attention inside packed rows: torch's own result and gradients, whichever way it is computed."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from avalab.models import attention
+
+
+def layer():
+    """An attention layer as far as packed attention asks it: for its configuration."""
+    made = torch.nn.Module()
+    made.config = LlamaConfig()
+    return made
 
 
 def heads(*shape, dtype=torch.float64):
@@ -33,13 +40,15 @@ def test_attention_and_its_gradients_are_those_of_torchs_own(tokens, kv, group):
 
 def test_long_examples_go_through_the_fused_kernel_with_the_same_result(monkeypatch):
     q, k, v = heads(1, 4, 9, 8), heads(1, 2, 9, 8), heads(1, 2, 9, 8)
-    short, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None)
+    short, _ = attention.packed_attention(layer(), q, k, v, None)
     monkeypatch.setattr(attention, "LONGEST", 8)
-    long, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None)
+    long, _ = attention.packed_attention(layer(), q, k, v, None)
     torch.testing.assert_close(short, long)
 
 
-def test_a_window_shorter_than_an_example_is_refused():
-    q = torch.randn(1, 2, 6, 4)
-    with pytest.raises(ValueError, match="no window below 6"):
-        attention.packed_attention(torch.nn.Module(), q, q, q, None, sliding_window=4)
+def test_a_window_hides_what_lies_before_it_as_torchs_own_mask_does():
+    q, k, v = heads(1, 4, 6, 8), heads(1, 4, 6, 8), heads(1, 4, 6, 8)
+    ours, _ = attention.packed_attention(layer(), q, k, v, None, sliding_window=3)
+    seen = torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))

@@ -382,3 +382,10 @@ def test_a_truncated_or_altered_file_ends_in_one_line_or_changes_nothing_that_ma
     finally:
         file.write_bytes(whole)
     assert not said or (str(victim) in said and "\n" not in said)
+
+
+def test_a_folder_of_two_gguf_files_names_both_and_says_how_to_choose(tmp_path):
+    for name in ("a.f16.gguf", "b.q8_0.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"holds a\.f16\.gguf, b\.q8_0\.gguf; give one of them as the model: .*a\.f16"):
+        checkpoint.load_model(tmp_path)

@@ -221,7 +221,7 @@ def test_held_out_rows_are_scored_and_patience_ends_the_run(rows, tmp_path):
     history = loop.fit(student(), rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=rows[1:])
     held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
     assert len(losses(history)) < 6
-    assert len(set(held_out)) == 1
+    assert max(held_out) == pytest.approx(min(held_out), rel=1e-5)
 
 
 def test_recomputed_activations_change_no_loss(rows, tmp_path):
@@ -307,7 +307,7 @@ def test_the_best_checkpoint_is_the_result_where_training_stops_early(rows, tmp_
     schedule = Schedule(learning_rate=1.0, warmup=0.0, checkpoint_every=1, epochs=20, patience=2)
     model, kept = student(), rows[1:2]
     history = loop.fit(model, rows[:1], schedule=schedule, folder=tmp_path / "run", held_out=kept)
-    held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
+    held_out = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry and entry["step"]]
     with torch.inference_mode():
         final = loop.Student(model, next_token)(**packing.one_row_batch(kept))["loss"].item()
     assert final == pytest.approx(min(held_out), rel=1e-4)
