@@ -50,6 +50,8 @@ BESIDE = ("config.json", "generation_config.json")
 
 LIMIT_SECONDS = 3600
 
+OTHERS = "`avalab export` writes gguf, aot and onnx (weights dense)"
+
 UNBUILT = ("linear", "yarn", "dynamic")  # scalings of positions that it passes over in silence
 
 DEFECTS = ("KeyError", "AttributeError", "TypeError", "NotImplementedError")  # what the builder ends with, otherwise
@@ -66,10 +68,7 @@ def refuse_unbuilt(folder: Path) -> None:
     elif 0 < window < config.max_position_embeddings:
         reason = f"makes a graph that stops after the {window} tokens of the window"
     if reason:
-        raise InputError(
-            f"{folder.name}: ONNX Runtime GenAI's builder {reason} of a {config.model_type}; "
-            "`avalab export` writes gguf, aot and onnx (weights dense)"
-        )
+        raise InputError(f"{folder.name}: ONNX Runtime GenAI's builder {reason} of a {config.model_type}; {OTHERS}")
 
 
 def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[str] = ()) -> None:
@@ -92,13 +91,12 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
         if REFUSAL in last:
             raise InputError(
                 f"{folder.name}: {last.partition(': ')[2] or last} That is said by ONNX Runtime GenAI's builder; "
-                "packed artefacts stay readable in transformers and vLLM, and `avalab export` writes gguf and openvino"
+                f"packed artefacts stay readable in transformers and vLLM, and {OTHERS}"
             )
         if last.partition(":")[0] in DEFECTS:
             kind = json.loads((folder / "config.json").read_text()).get("model_type")
             raise InputError(
-                f"{folder.name} is a {kind} of a kind that ONNX Runtime GenAI's builder cannot read ({last}); "
-                "`avalab export` writes gguf, aot and onnx"
+                f"{folder.name} is a {kind} of a kind that ONNX Runtime GenAI's builder cannot read ({last}); {OTHERS}"
             )
         raise ProcessFailed(f"the ONNX model builder failed on {folder.name}: {last}")
     for name in BESIDE:
