@@ -332,7 +332,7 @@ def test_without_the_library_the_builder_names_it(tmp_path, monkeypatch):
     ("name", "says"),
     [
         ("llama-rope-yarn", "leaves out rotary embeddings of type 'yarn' of a llama"),
-        ("mistral-sliding", "makes a graph that stops after the 16 tokens of the window of a mistral"),
+        ("mistral-sliding", f"makes a graph that stops after the {families.WINDOW} tokens of the window of a mistral"),
     ],
 )
 def test_a_model_of_which_the_builder_makes_another_one_is_refused_before_it_starts(name, says, tmp_path):
