@@ -128,7 +128,15 @@ FAMILIES = {
         embedding_std=0.06,
     ),
     "olmo2": Family("Olmo2Config"),
-    "gpt2": Family("GPT2Config", {"intermediate_size": None, "num_key_value_heads": None, "tie_word_embeddings": True}),
+    "gpt2": Family(
+        "GPT2Config",
+        {
+            "intermediate_size": None,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 1536,  # learnt: in float32, as files hold them, they outweigh what is saved
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-moe": Family(
         "Qwen3MoeConfig",
         {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
