@@ -40,7 +40,7 @@ from avalab.engines import gguf as gguf_file
 from avalab.kernels import block_types
 from avalab.kernels.block_types import Blocks
 from avalab.lab.errors import InputError, ProcessFailed
-from avalab.models import checkpoint, predict
+from avalab.models import checkpoint, gguf_layout, loading, predict
 
 INSTALL = 'pip install -e ".[onnx]"'
 
@@ -50,9 +50,25 @@ BESIDE = ("config.json", "generation_config.json")
 
 LIMIT_SECONDS = 3600
 
+OTHERS = "`avalab export` writes gguf, aot and onnx (weights dense)"
+
+UNBUILT = ("linear", "yarn", "dynamic")  # scalings of positions that it passes over in silence
+
 DEFECTS = ("KeyError", "AttributeError", "TypeError", "NotImplementedError")  # what the builder ends with, otherwise
 
 REFUSAL = "not currently supported"  # of the builder, for a family of models
+
+
+def refuse_unbuilt(folder: Path) -> None:
+    """Raise ValueError for a model of which the builder makes another one, or a graph that stops at its window."""
+    config = loading.read_config(folder)
+    window, reason = gguf_layout.window_of(config), ""
+    if gguf_layout.rotary(config).get("rope_type") in UNBUILT:
+        reason = f"leaves out rotary embeddings of type {gguf_layout.rotary(config)['rope_type']!r}"
+    elif 0 < window < config.max_position_embeddings:
+        reason = f"makes a graph that stops after the {window} tokens of the window"
+    if reason:
+        raise InputError(f"{folder.name}: ONNX Runtime GenAI's builder {reason} of a {config.model_type}; {OTHERS}")
 
 
 def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[str] = ()) -> None:
@@ -62,6 +78,7 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
     without its packages, and RuntimeError with its last line when it fails.
     """
     engine.require("onnx", PACKAGES, INSTALL)
+    refuse_unbuilt(folder)
     with tempfile.TemporaryDirectory() as cache:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", precision]
         command = [*builder, "-i", str(folder.resolve()), "-o", str(out.resolve()), "-c", cache]
@@ -74,13 +91,12 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
         if REFUSAL in last:
             raise InputError(
                 f"{folder.name}: {last.partition(': ')[2] or last} That is said by ONNX Runtime GenAI's builder; "
-                "packed artefacts stay readable in transformers and vLLM, and `avalab export` writes gguf and openvino"
+                f"packed artefacts stay readable in transformers and vLLM, and {OTHERS}"
             )
         if last.partition(":")[0] in DEFECTS:
             kind = json.loads((folder / "config.json").read_text()).get("model_type")
             raise InputError(
-                f"{folder.name} is a {kind} of a kind that ONNX Runtime GenAI's builder cannot read ({last}); "
-                "`avalab export` writes gguf, aot and onnx"
+                f"{folder.name} is a {kind} of a kind that ONNX Runtime GenAI's builder cannot read ({last}); {OTHERS}"
             )
         raise ProcessFailed(f"the ONNX model builder failed on {folder.name}: {last}")
     for name in BESIDE:
@@ -438,11 +454,18 @@ def token_reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]
     generator = onnxruntime_genai.Generator(state["model"], parameters)
 
     def read(tokens: list[int]) -> Tensor:
-        generator.append_tokens(np.array(tokens, dtype=np.int32))
+        try:
+            generator.append_tokens(np.array(tokens, dtype=np.int32))
+        except RuntimeError as error:
+            raise ProcessFailed(f"ONNX Runtime stopped after {len(tokens)} tokens: {_first_line(error)}") from error
         found = generator.get_output("logits")[0] if every else generator.get_logits()[0]
         return torch.from_numpy(found.copy())
 
     return read
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:

@@ -83,11 +83,16 @@ def main(target: str, request: str, result: str, output: str = "") -> None:
         answer = {"answer": getattr(importlib.import_module(module), name)(json.loads(request))}
     except MemoryError as error:
         answer = {"error": ["MemoryError"], "message": f"out of memory {error}".strip()}
+    except SystemExit as error:  # of a library that ends the process it is in
+        answer = {"error": ["SystemExit"], "message": f"a library ended the process with {error}; {SILENT_END}"}
     except Exception as error:  # told to the caller, who raises it
         lines = str(error).strip().splitlines()
         names = [kind.__name__ for kind in type(error).__mro__]
         answer = {"error": names, "message": " ".join(lines[:3]) or names[0]}
     Path(result).write_text(json.dumps(answer))
+
+
+SILENT_END = "mostly too little memory: close other programs, or take a smaller model or another engine"
 
 
 def explain_end(code: int, text: str) -> str:
@@ -97,7 +102,7 @@ def explain_end(code: int, text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if code < 0:
         return f"crashed with {signal.Signals(-code).name}" + (f": {lines[-1]}" if lines else "")
-    return lines[-1] if lines else f"exit status {code}"
+    return lines[-1] if lines else f"exit status {code} without a word; {SILENT_END}"
 
 
 def _run(arguments: tuple, limit_seconds: float) -> int | None:

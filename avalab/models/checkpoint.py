@@ -261,7 +261,8 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedM
     config = loading.read_config(folder)
     del config.quantization_config
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        way = model.config._attn_implementation  # a capped attention needs its own
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=way)
     decoded = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in plain.named_parameters():

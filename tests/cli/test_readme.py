@@ -2,7 +2,8 @@
 
 The folder is fresh, with the model at `path/to/folder`. What is changed for its 0.9 M parameters: the profile is
 `smoke`; a size is `SHARE` of the model's own bf16 bytes, since headers, norms and the groups of an embedding with 64
-channels take a larger part of it than of a real model; a count is a tenth; training learns from fewer tokens (`LESS`).
+channels take a larger part of it than of a real model; a count is a tenth; training learns from fewer tokens, and fewer
+questions are asked (`LESS`).
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from avalab.lab.run import ROOT
 SHARE = 0.7
 
 LESS = {
+    "eval": ("--limit", "2"),
     "finetune": ("--limit", "8"),
     "distill": ("--tokens", "300", "--row-tokens", "128"),
     "recover": ("--tokens", "512", "--steps", "2"),

@@ -13,9 +13,10 @@ from avalab import kernels
 from avalab.compress import libraries, quantize
 from avalab.compress.libraries import Job
 from avalab.data import corpora
-from avalab.engines import engine, llamacpp_library
+from avalab.engines import engine
 from avalab.kernels import formats
 from avalab.kernels.formats import Grid
+from avalab.lab import llamacpp_library
 from avalab.lab.run import Run
 from avalab.measure import families
 from avalab.models import checkpoint

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from avalab import engines
-from avalab.engines import engine, llamacpp_library
+from avalab.engines import engine
 from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import TINY, Engine, Request
-from avalab.lab import artifacts, process
+from avalab.lab import artifacts, llamacpp_library, process
 from avalab.lab.run import Run
 from avalab.measure import cell
 from avalab.models import gguf_layout

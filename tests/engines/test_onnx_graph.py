@@ -20,6 +20,7 @@ from avalab.kernels.formats import Grid
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.run import ROOT, Run
+from avalab.measure import families
 from avalab.models import checkpoint, packed, predict, walk
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
@@ -309,7 +310,8 @@ def test_a_graph_that_computes_something_else_is_not_shipped():
             ValueError,
             "The x/y model is not currently",
         ),
-        ("KeyError: 'rope'", RuntimeError, "builder failed on tiny-llama: KeyError: 'rope'"),
+        ("KeyError: 'rope'", ValueError, r"tiny-llama is a llama of a kind that .* cannot read \(KeyError: 'rope'\)"),
+        ("OSError: no space", RuntimeError, "builder failed on tiny-llama: OSError: no space"),
     ],
 )
 def test_a_family_that_the_builder_does_not_know_says_which_exports_remain(last, error, said, tmp_path, monkeypatch):
@@ -317,10 +319,24 @@ def test_a_family_that_the_builder_does_not_know_says_which_exports_remain(last,
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(error, match=said) as caught:
         ORIGINAL(TINY, tmp_path, "fp32")
-    assert ("`avalab export` writes gguf and openvino" in str(caught.value)) == (error is ValueError)
+    assert ("`avalab export` writes gguf, aot and onnx" in str(caught.value)) == (error is ValueError)
 
 
 def test_without_the_library_the_builder_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "PACKAGES", ("no_such_builder",))
     with pytest.raises(RuntimeError, match="engine onnx needs the package no_such_builder; install it: pip install -e"):
         ORIGINAL(TINY, tmp_path, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llama-rope-yarn", "leaves out rotary embeddings of type 'yarn' of a llama"),
+        ("mistral-sliding", f"makes a graph that stops after the {families.WINDOW} tokens of the window of a mistral"),
+    ],
+)
+def test_a_model_of_which_the_builder_makes_another_one_is_refused_before_it_starts(name, says, tmp_path):
+    """Logits of the first are off by more than their spread; the second's graph ends with the runtime's own error."""
+    source = families.make_model(name, tmp_path / "mine")
+    with pytest.raises(ValueError, match=rf"mine: ONNX Runtime GenAI's builder {says}; `avalab export` writes gguf"):
+        onnx_graph.refuse_unbuilt(source)

@@ -67,11 +67,20 @@ def test_a_process_that_a_signal_ends_is_an_error_that_names_the_signal(number, 
         (-signal.SIGSEGV, "", "crashed with SIGSEGV"),
         (-signal.SIGABRT, "first\nfree(): invalid pointer\n", "crashed with SIGABRT: free(): invalid pointer"),
         (1, "first\n\nlast words\n", "last words"),
-        (3, "", "exit status 3"),
+        (3, "", f"exit status 3 without a word; {process.SILENT_END}"),
     ],
 )
 def test_an_end_is_explained_in_one_line(code, text, says):
     assert process.explain_end(code, text) == says
+
+
+def giving_up(request: dict) -> dict:
+    sys.exit(3)
+
+
+def test_a_library_that_ends_the_process_is_an_error_that_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"^an engine failed: a library ended the process with 3; mostly too little"):
+        process.call(f"{__name__}:giving_up", {}, limit_seconds=60, label="an engine")
 
 
 # --- silence --------------------------------------------------------------------------------------------------------

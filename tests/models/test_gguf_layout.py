@@ -142,10 +142,10 @@ def test_llama_3s_factors_divide_high_frequencies_by_one_and_low_ones_by_the_fac
                 "granite.attention.scale": 0.25,
             },
         ),
-        ("gemma2", {"gemma2.attention.sliding_window": 16, "gemma2.attn_logit_softcapping": 50.0}),
+        ("gemma2", {"gemma2.attention.sliding_window": families.WINDOW, "gemma2.attn_logit_softcapping": 50.0}),
         ("gemma3", {"gemma3.rope.freq_base": 1e6, "gemma3.rope.freq_base_swa": 1e4, "gemma3.context_length": CONTEXT}),
         ("stablelm", {"stablelm.rope.dimension_count": 8, "stablelm.use_parallel_residual": False}),
-        ("mistral-sliding", {"general.architecture": "llama", "llama.context_length": 16}),
+        ("mistral-sliding", {"general.architecture": "llama", "llama.context_length": families.WINDOW}),
         ("llama-wide-heads", {"llama.attention.key_length": 64, "llama.rope.dimension_count": 64}),
     ],
 )
