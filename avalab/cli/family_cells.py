@@ -171,7 +171,12 @@ def quantize(subject: Subject, method: str, **parameters: object) -> str:
 
 
 def _smaller(subject: Subject, made: Artifact) -> None:
-    """Raise Differs for a file that is about as large as its base's, unless its card says that little was reached."""
+    """Raise Differs for weights about as large as the base's, unless the card says that little was reached.
+
+    Files of other engines hold embeddings and positions wider than the base does, which outweighs so small blocks.
+    """
+    if not list(made.path.glob("*.safetensors")):
+        return
     inside = [p for name, p in subject.plain.named_parameters() if p.dim() > 1 and re.search(r"\.\d+\.", name)]
     blocks = sum(2 * parameter.numel() for parameter in inside)
     saved, share = subject.base.bytes - made.bytes, made.card["measured"].get("reached_share", 1.0)
@@ -304,3 +309,9 @@ VERBS: dict[str, Verb] = {
         for pattern in options.PATTERNS[1:]
     },
 }
+
+SLOW = (  # verbs that a model takes over from another of the same weights
+    *("onnx, onnxruntime", "onnx-genai, onnx", "aot", "quantize autoround", "quantize nncf-int4"),
+    *("quantize onnx-k-quant", "quantize ava gguf", "quantize ava onnx"),
+    *(f"quantize {method}" for method in options.METHODS if method.startswith("gguf-")),
+)
