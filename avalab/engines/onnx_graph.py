@@ -41,6 +41,7 @@ from avalab.kernels import block_types
 from avalab.kernels.block_types import Blocks
 from avalab.lab.errors import InputError, ProcessFailed
 from avalab.models import checkpoint, gguf_layout, loading, predict
+from avalab.models.stops import stop_tokens
 
 INSTALL = 'pip install -e ".[onnx]"'
 
@@ -102,6 +103,15 @@ def run_builder(folder: Path, out: Path, precision: str, *, options: Sequence[st
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    _name_stops(out / "genai_config.json", stop_tokens(folder))
+
+
+def _name_stops(file: Path, stops: tuple[int, ...]) -> None:
+    """Let whoever runs the folder without the lab stop where the lab stops."""
+    told = json.loads(file.read_text(encoding="utf-8"))
+    if stops:
+        told["model"]["eos_token_id"] = list(stops)
+    file.write_text(json.dumps(told, indent=4), encoding="utf-8")
 
 
 FILE, DATA = "model.onnx", "model.onnx.data"

@@ -28,7 +28,7 @@ from avalab.lab import artifacts, assets, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, artifacts_root, as_path
-from avalab.models import gguf_layout, loading, stored
+from avalab.models import gguf_layout, loading, stops, stored
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -368,17 +368,19 @@ def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights as safetensors, configuration and tokenizer into a folder."""
+    """Write weights as safetensors, configuration and tokenizer into a folder, with every token that ends an answer."""
     process.quiet_libraries()
-    keep_token_ids(model)
+    keep_token_ids(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def keep_token_ids(model: PreTrainedModel) -> None:
-    """Leave nothing but token ids in the model's generation settings, so that they can be saved whatever they were."""
+def keep_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leave nothing but token ids in the model's generation settings, every token that ends an answer among them."""
     if model.generation_config is not None:
         ids = {name: getattr(model.generation_config, name) for name in loading.TOKEN_IDS}
+        ends = list(stops.stop_tokens(model, tokenizer))
+        ids["eos_token_id"] = (ends if len(ends) > 1 else ends[0]) if ends else None
         model.generation_config = GenerationConfig(**ids)
 
 

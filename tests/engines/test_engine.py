@@ -335,7 +335,14 @@ def test_a_cell_of_the_benchmark_runs_with_the_other_options_and_its_records_say
     )
     use(load_with_one_thread_divides_by_zero, monkeypatch)
     sizes = dict.fromkeys(("runtime_bytes", "load_peak_bytes", "loaded_bytes", "peak_bytes"), 1)
-    empty = sizes | {"load_seconds": [1.0], "load_average": 0.0, "first": {}, "further": {}, "joules": {}}
+    empty = sizes | {
+        "when": "2026",
+        "load_seconds": [1.0],
+        "load_average": 0.0,
+        "first": {},
+        "further": {},
+        "joules": {},
+    }
     asked, call = [], process.call
 
     def measured(target: str, request: dict, **about) -> dict:

@@ -1,5 +1,6 @@
 """ONNX Runtime GenAI: folders of its own builder against transformers in float32, and what is refused."""
 
+import json
 import subprocess
 
 import pytest
@@ -9,6 +10,7 @@ from avalab import engines
 from avalab.engines import onnx as genai_folder
 from avalab.engines.engine import TINY
 from avalab.lab.run import ROOT
+from avalab.models.stops import stop_tokens
 
 
 @pytest.mark.needs("onnxruntime_genai")
@@ -38,6 +40,12 @@ def test_a_graph_says_of_its_producer_the_installed_release_and_nothing_of_where
 
 
 @pytest.mark.needs("onnxruntime_genai")
+@pytest.mark.needs("onnxruntime_genai")
+def test_a_folder_of_genai_stops_where_the_lab_stops(made):
+    told = json.loads((made("onnx-fp32") / "genai_config.json").read_text())["model"]
+    assert told["eos_token_id"] == list(stop_tokens(made("onnx-fp32")))
+
+
 def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
     for path in made("onnx-fp32").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:5000] if path.suffix == ".onnx" else path.read_bytes())
@@ -46,5 +54,5 @@ def test_onnx_refuses_a_graph_that_is_damaged(made, tmp_path):
 
 
 def test_unknown_weights_for_an_export_are_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"no weights 'int3' for ONNX; choose one of fp32, int8, int4"):
+    with pytest.raises(ValueError, match=r"no weights 'int3' for ONNX Runtime GenAI; choose one of fp32, int8, int4"):
         genai_folder.export(TINY, tmp_path, "int3")

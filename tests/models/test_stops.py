@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from avalab.lab.run import ROOT
+from avalab.models import checkpoint
 from avalab.models.stops import padding_token, stop_tokens
 
 TINY = ROOT / "data" / "tiny-llama"
@@ -94,6 +95,16 @@ def test_a_model_in_memory_and_its_folder_have_the_same_ends(tmp_path):
     made.save_pretrained(tmp_path)
     assert stop_tokens(model, made) == stop_tokens(tmp_path)
     assert set(made.convert_ids_to_tokens(list(stop_tokens(model, made)))) == {"</s>", "<|im_end|>"}
+
+
+def test_a_saved_model_tells_other_programs_every_end(tmp_path):
+    made = tokenizer(TEMPLATES["<|im_end|>"], eos="<|endoftext|>")
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    checkpoint.save_model(model, made, tmp_path)
+    theirs = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    assert set(made.convert_ids_to_tokens(theirs)) == {"<|im_end|>", "<|endoftext|>"}
 
 
 def test_an_id_of_ordinary_text_is_a_default_and_ends_nothing_where_an_end_is_known(tmp_path):
