@@ -5,9 +5,10 @@
 2. A cell works; is refused, by an error of the lab's own, whose line is kept; is `not here`, for a library that is not
    installed; or is a defect: any other exception, a wrong result, a crash, a cell that takes too long. After a defect
    the remaining verbs run in a new process.
-3. A cell is run again when the code that it reaches, its row, or a library's version has changed. What was not here is
+3. A row whose base artefact has another row's weights, byte for byte, takes over its cells of the slowest verbs.
+4. A cell is run again when the code that it reaches, its row, or a library's version has changed. What was not here is
    always tried again.
-4. `results/families` holds one file of cells a family, and the README with the table and every line that a cell said.
+5. `results/families` holds one file of cells a family, and the README with the table and every line that a cell said.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib
 import io
 import json
@@ -30,7 +32,7 @@ from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 
-from avalab.cli.family_cells import VERBS, Subject, Verb
+from avalab.cli.family_cells import SLOW, VERBS, Subject, Verb
 from avalab.lab import artifacts, process
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError, LabError, ProcessFailed, Unavailable
@@ -96,6 +98,9 @@ def run_cells(request: dict) -> dict:
     verbs = getattr(importlib.import_module(module), table)
     with Path(request["told"]).open("a", encoding="utf-8", buffering=1) as told:
         for name in request["verbs"]:
+            # Libraries collect garbage in every step; what they brought along themselves need not be looked through.
+            gc.collect()
+            gc.freeze()
             print(json.dumps({"begun": name, "at": time.time()}), file=told)
             faulthandler.dump_traceback_later(verbs[name].limit_seconds, exit=True)
             found = outcome(verbs[name], subject)
@@ -222,6 +227,12 @@ def run_matrix(
             write_atomically(folder / f"{name}.json", head + rows + "\n }\n}\n")
             say(f"{name:24} {verb:28} {cell['seconds']:6.1f} s  {cell['outcome']}: {cell['line'][:160]}")
 
+        other = FAMILIES[name].same_weights_as
+        for verb in [verb for verb in wanted if other and verb in SLOW]:
+            cell = read_cells(folder).get(other, {}).get(verb)
+            if not _is_stale(cell, code_key(other, verb)):
+                keep(verb, cell | {"line": f"{cell['line']}; taken over from {other}, whose weights are the same"})
+                wanted.remove(verb)
         run_family(name, wanted, keep)
 
 
@@ -307,10 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         families, verbs = chosen(given.only)
-        if given.jobs > 1:
-            _beside(families, verbs, given)
-        else:
-            run_matrix(families, verbs, given.folder, say=lambda line: print(line, flush=True))
+        for later in (False, True):  # whoever takes cells over comes after those that have them
+            part = [name for name in families if bool(FAMILIES[name].same_weights_as) == later]
+            if given.jobs > 1:
+                _beside(part, verbs, given)
+            else:
+                run_matrix(part, verbs, given.folder, say=lambda line: print(line, flush=True))
     except LabError as error:
         sys.exit(f"families: {error}")
     found = counts(write_table(given.folder), VERBS)

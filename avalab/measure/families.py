@@ -57,7 +57,7 @@ class Family:
     `embedding_std` is less than other matrices' where embeddings are multiplied and tied: what a model of random
     weights reads would drown what it computes. `words` are added to the tokenizer, which has 1024. `adapter` are
     options of PEFT's LoraConfig: the model is then the folder of an adapter. `layout` is what is odd about the folder:
-    "", sharded, links, read-only or path.
+    "", sharded, links, read-only or path. `same_weights_as` names the row whose base artefact has the same tensors.
     """
 
     config: str
@@ -67,6 +67,7 @@ class Family:
     words: int = 0
     adapter: dict | None = None
     layout: str = ""
+    same_weights_as: str = ""
 
 
 def _positions(kind: str, **settings: float) -> dict:
@@ -90,8 +91,8 @@ FAMILIES = {
     "llama-odd-vocabulary": Family("LlamaConfig", {"vocab_size": VOCABULARY + 7}, words=7),
     "llama-padded-vocabulary": Family("LlamaConfig", {"vocab_size": VOCABULARY + 64}),
     "llama-fp16": Family("LlamaConfig", dtype=torch.float16),
-    "llama-fp32": Family("LlamaConfig", dtype=torch.float32),
-    "llama-sharded": Family("LlamaConfig", layout="sharded"),
+    "llama-fp32": Family("LlamaConfig", dtype=torch.float32, same_weights_as="llama"),
+    "llama-sharded": Family("LlamaConfig", layout="sharded", same_weights_as="llama"),
     "mistral-sliding": Family("MistralConfig", {"sliding_window": WINDOW}),
     "qwen2": Family("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": Family("Qwen3Config", {"head_dim": 64, "tie_word_embeddings": True}),
@@ -128,7 +129,15 @@ FAMILIES = {
         embedding_std=0.06,
     ),
     "olmo2": Family("Olmo2Config"),
-    "gpt2": Family("GPT2Config", {"intermediate_size": None, "num_key_value_heads": None, "tie_word_embeddings": True}),
+    "gpt2": Family(
+        "GPT2Config",
+        {
+            "intermediate_size": None,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 1536,  # learnt: in float32, as files hold them, they outweigh what is saved
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-moe": Family(
         "Qwen3MoeConfig",
         {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
@@ -137,9 +146,9 @@ FAMILIES = {
     "lora-rs": Family("LlamaConfig", adapter=_adapter("q_proj", "v_proj", use_rslora=True)),
     "lora-dora": Family("LlamaConfig", adapter=_adapter("q_proj", "v_proj", use_dora=True)),
     "lora-modules-to-save": Family("LlamaConfig", adapter=_adapter("q_proj", "v_proj", modules_to_save=["lm_head"])),
-    "folder-of-links": Family("LlamaConfig", layout="links"),
-    "folder-read-only": Family("LlamaConfig", layout="read-only"),
-    "folder-odd-path": Family("LlamaConfig", layout="path"),
+    "folder-of-links": Family("LlamaConfig", layout="links", same_weights_as="llama"),
+    "folder-read-only": Family("LlamaConfig", layout="read-only", same_weights_as="llama"),
+    "folder-odd-path": Family("LlamaConfig", layout="path", same_weights_as="llama"),
 }
 
 ODD_PATH = Path("my models", "模型 Größe №1")

@@ -67,15 +67,15 @@ def base_artifact(run: Run) -> Artifact:
     Raises ValueError for a model that is neither embedded, nor a folder with config and safe weights, nor a hub id
     (naming what exists), and for one that is already quantised or holds NaN.
     """
-    name = run.name_of_model
     try:
         source = assets.fetch_asset(EMBEDDED_GGUF) if run.model == EMBEDDED else assets.resolve_model(run.model)
     except ValueError as error:
         raise InputError(f"{error} (embedded: {EMBEDDED})") from error
     step = _first_step(source)
-    shown = name if as_path(run.model).is_absolute() else run.model  # a card shows nobody's folders
+    shown = run.name_of_model if as_path(run.model).is_absolute() else run.model  # a card shows nobody's folders
     asset = _asset_of(run.model)
     origin = {"name": shown, "sha256": _source_sha256(source)} | ({"about": asset.about} if asset else {})
+    name = _free_name(run, origin["sha256"])
     found = artifacts.find_artifact(name, run.artifacts_dir, [step], origin["sha256"])
     if found:
         return found
@@ -89,6 +89,19 @@ def base_artifact(run: Run) -> Artifact:
     return artifacts.write_artifact(
         name, run.artifacts_dir, save, base=origin, recipe=[step], format="bf16", engines=["torch"], licence=licence
     )
+
+
+def _free_name(run: Run, sha256: str) -> str:
+    """The run's name of the model, or one with a piece of its hash where a model of another folder took it.
+
+    Folders of one name (`final`, `checkpoint-500`) are common, and what was made of the first still needs its base.
+    """
+    name = run.name_of_model
+    try:
+        taken = artifacts.load_artifact(run.artifacts_dir / name, verify=False).card["base"]["sha256"] != sha256
+    except (FileNotFoundError, ValueError):  # none there, or damaged: it is made again
+        return name
+    return f"{name}-{sha256[:8]}" if taken else name
 
 
 def _first_step(source: Path) -> dict:

@@ -10,6 +10,7 @@ from avalab.cli import families, family_cells
 from avalab.cli.family_cells import VERBS, Differs, Subject, Verb, divergence
 from avalab.engines import EngineUnavailable
 from avalab.lab.errors import InputError, ProcessFailed
+from avalab.measure.families import FAMILIES
 
 BROKEN = """
 import os, signal, time
@@ -92,6 +93,34 @@ def test_only_what_is_missing_changed_or_was_not_here_is_run_again(tmp_path, mon
     kept = json.loads((tmp_path / "llama.json").read_text())
     assert list(kept["cells"]) == ["load", "chat", "vllm"]
     assert kept["cells"]["chat"] == {"outcome": "works", "line": "", "seconds": 1.0, "code": "b"}
+
+
+def test_a_row_takes_over_the_slow_cells_of_the_row_whose_weights_it_has(tmp_path, monkeypatch):
+    ran = []
+
+    def run_family(name, verbs, keep):
+        for verb in verbs:
+            ran.append((name, verb))
+            keep(verb, {"outcome": "works", "line": "KL 0", "seconds": 9.0})
+
+    monkeypatch.setattr(families, "run_family", run_family)
+    monkeypatch.setattr(families, "code_key", lambda name, verb: f"{name} {verb}")
+    families.run_matrix(["llama", "folder-of-links"], ["load", "aot"], tmp_path, say=lambda line: None)
+    assert ran == [("llama", "load"), ("llama", "aot"), ("folder-of-links", "load")]
+    taken = json.loads((tmp_path / "folder-of-links.json").read_text())["cells"]["aot"]
+    assert taken["line"] == "KL 0; taken over from llama, whose weights are the same"
+    assert taken["code"] == "folder-of-links aot"
+    monkeypatch.setattr(families, "code_key", lambda name, verb: f"{name} {verb} changed")
+    families.run_matrix(["folder-of-links"], ["aot"], tmp_path, say=lambda line: None)
+    assert ran[-1] == ("folder-of-links", "aot"), "what is stale is not taken over"
+
+
+@pytest.mark.parametrize("name", [name for name, row in FAMILIES.items() if row.same_weights_as])
+def test_the_base_of_such_a_row_has_the_other_rows_tensors(name, family_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("AVALAB_ARTIFACTS", str(tmp_path))
+    rows = (name, FAMILIES[name].same_weights_as)
+    one, other = (Subject(row, family_model(row), tmp_path).base.path / "model.safetensors" for row in rows)
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_cells_key_depends_on_its_row_and_its_parameters():

@@ -218,6 +218,15 @@ def test_a_base_that_was_altered_is_made_again(artifacts_dir):
     artifacts.load_artifact(first.path)
 
 
+def test_models_of_two_folders_of_one_name_are_two_bases(artifacts_dir, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(TINY, tmp_path / place / "final", ignore=shutil.ignore_patterns("*.py"))
+    random_llama().save_pretrained(tmp_path / "b" / "final")
+    first, second, again = (checkpoint.base_artifact(Run("t", "smoke", model=f"{tmp_path}/{x}/final")) for x in "aba")
+    assert first.path == again.path != second.path
+    assert artifacts.load_artifact(first.path).sha256 == first.sha256 != second.sha256
+
+
 def test_the_base_holds_the_weights_of_its_source_in_bf16(artifacts_dir):
     base = checkpoint.base_artifact(Run("t", "smoke"))
     source, saved = load_file(TINY / "model.safetensors"), load_file(base.path / "model.safetensors")
