@@ -199,7 +199,8 @@ def _write_onnx(work: Work, chosen: Allocation, rounded: dict[str, Rounded], abo
         "measured_on": f"{work.held_out.numel()} held-out calibration tokens, in ONNX Runtime",
         "containers": onnx_graph.count_containers(blocks),
     }
-    check, embedding = (work.held_out, work.reference), embedding_name(work.model)
+    check = work.held_out, predictions(work.model, work.held_out), work.reference
+    embedding = embedding_name(work.model)
     return onnx_graph.finish_model(work.prepared, blocks, embedding, inputs=ONNX_INPUTS, check=check, measured=about)
 
 

@@ -296,10 +296,22 @@ def test_layers_that_the_graph_does_not_have_and_unknown_inputs_are_refused(buil
         onnx_graph.replace_products(graph, {}, embedding=EMBEDDING, inputs="int4")
 
 
-def test_a_graph_that_computes_something_else_is_not_shipped():
-    right = torch.eye(8) * 20
-    with pytest.raises(RuntimeError, match=r"diverge by \d+\.\d\d nats: the graph is wrong"):
-        onnx_graph._divergence(right, right.flip(0))
+def test_a_graph_that_computes_something_else_is_not_shipped(mixed, tmp_path, monkeypatch):
+    """It is held to its own weights in torch, not to the model that they were rounded from."""
+    finished, found = onnx_graph.finish_model, {}
+
+    def with_other_logits(*arguments, check: tuple, **options):
+        tokens, expected, _ = check
+        return finished(*arguments, check=(tokens, *found["logits"](expected)), **options)
+
+    monkeypatch.setattr(onnx_graph, "finish_model", with_other_logits)
+    for name in ("right", "wrong"):
+        (tmp_path / name).mkdir()
+    found["logits"] = lambda expected: (expected, expected.flip(-1))  # far from the base, and right
+    assert onnx_graph.export_packed(mixed.path, tmp_path / "right")["measured_kl_divergence"] > onnx_graph.DIFFERENT
+    found["logits"] = lambda expected: (expected.flip(-1), expected)
+    with pytest.raises(RuntimeError, match=r"diverge by .* nats from those of the same weights in torch"):
+        onnx_graph.export_packed(mixed.path, tmp_path / "wrong")
 
 
 @pytest.mark.parametrize(
