@@ -229,7 +229,13 @@ def example(shape: dict[str, int], *, batch: int, time: int, past: int, dtype: t
 
 @torch.no_grad()
 def traced(model, shape: dict[str, int], *, dynamic: bool) -> torch.export.ExportedProgram:
-    """The model's step as a graph whose sizes are free: time, past, logits kept and, with `dynamic`, the batch."""
+    """The model's step as a graph whose sizes are free: time, past, logits kept and, with `dynamic`, the batch.
+
+    Raises ValueError for a family whose code fixes one of these sizes.
+    """
+    from torch._dynamo.exc import UserError  # slow to import
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
     arguments = example(shape, batch=2 if dynamic else 1, time=3, past=5, dtype=model.dtype)
     time, past, kept = (Dim(name, max=shape["context"]) for name in ("time", "past", "kept"))
     batch = Dim("batch", max=LARGEST_BATCH)
@@ -242,4 +248,11 @@ def traced(model, shape: dict[str, int], *, dynamic: bool) -> torch.export.Expor
         "keys": cache,
         "values": cache,
     }
-    return torch.export.export(CachedStep(model), arguments, dynamic_shapes=free, strict=False)
+    try:
+        return torch.export.export(CachedStep(model), arguments, dynamic_shapes=free, strict=False)
+    except (UserError, GuardOnDataDependentSymNode, ConstraintViolationError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{model.config.model_type} models of this kind are not compiled ahead of time, torch.export says: {said} "
+            "They run in torch as they are, and `avalab export` has other formats"
+        ) from error

@@ -17,6 +17,7 @@ from avalab import engines
 from avalab.engines import aot, checks, executorch
 from avalab.engines.engine import TINY
 from avalab.lab import artifacts
+from avalab.measure import families
 
 PROMPT = list(range(5, 45))
 ALONE = """import runpy, sys
@@ -113,6 +114,13 @@ def test_unknown_weights_and_quantised_models_are_refused_before_anything_is_com
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
     with pytest.raises(ValueError, match=f"is bitsandbytes, and {form} is made of dense models; export the model"):
         export.export(tmp_path, tmp_path / "out", "fp32")
+
+
+def test_a_family_whose_code_fixes_a_size_is_refused_in_one_line(tmp_path):
+    (tmp_path / "out").mkdir()
+    model = families.make_model("mistral-sliding", tmp_path / "m")
+    with pytest.raises(ValueError, match=r"^mistral models of this kind are not compiled ahead of time, torch.export"):
+        aot.export(model, tmp_path / "out", "fp32")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------
