@@ -231,8 +231,8 @@ def new_folder(
 def _settle(aside: Path, out: Path) -> None:
     """Delete what was set aside if a new folder took its place, else put it back."""
     if out.exists():
-        shutil.rmtree(aside)
-    else:
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
         aside.rename(out)
 
 
