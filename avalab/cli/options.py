@@ -132,7 +132,7 @@ def known_tasks(names: str) -> list[str]:
 
 def meant(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'gptq'?`, or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, [other for other in known if other != name], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

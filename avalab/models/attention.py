@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from avalab.lab.errors import InputError
+from avalab.models import stored
 
 NAME = "packed"
 
@@ -53,26 +54,21 @@ def apply_packed_attention(model: PreTrainedModel) -> None:
     if model in _known_models:
         model.set_attn_implementation(NAME)
         return
-    with torch.no_grad():  # what an operation tries and keeps at its first call has to serve training, too
+    with stored.tried_out(model):
         _refuse_leaks(model)
     _known_models.add(model)
 
 
 def _refuse_leaks(model: PreTrainedModel) -> None:
     """Raise ValueError where two packed examples are not what they are alone, or the first one changes the second."""
-    training, kind = model.training, model.config.model_type
-    model.eval()
+    kind, size = model.config.model_type, model.config.get_text_config().vocab_size
+    first, second = (torch.arange(n) * 89 % size for n in PROBED)
+    alone = model.base_model(input_ids=second[None].to(model.device), use_cache=False).last_hidden_state
     try:
-        size = model.config.get_text_config().vocab_size
-        first, second = (torch.arange(n) * 89 % size for n in PROBED)
-        alone = model.base_model(input_ids=second[None].to(model.device), use_cache=False).last_hidden_state
-        try:
-            model.set_attn_implementation(NAME)
-        except ValueError as error:
-            raise InputError(_refusal(kind, f"transformers says: {error}")) from error
-        packed, beside_another = (_second_of_two(model, part, second) for part in (first, (first + 11) % size))
-    finally:
-        model.train(training)
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise InputError(_refusal(kind, f"transformers says: {error}")) from error
+    packed, beside_another = (_second_of_two(model, part, second) for part in (first, (first + 11) % size))
     if _distance(beside_another, packed) > LEAK:
         raise InputError(_refusal(kind, "an example changes the one packed behind it"))
     if _distance(packed, alone[0]) > DIFFERENCE:

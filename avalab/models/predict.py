@@ -36,7 +36,7 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.cache import cache_path, cached_tensors
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
-from avalab.models import checkpoint
+from avalab.models import checkpoint, stored
 
 CHUNK_TOKENS = 256  # rows of float32 logits held at once
 
@@ -258,17 +258,12 @@ def finish_of(config: PreTrainedConfig) -> Finish:
     return Finish(float(scale), softcap and float(softcap))
 
 
-@torch.no_grad()  # what an operation tries and keeps at its first call has to serve training, too
 def _refuse_other_logits(model: PreTrainedModel, head: nn.Module | None, finish: Finish) -> None:
     """Raise ValueError where the model's own logits of a few tokens are not those of its head and finish."""
-    training = model.training
-    model.eval()
-    try:
+    with stored.tried_out(model):
         tokens = (torch.arange(8)[None] * 97 + 3) % model.config.get_text_config().vocab_size
         said = model(input_ids=tokens.to(model.device), use_cache=False).logits.float()
         ours = None if head is None else finish(head(_final(model, tokens)).float())
-    finally:
-        model.train(training)
     limit = LOGIT_ERROR.get(model.dtype, COARSE_ERROR) * float(said.abs().max())
     if ours is None or ours.shape != said.shape or float((ours - said).abs().max()) > limit:
         raise InputError(

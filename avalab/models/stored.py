@@ -380,3 +380,23 @@ def decode_embedding(folder: Path, name: str, dtype: torch.dtype = torch.bfloat1
         levels = codes.unflatten(1, (scales.shape[1], -1)).to(dtype) - zeros[part, :, None]
         found[part] = (levels * scales[part, :, None]).flatten(1)
     return found
+
+
+@contextlib.contextmanager
+def tried_out(model: PreTrainedModel) -> Iterator[None]:
+    """A few tokens may pass through the model in the block: without dropout, without gradients, and leaving no trace.
+
+    Outside of training bitsandbytes orders 4-bit weights anew for its processor kernels at their first call, and these
+    have no gradients: its layers are kept as they are in training.
+    """
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in before:
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            module.training = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before.items():
+            module.training = training

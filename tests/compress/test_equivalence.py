@@ -282,5 +282,5 @@ def test_the_command_refuses_an_unknown_transform_in_one_line(monkeypatch, capsy
         cli.main()
     said = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert "transform 'spin' is not one of none, scale, rotate, scale+rotate" in said
+    assert "unknown transform 'spin'; choose one of none, scale, rotate, scale+rotate" in said
     assert said.strip().count("\n") == 0

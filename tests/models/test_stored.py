@@ -376,7 +376,7 @@ def test_windows_begin_with_the_start_token_where_the_tokenizer_puts_one(encoder
     assert started[:, 1:].flatten().tolist() == plain.flatten().tolist()[:6]
 
 
-def test_a_base_model_without_a_chat_format_gets_the_bare_messages(encoder):
+def test_a_base_model_without_a_chat_format_gets_plain_text_with_roles(encoder):
     made = PreTrainedTokenizerFast(tokenizer_object=encoder, unk_token="<unk>")
     chats = [[{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]]
-    assert corpora._chat(made, chats) == "ab\n\nc"
+    assert corpora._chat(made, chats) == "user: ab\nassistant: c\n"
