@@ -298,7 +298,7 @@ VERBS: dict[str, Verb] = {
     "quantize autoround": _quantize("autoround", iterations=2),
     "quantize ava": _quantize("ava", bits_per_weight=8.0),
     "quantize ava gguf": _quantize("ava", bits_per_weight=8.0, format="gguf"),
-    "quantize ava onnx": _quantize("ava", bits_per_weight=12.0, format="onnx"),
+    "quantize ava onnx": _quantize("ava", bits_per_weight=14.0, format="onnx"),
     **{
         f"prune {score}": Verb("prune", partial(prune, score=score, pattern="unstructured"))
         for score in options.SCORES[:-1]

@@ -100,9 +100,10 @@ def removed_count(count: int, sparsity: float, *, of: str, granularity: int = 1)
     """
     gone = round(count * sparsity / granularity) * granularity
     if gone >= count or (sparsity > 0 and gone == 0):
-        possible = ", ".join(f"{k / count:.3g}" for k in range(granularity, count, granularity))
+        shares = ", ".join(f"{k / count:.3g}" for k in range(granularity, count, granularity))
+        possible = f"possible: {shares}" if shares else "of so few none can go; take another pattern"
         which = "every one" if gone >= count else "none"
-        raise InputError(f"sparsity {sparsity} removes {which} of {count} {of}; possible: {possible or 'nothing'}")
+        raise InputError(f"sparsity {sparsity} removes {which} of {count} {of}; {possible}")
     return gone
 
 

@@ -128,9 +128,9 @@ def refuse_unread(file: Path) -> None:
     if family not in gguf_file.OPENVINO_READS:
         reason = f"is a {family}; of GGUF files it reads {', '.join(gguf_file.OPENVINO_READS)}"
     elif f"{family}.rope.scaling.type" in header.values or "rope_freqs.weight" in header.types:
-        reason = "scales positions, which it leaves out"
+        reason = f"is a {family} of scaled positions, and it would leave the scaling out"
     elif biases:
-        reason = "has biases, which it leaves out"
+        reason = f"is a {family} with biases, and it would leave them out"
     elif unread := sorted(set(header.types.values()) - set(gguf_file.OPENVINO_TYPES)):
         known = f"it reads {', '.join(gguf_file.OPENVINO_TYPES)}, to which `quantize --engine openvino` keeps"
         reason = f"holds {', '.join(unread)}; {known}"

@@ -89,6 +89,11 @@ def test_removing_all_or_none_is_refused_with_what_is_possible(sparsity, message
         patterns.removed_count(3, sparsity, of="KV groups")
 
 
+def test_of_a_single_structure_none_can_go():
+    with pytest.raises(ValueError, match="of 1 KV groups; of so few none can go; take another pattern"):
+        patterns.removed_count(1, 0.4, of="KV groups")
+
+
 def test_a_group_that_does_not_divide_the_columns_is_refused():
     with pytest.raises(ValueError, match="groups of 4 do not divide the 6 columns"):
         patterns.n_of_m(scores(2, 6), 2, 4)

@@ -71,9 +71,9 @@ def test_openvino_refuses_block_types_that_it_does_not_read_and_says_what_does(m
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("llama-rope-llama3", "it scales positions, which it leaves out"),
-        ("llama-rope-linear", "it scales positions, which it leaves out"),
-        ("llama-biases", "it has biases, which it leaves out"),
+        ("llama-rope-llama3", "it is a llama of scaled positions, and it would leave the scaling out"),
+        ("llama-rope-linear", "it is a llama of scaled positions, and it would leave the scaling out"),
+        ("llama-biases", "it is a llama with biases, and it would leave them out"),
         ("granite", "it is a granite; of GGUF files it reads llama, qwen2, qwen3"),
     ],
 )
