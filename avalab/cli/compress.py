@@ -97,7 +97,7 @@ def quantize(
     options.known_model(model)
     options.possible_skips(run, skip or [])
     if parameters.get("bytes"):
-        options.possible_budget(run, parameters["bytes"])
+        options.possible_budget(run, parameters["bytes"], parameters.get("format", ""))
     if group_size and method not in ("ava", "hqq"):  # which take any
         options.possible_groups(run, method, group_size, skip or [])
     options.new_folder(out, model, force=force, made_by={"step": method, **parameters}, base=run.name_of_model)

@@ -191,9 +191,15 @@ def possible_skips(run: Run, globs: list[str]) -> None:
             raise InputError(f"skip {glob!r} matches no linear layer; names look like {names[0]}, {names[-1]}")
 
 
-def possible_budget(run: Run, budget: int) -> None:
-    """Raise ValueError for a budget that no 2-bit file keeps, however it is made."""
+def possible_budget(run: Run, budget: int, format: str = "") -> None:
+    """Raise ValueError for a budget that no 2-bit file keeps, however it is made, or that the model keeps as it is."""
     count = sum(prod(shape) for shape in matrices(run).values())
+    whole = 2 * count
+    if count and format != "onnx" and budget > 1.05 * whole:  # vectors and headers are less than the rest
+        raise InputError(
+            f"{run.model} has about {whole / 1e6:.1f} MB in bf16, within the budget of {budget / 1e6:.1f} MB: nothing "
+            "to compress; give a smaller budget"
+        )
     if budget < count // 4:
         raise InputError(
             f"a budget of {budget:,} bytes is below 2 bits for each of the {count:,} weights of {run.model}, "

@@ -23,6 +23,7 @@ QUANTIZE = ("quantize", *SMOKE, "--method")
 EARLY = {
     ("ava", "--bytes", "0MB"): "'0MB' are 0 bytes",
     ("ava", "--bytes", "1KB"): "a budget of 1,000 bytes is below 2 bits for each of the 1,000,000 weights",
+    ("ava", "--bytes", "80MB"): "has about 2.0 MB in bf16, within the budget of 80.0 MB: nothing to compress",
     ("ava", "--bytes", "1MB", "--bits-per-weight", "5"): "two budgets for one file",
     ("gptq", "--group-size", "48"): "a group of 48 does not divide the 3684 columns of model.layers.0.mlp.down_proj",
     ("nf4", "--bits", "4"): "method 'nf4' has no parameter bits; it has: double_quantization",
