@@ -212,7 +212,7 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
     config = model.config.get_text_config()
     return {
         "layers": config.num_hidden_layers,
-        "heads": config.num_key_value_heads,
+        "heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,

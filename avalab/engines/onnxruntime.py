@@ -209,15 +209,23 @@ def trace_graph(model: PreTrainedModel):
     # The exporter's own deprecations and progress: nothing a reader can act on.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            Logits(model).eval(),
-            (torch.arange(6).view(2, 3),),
-            input_names=INPUTS,
-            output_names=[HEAD],
-            dynamic_shapes={INPUTS[0]: {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}},
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                Logits(model).eval(),
+                (torch.arange(6).view(2, 3),),
+                input_names=INPUTS,
+                output_names=[HEAD],
+                dynamic_shapes={INPUTS[0]: {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}},
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:  # its message is a page; what it was raised from names the cause
+            cause = error.__cause__ or error
+            said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise InputError(
+                f"{model.config.model_type} models cannot be traced into an ONNX graph: {said[:200]}; they run in torch "
+                "as they are, and `avalab export` has other formats"
+            ) from error
     proto = program.model_proto
     for part in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del part.metadata_props[:]  # stack traces: paths of this machine

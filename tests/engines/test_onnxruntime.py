@@ -234,3 +234,12 @@ def test_an_8_bit_graph_of_an_unknown_mode_or_without_its_text_is_refused(small,
         onnxruntime_engine.export_int8(small.path, tmp_path, "int3")
     with pytest.raises(ValueError, match="static 8-bit ONNX needs windows of calibration tokens"):
         onnxruntime_engine.export_int8(small.path, tmp_path, "static")
+
+
+def test_a_family_that_cannot_be_traced_is_refused_in_one_line(monkeypatch):
+    def fails(*arguments, **options):
+        raise torch.onnx.OnnxExporterError("a page of advice") from RuntimeError("no operator grouped_mm\nat line 1")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ValueError, match=r"^llama models cannot be traced into an ONNX graph: no operator grouped_mm;"):
+        onnxruntime_engine.trace_graph(checkpoint.load_model(TINY))
