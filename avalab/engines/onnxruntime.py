@@ -223,8 +223,8 @@ def trace_graph(model: PreTrainedModel):
             cause = error.__cause__ or error
             said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise InputError(
-                f"{model.config.model_type} models cannot be traced into an ONNX graph: {said[:200]}; they run in torch "
-                "as they are, and `avalab export` has other formats"
+                f"{model.config.model_type} models cannot be traced into an ONNX graph: {said[:200]}; they run in "
+                "torch as they are, and `avalab export` has other formats"
             ) from error
     proto = program.model_proto
     for part in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
