@@ -209,6 +209,7 @@ def load(
     if found:
         model._weight_conversions = None  # saving would put the prefix back
     missing = set(differences["missing_keys"])
+    missing -= _never_saved(folder, config) if missing else set()
     refuse_differences(
         folder,
         missing={name for name in missing if name.rpartition(".")[0] not in replaced},
@@ -229,6 +230,15 @@ def skeleton(folder: Path, config: PreTrainedConfig | None = None) -> PreTrained
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of a family's own code, for numbers that make no model
         raise _unusable(folder / "config.json", error) from error
+
+
+def _never_saved(folder: Path, config: PreTrainedConfig) -> set[str]:
+    """Names of buffers that no checkpoint holds: rotary frequencies, the scale of Gemma's embedding.
+
+    Of the model before quantisation: compressed-tensors makes parameters of them, with their values.
+    """
+    named = skeleton(folder, config).named_modules()
+    return {f"{name}.{buffer}" for name, module in named for buffer in module._non_persistent_buffers_set}
 
 
 def _layers_without_tensors(folder: Path, config: PreTrainedConfig, names: Collection[str]) -> set[str]:

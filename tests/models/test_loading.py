@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from avalab.lab import artifacts
 from avalab.lab.errors import LabError
 from avalab.lab.run import ROOT, Run, artifacts_root
-from avalab.models import checkpoint
+from avalab.measure import families
+from avalab.models import checkpoint, loading
 
 TINY = ROOT / "data" / "tiny-llama"
 TOKENS = torch.arange(5, 45)[None]
@@ -389,3 +390,12 @@ def test_a_folder_of_two_gguf_files_names_both_and_says_how_to_choose(tmp_path):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"holds a\.f16\.gguf, b\.q8_0\.gguf; give one of them as the model: .*a\.f16"):
         checkpoint.load_model(tmp_path)
+
+
+def test_buffers_that_no_checkpoint_holds_are_not_missed(tmp_path):
+    """A quantised Gemma was refused for the scale of its embedding."""
+    folder = families.make_model("gemma2", tmp_path)
+    model = checkpoint.load_model(folder)
+    found = loading._never_saved(folder, model.config)
+    assert {"model.embed_tokens.embed_scale", "model.rotary_emb.inv_freq"} <= found
+    assert not found & model.state_dict().keys()
