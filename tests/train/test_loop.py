@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, counts tokens not batches, and several processes equal one."""
 
+import _thread
 import json
 import math
 import os
@@ -167,11 +168,12 @@ def test_a_checkpoint_is_due_after_so_many_seconds_too(rows, whole, tmp_path, mo
 
 
 class Interrupt(loop.Progress):
-    """Presses Ctrl-C in the middle of step 3."""
+    """Presses Ctrl-C in the middle of step 3: the handler is called by Python, since a signal of the system's can end
+    the process that runs many tests (tests/cli/test_cli_compress.py sends one to a command)."""
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            _thread.interrupt_main(signal.SIGINT)
 
 
 def test_ctrl_c_ends_the_step_keeps_it_and_goes_on_from_there(rows, whole, tmp_path, monkeypatch, capsys):
