@@ -1,0 +1,1 @@
+"""A model that plans, calls tools, reads documents and remembers, within limits that a person set."""
