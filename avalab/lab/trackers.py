@@ -58,6 +58,22 @@ def interleaved(arms: Arms, samples: int, device: str = "cpu") -> dict[str, list
     return found
 
 
+def processor_seconds() -> tuple[float, float, float]:
+    """The clock, and seconds that all processors of the machine, and this process on them, have been busy so far.
+
+    Time that a virtual machine's host gave to others counts as busy.
+    """
+    every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = sum(getattr(every, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))  # guests are in user
+    return time.perf_counter(), sum(every) - idle, own.user + own.system
+
+
+def processors_of_others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """How many processors other processes kept busy between two readings of `processor_seconds`, on average."""
+    seconds, busy, own = (last - first for first, last in zip(before, after, strict=True))
+    return max(0.0, busy - own) / max(seconds, 1e-9)
+
+
 def process_memory() -> dict[str, int]:
     """Resident bytes of this process now (`rss` = `anonymous` + `file`) and their `peak` since `reset_peak_memory`.
 

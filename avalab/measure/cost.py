@@ -114,7 +114,7 @@ def record_cost(
         work=work,
         runtime_bytes=found.runtime_bytes if found.peak_vram_bytes is None else 0,
     )
-    load = {"load_average": found.load_average}
+    load = {"load_average": found.load_average, "processors_of_others": found.others}
     record = partial(
         run.record,
         subject,
@@ -122,6 +122,7 @@ def record_cost(
         engine="torch",
         threads=found.torch_threads,
         when=found.when,
+        note=found.note,
         details=load,
     )
     record("artifact_bytes", sum(on_disk.values()), "byte")

@@ -103,8 +103,9 @@ def table(
 ) -> Table:
     """One row a subject, one column a metric: `0.231 [0.214, 0.249]`, the unit in the header.
 
-    A column `artifact_bytes/baseline` says how many times better than the baseline (`2.40x`), and a number in
-    parentheses is that of the reason for a missing value. Raises ValueError naming subjects without a record.
+    A column `artifact_bytes/baseline` says how many times better than the baseline (`2.40x`). A number in parentheses
+    is that of the reason for a missing value, or of what disturbed its measurement. Raises ValueError naming subjects
+    without a record.
     """
     found = frame(records)
     if unknown := [s for s in subjects if s not in set(found.subject)]:
@@ -134,7 +135,8 @@ def _cell(newest: dict, subject: str, metric: str, baseline: str, notes: dict[st
         reason = (record.note if record else "") or "not measured"
         return f"({notes.setdefault(reason, len(notes) + 1)})"
     if name == metric:
-        return value_text(record, unit=False)
+        mark = f" ({notes.setdefault(record.note, len(notes) + 1)})" if "disturbed: " in record.note else ""
+        return value_text(record, unit=False) + mark
     if base is None or not base.value or not record.value:
         return f"({notes.setdefault(f'no ratio to {baseline}', len(notes) + 1)})"
     ratio = record.value / base.value

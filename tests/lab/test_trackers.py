@@ -37,6 +37,17 @@ def test_a_counter_that_starts_anew_goes_on_from_its_range():
     assert trackers.joules_between([counter], [9_000_000], [1_000_000]) == pytest.approx(2.0)
 
 
+def test_what_others_compute_is_counted_and_ones_own_work_is_not():
+    """By pencil: two processors busy for 2 of 4 seconds each are 4, of which 1 was ours: 3 / 4 of one for others."""
+    assert trackers.processors_of_others((10.0, 100.0, 5.0), (14.0, 104.0, 6.0)) == pytest.approx(0.75)
+    assert trackers.processors_of_others((10.0, 100.0, 5.0), (14.0, 100.0, 6.0)) == 0.0
+    before = trackers.processor_seconds()
+    while trackers.processor_seconds()[2] - before[2] < 0.2:
+        pass
+    after = trackers.processor_seconds()
+    assert after[1] - before[1] >= 0.15  # what this process did is among what the machine did
+
+
 def test_nothing_used_is_no_energy():
     counter = trackers.Counter("package-0", lambda: 7, 1e-6, 10)
     assert trackers.joules_between([counter], trackers.read_counters([counter]), trackers.read_counters([counter])) == 0

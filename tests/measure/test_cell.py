@@ -1,7 +1,7 @@
 """A cell: what is timed and counted by pencil, a real cell of the tiny model, and cells that fail."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,15 @@ def test_a_cell_is_measured_in_a_process_of_its_own(artifact):
     assert found.energy_note or all(map(len, found.joules.values()))
     assert min(found.first["4"]) > 0
     assert found.bytes_read_per_token == (TINY / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("again", "said"), [(0.1, ""), (0.7, "disturbed: others kept 0.7 processors busy")])
+def test_a_disturbed_cell_is_measured_again_and_flagged_if_that_is_no_better(artifact, monkeypatch, again, said):
+    answers = iter([asdict(replace(CELL, others=others)) for others in (0.8, again)])
+    monkeypatch.setattr(cell, "ask_engine", lambda *_: next(answers))
+    found = cell.measure_cell(artifact, "torch", work=WORK)
+    assert (found.others, found.note) == (again, said)
+    assert next(answers, None) is None
 
 
 def test_a_cell_that_takes_too_long_says_so(artifact):

@@ -81,6 +81,15 @@ def test_a_table_shows_units_in_the_header_ratios_to_the_baseline_and_reasons_be
     assert shown.notes == ("(1) no kernel for one row",)
 
 
+def test_a_disturbed_measurement_is_marked_with_what_disturbed_it():
+    disturbed = Record(
+        "06", "ava", "decode_tokens_per_s", 40.0, "token/s", note="disturbed: others kept 1.2 processors"
+    )
+    found = tables.table([disturbed], ["ava"], ["decode_tokens_per_s"])
+    assert found.rows == (("ava", "40.00 (1)"),)
+    assert found.notes == ("(1) disturbed: others kept 1.2 processors",)
+
+
 def test_the_table_of_a_notebook_is_escaped_and_the_printed_one_is_markdown():
     shown = tables.Table(("", "a|b"), (("<b>", "1"),))
     assert "&lt;b&gt;" in shown._repr_html_()
