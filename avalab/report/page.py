@@ -1,4 +1,4 @@
-"""The report page of a results folder, and the table of its findings in a README.
+"""The report page of a results folder, and the list of its findings in a README.
 
 1. Of an executed copy, the title is the question; the finding is the text of the cell tagged `finding` (else of the
    last code cell that printed any); tables are the HTML outputs of cells tagged `table` (else of all cells), with
@@ -7,8 +7,8 @@
    description inside the file.
 3. Of a failed notebook there is the last line of its error, and beneath it the earlier good run, if there is one.
 4. `templates/page.html.j2` makes a page of it that asks for nothing from elsewhere and runs no script; it begins with
-   the choice for each memory budget, the headlines (first lines of findings) and results older than their code. The
-   README's table stands between `<!-- findings -->` and `<!-- /findings -->`.
+   the choice for each memory budget and the headlines (first lines of findings), beside each the one of the longer run
+   of the same model, where there is one. The README's list stands between `<!-- findings -->` and `<!-- /findings -->`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -51,6 +51,8 @@ FILE_WORDS = {
 
 PROVENANCE = {"model": "model", "seed": "seed", "commit": "commit", "device": "", "threads": "threads"}  # and its word
 
+LONGER = {"laptop": "long"}  # profile -> the one that asks the same questions of the same model for longer
+
 AGES = {
     "stale": "Results older than the code they come from",
     "cannot tell": "Results that may be older than the code they come from",
@@ -68,6 +70,14 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Longer:
+    """What the longer run in a folder beside this one found."""
+
+    folder: str
+    headline: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """What the page says of one notebook; `state` is done, failed or not run."""
 
@@ -80,6 +90,7 @@ class Entry:
     figures: tuple[Figure, ...] = ()
     records: tuple[Record, ...] = ()
     files: tuple[str, ...] = ()  # what there is to link to
+    longer: Longer | None = None
 
     @property
     def headline(self) -> str:
@@ -219,14 +230,30 @@ def build_page(folder: Path, notebooks: Path = ROOT / "notebooks") -> Path:
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.glob("[!.]*/") if p.name != "families")) or "none"
         raise MissingFile(f"no results folder {folder} (beside it: {there})")
-    entries = read_entries(folder, notebooks)
-    text = render_page(folder.resolve().name, entries, code_states(folder, notebooks.parent))
+    folder = folder.resolve()
+    entries = _beside_longer_run(read_entries(folder, notebooks), folder, notebooks)
+    others = sorted(p.parent.name for p in folder.parent.glob("*/index.html") if p.parent != folder)
+    text = render_page(folder.name, entries, code_states(folder, notebooks.parent), others)
     write_atomically(folder / "index.html", text.replace(f"{ROOT}/", ""))
     return folder / "index.html"
 
 
-def render_page(name: str, entries: list[Entry], states: dict[str, str] | None = None) -> str:
-    """The whole page as text; `name` is the results folder's, `states` what `code_states` says of its notebooks."""
+def _beside_longer_run(entries: list[Entry], folder: Path, notebooks: Path) -> list[Entry]:
+    profile, plus, rest = folder.name.partition("+")
+    beside = folder.parent / f"{LONGER.get(profile, '')}{plus}{rest}"
+    if profile not in LONGER or not beside.is_dir():
+        return entries
+    found = {entry.name: entry.headline for entry in read_entries(beside, notebooks)}
+    return [replace(e, longer=Longer(beside.name, found[e.name])) if found.get(e.name) else e for e in entries]
+
+
+def render_page(
+    name: str, entries: list[Entry], states: dict[str, str] | None = None, others: Sequence[str] = ()
+) -> str:
+    """The whole page as text; `name` is the results folder's, `states` what `code_states` says of its notebooks.
+
+    `others` are the results folders beside it that have a page.
+    """
     environment = Environment(
         loader=PackageLoader("avalab.report"),
         autoescape=True,
@@ -244,6 +271,7 @@ def render_page(name: str, entries: list[Entry], states: dict[str, str] | None =
         counts=", ".join(f"{count} {state}" for state, count in counts if count) or "no notebook",
         ages=[(said, names) for said, names in aged if names],
         lead=_lead(entries),
+        others=others,
         file_words=FILE_WORDS,
     )
 
@@ -264,11 +292,11 @@ def inline(text: str) -> Markup:
     return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text))
 
 
-# --- the table of a README ---
+# --- the list of a README ---
 
 
 def write_findings(folder: Path, readme: Path, notebooks: Path = ROOT / "notebooks") -> list[str]:
-    """Put the table of the findings between the markers of a README; returns the notebooks that have no result.
+    """Put the list of the findings between the markers of a README; returns the notebooks that have no result.
 
     Raises ValueError when the README does not hold each marker once, on lines of their own and in order.
     """
@@ -279,30 +307,30 @@ def write_findings(folder: Path, readme: Path, notebooks: Path = ROOT / "noteboo
     entries = read_entries(folder, notebooks)
     done = [entry for entry in entries if f"{entry.name}.ipynb" in entry.files]
     link = quote(Path(os.path.relpath(folder.resolve(), readme.resolve().parent)).as_posix())
-    table = findings_table(done, link).replace(f"{ROOT}/", "")
-    write_atomically(readme, "\n".join([*lines[: places[0] + 1], table, *lines[places[1] :]]))
+    findings = findings_list(done, link).replace(f"{ROOT}/", "")
+    write_atomically(readme, "\n".join([*lines[: places[0] + 1], findings, *lines[places[1] :]]))
     return [entry.name for entry in entries if entry not in done]
 
 
-def findings_table(entries: Sequence[Entry], link: str) -> str:
-    """A markdown table with a row for each notebook; `link` is the way from the README to the results folder."""
-    lines = [("question", "finding", "figure", "notebook"), ("---",) * 4]
+def findings_list(entries: Sequence[Entry], link: str) -> str:
+    """A markdown list with an item for each notebook; `link` is the way from the README to the results folder."""
+    lines = []
     for entry in entries:
-        figures = [f"[{Path(f.path).stem[3:].replace('_', ' ')}]({link}/{quote(f.path)})" for f in entry.figures]
-        notebook = f"[{entry.name}]({link}/{quote(entry.name)}.ipynb)"
+        links = [f"[{entry.name}]({link}/{quote(entry.name)}.ipynb)"]
+        links += [f"[{Path(f.path).stem[3:].replace('_', ' ')}]({link}/{quote(f.path)})" for f in entry.figures]
         finding = _markdown(entry.headline) or "no finding printed"
-        lines.append((_markdown(entry.question), finding, ", ".join(figures), notebook))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append(f"- **{_markdown(entry.question)}** {finding} ({', '.join(links)})")
+    return "\n".join(lines)
 
 
 def _markdown(text: str) -> str:
-    """Text for a cell: one line, no column of its own, and no tag unless it is code."""
-    line = " ".join(text.split()).replace("|", "\\|")
+    """Text for an item: one line, and no tag unless it is code."""
+    line = " ".join(text.split())
     return re.sub(r"(`[^`]*`)|([&<>])", lambda m: m[1] or html.escape(m[2]), line)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build the page of one results folder, and a README's table of it; 0, or 2 when one cannot be read."""
+    """Build the page of one results folder, and a README's list of it; 0, or 2 when one cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m avalab.report.page", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="results/<name>")
     parser.add_argument("--readme", type=Path, help="also put the findings between its <!-- findings --> markers")

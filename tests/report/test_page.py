@@ -189,13 +189,11 @@ def readme(lab):
 def test_the_findings_stand_between_the_markers_with_links_that_lead_somewhere(lab, readme):
     assert page.write_findings(lab[0], readme, lab[1]) == ["02_prune", "03_adapt"]
     text = readme.read_text()
-    assert text.splitlines()[2:7] == [
+    assert text.splitlines()[2:5] == [
         "<!-- findings -->",
-        "| question | finding | figure | notebook |",
-        "| --- | --- | --- | --- |",
-        "| How small is &lt;small&gt; &amp; still good? "
-        "| **nf4** is 2x smaller &amp; &lt;i&gt;worse&lt;/i&gt;. "
-        "| [pareto](results/laptop/figures/01_pareto.png) | [01_small](results/laptop/01_small.ipynb) |",
+        "- **How small is &lt;small&gt; &amp; still good?** "
+        "**nf4** is 2x smaller &amp; &lt;i&gt;worse&lt;/i&gt;. "
+        "([01_small](results/laptop/01_small.ipynb), [pareto](results/laptop/figures/01_pareto.png))",
         "<!-- /findings -->",
     ]
     assert text.startswith("# Lab\n\n")
@@ -210,11 +208,19 @@ def test_the_findings_written_twice_are_the_same(lab, readme):
     assert readme.read_text() == once
 
 
-def test_a_column_sign_in_a_finding_is_no_column_and_code_stays_code():
+def test_a_finding_is_one_line_of_text_and_code_stays_code():
     entry = page.Entry("04_x", "done", "Is a|b?", finding="`a<b` is 1 < 2\nand more")
-    assert page.findings_table([entry], "r").splitlines()[2] == (
-        "| Is a\\|b? | `a<b` is 1 &lt; 2 |  | [04_x](r/04_x.ipynb) |"
-    )
+    assert page.findings_list([entry], "r") == "- **Is a|b?** `a<b` is 1 &lt; 2 ([04_x](r/04_x.ipynb))"
+
+
+def test_the_page_shows_what_the_longer_run_of_the_same_model_found(lab):
+    longer = lab[0].parent / "long"
+    finding = code("finding", new_output("stream", name="stdout", text="Longer, it is 3x smaller.\n"))
+    write_notebook(longer / "01_small.ipynb", new_markdown_cell(f"# {QUESTION}"), finding)
+    assert "3x smaller" not in page.build_page(lab[0].rename(lab[0].with_name("other")), lab[1]).read_text()
+    lab[0].with_name("other").rename(lab[0])
+    text = page.build_page(lab[0], lab[1]).read_text()
+    assert 'In the longer run <a href="../long/index.html#01_small">long</a>: Longer, it is 3x smaller.' in text
 
 
 @pytest.mark.parametrize("text", ["# Lab\n", "<!-- /findings -->\n<!-- findings -->\n", README + README])
