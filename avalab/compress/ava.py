@@ -18,7 +18,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,8 +34,10 @@ from avalab.compress.rounding import Problem
 from avalab.compress.sensitivity import BF16
 from avalab.engines import onnx_graph
 from avalab.engines.onnx_graph import OnnxModel
-from avalab.lab import artifacts
+from avalab.lab import artifacts, cache
+from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
+from avalab.lab.run import artifacts_root, write_atomically
 from avalab.models import checkpoint, packed, predict, walk
 from avalab.models.packed import Packed
 
@@ -63,6 +65,7 @@ class Sensitivities:
     options: dict[str, list[Option]]
     tables: dict[str, Problem]
     seconds: float
+    reused: bool = False  # found earlier, by this process or another one
 
 
 def compress_model(job: Job) -> Packed | GgufModel | OnnxModel:
@@ -87,6 +90,7 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel:
             "predicted_bytes": chosen.bytes + fixed,
             "predicted_kl_divergence": chosen.cost,
             "sensitivity_seconds": found.seconds,
+            "reused_seconds": found.seconds if found.reused else 0.0,
             "formats": dict(sorted(Counter(option.format for option in chosen.chosen.values()).items())),
             "embedding": chosen.chosen[ava_targets.embedding_name(model)].format,
         }
@@ -103,15 +107,24 @@ def compress_model(job: Job) -> Packed | GgufModel | OnnxModel:
 def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitivities:
     """Options of every tensor with their bytes and expected increase of the KL divergence, nats a token.
 
-    `model` is that of the job with its transform applied, and is left as it was; without one it is loaded. The last
-    result is kept under all that it depends on (everything but the budget), so that many budgets need one pass.
+    `model` is that of the job with its transform applied, and is left as it was; without one it is loaded. The result
+    is kept on disk under all that it depends on (everything but the budget), so that many budgets need one pass, and a
+    compression that was stopped goes on behind it.
     """
     target, parameters = TARGETS[job.parameters["format"]], job.parameters
     windows, _ = split_windows(job.calibration, target.held_out)
     files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
     others = sorted((name, value) for name, value in parameters.items() if name not in BUDGET)
     key = json.dumps([files, predict.windows_sha256(windows), others, job.device, list(job.skipped)])
-    if key not in _kept:
+    path = cache.cache_path(
+        artifacts_root() / "cache",
+        "sensitivities",
+        artifacts.sha256_of_text(key),
+        code_of(sensitivities),
+        suffix=".json",
+    )
+    found = _read_sensitivities(path)
+    if found is None:
         if model is None:
             model = checkpoint.load_model(job.folder, job.device)
             equivalence.apply_transform(model, windows, parameters["transform"])
@@ -119,16 +132,16 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
         layers = {name: layer for name, layer in walk.linear_layers(model).items() if name not in job.skipped}
         embedding = ava_targets.embedding_name(model)
         sizes = {name: target.sizes(*layer.weight.shape, parameters) for name, layer in layers.items()}
-        found = sensitivity.expected_increases(
+        expected = sensitivity.expected_increases(
             model, windows, sizes, target.nearest, damped_by_tokens=target.damped_by_tokens
         )
         options, problems = {}, {}
-        for name in found.moments if target.rounds_head else [embedding]:
+        for name in expected.moments if target.rounds_head else [embedding]:
             options[name], posed = sensitivity.table_options(
                 model,
                 windows,
                 name,
-                found,
+                expected,
                 sizes=target.sizes(*model.get_submodule(name).weight.shape, parameters, is_table=True),
                 round=target.round,
                 measured=target.tables_measured,
@@ -136,12 +149,41 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
                 int8_rows=target.int8_rows and parameters["embedding"] != BF16,
             )
             problems |= {name: posed} if posed else {}
-        _kept.clear()
-        _kept[key] = Sensitivities(options | found.layers, problems, time.perf_counter() - start)
-    return _kept[key]
+        found = Sensitivities(options | expected.layers, problems, time.perf_counter() - start)
+        _write_sensitivities(found, path)
+    return found
 
 
-_kept: dict[str, Sensitivities] = {}
+def _write_sensitivities(found: Sensitivities, path: Path) -> None:
+    """Tensors beside the document, which comes last: without it nothing is kept."""
+    tensors = {f"{name} {f}": getattr(posed, f) for name, posed in found.tables.items() for f in PROBLEM_TENSORS}
+    cache.save_tensors(tensors, path.with_suffix(".safetensors"))
+    document = {
+        "options": {name: [asdict(option) for option in row] for name, row in found.options.items()},
+        "attempts": {name: posed.attempts for name, posed in found.tables.items()},
+        "seconds": found.seconds,
+    }
+    write_atomically(path, json.dumps(document))
+
+
+def _read_sensitivities(path: Path) -> Sensitivities | None:
+    """What was kept; None where there is nothing, or it is damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    tensors = cache.load_tensors(path.with_suffix(".safetensors"))
+    if tensors is None:
+        return None
+    tables = {
+        name: Problem(**{f: tensors[f"{name} {f}"] for f in PROBLEM_TENSORS}, attempts=attempts)
+        for name, attempts in known["attempts"].items()
+    }
+    options = {name: [Option(**option) for option in row] for name, row in known["options"].items()}
+    return Sensitivities(options, tables, known["seconds"], reused=True)
+
+
+PROBLEM_TENSORS = ("moment", "factor", "order")
 
 
 def budget_curve(job: Job, found: Sensitivities, *, steps: int = 30) -> list[tuple[int, Allocation]]:

@@ -66,7 +66,7 @@ def test_the_torch_engine_reads_it_and_generates(made):
 
 
 def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, calibration, tmp_path, monkeypatch):
-    ava._kept.clear()
+    monkeypatch.setenv("AVALAB_ARTIFACTS", str(tmp_path / "artifacts"))
     passes, measure = [], sensitivity.expected_increases
     monkeypatch.setattr(sensitivity, "expected_increases", lambda *a, **k: passes.append(1) or measure(*a, **k))
     files = []
@@ -83,6 +83,24 @@ def test_one_pass_serves_every_budget_and_equal_seeds_give_equal_bytes(base, cal
     ):
         ava.sensitivities(other)
     assert len(passes) == 3
+
+
+def test_what_was_kept_of_a_pass_gives_the_same_file_and_what_is_damaged_is_measured_again(
+    base, calibration, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AVALAB_ARTIFACTS", str(tmp_path / "artifacts"))
+    made, seconds = [], []
+    for name in ("first", "kept", "damaged"):
+        folder = tmp_path / name
+        folder.mkdir()
+        packed = ava.compress_model(job_of(base.path, calibration, bytes=600_000))
+        packed.save_pretrained(folder)
+        made.append((folder / "model.safetensors").read_bytes())
+        seconds.append(packed.measured["reused_seconds"])
+        if name == "kept":
+            next((tmp_path / "artifacts" / "cache").glob("sensitivities-*.safetensors")).write_bytes(b"cut off")
+    assert made[0] == made[1] == made[2]
+    assert seconds[0] == seconds[2] == 0 < seconds[1]
 
 
 def test_the_curve_runs_from_the_smallest_file_to_bf16_and_never_rises(base, calibration):
@@ -196,13 +214,13 @@ def options(base, calibration):
 
 
 def test_equal_seeds_give_equal_bytes_within_the_budget_and_load_as_they_were_rounded(
-    base, calibration, against, tmp_path
+    base, calibration, against, tmp_path, monkeypatch
 ):
     budget = 600_000
     written = [tmp_path / "a", tmp_path / "b"]
     for folder in written:
         folder.mkdir()
-        ava._kept.clear()
+        monkeypatch.setenv("AVALAB_ARTIFACTS", str(folder / "artifacts"))
         packed = ava.compress_model(job_of(base.path, calibration, bytes=budget))
         packed.save_pretrained(folder)
     files = [folder / "model.safetensors" for folder in written]
