@@ -116,14 +116,9 @@ def sensitivities(job: Job, model: PreTrainedModel | None = None) -> Sensitiviti
     files = [artifacts.sha256_of(file) for file in sorted(job.folder.glob("*.safetensors"))]
     others = sorted((name, value) for name, value in parameters.items() if name not in BUDGET)
     key = json.dumps([files, predict.windows_sha256(windows), others, job.device, list(job.skipped)])
-    path = cache.cache_path(
-        artifacts_root() / "cache",
-        "sensitivities",
-        artifacts.sha256_of_text(key),
-        code_of(sensitivities),
-        suffix=".json",
-    )
-    found = _read_sensitivities(path)
+    parts = artifacts.sha256_of_text(key), code_of(sensitivities)
+    path = cache.cache_path(artifacts_root() / "cache", "sensitivities", *parts, suffix=".json")
+    found = _read_sensitivities(path, job.device)
     if found is None:
         if model is None:
             model = checkpoint.load_model(job.folder, job.device)
@@ -166,7 +161,7 @@ def _write_sensitivities(found: Sensitivities, path: Path) -> None:
     write_atomically(path, json.dumps(document))
 
 
-def _read_sensitivities(path: Path) -> Sensitivities | None:
+def _read_sensitivities(path: Path, device: str) -> Sensitivities | None:
     """What was kept; None where there is nothing, or it is damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +171,7 @@ def _read_sensitivities(path: Path) -> Sensitivities | None:
     if tensors is None:
         return None
     tables = {
-        name: Problem(**{f: tensors[f"{name} {f}"] for f in PROBLEM_TENSORS}, attempts=attempts)
+        name: Problem(**{f: tensors[f"{name} {f}"].to(device) for f in PROBLEM_TENSORS}, attempts=attempts)
         for name, attempts in known["attempts"].items()
     }
     options = {name: [Option(**option) for option in row] for name, row in known["options"].items()}
