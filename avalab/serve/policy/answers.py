@@ -27,7 +27,7 @@ LEAST_COSINE = 0.9
 
 SETTINGS = (  # of a request, by which an answer may differ
     *("max_tokens", "stop", "tools", "tool_choice", "response_format", "logprobs", "top_logprobs"),
-    *("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "n", "window"),
+    *("frequency_penalty", "presence_penalty", "logit_bias", "echo", "suffix", "n", "grammar"),
 )
 
 # Behind a number: units that mean another thing in another case (mW and MW, Mb and MB, m and M).

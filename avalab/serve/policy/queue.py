@@ -5,7 +5,6 @@
 2. Within a level (its whole part), models that are loaded come first, then prompts that share the longest beginning
    with a prompt that is cached or was taken just before, then arrival. Collation and prefixes never pass a level.
 3. A batch is due when it is full, when its oldest request has waited `max_wait_ms`, or when one is urgent.
-4. The same request asked twice while it is computed is computed once (`InFlight`).
 
 Source of the ageing: Silberschatz, Galvin and Gagne, "Operating System Concepts", section on priority scheduling.
 """
@@ -127,27 +126,3 @@ class Queue:
             -(shared if shared >= COUNTED else 0),
             ticket.arrived_ms,
         )
-
-
-@dataclass
-class InFlight:
-    """Requests that are computed now, and who waits for each: the first pays, the others listen."""
-
-    waiters: dict[Hashable, list[Hashable]] = field(default_factory=dict)
-
-    def join(self, key: Hashable, waiter: Hashable) -> bool:
-        """Wait for a request; whether the waiter is the first, who has it computed."""
-        self.waiters.setdefault(key, []).append(waiter)
-        return len(self.waiters[key]) == 1
-
-    def leave(self, key: Hashable, waiter: Hashable) -> bool:
-        """Wait no longer; whether nobody is left, so that computing may stop."""
-        rest = [other for other in self.waiters.get(key, []) if other != waiter]
-        if rest:
-            self.waiters[key] = rest
-            return False
-        return self.waiters.pop(key, None) is not None
-
-    def land(self, key: Hashable) -> list[Hashable]:
-        """Those who waited for a request that is answered."""
-        return self.waiters.pop(key, [])

@@ -52,8 +52,8 @@ class EngineModel:
         """As `Llama.generate`. Raises InputError for a temperature: engines are greedy."""
         if job.get("temperature"):
             raise InputError(
-                f"temperature is {job['temperature']}; the engine {self.engine.name} answers greedily: leave it out, or "
-                "serve a GGUF file (avalab export --to gguf), which samples"
+                f"temperature is {job['temperature']}; the engine {self.engine.name} answers greedily: leave it out, "
+                "or serve a GGUF file (avalab export --to gguf), which samples"
             )
         prompt = self._tokens(job)
         room = self.context - len(prompt)
