@@ -39,8 +39,8 @@ OPENINGS = (("can", "you"), ("could", "you"), ("would", "you"), ("will", "you"))
 
 _TOKEN = re.compile(
     r"(?P<code>```.*?```|`[^`]*`|\"[^\"]*\"|“[^”]*”)"
-    r"|(?P<number>[-+−]?\s?[€$£¥]?\s?\d+(?:[.,:/]\d+)*)(?P<unit>\s?(?:[^\W\d_]+(?:[/^][\w]+)*|[%°µ‰]\w*))?"
-    r"|(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)"
+    r"|(?P<number>[-+\u2212]?\s?[€$£¥]?\s?\d+(?:[.,:/]\d+)*)(?P<unit>\s?(?:[^\W\d_]+(?:[/^][\w]+)*|[%°µ‰]\w*))?"
+    r"|(?P<word>[^\W\d_]+(?:['\u2019][^\W\d_]+)*)"
     r"|(?P<sign>[^\s.,;:!?()\[\]…-]|(?<=\s)-(?=\s))",
     re.DOTALL,
 )
@@ -101,11 +101,11 @@ def signature(text: str) -> tuple[str, ...]:
         if match["code"]:
             words.append(match["code"])
         elif match["number"]:
-            words.append("".join(match["number"].split()).replace("−", "-"))
+            words.append("".join(match["number"].split()).replace("\u2212", "-"))
             if unit := (match["unit"] or "").strip():
                 words.append(unit if _CASE_COUNTS.fullmatch(unit) or not unit.isalpha() else unit.casefold())
         elif match["word"]:
-            words.append(unicodedata.normalize("NFKC", match["word"]).casefold().replace("’", "'"))
+            words.append(unicodedata.normalize("NFKC", match["word"]).casefold().replace("\u2019", "'"))
         else:
             words.append(match["sign"])
     kept = [word for word in words if word not in LEFT_OUT]

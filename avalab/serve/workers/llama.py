@@ -7,8 +7,8 @@ What llama.cpp's server leaves to whoever calls it:
 2. What was read of a prompt is kept (a slot's state, in a file of the memory file system): another request with the
    same beginning takes it over into its own slot, also while the first one still answers. A request whose beginning is
    being read waits for that instead of reading it, too.
-3. Calls and JSON are forced by a grammar of llguidance's: the functions' schemas are those of `lab.schemas`; strings and
-   lists without a bound get one, so that a small model comes to an end.
+3. Calls and JSON are forced by a grammar of llguidance's: the functions' schemas are those of `lab.schemas`; strings
+   and lists without a bound get one, so that a small model comes to an end.
 
 The weights are mapped from the file and not repacked, so that processes share them. No torch in here.
 """
