@@ -75,6 +75,10 @@ def read_body(raw: bytes) -> dict:
         raise InputError(f"the body is a {type(body).__name__}; it is an object")
     if _depth(body) > MOST_DEPTH:
         raise InputError(f"the body is nested deeper than {MOST_DEPTH} levels")
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise InputError(f"the body holds what no text or JSON can hold (half a character, NaN): {error}") from None
     return body
 
 
@@ -179,8 +183,14 @@ def _number(body: dict, name: str) -> float:
     value = body[name]
     right = type(value) is int if kind is int else type(value) in (int, float)
     if not right or not least <= value <= most:
-        raise InputError(f"{name} is {chats._shown(value)}; it is a number from {least} to {most}")
+        raise InputError(f"{name} is {_shown(value)}; it is a number from {least} to {most}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _tools(given: Any) -> list[dict]:
@@ -211,7 +221,7 @@ def _offered(tools: list[dict], choice: Any) -> tuple[list[dict], bool]:
     name = function.get("name") if isinstance(function, dict) else None
     named = [tool for tool in tools if tool["name"] == name]
     if not named:
-        raise InputError(f"tool_choice is {chats._shown(choice)}; it is none, auto, required, or the name of a tool")
+        raise InputError(f"tool_choice is {_shown(choice)}; it is none, auto, required, or the name of a tool")
     return named, False
 
 
