@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from avalab.cli import options
+from avalab.lab import artifacts
 from avalab.lab.errors import InputError
+from avalab.lab.run import Run
 
 
 def serve(
@@ -31,7 +34,7 @@ def serve(
         max_memory_mb=size_bytes(memory) / 2**20 if memory else None,
         api_key=os.environ.get("AVALAB_API_KEY"),
     )
-    paths = [*models, *(more or ())]
+    paths = [_servable(path) for path in (*models, *(more or ()))]
     if ray:
         if host != "127.0.0.1":
             raise InputError(f"--host {host} and --ray exclude each other: Ray's proxy binds to 127.0.0.1 here")
@@ -40,3 +43,11 @@ def serve(
         serve_on_ray(paths, settings, port=port, replicas=workers or 1)
         return
     serve(paths, settings, host=host, port=port)
+
+
+def _servable(path: Path) -> Path:
+    """A file or artefact as it is; of a model's folder the artefact that is made of it once."""
+    options.readable(path)
+    if path.is_file() or (path / artifacts.CARD).is_file() or any(path.glob("*.gguf")):
+        return path
+    return options.source_artifact(path, Run("avalab_serve")).path

@@ -47,23 +47,10 @@ START_SECONDS, ASK_SECONDS = 120.0, 600.0
 
 ANSWER_TOKENS = 8
 
-WORDS = [
-    "river",
-    "stone",
-    "window",
-    "garden",
-    "music",
-    "number",
-    "letter",
-    "winter",
-    "engine",
-    "silver",
-    "market",
-    "teacher",
-    "bridge",
-    "orange",
-    "simple",
-]
+WORDS = (
+    *("river", "stone", "window", "garden", "music", "number", "letter", "winter"),
+    *("engine", "silver", "market", "teacher", "bridge", "orange", "simple"),
+)
 
 PEER_PROGRAM = """
 import sys, time, xllamacpp
@@ -214,9 +201,7 @@ def measure_prefix(run: Run, artifact: Artifact, servers: Sequence[Running]) -> 
             if server.name == OURS:
                 usages = [answer["usage"] for answer in answers]
                 computed = sum(u["prompt_tokens"] - u["prompt_tokens_details"]["cached_tokens"] for u in usages)
-                tail = _tail_tokens(server, system)
-                unique = max(u["prompt_tokens"] for u in usages) + tail * (len(usages) - 1)
-                read.append(computed / unique)
+                read.append(computed / unique_tokens(servers[-1], system, size.serve_requests))
     record = _recorder(run, artifact)
     for name, samples in seconds.items():
         record(name, "shared_prefix_seconds", unit="s", engine=name, samples=samples, **vars(median_and_range(samples)))
@@ -225,11 +210,16 @@ def measure_prefix(run: Run, artifact: Artifact, servers: Sequence[Running]) -> 
     record(OURS, "prefill_share", unit="1", engine=OURS, samples=read, **vars(median_and_range(read)))
 
 
-def _tail_tokens(server: Running, system: str) -> int:
-    """Tokens of a request behind the shared beginning: those that the same chat has without it, nearly."""
-    short = server.chat("Word 0?", system=system.split()[0], tokens=1)["usage"]["prompt_tokens"]
-    none = server.chat("W", system=system.split()[0], tokens=1)["usage"]["prompt_tokens"]
-    return max(1, short - none + 6)  # and the template's opening of an answer
+def unique_tokens(server: Running, system: str, requests: int) -> int:
+    """Tokens that have to be read once when these requests share what they can, by llama.cpp's own tokenizer."""
+    known: set[tuple[int, ...]] = set()
+    for n in range(requests):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": f"Word {n}?"}]
+        prompt = server.client.post("/apply-template", json={"messages": messages}).json()["prompt"]
+        asked = {"content": prompt, "add_special": True, "parse_special": True}
+        tokens = server.client.post("/tokenize", json=asked).json()["tokens"]
+        known |= {tuple(tokens[: end + 1]) for end in range(len(tokens))}
+    return len(known)
 
 
 def measure_urgent(run: Run, artifact: Artifact, servers: Sequence[Running]) -> None:
