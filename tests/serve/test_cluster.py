@@ -48,6 +48,6 @@ def test_two_replicas_on_two_nodes_give_the_same_answer(tiny_gguf):
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"nodes"')]
     assert lines, done.stderr[-2000:]
     found = json.loads(lines[0])
-    assert (found["nodes"], found["bad"]) == (2, 400)
+    assert (found["nodes"], found["bad"]) == (2, 404)
     texts = {answer["choices"][0]["message"]["content"] for answer in found["answers"]}
     assert (len(found["answers"]), len(texts)) == (7, 1)

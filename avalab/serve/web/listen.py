@@ -32,8 +32,9 @@ def serve(paths: Sequence[Path], settings: Settings, *, host: str = "127.0.0.1",
     address = bound.getsockname()
     print(f"{', '.join(models)} at http://{host}:{address[1]}/v1 (figures at /, end with Ctrl-C)", flush=True)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="on", loop="asyncio", http="h11", limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=int(DRAIN_SECONDS), server_header=False, timeout_keep_alive=30,
+        app, log_config=None, access_log=False, lifespan="on", loop="asyncio", http="h11",
+        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=int(DRAIN_SECONDS), server_header=False,
+        timeout_keep_alive=30,
     )  # fmt: skip
     server = uvicorn.Server(config)
     server.run(sockets=[bound])
