@@ -73,6 +73,7 @@ METRICS = {
     "first_answer_ms": Metric("first answer", "ms"),
     "load_ratio": Metric("loads over those of plain LRU", "1"),
     "longest_wait_ms": Metric("longest wait", "ms"),
+    "needle_kept": Metric("facts that are still there", "%", 100, True),
     "rating": Metric("rating", "of 5", 1, True),
     "preferred_share": Metric("preferred to the baseline", "%", 100, True),
     "krippendorff_alpha": Metric("agreement of raters, alpha", "1", 1, True),

@@ -6,7 +6,8 @@
 2. `shared_prefix`: requests that come at once and share a beginning. `urgent`: the time to the first token of a short
    request, alone and while long prompts are read. `batch`: requests at once and one after the other. `hits`: an answer
    that is known. `calls`: OpenAI's client, each call with a schema of its own. `workers`: memory and start of several
-   processes of one model. `models`: loads of a thrashing trace and of 69 agents, on a clock that only counts.
+   processes of one model. `models`: loads of a thrashing trace and of 69 agents, on a clock that only counts. `windows`:
+   whether a fact survives when a chat is shortened.
 3. Ratios are of the same round; their intervals are the smallest and the largest round, or of order statistics.
 """
 
@@ -36,6 +37,7 @@ from avalab.lab.errors import ProcessFailed, Unavailable
 from avalab.lab.llamacpp_library import processors
 from avalab.lab.run import PROFILES, ROOT, Run, child_environment, load_average
 from avalab.lab.statistics import median_and_range, quantile, wilson
+from avalab.serve.policy import windows
 from avalab.serve.policy.models import replay
 from avalab.serve.policy.settings import Settings
 from avalab.serve.workers.dispatch import Dispatcher
@@ -400,6 +402,27 @@ def _agents(rng: random.Random) -> list[tuple[float, str]]:
     return sorted(found)
 
 
+def measure_windows(run: Run, artifact: Artifact) -> None:
+    """`needle_kept`: how often a fact told long ago is still there when a chat is brought to an eighth of its tokens."""
+    rng, kept = random.Random(run.seed), {"compress": 0, "sliding_window": 0}
+    chats = 10 * run.profile.serve_rounds
+    for at in range(chats):
+        code = str(rng.randrange(1000, 9999))
+        name = rng.choice(WORDS)
+        turns = [f"{text_of(12, 100 * at + n)}. Nothing about {text_of(3, n)}." for n in range(120)]
+        turns[rng.randrange(110)] += f" The code of the {name} room is {code}."
+        messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        messages = [{"role": "system", "content": "Be brief."}, *messages]
+        messages.append({"role": "user", "content": f"What is the code of the {name} room?"})
+        target = windows.total(messages, windows.estimate) // 8
+        for mode in kept:
+            left = windows.fitted(messages, target, mode=mode)
+            kept[mode] += any(code in message["content"] for message in left)
+    for mode, count in kept.items():
+        about = {"engine": "policy", **vars(wilson(count, chats))}
+        _recorder(run, artifact)(mode, "needle_kept", unit="1", **about)
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +470,7 @@ def measure_serving(run: Run) -> None:
     measure_workers(run, artifact, file, settings_for(run))
     measure_cold(run, artifact, file, settings_for(run))
     measure_models(run, artifact)
+    measure_windows(run, artifact)
 
 
 def main() -> None:
