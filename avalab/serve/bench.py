@@ -6,8 +6,8 @@
 2. `shared_prefix`: requests that come at once and share a beginning. `urgent`: the time to the first token of a short
    request, alone and while long prompts are read. `batch`: requests at once and one after the other. `hits`: an answer
    that is known. `calls`: OpenAI's client, each call with a schema of its own. `workers`: memory and start of several
-   processes of one model. `models`: loads of a thrashing trace and of 69 agents, on a clock that only counts. `windows`:
-   whether a fact survives when a chat is shortened.
+   processes of one model. `models`: loads of a thrashing trace and of 69 agents, on a clock that only counts.
+   `windows`: whether a fact survives when a chat is shortened.
 3. Ratios are of the same round; their intervals are the smallest and the largest round, or of order statistics.
 """
 
@@ -19,161 +19,47 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import httpx
 import jsonschema
 
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import ProcessFailed, Unavailable
 from avalab.lab.llamacpp_library import processors
-from avalab.lab.run import PROFILES, ROOT, Run, child_environment, load_average
+from avalab.lab.run import PROFILES, ROOT, Record, Run, load_average
 from avalab.lab.statistics import median_and_range, quantile, wilson
 from avalab.serve.policy import windows
 from avalab.serve.policy.models import replay
 from avalab.serve.policy.settings import Settings
+from avalab.serve.rivals import ASK_SECONDS, OURS, PEER, Running, at_once, ours, peer
 from avalab.serve.workers.dispatch import Dispatcher
 from avalab.serve.workers.pool import Served
-
-OURS, PEER = "avalab", "llama.cpp"
-
-START_SECONDS, ASK_SECONDS = 120.0, 600.0
-
-ANSWER_TOKENS = 8
 
 WORDS = (
     *("river", "stone", "window", "garden", "music", "number", "letter", "winter"),
     *("engine", "silver", "market", "teacher", "bridge", "orange", "simple"),
 )
 
-PEER_PROGRAM = """
-import sys, time, xllamacpp
-p = xllamacpp.CommonParams()
-p.model.path, p.n_ctx, p.n_parallel, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-p.cont_batching = p.kv_unified = p.use_jinja = True
-p.verbosity = -1
-p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
-server = xllamacpp.Server(p)
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
+GOALS = {  # of a metric of ours: the value, and whether it is the least or the most that will do
+    "speedup:shared_prefix": (2.0, "least"),
+    "prefill_share": (1.1, "most"),
+    "slowdown:urgent": (1.5, "most"),
+    "load_ratio:thrash": (0.5, "most"),
+    "memory_ratio:4_workers": (1.15, "most"),
+    "second_worker_seconds": (0.5, "most"),
+    "speedup:batch_of_8": (3.0, "least"),
+    "speedup:known_answer": (100.0, "least"),
+    "valid_share": (1.0, "least"),
+}
 
 
-@dataclass(frozen=True)
-class Running:
-    """A server that answers: its name in records, its address, and the model's name in requests."""
-
-    name: str
-    client: httpx.Client
-    model: str
-    process: subprocess.Popen
-
-    def chat(self, text: str, *, system: str = "", tokens: int = ANSWER_TOKENS, **more) -> dict:
-        """The answer to a chat. Raises ProcessFailed for any but a good one."""
-        messages = [{"role": "system", "content": system}] if system else []
-        body = {
-            "model": self.model, "messages": [*messages, {"role": "user", "content": text}], "max_tokens": tokens,
-            "temperature": 0, **more,
-        }  # fmt: skip
-        found = self.client.post("/v1/chat/completions", json=body)
-        if found.status_code != 200:
-            raise ProcessFailed(f"{self.name} answered {found.status_code}: {found.text[:300]}")
-        return found.json()
-
-    def first_token_s(self, text: str, **more) -> float:
-        """Seconds to the first token of a stream."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": 2, "stream": True}
-        began = time.perf_counter()
-        with self.client.stream("POST", "/v1/chat/completions", json={**body, "temperature": 0, **more}) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {") and (json.loads(line[6:])["choices"] or [{}])[0].get("delta", {}).get(
-                    "content"
-                ):
-                    break
-            return time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def ours(file: Path, settings: dict) -> Iterator[Running]:
-    """`avalab serve` on a GGUF file."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "settings.json"
-        config.write_text(json.dumps(settings | {"log_file": str(Path(folder) / "requests.log")}))
-        command = ["-m", "avalab.cli", "serve", "--port", "0", "--config", str(config), "--models", str(file)]
-        with _process(command) as process:
-            line = process.stdout.readline() if process.stdout else ""
-            yield from _ready(OURS, process, line.partition(" at ")[2].partition("/v1")[0], file.stem)
-
-
-@contextlib.contextmanager
-def peer(file: Path, *, context: int, slots: int, threads: int) -> Iterator[Running]:
-    """llama.cpp's server on a GGUF file."""
-    with _process(["-c", PEER_PROGRAM, str(file), str(context * slots), str(slots), str(threads)]) as process:
-        line = process.stdout.readline().strip() if process.stdout else ""
-        yield from _ready(PEER, process, line, file.stem)
-
-
-@contextlib.contextmanager
-def _process(command: list[str]) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(
-        [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, env=child_environment() | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                pipe.close()
-
-
-def _ready(name: str, process: subprocess.Popen, address: str, model: str) -> Iterator[Running]:
-    if not address.startswith("http"):
-        raise Unavailable(f"the server {name} did not start")
-    with httpx.Client(base_url=address, timeout=ASK_SECONDS, trust_env=False) as client:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            with contextlib.suppress(httpx.TransportError):
-                if client.get("/health").status_code == 200:
-                    break
-            time.sleep(0.02)
-        yield Running(name, client, model, process)
-
-
-def at_once(jobs: Sequence[Callable[[], dict]]) -> tuple[float, list[dict]]:
-    """Seconds until all jobs, begun together, are done; and what they return, in their order."""
-    found: dict[int, dict | Exception] = {}
-
-    def run(index: int) -> None:
-        try:
-            found[index] = jobs[index]()
-        except Exception as error:  # raised below, in the caller's thread
-            found[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - began
-    if failed := [each for each in found.values() if isinstance(each, Exception)]:
-        raise failed[0]
-    return seconds, [found[index] for index in range(len(jobs))]
+def is_reached(record: Record) -> bool:
+    """Whether a record is as good as its goal."""
+    goal, kind = GOALS[record.metric]
+    return record.value is not None and (record.value >= goal if kind == "least" else record.value <= goal)
 
 
 def text_of(tokens: int, seed: int) -> str:
@@ -403,7 +289,7 @@ def _agents(rng: random.Random) -> list[tuple[float, str]]:
 
 
 def measure_windows(run: Run, artifact: Artifact) -> None:
-    """`needle_kept`: how often a fact told long ago is still there when a chat is brought to an eighth of its tokens."""
+    """`needle_kept`: how often a fact told long ago is there still in a chat of an eighth of its tokens."""
     rng, kept = random.Random(run.seed), {"compress": 0, "sliding_window": 0}
     chats = 10 * run.profile.serve_rounds
     for at in range(chats):
