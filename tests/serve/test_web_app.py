@@ -8,6 +8,7 @@ import time
 
 import httpx
 import jsonschema
+import psutil
 import pytest
 
 openai = pytest.importorskip("openai", reason="the tests ask with OpenAI's client: pip install -e '.[serve]'")
@@ -206,13 +207,26 @@ def test_bad_input_has_a_status_and_says_what_was_wrong(server, body, status, na
 
 
 def test_hundreds_of_broken_requests_leave_the_server_well(server):
-    rng = random.Random(1)
+    process, sizes, rng = psutil.Process(server.process.pid), [], random.Random(1)
     good = json.dumps({"model": "tiny", "messages": user("hi"), "max_tokens": 2})
     for _ in range(150):
+        sizes.append(process.memory_info().rss)
         at = rng.randrange(len(good))
         broken = good[:at] + rng.choice(["", "{", '"', "9", "\x00", "null"]) + good[at + rng.randint(0, 9) :]
         assert server.client.post("/v1/chat/completions", content=broken).status_code in (200, 400, 404)
     assert server.ask("still there?").status_code == 200
+    assert sizes[-1] - sizes[50] < 8 * 2**20
+
+
+def test_a_page_elsewhere_that_points_its_name_here_is_refused(server):
+    assert server.client.get("/v1/models", headers={"Host": "evil.example:8000"}).status_code == 403
+    assert server.client.get("/v1/models", headers={"Host": "localhost:8000"}).status_code == 200
+
+
+def test_a_slow_reader_keeps_nobody_waiting(server):
+    body = {"model": "tiny", "messages": user("slow"), "max_tokens": 200, "stream": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=body):  # and reads nothing
+        assert all(server.ask(f"quick {n}").status_code == 200 for n in range(3))
 
 
 def test_a_client_that_leaves_a_stream_has_no_more_tokens_computed(server):
@@ -272,7 +286,6 @@ def test_sigterm_lets_an_answer_end_and_takes_no_other(started, tiny_gguf):
 
 
 def test_killed_workers_fail_nobody(started, tiny_gguf):
-    psutil = pytest.importorskip("psutil")
     with started(tiny_gguf, workers=2) as server:
         server.ask("warm")
         found, rng = [], random.Random(0)

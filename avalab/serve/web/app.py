@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's paths, figures, and a page.
 
-Whatever goes wrong has OpenAI's form and a fitting status: 400 what was asked, 401 the key, 404 the model, 413 too
-much, 429 too many, 503 not now. Somebody who leaves, in a stream or before, has nothing computed any longer.
+Whatever goes wrong has OpenAI's form and a fitting status: 400 what was asked, 401 the key, 403 a name that is not this
+machine's (without a key), 404 the model, 413 too much, 429 too many, 503 not now. Somebody who leaves, in a stream or before, has nothing computed any longer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from avalab.lab.errors import InputError, LabError, Unavailable
 from avalab.serve.policy.queue import QueueFull
 from avalab.serve.policy.settings import Settings
-from avalab.serve.web import forms, log, stores
+from avalab.serve.web import addresses, forms, log, stores
 from avalab.serve.web.answering import Answer, Answering
 from avalab.serve.web.figures import Figures
 from avalab.serve.web.forms import Asked
@@ -95,7 +95,10 @@ class _Front:
             await send(message)
 
         try:
-            if self._may(scope):
+            if not self.settings.api_key and not addresses.is_loopback(host := _host(scope)):
+                body = forms.error_body(f"Host {host[:60]!r} is not this machine", kind="permission_error")
+                await JSONResponse(body, 403)(scope, receive, told)
+            elif self._may(scope):
                 await self.app(scope, receive, told)
             else:
                 body = forms.error_body("the API key is missing or wrong", kind="authentication_error")
@@ -115,6 +118,12 @@ class _Front:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return secrets.compare_digest(given, f"Bearer {self.settings.api_key}".encode())
+
+
+def _host(scope: dict) -> str:
+    """The host that a client named: of a page elsewhere whose name was pointed here, not this machine's."""
+    named = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
+    return named[1 : named.find("]")] if named.startswith("[") else named.partition(":")[0]
 
 
 def _failed(error: Exception) -> JSONResponse:

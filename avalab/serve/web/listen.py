@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from avalab.lab.errors import InputError, Unavailable
 from avalab.serve.policy.settings import Settings
+from avalab.serve.web import addresses
 from avalab.serve.workers.pool import served
 
 CONNECTIONS = 1024
@@ -44,18 +44,10 @@ def serve(paths: Sequence[Path], settings: Settings, *, host: str = "127.0.0.1",
 
 def check_address(host: str, key: str) -> None:
     """Raise InputError for an address that others reach, where no key is needed."""
-    if not is_loopback(host) and not key:
+    if not addresses.is_loopback(host) and not key:
         raise InputError(
             f"--host {host} is open to other machines; set api_key in --config or AVALAB_API_KEY, or stay on 127.0.0.1"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bound(host: str, port: int) -> socket.socket:
