@@ -1,7 +1,8 @@
 """The HTTP application: OpenAI's paths, figures, and a page.
 
 Whatever goes wrong has OpenAI's form and a fitting status: 400 what was asked, 401 the key, 403 a name that is not this
-machine's (without a key), 404 the model, 413 too much, 429 too many, 503 not now. Somebody who leaves, in a stream or before, has nothing computed any longer.
+machine's (without a key), 404 the model, 413 too much, 429 too many, 503 not now. Somebody who leaves, in a stream or
+before, has nothing computed any longer.
 """
 
 from __future__ import annotations
