@@ -14,6 +14,7 @@
     avalab ensemble --models A B --prompt hello     several models answer together
     avalab recover small --out better               train codes and scales of a low-bit model, at the same bytes
     avalab chat tuned                               talk to it; it really calls tools
+    avalab serve --models tuned                     answer OpenAI clients over HTTP
     avalab compare small base --task bfcl           whether it does so better or worse than another one
 
 Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
@@ -28,7 +29,7 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import compress, measure, show, talk, train
+from avalab.cli import compress, measure, serve, show, talk, train
 from avalab.lab import assets
 from avalab.lab.errors import LabError
 
@@ -56,6 +57,7 @@ COMMANDS = {
     "compare": measure.compare,
     "chat": talk.chat,
     "ensemble": talk.ensemble,
+    "serve": serve.serve,
 }
 
 for _name, _command in COMMANDS.items():

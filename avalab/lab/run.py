@@ -61,6 +61,10 @@ class Profile:
     humaneval_items: int = 40
     train_examples: int = 3600  # chats that fine-tuning learns from
     held_out_examples: int = 60  # chats that are scored at every checkpoint
+    serve_requests: int = 16  # that share a beginning and come at once
+    serve_prefix_tokens: int = 1500  # of that beginning
+    serve_rounds: int = 5  # of each measurement of serving
+    serve_calls: int = 1000  # of OpenAI's client, each with a schema of its own
     like: str = ""  # the profile whose sizes are taken where this one says nothing
 
     def pick(self, sizes: Mapping[str, Size], otherwise: Size | None = None) -> Size:
