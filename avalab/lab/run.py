@@ -57,6 +57,14 @@ class Profile:
     humaneval_items: int = 40
     train_examples: int = 3600  # chats that fine-tuning learns from
     held_out_examples: int = 60  # chats that are scored at every checkpoint
+    supervised_examples: int = 60  # chats that a student learns from before preferences
+    preference_requests: int = 64  # that it answers, to be corrected
+    preference_cases: int = 40  # function-calling cases after it
+    context_tokens: tuple[int, ...] = (2048, 4096)  # of the model as it is, and what it is stretched to
+    context_steps: int = 4  # rows of the longer kind that it learns from
+    context_windows: int = 2  # of the longer kind that are scored
+    passkeys: int = 1  # hidden numbers at each depth
+    image_steps: int = 240  # batches of images and their names
 
 
 def _read_profiles() -> dict[str, Profile]:
