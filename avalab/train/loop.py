@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -168,7 +169,7 @@ def fit(
 
 def fit_module(
     student: nn.Module,
-    rows: Sequence[dict],
+    rows: Sequence[dict] | Dataset,
     *,
     schedule: Schedule,
     folder: Path,

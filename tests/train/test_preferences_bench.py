@@ -15,7 +15,7 @@ def test_a_wrong_call_answers_another_request():
 
 def test_tokens_are_counted_with_each_prompt_twice(base):
     tokenizer, batch = checkpoint.load_tokenizer(base), bench.wrong_calls(3)
-    parts = [pairs.encoded(tokenizer, pair, 0) for pair in batch]
+    parts = [pairs.encode_pair(tokenizer, pair, 0) for pair in batch]
     wanted = sum(2 * len(prompt) + sum(map(len, answers)) for prompt, answers in parts)
     assert bench.tokens_of(tokenizer, batch) == wanted
 

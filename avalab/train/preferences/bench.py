@@ -146,7 +146,7 @@ def padded(tokenizer, batch: list[dict]) -> dict[str, Tensor]:
     whole, counts = [], []
     for which in (0, 1):
         for number, pair in enumerate(batch):
-            prompt, answers = pairs.encoded(tokenizer, pair, number)
+            prompt, answers = pairs.encode_pair(tokenizer, pair, number)
             whole.append(torch.tensor(prompt + answers[which]))
             counts.append(torch.tensor([0] * len(prompt) + [1] * len(answers[which])))
     seen = [torch.ones_like(ids) for ids in whole]

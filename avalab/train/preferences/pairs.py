@@ -181,7 +181,7 @@ def pack_pairs(
     encoded = []
     for number, pair in enumerate(tqdm(pairs, desc="pairs", leave=False)):
         _refuse_foreign_markers(tokenizer, pair, number)
-        prompt, answers = encoded(tokenizer, pair, number)
+        prompt, answers = encode_pair(tokenizer, pair, number)
         tokens = len(prompt) + sum(map(len, answers))
         longest = len(prompt) + max(map(len, answers))
         if longest > context:
@@ -203,7 +203,7 @@ def fitting(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict], tokens: i
     """Those of the pairs that have at most so many tokens, prompt and both answers together."""
     found = []
     for number, pair in enumerate(pairs):
-        prompt, answers = encoded(tokenizer, pair, number)
+        prompt, answers = encode_pair(tokenizer, pair, number)
         found += [pair] if len(prompt) + sum(map(len, answers)) <= tokens else []
     return found
 
@@ -219,7 +219,7 @@ def _refuse_foreign_markers(tokenizer: PreTrainedTokenizerBase, pair: dict, numb
                 )
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, pair: dict, number: int) -> tuple[list[int], list[list[int]]]:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: dict, number: int) -> tuple[list[int], list[list[int]]]:
     """Tokens of a pair's prompt, and of both its answers; ValueError, naming its `number`, where they are the same."""
     both = [
         packing.encode_chat(tokenizer, [*pair["messages"], {"role": "assistant", "content": pair[name]}])
