@@ -51,7 +51,7 @@ def test_scores_of_people_are_pairs(run, tmp_path):
             value = 5 if text in texts["a"] else 2
             scores[answer] = dict.fromkeys(people.criteria_of(prompt), value)
         people.store_preference(tmp_path / "form", prompt, "me", scores)
-    code, text, error = run("--ratings", tmp_path / "form", "--out", tmp_path / "better")
+    code, text, error = run("--ratings", tmp_path / "form", "--row-tokens", "600", "--out", tmp_path / "better")
     assert code == 0, error
     assert "2 pairs to learn from, 0 held out" in text
 

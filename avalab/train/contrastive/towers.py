@@ -161,7 +161,7 @@ def train_towers(text_tower: Artifact, emoji: Emoji, *, run: Run, name: str, rec
         about = {"text_width": features.shape[1], "recipe": asdict(recipe)}
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         (folder / loop.HISTORY).write_text(json.dumps(history, indent=1) + "\n")
-        return {"images": sum(len(batch["places"]) for batch in (batches[0],)) * len(batches)}
+        return {"images": len(batches[0]["places"]) * len(batches)}
 
     return loop.train_artifact(run.artifacts_dir / name, train, base=text_tower, step=step, format="image-tower")
 
