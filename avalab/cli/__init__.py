@@ -10,6 +10,7 @@
     avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
     avalab synthesize --count 400 --out mine        make function-calling examples and check them
     avalab finetune --data mine --out tuned         train an adapter on them and merge it
+    avalab align --model tuned --out better         train it to prefer right calls to its own wrong ones
     avalab distill --teacher T --student S --out O  win back what a smaller model lost
     avalab ensemble --models A B --prompt hello     several models answer together
     avalab recover small --out better               train codes and scales of a low-bit model, at the same bytes
@@ -29,7 +30,7 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import compress, measure, serve, show, talk, train
+from avalab.cli import align, compress, measure, serve, show, talk, train
 from avalab.lab import assets
 from avalab.lab.errors import LabError
 
@@ -50,6 +51,7 @@ COMMANDS = {
     "recover": compress.recover,
     "synthesize": train.synthesize,
     "finetune": train.finetune,
+    "align": align.align,
     "distill": train.distill,
     "show": show.show,
     "bench": measure.bench,

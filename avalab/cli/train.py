@@ -132,7 +132,7 @@ def finetune(
     options.known_model(model)
     merged_from = f"{run.name_of_model}+{method}-{out.name}"
     options.new_folder(out, model, force=force, made_by={"step": "merge"}, base=merged_from)
-    _refuse_format(model, FINETUNED[method], f"finetune --method {method}")
+    refuse_format(model, FINETUNED[method], f"finetune --method {method}")
     if data and not data.exists():
         raise MissingFile(f"no examples at {data}")
     from avalab.data import synthesize
@@ -140,16 +140,16 @@ def finetune(
     from avalab.train import finetune
 
     examples = synthesize.load_examples(data or ROOT / "data" / "synthetic_datasets")
-    start = _start(model, method, run)
+    start = start_of(model, method, run)
     chosen, held_out, tokens = _fitting(start, examples, row_tokens, limit, run, as_json)
     recipe = replace(recipe, rehearsal_tokens=int(rehearsal * tokens))
-    _tell(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal", as_json)
+    tell(f"{tokens:,} tokens of examples, {recipe.rehearsal_tokens:,} of rehearsal", as_json)
     adapter = finetune.train_adapter(start, chosen, run=run, name=merged_from, recipe=recipe, held_out=held_out)
     merged = adapters.merge_adapters(adapter, name=out.name, directory=out.resolve().parent)
     finetune.record_training(run, out.name, adapter)
     options.print_records(run, as_json)
-    _tell(f"adapter {adapter.path}: {adapter.bytes / 1e6:.1f} MB", as_json)
-    _tell(_made(merged, finetune.loss_change(adapter)), as_json)
+    tell(f"adapter {adapter.path}: {adapter.bytes / 1e6:.1f} MB", as_json)
+    tell(made(merged, finetune.loss_change(adapter)), as_json)
 
 
 FINETUNED = {"lora": ("bf16", "peft"), "qlora": ("bf16", "peft", "bitsandbytes")}  # formats of artefacts to begin with
@@ -157,7 +157,7 @@ FINETUNED = {"lora": ("bf16", "peft"), "qlora": ("bf16", "peft", "bitsandbytes")
 DISTILLED = ("bf16", "bitsandbytes")  # of students with adapters; with rank 0, bf16 alone
 
 
-def _refuse_format(model: str, formats: tuple[str, ...], command: str) -> None:
+def refuse_format(model: str, formats: tuple[str, ...], command: str) -> None:
     """Raise ValueError for an artefact in a format that cannot be trained, naming what can."""
     if not options.is_artifact(model):
         return
@@ -170,7 +170,7 @@ def _refuse_format(model: str, formats: tuple[str, ...], command: str) -> None:
     raise InputError(f"{found.name} is in format {found.format!r}; {command} trains {', '.join(formats)}: {way}")
 
 
-def _start(model: str, method: str, run: Run) -> Artifact:
+def start_of(model: str, method: str, run: Run) -> Artifact:
     """What an adapter is trained on: the model's bf16 form, an adapter merged into its base, or 4 bits for QLoRA."""
     from avalab.compress import quantize
     from avalab.models import adapters
@@ -201,11 +201,9 @@ def _fitting(
         )
     chosen, held_out = split(fitting, limit or run.profile.train_examples, run.profile.held_out_examples, run.seed)
     if len(fitting) < len(examples):
-        _tell(
-            f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {most} tokens (--row-tokens)", as_json
-        )
+        tell(f"{len(examples) - len(fitting)} of {len(examples)} examples exceed {most} tokens (--row-tokens)", as_json)
     if len(chosen) < limit:
-        _tell(f"asked for {limit} examples to learn from; {len(chosen)} are there", as_json)
+        tell(f"asked for {limit} examples to learn from; {len(chosen)} are there", as_json)
     tokens = sum(size for _, size in chosen)
     return [example for example, _ in chosen], [example for example, _ in held_out], tokens
 
@@ -217,12 +215,12 @@ def split(examples: list, count: int, held_out: int, seed: int) -> tuple[list, l
     return order[scored : scored + count], order[:scored]
 
 
-def _tell(line: str, as_json: bool) -> None:
+def tell(line: str, as_json: bool) -> None:
     """A line beside the records, which have standard output to themselves where they are JSON."""
     print(line, file=sys.stderr if as_json else sys.stdout)
 
 
-def _made(artifact: Artifact, change: str) -> str:
+def made(artifact: Artifact, change: str) -> str:
     """Where the result is, how large, and what training did to the loss."""
     return f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {change}"
 
@@ -277,7 +275,7 @@ def distill(
     if data and not data.exists():
         raise MissingFile(f"no examples at {data}")
     options.known_model(student)
-    _refuse_format(student, DISTILLED if rank else DISTILLED[:1], f"distill --rank {rank}")
+    refuse_format(student, DISTILLED if rank else DISTILLED[:1], f"distill --rank {rank}")
     if not by_text:
         options.known_model(teacher)
     options.new_folder(out, student, None if by_text else teacher, force=force)
@@ -297,7 +295,7 @@ def distill(
     if taught.format == "peft" and learner.format == "bf16":
         taught = adapters.merge_adapters(taught, name=out.name, directory=out.resolve().parent)
     options.print_records(run, as_json)
-    _tell(f"student {_made(taught, change)}", as_json)
+    tell(f"student {made(taught, change)}", as_json)
 
 
 def _adapter_name(student: Artifact, out: Path, rank: int) -> str:

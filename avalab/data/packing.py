@@ -38,6 +38,8 @@ from avalab.models.stops import padding_token, stop_tokens
 
 IGNORED = -100  # a label that does not count
 
+OFFSETS = ("boundaries", "forks", "group")  # of tokens in their row, which have no batch axis
+
 Rows = list[dict[str, Tensor]]
 
 
@@ -109,18 +111,8 @@ def fitting(tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict], tokens
 
 def pack_rows(examples: list[Encoded], *, row_tokens: int, seed: int) -> Rows:
     """Rows of whole examples in a seeded order; every example is in exactly one."""
-    order = random.Random(seed).sample(range(len(examples)), len(examples))
-    filled: list[list[Encoded]] = []
-    room: list[int] = []
-    for index in order:
-        length = len(examples[index].ids)
-        place = next((i for i, left in enumerate(room) if left >= length), None)
-        if place is None:
-            filled.append([])
-            room.append(row_tokens)
-            place = len(filled) - 1
-        filled[place].append(examples[index])
-        room[place] -= length
+    places = first_fit([len(example.ids) for example in examples], row_tokens=row_tokens, seed=seed)
+    filled = [[examples[index] for index in members] for members in places]
     return [
         {
             "input_ids": torch.tensor([token for member in members for token in member.ids]),
@@ -132,11 +124,26 @@ def pack_rows(examples: list[Encoded], *, row_tokens: int, seed: int) -> Rows:
     ]
 
 
+def first_fit(lengths: Sequence[int], *, row_tokens: int, seed: int) -> list[list[int]]:
+    """Which of so many tokens share a row: places in `lengths`, row by row, dealt in a seeded order."""
+    filled: list[list[int]] = []
+    room: list[int] = []
+    for index in random.Random(seed).sample(range(len(lengths)), len(lengths)):
+        place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            filled.append([])
+            room.append(row_tokens)
+            place = len(filled) - 1
+        filled[place].append(index)
+        room[place] -= lengths[index]
+    return filled
+
+
 def one_row_batch(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of one row, with the batch axis that models expect. Raises ValueError for several rows."""
     if len(batch) != 1:
         raise InputError(f"a batch is one packed row, got {len(batch)}; use longer rows or gradient accumulation")
-    return {name: value if name == "boundaries" else value[None] for name, value in batch[0].items()}
+    return {name: value if name in OFFSETS else value[None] for name, value in batch[0].items()}
 
 
 def text_rows(run: Run, tokenizer: PreTrainedTokenizerBase, *, tokens: int, row_tokens: int) -> Rows:

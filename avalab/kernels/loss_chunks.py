@@ -226,7 +226,7 @@ class _ByTokens(torch.autograd.Function):
             if wants_hidden:
                 dh[part] = logits @ weight
             if wants_weight:
-                _add_outer(dw, logits, hidden[part])
+                add_outer(dw, logits, hidden[part])
         ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
         return (total / max(1, len(hidden))).to(working_dtype(hidden.dtype))
 
@@ -239,7 +239,7 @@ def tokens_in_chunk(device: str, token_bytes: int) -> int:
     return max(FEWEST_TOKENS, room // token_bytes // FEWEST_TOKENS * FEWEST_TOKENS)
 
 
-def _add_outer(dw: Head, dz: Logits, h: Hidden) -> None:
+def add_outer(dw: Head, dz: Logits, h: Hidden) -> None:
     """dw += dz^T h, some vocabulary entries at a time: the product's dtype is the inputs', the sum's is dw's."""
     if dw.dtype == dz.dtype:
         dw.addmm_(dz.T, h)

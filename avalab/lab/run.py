@@ -65,6 +65,14 @@ class Profile:
     serve_prefix_tokens: int = 1500  # of that beginning
     serve_rounds: int = 5  # of each measurement of serving
     serve_calls: int = 1000  # of OpenAI's client, each with a schema of its own
+    supervised_examples: int = 60  # chats that a student learns from before preferences
+    preference_requests: int = 64  # that it answers, to be corrected
+    preference_cases: int = 40  # function-calling cases after it
+    context_tokens: tuple[int, ...] = (2048, 4096)  # of the model as it is, and what it is stretched to
+    context_steps: int = 4  # rows of the longer kind that it learns from
+    context_windows: int = 2  # of the longer kind that are scored
+    passkeys: int = 1  # hidden numbers at each depth
+    image_steps: int = 240  # batches of images and their names
     like: str = ""  # the profile whose sizes are taken where this one says nothing
 
     def pick(self, sizes: Mapping[str, Size], otherwise: Size | None = None) -> Size:

@@ -17,6 +17,10 @@ Cache precision: 16 bits everywhere; 8 bits in OpenVINO (u8, a scale and a zero 
 (q8_0, a scale for 32 values). An untied input embedding counts as read though one row of it is.
 
 Not in the formula: what OpenVINO's unpaged graph needs to read a prompt, which grows with the square of its length.
+
+And what a longer context is worth: `record_positions`, the perplexity of each stretch of positions in long windows, and
+`record_passkeys`, whether five digits hidden in a long text are found again (Mohtashami and Jaggi 2023, arXiv
+2305.16300, section 4.2). Both read a prompt in one pass, with full attention.
 """
 
 from __future__ import annotations
@@ -26,20 +30,28 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab import engines
 from avalab.engines import llamacpp
 from avalab.lab import artifacts, llamacpp_library, statistics, trackers
 from avalab.lab.artifacts import Artifact
+from avalab.lab.cache import cache_path, cached_tensors
+from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, load_average
 from avalab.measure import cell, cost
 from avalab.measure.cell import Workload
-from avalab.models import sizes
+from avalab.models import checkpoint, predict, sizes
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -258,3 +270,95 @@ def record_lengths(
         one(f"predicted_bytes:peak_rss:{ending}", point.predicted_bytes, "byte")
         one(f"predicted_token_latency_ms:{ending}", 1000 * point.predicted_seconds, "ms")
     return points
+
+
+# --- what it is worth ------------------------------------------------------------------------------------------------
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+HIDDEN = "The pass key is {key}. Remember it. {key} is the pass key. "
+
+ASKED = "What is the pass key? The pass key is"
+
+
+def position_losses(
+    artifact: Artifact, windows: Int[Tensor, "window time"], cache: Path, device: str
+) -> Float[Tensor, "window token"]:
+    """Negative log-likelihood in nats of every token that has a predecessor in its window; kept in `cache`."""
+    path = cache_path(cache, "positions", artifact.sha256, predict.windows_sha256(windows), code_of(token_losses)[:8])
+
+    def compute() -> dict[str, Tensor]:
+        model = checkpoint.load_model(artifact, device)
+        found = [token_losses(model, window) for window in tqdm(windows, desc=artifact.name, leave=False)]
+        return {"nll": torch.stack(found)}
+
+    return cached_tensors(path, compute)["nll"]
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, ids: Int[Tensor, "time"]) -> Float[Tensor, "token"]:
+    """Negative log-likelihood of each token but the first."""
+    hidden = predict.hidden_states(model, ids[None])[0]
+    head, finish = predict.in_float32(*predict.output_head(model))
+    found = [
+        -predict.log_probabilities(hidden[rows], head, finish).gather(1, ids[1:, None][rows].to(hidden.device))[:, 0]
+        for rows in predict.chunks(len(ids) - 1)
+    ]
+    return torch.cat(found).cpu()
+
+
+def record_positions(
+    run: Run, subject: str, artifact: Artifact, windows: Int[Tensor, "window time"], *, parts: int = 4
+) -> Float[Tensor, "window token"]:
+    """Append `perplexity:<first>_<last>` of each of `parts` equal stretches of positions, intervals over windows."""
+    nll = position_losses(artifact, windows, run.artifacts_dir / "cache", run.device)
+    step = -(-nll.shape[1] // parts)
+    for first in range(0, nll.shape[1], step):
+        part = nll[:, first : first + step]
+        found = statistics.perplexity(part.numpy(), resamples=run.profile.resamples, seed=run.seed)
+        name = f"perplexity:{first}_{first + part.shape[1]}"
+        run.record(subject, name, unit="1", artifact_sha256=artifact.sha256, engine="torch", **vars(found))
+    return nll
+
+
+def passkey_prompts(
+    tokenizer: PreTrainedTokenizerBase, *, tokens: int, depths: Sequence[float], count: int, seed: int
+) -> Iterator[tuple[float, list[int], list[int]]]:
+    """(depth, prompt, answer), as tokens, of `count` keys hidden at each relative depth of a text; at most `tokens`."""
+    random_key = random.Random(seed)
+    filler, asked = (tokenizer(text, add_special_tokens=False).input_ids for text in (FILLER, ASKED))
+    for depth in depths:
+        for _ in range(count):
+            key = random_key.randrange(10_000, 100_000)
+            hidden = tokenizer(HIDDEN.format(key=key), add_special_tokens=False).input_ids
+            answer = tokenizer(f" {key}", add_special_tokens=False).input_ids
+            room = (tokens - len(hidden) - len(asked) - len(answer)) // len(filler)
+            if room < 1:
+                least = len(filler) + len(hidden) + len(asked) + len(answer)
+                raise InputError(f"a pass key does not fit into {tokens} tokens; give at least {least}")
+            before = round(depth * room)
+            yield depth, filler * before + hidden + filler * (room - before) + asked, answer
+
+
+@torch.no_grad()
+def finds_passkey(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> bool:
+    """Whether greedy decoding gives the answer: each of its tokens is the most probable one after those before."""
+    ids = torch.tensor([prompt + answer[:-1]], device=model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -len(answer) :]
+    head, finish = predict.output_head(model)
+    return finish(head(hidden)).argmax(-1).tolist() == answer
+
+
+def record_passkeys(
+    run: Run, subject: str, artifact: Artifact, *, tokens: int, depths: Sequence[float] = (0.1, 0.5, 0.9)
+) -> list[bool]:
+    """Append `right_share:passkey_<tokens>`: how many of the profile's hidden keys are found, over all depths."""
+    model, tokenizer = checkpoint.load_model(artifact, run.device), checkpoint.load_tokenizer(artifact)
+    asked = list(passkey_prompts(tokenizer, tokens=tokens, depths=depths, count=run.profile.passkeys, seed=run.seed))
+    found = [finds_passkey(model, prompt, answer) for _, prompt, answer in tqdm(asked, desc=subject, leave=False)]
+    by_depth = {str(depth): sum(f for f, (d, *_) in zip(found, asked, strict=True) if d == depth) for depth in depths}
+    about = {"artifact_sha256": artifact.sha256, "engine": "torch", "details": {"found_by_depth": by_depth}}
+    run.record(
+        subject, f"right_share:passkey_{tokens}", unit="1", **about, **vars(statistics.wilson(sum(found), len(found)))
+    )
+    return found

@@ -40,7 +40,7 @@ from avalab import engines
 from avalab.data import chats, toolbox
 from avalab.lab import statistics
 from avalab.lab.artifacts import Artifact, sha256_of_text
-from avalab.lab.errors import InputError
+from avalab.lab.errors import InputError, MissingFile
 from avalab.lab.run import Run, write_atomically
 from avalab.lab.statistics import Estimate
 from avalab.measure.answers import Question, Respondent, answer
@@ -163,6 +163,21 @@ def make_sheet(folder: Path, asked: Sequence[Prompt], answered: dict[str, list[s
     }
     for name, content in (("sheet.json", sheet), ("key.json", whose)):
         write_atomically(folder / name, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    return sheet
+
+
+def load_sheet(folder: Path) -> dict:
+    """The sheet that `make_sheet` wrote. Raises MissingFile where there is none, ValueError for a damaged one."""
+    path = folder / "sheet.json"
+    try:
+        sheet = json.loads(path.read_text(encoding="utf-8"))
+        fields = ("key", "tools", "request", "answers")
+        if missing := [name for prompt in sheet["prompts"] for name in fields if name not in prompt]:
+            raise InputError(f"{path} has a request without {missing[0]}; make the sheet again")
+    except FileNotFoundError as error:
+        raise MissingFile(f"{folder} holds no sheet.json of the review form; notebook 12 makes one") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}; make the sheet again") from error
     return sheet
 
 

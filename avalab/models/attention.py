@@ -9,6 +9,14 @@ On a CPU examples of at most LONGEST tokens take `attend`: a few dense products 
 kept for the backward pass. torch's fused kernel works in blocks that are too small for bf16 units there: at 250 tokens,
 9 heads of 64 and 2 threads its backward pass took four times as long. Longer examples, and GPUs, take the fused one;
 what looks back no further than a window goes there with a mask, and soft caps (Gemma 2) are computed as written.
+
+An example may hold two answers to one prompt, which then is computed once: `forks` says where the first begins and
+where the second one does, and the second attends to the prompt and itself (Wang and Hegde 2024, arXiv 2410.20305).
+
+`group` makes it shifted sparse attention (LongLoRA: Chen et al. 2023, arXiv 2309.12307, section 3.2): tokens attend
+within groups of so many, half of the heads within groups that lie half a group later, so that what one half tells
+neighbours the other half tells on. The paper rolls the sequence, which puts its end and its beginning into one group:
+there the beginning sees what comes later. Here the two are half groups of their own, and nothing leaks.
 """
 
 from __future__ import annotations
@@ -103,6 +111,8 @@ def packed_attention(
     attention_mask: None,
     *,
     boundaries: Tensor | None = None,
+    forks: Tensor | None = None,
+    group: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -111,17 +121,38 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 token head channel"], None]:
     """Softmax attention of each example with itself, looking back less than `sliding_window` tokens where there is one.
 
+    `forks` ["example 2"] are token offsets: where each example's first answer begins, and where its second one does.
+    `group` is how many tokens attend to each other where attention is sparse and shifted.
     Raises ValueError for attention sinks, other position biases, and an example beyond the length at which rotary
     embeddings change for the whole row.
     """
     ends = [0, query.shape[2]] if boundaries is None else boundaries.tolist()
+    if group is not None:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        halves = zip(*(t.tensor_split(2, dim=1) for t in (query, key, value)), strict=True)
+        cuts = (_grouped(ends, int(group), shift) for shift in (0, int(group) // 2))
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap, **more}
+        outputs = [
+            packed_attention(module, *half, None, boundaries=cut, **options)[0]
+            for half, cut in zip(halves, cuts, strict=True)
+        ]
+        return torch.cat(outputs, dim=2), None
     _refuse_unknown(module, more, longest=max(end - start for start, end in pairwise(ends)))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = [
-        _one(*(t[:, :, start:end] for t in (query, key, value)), scaling, dropout, sliding_window, softcap)
-        for start, end in pairwise(ends)
-    ]
+    how, parts = (scaling, dropout, sliding_window, softcap), []
+    for index, (start, end) in enumerate(pairwise(ends)):
+        first, second = (end, end) if forks is None else forks[index].tolist()
+        parts.append(_one(*(t[:, :, start:second] for t in (query, key, value)), *how))
+        if second < end:
+            seen = (torch.cat([t[:, :, start:first], t[:, :, second:end]], dim=2) for t in (key, value))
+            parts.append(_one(query[:, :, second:end], *seen, *how))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _grouped(ends: list[int], group: int, shift: int) -> Tensor:
+    """Boundaries of groups of so many tokens inside each example, the first one of `shift` tokens where that is any."""
+    cuts = {cut for start, end in pairwise(ends) for cut in range(start + (shift or group), end, group)}
+    return torch.tensor(sorted({*ends, *cuts}))
 
 
 def _refuse_unknown(module: nn.Module, more: dict, *, longest: int) -> None:
@@ -145,17 +176,19 @@ def _one(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    tokens = query.shape[2]
-    masked = window is not None and 0 < window < tokens
-    if query.device.type == "cpu" and tokens <= LONGEST and not (dropout or masked or softcap):
+    """The queries are those of the last keys."""
+    tokens, keys = query.shape[2], key.shape[2]
+    windowed = window is not None and 0 < window < keys
+    masked = windowed or tokens < keys
+    if query.device.type == "cpu" and keys <= LONGEST and not (dropout or windowed or softcap):
         return attend(query[0], key[0], value[0], scaling)[None]
     repeats = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
     if not (masked or softcap):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    if masked:
-        seen = seen.triu(1 - window)
+    seen = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
+    if windowed:
+        seen = seen.triu(keys - tokens + 1 - window)
     if not softcap:
         return F.scaled_dot_product_attention(query, key, value, seen, scale=scaling, dropout_p=dropout)
     scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
@@ -165,12 +198,13 @@ def _one(
 
 def attend(
     query: Float[Tensor, "head token channel"],
-    key: Float[Tensor, "kv_head token channel"],
-    value: Float[Tensor, "kv_head token channel"],
+    key: Float[Tensor, "kv_head past channel"],
+    value: Float[Tensor, "kv_head past channel"],
     scaling: float,
 ) -> Float[Tensor, "head token channel"]:
     """softmax(scaling Q K^T + causal mask) V; a key-value head serves the query heads of its group.
 
+    There may be more keys than queries: these are then the last ones'.
     Source: Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023.
     """
     return _Attention.apply(query, key, value, scaling)
@@ -182,10 +216,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         heads, tokens, channels = query.shape
+        keys = key.shape[1]
         grouped = query.reshape(len(key), -1, channels)  # a group's queries are rows of one product
         scores = (grouped * scaling) @ key.mT
-        future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype).triu(1)
-        p = (scores.view(heads, tokens, tokens) + future).softmax(-1).view_as(scores)
+        future = torch.full((tokens, keys), float("-inf"), dtype=query.dtype).triu(1 + keys - tokens)
+        p = (scores.view(heads, tokens, keys) + future).softmax(-1).view_as(scores)
         ctx.save_for_backward(grouped, key, value, p)
         ctx.scaling = scaling
         return (p @ value).view(heads, tokens, channels)

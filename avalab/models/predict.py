@@ -42,6 +42,8 @@ CHUNK_TOKENS = 256  # rows of float32 logits held at once
 
 BATCH_WINDOWS = 4
 
+INPUTS = ("input_ids", "position_ids", "boundaries", "forks", "group")  # of a packed row: what the model is given of it
+
 Candidate = Callable[[slice], Float[Tensor, "token vocab"]]  # rows of a window -> log-probabilities
 
 

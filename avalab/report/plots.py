@@ -289,26 +289,34 @@ def lines(axes: Axes, curves: pandas.DataFrame, looks: Mapping[str, dict]) -> No
 
 
 @rc_context(STYLE)
-def loss_curves(records: list[Record], *, path: Path | None = None) -> Picture:
+def loss_curves(
+    records: list[Record], *, metric: str = "train_loss", scale: str = "log", path: Path | None = None
+) -> Picture:
     """Training loss against tokens, a curve for each `train_loss` record: each step thin, on top its running median.
 
     Held-out losses are the markers. A step of rehearsal rows has a loss near zero: its targets are the base's own.
+    Another `metric` whose records hold `samples`, one a step, is drawn alike.
     """
-    curves = [record for record in records if record.metric == "train_loss" and record.samples]
+    curves = [record for record in records if record.metric == metric and record.samples]
     if not curves:
-        raise InputError("no train_loss record with samples; record a training run first")
+        raise InputError(f"no {metric} record with samples; record a training run first")
     figure, (axes,) = style.new_figure(3.6)
     for curve, look in zip(curves, style.looks(map(str, range(len(curves)))).values(), strict=True):
-        tokens, held_out = curve.details["tokens"], curve.details["held_out"]
+        tokens, held_out = curve.details["tokens"], curve.details.get("held_out")
         axes.plot(tokens, curve.samples, color=look["color"], lw=0.6, alpha=0.5)
         axes.plot(tokens, running_median(curve.samples), color=look["color"], lw=2, label=f"{curve.subject}, training")
         if held_out:
             label = f"{curve.subject}, held out"
             axes.plot(*zip(*held_out, strict=True), ls="none", mec="black", label=label, **look)
-    axes.set(xlabel="training tokens [1]", ylabel="loss of a step [nats/token]", yscale="log")
+    words, unit = metric_words(metric), curves[0].unit
+    axes.set(xlabel="training tokens [1]", ylabel=f"{words} [{unit}]", yscale=scale)
     style.legend_above(figure, columns=3)
-    alt = "Loss against tokens. " + "; ".join(f"{c.subject}: {c.samples[0]:.2f} to {c.value:.3f}" for c in curves) + "."
-    return style.finish(figure, path, alt, records, ["train_loss"])
+    alt = (
+        f"{words.capitalize()} against tokens. "
+        + "; ".join(f"{c.subject}: {c.samples[0]:.2f} to {c.value:.3f}" for c in curves)
+        + "."
+    )
+    return style.finish(figure, path, alt, records, [metric])
 
 
 def running_median(values: Sequence[float], window: int = WINDOW) -> list[float]:

@@ -80,11 +80,14 @@ class Picture:
         return self.alt
 
 
-def new_figure(height: float, panels: int = 1, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure that pyplot does not know: nothing to close, and a notebook does not show it a second time."""
+def new_figure(height: float, panels: int = 1, *, rows: int = 1, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure that pyplot does not know: nothing to close, and a notebook does not show it a second time.
+
+    It has so many panels in each of its `rows`, read as a text is.
+    """
     figure = Figure((WIDTH_INCHES, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, sharey=sharey, squeeze=False)[0])
+    return figure, list(figure.subplots(rows, panels, sharey=sharey, squeeze=False).flat)
 
 
 def row_figure(

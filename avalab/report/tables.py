@@ -79,6 +79,12 @@ METRICS = {
     "krippendorff_alpha": Metric("agreement of raters, alpha", "1", 1, True),
     "same_answer_share": Metric("same answer as the baseline", "%", 100, True),
     "recovered": Metric("recovered", "%", 100, True),
+    "pair_accuracy": Metric("pairs ranked right", "%", 100, True),
+    "pair_margin": Metric("margin of pairs", "nats", 1, True),
+    "recall_at_1": Metric("own name is the nearest", "%", 100, True),
+    "recall_at_5": Metric("own name is among the five nearest", "%", 100, True),
+    "contrastive_loss": Metric("contrastive loss of a step", "nats"),
+    "train_loss": Metric("loss of a step", "nats/token"),
     "right_share": Metric("right answers", "%", 100, True),
 }
 

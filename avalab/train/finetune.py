@@ -92,17 +92,22 @@ def prepare_model(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
     if training_backend(run.device) == "unsloth":
         return _unsloth(base, recipe, run.seed)
     model = checkpoint.load_model(base, run.device)
+    apply_adapters(model, recipe, seed=run.seed)
+    return model
+
+
+def apply_adapters(model: PreTrainedModel, recipe: Recipe, *, seed: int) -> None:
+    """Put the recipe's adapters on a model, and the lab's kernels under them."""
     adapters.attach_adapters(
         model,
         rank=recipe.rank,
         alpha=recipe.alpha,
         dropout=recipe.dropout,
         target_modules=recipe.target_modules,
-        seed=run.seed,
+        seed=seed,
     )
     if recipe.fused:
         adapters.apply_fused_adapters(model, decoded=recipe.decoded)
-    return model
 
 
 def predicted_adapter_bytes(base: Artifact, recipe: Recipe) -> int:
@@ -117,14 +122,14 @@ def load_history(adapter: Artifact) -> list[dict]:
     return json.loads((adapter.path / loop.HISTORY).read_text(encoding="utf-8"))
 
 
-def loss_change(artifact: Artifact) -> str:
+def loss_change(artifact: Artifact, *, unit: str = "nats/token") -> str:
     """What training did to the loss, in words: of held-out examples, or else of the first and last tenth of steps."""
     history = load_history(artifact)
     kept = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
     curve = kept or [entry["loss"] for entry in history if "loss" in entry]
     before, after = (kept[0], kept[-1]) if kept else _ends(curve)
     note = "" if after < before else "; it did not fall: a lower learning rate or more examples may help"
-    return f"{'held-out' if kept else 'training'} loss {before:.3f} -> {after:.3f} nats/token{note}"
+    return f"{'held-out' if kept else 'training'} loss {before:.3f} -> {after:.3f} {unit}{note}"
 
 
 def _ends(curve: list[float]) -> tuple[float, float]:
@@ -132,7 +137,7 @@ def _ends(curve: list[float]) -> tuple[float, float]:
     return statistics.mean(curve[:tenth]), statistics.mean(curve[-tenth:])
 
 
-def record_training(run: Run, subject: str, adapter: Artifact) -> None:
+def record_training(run: Run, subject: str, adapter: Artifact, *, unit: str = "nats/token") -> None:
     """Append training's tokens a second, its seconds and `train_loss`: the curve, its value the last tenth's mean."""
     entries = load_history(adapter)
     steps = [entry for entry in entries if "loss" in entry]
@@ -145,7 +150,7 @@ def record_training(run: Run, subject: str, adapter: Artifact) -> None:
     run.record(subject, "train_seconds", last["seconds"], "s", details=measured, **about)
     _, end = _ends(curve)
     progress = {"tokens": [entry["tokens"] for entry in steps], "held_out": held_out}
-    run.record(subject, "train_loss", end, "nats/token", samples=curve, details=progress, **about)
+    run.record(subject, "train_loss", end, unit, samples=curve, details=progress, **about)
 
 
 def _unsloth(base: Artifact, recipe: Recipe, seed: int) -> PreTrainedModel:

@@ -9,7 +9,8 @@
    early stopping are the Trainer's; whose a checkpoint is, and whether it is whole, `checkpoints` says.
 
 A loss is a function `(hidden ["1 token channel"], head ["vocab channel"], batch) -> mean over the tokens that count`.
-One with a true `needs_layers` finds the residual stream before, between and after the blocks in `batch["layers"]`.
+One with a true `needs_layers` finds the residual stream before, between and after the blocks in `batch["layers"]`; what
+the `take_measures` of one returns after a step goes into the history beside the loss.
 Under `accelerate launch` every process calls the same function; process 0 writes.
 
 `train_artifact` and `fit_kept` are what every kind of training shares: the artefact that is there is not trained again,
@@ -22,12 +23,13 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -73,11 +75,17 @@ class Student(nn.Module):
         if not trainable:
             raise InputError("no parameter of the model is trainable; attach adapters or set requires_grad first")
         self.trainable = nn.ParameterDict({name.replace(".", "/"): p for name, p in trainable.items()})
+        self.take_measures = getattr(loss, "take_measures", dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.hidden_model[0].device
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """`{"loss"}`: this row's share of the step's mean, or its own mean when nobody says what the step has."""
         model, loss, finish = self.hidden_model
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "boundaries")}
+        inputs = {name: batch[name] for name in predict.INPUTS if name in batch}
         needs_layers = getattr(loss, "needs_layers", False)
         outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=needs_layers)
         hidden, more = finish.scaled(outputs.last_hidden_state), {"finish": finish}
@@ -154,27 +162,46 @@ def fit(
     apply_packed_attention(model)
     if schedule.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = asdict(schedule) | {"rows": _identity(rows), "held_out": _identity(held_out or [])}
+    settings = {"rows": _identity(rows), "held_out": _identity(held_out or [])}
     settings |= {"loss": getattr(loss, "identity", getattr(loss, "__name__", "")), "identity": identity}
+    return fit_module(student, rows, schedule=schedule, folder=folder, settings=settings, held_out=held_out)
+
+
+def fit_module(
+    student: nn.Module,
+    rows: Sequence[dict] | Dataset,
+    *,
+    schedule: Schedule,
+    folder: Path,
+    settings: dict,
+    held_out: Sequence[dict] | None = None,
+    collate: Callable[[list[dict]], dict] = one_row_batch,
+) -> list[dict]:
+    """`fit` of any module that takes a batch and gives `{"loss"}`, as `Student` does; batches are made by `collate`.
+
+    It names its `device`, its `main_input_name`, of which the history counts the numbers as tokens, and may have
+    `take_measures`. `settings` tell its checkpoints from others'.
+    """
+    settings = asdict(schedule) | settings
     own = checkpoints.own_folder(folder, settings)
     steps = schedule.steps or math.ceil(len(rows) / schedule.rows_per_step) * schedule.epochs
-    arguments = _arguments(schedule, own, model.device.type, evaluate=bool(held_out))
+    arguments = _arguments(schedule, own, student.device.type, evaluate=bool(held_out))
     if steps * schedule.warmup < 1:  # rounded up, the only step of a short run would have a learning rate of 0
         arguments.warmup_steps = 0
     if first := arguments.process_index == 0:
         checkpoints.claim(own, settings)
-    progress, keeper = Progress(own), checkpoints.Keeper(schedule.checkpoint_seconds)
+    progress, keeper = Progress(own, student), checkpoints.Keeper(schedule.checkpoint_seconds)
     trainer = Trainer(
         student,
         arguments,
-        data_collator=one_row_batch,
+        data_collator=collate,
         train_dataset=rows,
         eval_dataset=held_out or None,
         callbacks=[progress, keeper, *([EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],
     )
     trainer.remove_callback(PrinterCallback)
     process.quiet_libraries()
-    before = held_out_loss(student, held_out) if held_out else None
+    before = held_out_loss(student, held_out, collate) if held_out else None
     with trainer.accelerator.main_process_first():
         last = checkpoints.last_whole(own, writes=first)
     try:
@@ -182,28 +209,49 @@ def fit(
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         progress.close()
-    history = [] if before is None else [{"step": 0, "held_out_loss": before}]
-    for logged in trainer.state.log_history:
-        if "loss" in logged:
-            history.append({name: logged[name] for name in LOGGED})
-        elif "eval_loss" in logged:
-            history.append({"step": logged["step"], "held_out_loss": logged["eval_loss"]})
+    history = _history(trainer.state.log_history, before)
     if held_out and "held_out_loss" not in history[-1]:
-        history.append({"step": trainer.state.global_step, "held_out_loss": held_out_loss(student, held_out)})
+        history.append({"step": trainer.state.global_step, "held_out_loss": held_out_loss(student, held_out, collate)})
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         checkpoints.forget(own)
     return history
 
 
+def _history(logged: list[dict], before: float | None) -> list[dict]:
+    """What is kept of the Trainer's log."""
+    history = [] if before is None else [{"step": 0, "held_out_loss": before}]
+    for entry in logged:
+        if "loss" in entry:
+            history.append({name: entry[name] for name in LOGGED} | entry.get("measures", {}))
+        elif "eval_loss" in entry:
+            history.append({"step": entry["step"], "held_out_loss": entry["eval_loss"]})
+    return history
+
+
 @torch.no_grad()
-def held_out_loss(student: Student, rows: Rows) -> float:
+def held_out_loss(
+    student: nn.Module, rows: Sequence[dict], collate: Callable[[list[dict]], dict] = one_row_batch
+) -> float:
     """Mean loss of rows, each counted alike, as the Trainer's evaluation has it."""
-    device = student.hidden_model[0].device
     student.eval()
-    losses = [student(**{name: value.to(device) for name, value in one_row_batch([row]).items()}) for row in rows]
+    losses = [student(**{name: value.to(student.device) for name, value in collate([row]).items()}) for row in rows]
     student.train()
     return statistics.mean(float(found["loss"]) for found in losses)
+
+
+def kept_for_backward(forward: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of a call for its backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outcome = forward()  # held until all is counted: storage that is given back may be given out again
+    del outcome
+    return sum(kept.values())
 
 
 class Progress(TrainerCallback):
@@ -212,8 +260,9 @@ class Progress(TrainerCallback):
     The base class is what the Trainer's interface asks for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, student: nn.Module) -> None:
         self.folder, self.bar = folder, None  # of the checkpoints
+        self.take_measures = getattr(student, "take_measures", dict)
 
     def on_train_begin(self, args, state, control, **_) -> None:
         seen = [e["seconds"] for e in state.log_history if "seconds" in e]
@@ -229,7 +278,7 @@ class Progress(TrainerCallback):
                 raise InputError(f"the {what} is {value} at step {state.global_step}; {self._way_out(args)}")
         seconds = time.perf_counter() - self.started
         entry = state.log_history[-1]
-        entry |= {"seconds": seconds, "tokens": int(state.num_input_tokens_seen)}
+        entry |= {"seconds": seconds, "tokens": int(state.num_input_tokens_seen), "measures": self.take_measures()}
         curve = sparkline([e["loss"] for e in state.log_history if "loss" in e])
         rate = entry["tokens"] / seconds
         self.bar.set_postfix_str(f"loss {curve} {logs['loss']:.3f}, {rate:.0f} tokens/s", refresh=False)

@@ -21,6 +21,12 @@ TEACHERS = (ONLINE, *FORMS)
 
 KINDS = ("scales", "weights", "blocks", "torchao")  # of training through the rounding
 
+PREFERENCES = ("dpo", "ipo", "cdpo")  # losses of pairs, of `preferences.losses`
+
+SCALINGS = ("linear", "llama3", "yarn")  # of rotary positions, beyond the context that they were trained for
+
+CONTRASTIVE = ("clip", "siglip")  # losses of pictures and texts
+
 MOST_ENTRIES = 255  # of a token's stored targets: how many there are takes a byte
 
 
@@ -177,3 +183,76 @@ class RoundingRecipe:
         if self.kind not in KINDS:
             raise InputError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
         refuse_outside("number of windows a row", self.windows_per_row, 1)
+
+
+@dataclass(frozen=True)
+class PreferenceRecipe:
+    """Which loss of pairs is trained, how closely the model is held to where it began, and how adapters learn it.
+
+    Raises ValueError for an unknown loss, naming those that there are, and for numbers that no loss can have.
+    """
+
+    loss: str = "dpo"
+    beta: float = 0.1  # the larger, the less of a margin is asked for, or the sooner it is enough
+    smoothing: float = 0.1  # of `cdpo`: share of pairs that are the wrong way round
+    training: AdapterRecipe = field(
+        default_factory=lambda: AdapterRecipe(schedule=Schedule(learning_rate=1e-4, rows_per_step=2))
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss not in PREFERENCES:
+            raise InputError(f"unknown loss {self.loss!r}; choose one of {', '.join(PREFERENCES)}")
+        refuse_outside("beta", self.beta, 0, 100, above=True)
+        refuse_outside("smoothing", self.smoothing, 0, 0.5, below=True)
+        refuse_outside("rank", self.training.rank, 1)
+
+
+@dataclass(frozen=True)
+class ContextRecipe:
+    """How far a model's context is stretched, by which scaling of its positions, and how sparse training attends.
+
+    Raises ValueError for a factor that stretches nothing, an unknown scaling, or a share of a row that is none.
+    """
+
+    factor: float = 2.0
+    scaling: str = "linear"
+    group_share: float = 0.25  # of a row: tokens that attend to each other; 1 is full attention
+    training: AdapterRecipe = field(
+        default_factory=lambda: AdapterRecipe(schedule=Schedule(learning_rate=2e-4, gradient_checkpointing=True))
+    )
+
+    def __post_init__(self) -> None:
+        if self.scaling not in SCALINGS:
+            raise InputError(f"unknown scaling {self.scaling!r}; choose one of {', '.join(SCALINGS)}")
+        refuse_outside("factor", self.factor, 1, 1024)
+        refuse_outside("share of a group", self.group_share, 0, 1, above=True)
+        refuse_outside("rank", self.training.rank, 1)
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """The size of an image tower, its loss, and the batches it learns from.
+
+    Raises ValueError for numbers that no tower or batch can have.
+    """
+
+    loss: str = "clip"
+    width: int = 32  # channels of the largest picture, a multiple of 8; the smallest has four times as many
+    shared: int = 128  # of the space that images and texts share
+    batch: int = 256  # pairs: as many texts are wrong for an image
+    chunk: int = 64  # images whose activations are in memory
+    schedule: Schedule = field(default_factory=lambda: Schedule(learning_rate=2e-3, weight_decay=0.05, steps=400))
+
+    def __post_init__(self) -> None:
+        if self.loss not in CONTRASTIVE:
+            raise InputError(f"unknown loss {self.loss!r}; choose one of {', '.join(CONTRASTIVE)}")
+        for name, least in (("width", 8), ("shared", 2), ("batch", 2), ("chunk", 1)):
+            refuse_outside(name, getattr(self, name), least)
+        if self.width % 8:
+            raise InputError(f"width is {self.width}; it has to be a multiple of 8, the groups of its norms")
+        refuse_outside("number of steps", self.schedule.steps, 1)
+
+    @classmethod
+    def of(cls, row: dict) -> ImageRecipe:
+        """The recipe that `dataclasses.asdict` wrote."""
+        return cls(**{**row, "schedule": Schedule(**row["schedule"])})

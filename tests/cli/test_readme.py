@@ -34,6 +34,7 @@ SHARE = 0.7
 LESS = {
     "eval": ("--limit", "2"),
     "finetune": ("--limit", "8"),
+    "align": ("--limit", "12"),
     "distill": ("--tokens", "300", "--row-tokens", "128"),
     "recover": ("--tokens", "512", "--steps", "2"),
 }
@@ -148,7 +149,7 @@ def test_a_command_of_the_readme_does_what_it_says(shown, outcome_of, folder):
     assert "Traceback" not in found.error
     if "--json" in words:
         assert {"metric", "value", "unit", "when"} <= json.loads(found.text)[0].keys()
-    if words[1] in ("quantize", "prune", "export", "finetune", "distill", "recover"):
+    if words[1] in ("quantize", "prune", "export", "finetune", "align", "distill", "recover"):
         artifacts.load_artifact(folder / words[words.index("--out") + 1])
     elif words[1] == "compare":
         verdicts = r"(better|worse|not distinguishable): [+-]\d"
