@@ -15,6 +15,10 @@
     avalab recover small --out better               train codes and scales of a low-bit model, at the same bytes
     avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
+    avalab index docs --out docs.sqlite             read documents into an index
+    avalab ask "who knows?" --documents docs.sqlite answer from them, with checked sources
+    avalab agent "12 * 31?" --tools calculating     work on a task with tools
+    avalab mcp --folder models                      be an MCP server
 
 Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
 """
@@ -28,7 +32,7 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import compress, measure, show, talk, train
+from avalab.cli import agent, compress, measure, show, talk, train
 from avalab.lab import assets
 from avalab.lab.errors import LabError
 
@@ -56,6 +60,10 @@ COMMANDS = {
     "compare": measure.compare,
     "chat": talk.chat,
     "ensemble": talk.ensemble,
+    "index": agent.index,
+    "ask": agent.ask,
+    "agent": agent.agent,
+    "mcp": agent.mcp,
 }
 
 for _name, _command in COMMANDS.items():
