@@ -1,9 +1,9 @@
 """Tools of other people's MCP servers, over stdio and HTTP, within what a person allowed.
 
 1. A file names the servers: `{"servers": {"files": {"command": "...", "args": [...], "allow": ["read"],
-   "confirm": ["write"]}}}`, or `"url"` in place of `"command"`. Only what stands in `allow` or `confirm` is ever offered to a model;
-   what stands in `confirm` is asked about each time. What a server says of its own tools (such as that they only read)
-   decides nothing.
+   "confirm": ["write"]}}}`, or `"url"` in place of `"command"`. Only what stands in `allow` or `confirm` is ever
+   offered to a model; what stands in `confirm` is asked about each time. What a server says of its own tools (such as
+   that they only read) decides nothing.
 2. A tool's name begins with its server's, `files.read`, so that no server can take the place of another's tool.
 3. A call has `seconds`, its arguments and its result have sizes. A server that hangs, answers rubbish or dies makes the
    call fail with a reason that the model reads; while a server is connected to, it is a line for the person.
@@ -14,16 +14,23 @@ Needs the package mcp (extra `agent`). Source: the Model Context Protocol, 2026-
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from avalab.agent.toolkit import INSTALL, Tool
+from avalab.agent.retrieval.index import Index
+from avalab.agent.toolkit import INSTALL, Tool, perform
 from avalab.data import gates
+from avalab.data.calls import Call
+from avalab.lab import statistics
 from avalab.lab.errors import InputError, LabError, MissingFile, ProcessFailed, Unavailable
+from avalab.lab.run import Run
 from avalab.serve.tools import shortened
 
 CONNECT_SECONDS, CALL_SECONDS = 20.0, 30.0
@@ -213,3 +220,27 @@ def _why(error: BaseException, seconds: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {seconds:g} s"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def record_calls(run: Run, index: Path, asked: Sequence[str]) -> int:
+    """How many calls to the lab's own server over stdio give what the index gives; recorded with the time of a call."""
+    name = "search_documents"
+    arguments = ("-m", "avalab.cli", "mcp", "--folder", str(index.parent), "--documents", str(index))
+    env = tuple((key, value) for key, value in os.environ.items() if key.startswith(("AVALAB", "PYTHON")))
+    server = Server("lab", sys.executable, arguments, env=env, allow=(name,))
+    direct, right, times = Index.existing(index), 0, []
+    try:
+        with connected([server], connect_seconds=60.0) as tools:
+            for question in asked:
+                began = time.perf_counter()
+                said = perform(tools, Call(f"lab.{name}", {"question": question, "most": 1}))
+                times.append(1000 * (time.perf_counter() - began))
+                right += not said.failed and all(piece.name in said.text for piece in direct.search(question, 1))
+    except (Unavailable, ProcessFailed) as error:
+        run.record("lab.search_documents", "valid_calls", None, "1", note=str(error))
+        return 0
+    finally:
+        direct.close()
+    share = statistics.wilson(right, len(asked))
+    run.record("lab.search_documents", "valid_calls", unit="1", samples=times, **vars(share))
+    return right

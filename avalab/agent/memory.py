@@ -1,6 +1,7 @@
 """What an agent remembers between sessions, in one file of sqlite: facts it was told to keep, and what it did.
 
-Facts are found again by words (FTS5, BM25) and stand in the next task's system message; a known fact is not kept twice. A session is a task, how it ended and its transcript, written when it ends.
+Facts are found again by words (FTS5, BM25) and stand in the next task's system message; a known fact is not kept
+twice. A session is a task, how it ended and its transcript, written when it ends.
 """
 
 from __future__ import annotations

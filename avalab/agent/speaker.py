@@ -4,8 +4,8 @@
    or a GGUF file. A GGUF file is opened as it is, by llama.cpp; its tokenizer, which takes half a minute to read from
    the file, is kept beside a link to it and read from there the next time.
 2. `Speaker.say` writes the chat with the model's own template, leaves out the oldest turns where the context is full
-   (`serve.chat.fitted`), and decodes greedily, by chance, or within a grammar of calls. llama.cpp keeps what it read, so
-   that a chat that grows is not read again.
+   (`serve.chat.fitted`), and decodes greedily, by chance, or within a grammar of calls. llama.cpp keeps what it read:
+   a chat that grows is not read again.
 3. `Speaker.cost` counts tokens and seconds of all answers so far: methods are compared at equal tokens.
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from avalab import engines
@@ -98,17 +100,19 @@ class Speaker:
         refusal: bool = True,
         temperature: float = 0.0,
         seed: int = 0,
+        choose: Callable[[Tensor], int] | None = None,
     ) -> Said:
         """The answer to a chat, `most` tokens at most and half of the context.
 
-        With `functions` it is calls to them, or, with `refusal`, a text without one. A temperature draws.
+        With `functions` it is calls to them, or, with `refusal`, a text without one. A temperature draws;
+        `choose` picks each token from its logits.
         Raises ValueError where the last request alone has no room.
         """
         most = min(most, self.engine.facts.context // 2)
         kept = chat_turns.fitted(chat, lambda part: len(self.tokens(part)), self.engine.facts.context - most)
         ids, began = self.tokens(kept), time.perf_counter()
         grammar = grammars.call_grammar(self.compiler, functions, refusal=refusal, max_calls=1) if functions else None
-        choose = engines.sampler(temperature, seed) if temperature else None
+        choose = engines.sampler(temperature, seed) if temperature else choose
         new = self.engine.generate(ids, most, grammar, choose=choose)
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         said = Said(

@@ -1,8 +1,8 @@
 """Forty written tasks for an agent, five kinds of eight, and how an answer to one is checked.
 
 `data/agent_tasks/tasks.jsonl` holds a task a line: the request, the files of its workspace, the check and the calls of
-a solution. The documents are the four pages of `data/agent_tasks/handbook`. A check is a number that has to stand in the
-answer (within a tolerance), one of some texts, or one of them in a file that the agent has to write.
+a solution. The documents are the four pages of `data/agent_tasks/handbook`. A check is a number that has to stand in
+the answer (within a tolerance), one of some texts, or one of them in a file that the agent has to write.
 
 A solution is no part of what the model sees: a test runs it and finds that its results answer the task.
 """

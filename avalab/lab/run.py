@@ -57,6 +57,14 @@ class Profile:
     humaneval_items: int = 40
     train_examples: int = 3600  # chats that fine-tuning learns from
     held_out_examples: int = 60  # chats that are scored at every checkpoint
+    agent_model: str = "qwen2.5-coder-0.5b-instruct"  # that answers from documents and works on tasks
+    indexed_modules: int = 60  # whose documentation is indexed
+    document_questions: int = 90
+    document_answers: int = 6  # of these questions are answered by the model, with and without documents
+    agent_tasks: int = 5
+    reasoning_problems: int = 3  # of each task
+    reasoning_tokens: int = 160  # of each way for each problem
+    scenario_items: int = 2
 
 
 def _read_profiles() -> dict[str, Profile]:

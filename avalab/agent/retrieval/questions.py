@@ -128,14 +128,17 @@ def questions(pieces: Sequence[Found], count: int, seed: int, split: str = "test
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     rng, by_kind = random.Random(f"{split}-{seed}"), {kind: [] for kind in KINDS}
-    shared = Counter(sentence for piece in pieces for sentence in dict.fromkeys(_sentences(piece.text)))
+    shared = Counter(sentence for piece in pieces for sentence in dict.fromkeys(_sentences(_said(piece)[1])))
     for piece in pieces:
         name = piece.heading.rpartition(" > ")[2]
         if split_of(piece.document) != split or "." not in name or not piece.document.startswith(name.split(".")[0]):
             continue
-        sentences = [each for each in _sentences(piece.text) if shared[each] == 1]
-        for place, sentence in enumerate(sentences):
-            kind = "purpose" if place == 0 and _opens(piece.text, sentence) else "detail"
+        if name.split(".")[0] == name.rpartition(".")[2].lower():
+            continue  # the question names its module
+        begins, text = _said(piece)
+        sentences = [each for each in _sentences(text) if shared[each] == 1]
+        for sentence in sentences:
+            kind = "purpose" if begins and " ".join(text.split()).startswith(sentence) else "detail"
             by_kind[kind].append((piece, name, sentence))
         if sentences:
             by_kind["name"].append((piece, name, sentences[0]))
@@ -147,9 +150,11 @@ def questions(pieces: Sequence[Found], count: int, seed: int, split: str = "test
     return [_asked(KINDS[at % len(KINDS)], *one[0], rng) for at, one in enumerate(made)]
 
 
-def _opens(text: str, sentence: str) -> bool:
-    """Whether a sentence is the first of its docstring, which follows the signature."""
-    return text.split("\n", 1)[-1].strip()[:20].startswith(sentence[:20])
+def _said(piece: Found) -> tuple[bool, str]:
+    """Whether a piece begins with a signature, and so a docstring, and its text without that."""
+    first, _, rest = piece.text.partition("\n")
+    begins = re.match(rf"{re.escape(piece.heading.rpartition('.')[2])}(\(|$)", first) is not None
+    return begins, rest if begins else piece.text
 
 
 def _sentences(text: str) -> list[str]:
