@@ -33,6 +33,11 @@ RULES = (
 
 PLAN = "Before you begin: in at most 30 words, which functions will you call, and in which order?"
 
+NEXT = (  # a small model goes on calling for ever unless it is asked each time whether it is done
+    "Do these results answer the task? Then reply with the answer in one short sentence, without a call. If something "
+    "is missing, make the next call."
+)
+
 LAST = "Answer the task now, in one short sentence, from the results above."
 
 PLAN_TOKENS, CALL_TOKENS, LAST_TOKENS = 48, 200, 64
@@ -110,10 +115,11 @@ def work_on(
     while not done.status:
         done.status = _reached(limits, done, repeated, time.perf_counter() - began, speaker.cost.since(before))
         if done.status:
-            said = speaker.say([*chat, {"role": "user", "content": LAST}], most=LAST_TOKENS)
+            said = speaker.say(_fitting(chat, speaker, LAST), most=LAST_TOKENS)
             done.answer = said.text.strip()
             break
-        found = speaker.say(chat, most=CALL_TOKENS, functions=[tool.described for tool in tools] or None)
+        asked = _fitting(chat, speaker) if done.steps else chat
+        found = speaker.say(asked, most=CALL_TOKENS, functions=[tool.described for tool in tools] or None)
         chat.append({"role": "assistant", "content": found.text})
         calls = speaker.calls(found.text)
         if calls == "no_call":
@@ -133,6 +139,14 @@ def work_on(
             Session(time_now(), speaker.name, task, done.status, done.answer, transcript(done, speaker.name))
         )
     return done
+
+
+def _fitting(chat: list[dict], speaker: Speaker, question: str = NEXT) -> list[dict]:
+    """The chat and a question about it, without its oldest steps where the context is full; the task stays."""
+    task, steps, asked = chat[:2], chat[2:], [{"role": "user", "content": question}]
+    while len(steps) > 2 and speaker.room([*task, *steps, *asked], CALL_TOKENS) < 0:
+        steps = steps[2:]
+    return [*task, *steps, *asked]
 
 
 KNOWN = "This call was made before. Its result: "

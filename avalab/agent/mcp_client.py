@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,8 +143,6 @@ def _transport(server: Server) -> object:
 @contextmanager
 def _bounded(portal: object, client: object, seconds: float) -> Iterator[object]:
     """The client, entered within some seconds, in the loop of another thread."""
-    from contextlib import asynccontextmanager
-
     import anyio
 
     @asynccontextmanager
@@ -154,8 +152,14 @@ def _bounded(portal: object, client: object, seconds: float) -> Iterator[object]
                 limit.deadline = float("inf")
                 yield session
 
+    raised = None
     with portal.wrap_async_context_manager(entered()) as session:
-        yield session
+        try:
+            yield session
+        except BaseException as error:  # raised outside, where no group of asyncio's tasks wraps it
+            raised = error
+    if raised is not None:
+        raise raised
 
 
 async def _listed(session: object, seconds: float) -> list:

@@ -7,8 +7,6 @@ offered only where the person who started the server says so, and writes below t
 Needs the package mcp (extra `agent`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -126,12 +126,21 @@ def _numbers(text: str) -> list[int]:
 
 def reading(count: int, seed: int) -> list[Item]:
     """A question about a page of the agent's handbook, which stands before it."""
-    pages = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((FOLDER / "handbook").glob("*.md")))
-    asked = [task for task in tasks() if task.kind == "documents" and len(task.solution) == 1]
+    pages = [path.read_text(encoding="utf-8") for path in sorted((FOLDER / "handbook").glob("*.md"))]
+    asked = [task for task in tasks() if task.kind == "documents" and len(task.solution) == 1][:count]
     return [
-        Item(task.id, f"{{name}} asks: {task.task}", lambda said, task=task: is_right(task, said, FOLDER), pages)
-        for task in asked[:count]
+        Item(
+            task.id,
+            f"{{name}} asks: {task.task}",
+            lambda said, task=task: is_right(task, said, FOLDER),
+            max(pages, key=lambda page, task=task: len(_words(task.task) & _words(page))),
+        )
+        for task in asked
     ]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]{4,}", text.lower()))
 
 
 SCENARIOS: dict[str, Callable[[int, int], list[Item]]] = {

@@ -91,6 +91,10 @@ class Speaker:
         """The chat up to where its next answer begins."""
         return self.tokenizer(chats.prompt_text(self.tokenizer, chat), add_special_tokens=False).input_ids
 
+    def room(self, chat: list[dict], most: int = ANSWER_TOKENS) -> int:
+        """Tokens that are left in the context beside a chat and an answer to it; below 0 where it does not fit."""
+        return self.engine.facts.context - min(most, self.engine.facts.context // 2) - len(self.tokens(chat))
+
     def say(
         self,
         chat: list[dict],

@@ -114,8 +114,8 @@ def file_tools(workspace: Path) -> list[Tool]:
 def _inside(workspace: Path, path: str) -> Path:
     """The file that a path names. Raises InputError for one outside the workspace."""
     root = workspace.resolve()
-    found = (root / path).resolve()
-    if not found.is_relative_to(root) or found == root or "\0" in path:
+    found = root if "\0" in path else (root / path).resolve()
+    if not found.is_relative_to(root) or found == root:
         raise InputError(f"{path!r} is not a file of the workspace; give a path such as notes.txt")
     return found
 
@@ -127,7 +127,8 @@ def _files(workspace: Path) -> dict[str, Path]:
 
 
 def _listed(workspace: Path) -> str:
-    return json.dumps({name: path.stat().st_size for name, path in _files(workspace).items()})
+    found = _files(workspace)
+    return f"{len(found)} files, with their bytes: {json.dumps({name: p.stat().st_size for name, p in found.items()})}"
 
 
 def _read(workspace: Path, path: str) -> str:
@@ -279,13 +280,12 @@ def convert_units(value: float, source: str, target: str) -> str:
 
 def calculating_tools() -> list[Tool]:
     """Sums, dates and units."""
-    day = ("string", "a date such as 2026-11-29")
-    unit = ("string", "a unit such as km, mile, kg, pound, degF, hour")
+    day, unit = ("string", "YYYY-MM-DD"), ("string", "such as km, kg, degF, hour")
     return [
         Tool(
             "calculate",
             "Work out an arithmetical expression, such as 3 * (4 + 5) or mean(1, 2, 6).",
-            schema(expression=("string", "numbers, + - * / // % **, brackets, sum, mean, min, max, round, sqrt")),
+            schema(expression=("string", "+ - * / // % ** ( ) sum mean min max round sqrt")),
             calculate,
         ),
         Tool("days_between", "Count the days from one date to another.", schema(start=day, end=day), days_between),

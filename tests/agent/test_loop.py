@@ -22,7 +22,8 @@ def test_a_call_is_run_and_its_result_is_read(scripted):
     done = work_on("What is 6 times 7?", SUM, speaker)
     assert (done.status, done.answer, len(done.steps)) == ("answered", "It is 42.", 1)
     chat, options = speaker.asked[1]
-    assert chat[-1] == {"role": "tool", "name": "calculate", "content": "42"}
+    assert chat[-2] == {"role": "tool", "name": "calculate", "content": "42"}
+    assert chat[-1]["content"] == loop.NEXT
     assert [f["name"] for f in options["functions"]] == ["calculate"]
 
 
@@ -124,7 +125,7 @@ def test_every_task_is_solved_by_its_solution_and_not_by_nothing(scripted, tmp_p
 
     class Reading(scripted):
         def say(self, chat, **options):
-            self.lines = self.lines or [chat[-1]["content"]]  # answers with the last result
+            self.lines = self.lines or [f"It says: {chat[-2]['content']}"]  # answers with the last result
             return super().say(chat, **options)
 
     for task in tasks.tasks():
@@ -147,3 +148,16 @@ def test_success_is_recorded_with_its_interval(scripted, tmp_path, run):
     share = tasks.record(run, "agent", tasks.work(chosen, scripted(*lines), tmp_path), engine="scripted")
     assert (share.value, share.n) == (0.5, 2)
     assert {r.metric for r in run.records} == {"task_success", "steps_per_task", "tokens_per_task", "seconds_per_task"}
+
+
+def test_a_full_context_loses_the_oldest_steps_and_never_the_task(scripted):
+    class Narrow(scripted):
+        def room(self, chat, most=0):
+            return 6 - len(chat)  # the system message, the task, a step of two and the question fit
+
+    lines = [*(call("calculate", expression=f"{n} + 1") for n in range(3)), "3"]
+    speaker = Narrow(*lines)
+    work_on("count", SUM, speaker)
+    last = speaker.asked[-1][0]
+    assert [message["role"] for message in last] == ["system", "user", "assistant", "tool", "user"]
+    assert (last[1]["content"], last[3]["content"]) == ("count", "3")

@@ -93,10 +93,10 @@ def test_a_server_over_http_is_used_as_one_over_stdio():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({}, "either command"),
-        ({"command": "x", "url": "http://a"}, "either command"),
+        ({}, "give either command"),
+        ({"command": "x", "url": "http://a"}, "give either command"),
         ({"command": "x"}, "nothing is allowed"),
-        ({"url": "ftp://a", "allow": ["b"]}, "neither http"),
+        ({"url": "ftp://a", "allow": ["b"]}, "url 'ftp://a' is neither http"),
         ({"command": "x", "allow": "b"}, "allow is a list"),
         ({"command": "x", "alow": ["b"]}, "known are"),
         ([], "known are"),

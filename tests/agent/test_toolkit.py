@@ -72,7 +72,7 @@ def test_no_path_leaves_the_workspace(workspace, path):
 
 def test_files_are_listed_read_and_written_after_a_confirmation(workspace):
     tools = toolkit.file_tools(workspace)
-    assert toolkit.perform(tools, Call("list_files", {})).text == '{"a.txt": 5}'
+    assert toolkit.perform(tools, Call("list_files", {})).text == '1 files, with their bytes: {"a.txt": 5}'
     assert toolkit.perform(tools, Call("read_file", {"path": "a.txt"})).text == "hello"
     write = Call("write_file", {"path": "b.txt", "text": "new"})
     assert "does not allow" in toolkit.perform(tools, write).text

@@ -70,6 +70,8 @@ def ask(speaker: Speaker, index: Index, question: str, *, passages: int = PASSAG
     found = index.search(question, passages, way=way)
     if not found:
         return Reply(question, [], 0, [])
+    while len(found) > 1 and speaker.room(request(question, found), ANSWER_TOKENS) < 0:
+        found = found[:-1]  # a small context holds fewer passages
     said = speaker.say(request(question, found), most=ANSWER_TOKENS).text
     statements, unsupported = supported(said, found)
     return Reply(question, statements, unsupported, found, said)
