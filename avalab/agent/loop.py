@@ -3,9 +3,10 @@
 1. The system message holds the tools, the rules and what memory knows about the task. With `plan` the model first says
    in a few words what it will do, which stays in the chat.
 2. Each step is one answer within the grammar of the tools: a call that can be read, or a text, which is the answer. A
-   call is checked and run (`toolkit.perform`); its result, or why there is none, is what the model reads next.
+   call is checked and run (`toolkit.perform`); its result, or why there is none, is what the model reads next. The
+   tool `answer` ends the task: a small model that was told to reply in calls only finds no other way to stop.
 3. A call that was made before is not run again: the model is told its result, and after `repeats` of them, or when
-   steps or seconds are used up, it is asked for its answer without tools. The outcome says which limit ended it.
+   steps or seconds are used up, it is asked for its answer from the results alone. The outcome says which limit it was.
 4. Nothing that a tool returns is an instruction: results stand in messages of the role `tool`, and which tools there
    are, and whether one may write, is decided by the caller, never by a text.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 from avalab.agent.memory import Memory, Session
 from avalab.agent.speaker import Cost, Speaker
-from avalab.agent.toolkit import Confirm, Tool, never, perform
+from avalab.agent.toolkit import Confirm, Tool, never, perform, schema
 from avalab.data import toolbox
 from avalab.data.calls import Call
 from avalab.lab.errors import InputError
@@ -27,18 +28,17 @@ from avalab.lab.run import time_now
 from avalab.serve.tools import shown_call
 
 RULES = (
-    "Work on the user's task with the functions, one call at a time. Read each result before the next call. When you "
-    "know the answer, reply with it in one short sentence and no call."
+    "Work on the user's task with the functions, one call at a time. Read each result before the next call. As soon as "
+    "you know the answer, call the function answer."
 )
 
 PLAN = "Before you begin: in at most 30 words, which functions will you call, and in which order?"
 
-NEXT = (  # a small model goes on calling for ever unless it is asked each time whether it is done
-    "Do these results answer the task? Then reply with the answer in one short sentence, without a call. If something "
-    "is missing, make the next call."
-)
+NEXT = "If these results answer the task, call the function answer. If something is missing, make the next call."
 
-LAST = "Answer the task now, in one short sentence, from the results above."
+LAST = "Answer the user's request in one short sentence, from the results of the functions that were called for it."
+
+FINISH = Tool("answer", "Give the user the final answer.", schema(text=("string", "one sentence")), str)
 
 PLAN_TOKENS, CALL_TOKENS, LAST_TOKENS = 48, 200, 64
 
@@ -50,7 +50,7 @@ class Limits:
     """When an agent stops, whatever it has."""
 
     steps: int = 8
-    repeats: int = 2
+    repeats: int = 1
     seconds: float = 300.0
     tokens: int = 1500  # decoded
 
@@ -101,6 +101,7 @@ def work_on(
     """
     if not task.strip():
         raise InputError("the task is empty; say what is to be done, as in 'How many days until 2027-01-01?'")
+    tools = [*tools, FINISH] if tools else []
     if twice := {tool.name for tool in tools if [t.name for t in tools].count(tool.name) > 1}:
         raise InputError(f"two tools are called {', '.join(sorted(twice))}; leave one out")
     began, before = time.perf_counter(), speaker.cost.copy()
@@ -115,8 +116,7 @@ def work_on(
     while not done.status:
         done.status = _reached(limits, done, repeated, time.perf_counter() - began, speaker.cost.since(before))
         if done.status:
-            said = speaker.say(_fitting(chat, speaker, LAST), most=LAST_TOKENS)
-            done.answer = said.text.strip()
+            done.answer = speaker.say(closing(done), most=LAST_TOKENS).text.strip()
             break
         asked = _fitting(chat, speaker) if done.steps else chat
         found = speaker.say(asked, most=CALL_TOKENS, functions=[tool.described for tool in tools] or None)
@@ -124,6 +124,9 @@ def work_on(
         calls = speaker.calls(found.text)
         if calls == "no_call":
             done.status, done.answer = "answered", found.text.strip()
+            break
+        if not isinstance(calls, str) and calls[0].name == FINISH.name:
+            done.status, done.answer = "answered", str(calls[0].arguments.get("text", ""))
             break
         step = _step(found.text, calls, tools, results, confirm)
         repeated += step.result.startswith(KNOWN)
@@ -141,9 +144,17 @@ def work_on(
     return done
 
 
-def _fitting(chat: list[dict], speaker: Speaker, question: str = NEXT) -> list[dict]:
-    """The chat and a question about it, without its oldest steps where the context is full; the task stays."""
-    task, steps, asked = chat[:2], chat[2:], [{"role": "user", "content": question}]
+def closing(done: Outcome) -> list[dict]:
+    """The request for an answer from what is there; the functions are not described again, so that none is called."""
+    told = [s for s in done.steps if s.call and not s.failed and not s.result.startswith(KNOWN)]
+    results = "\n".join(f"{shown_call(s.call)} gave {s.result}" for s in told) or "nothing"
+    asked = f"{done.task}\n\nResults of the functions:\n{results}"
+    return [{"role": "system", "content": LAST}, {"role": "user", "content": asked}]
+
+
+def _fitting(chat: list[dict], speaker: Speaker) -> list[dict]:
+    """The chat and what is asked after each step, without its oldest steps where the context is full."""
+    task, steps, asked = chat[:2], chat[2:], [{"role": "user", "content": NEXT}]
     while len(steps) > 2 and speaker.room([*task, *steps, *asked], CALL_TOKENS) < 0:
         steps = steps[2:]
     return [*task, *steps, *asked]

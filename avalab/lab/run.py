@@ -60,10 +60,10 @@ class Profile:
     agent_model: str = "qwen2.5-coder-0.5b-instruct"  # that answers from documents and works on tasks
     indexed_modules: int = 60  # whose documentation is indexed
     document_questions: int = 90
-    document_answers: int = 6  # of these questions are answered by the model, with and without documents
+    document_answers: int = 5  # of these questions are answered by the model, with and without documents
     agent_tasks: int = 5
-    reasoning_problems: int = 3  # of each task
-    reasoning_tokens: int = 160  # of each way for each problem
+    reasoning_problems: int = 2  # of each task
+    reasoning_tokens: int = 128  # of each way for each problem
     scenario_items: int = 2
 
 

@@ -24,7 +24,7 @@ def test_a_call_is_run_and_its_result_is_read(scripted):
     chat, options = speaker.asked[1]
     assert chat[-2] == {"role": "tool", "name": "calculate", "content": "42"}
     assert chat[-1]["content"] == loop.NEXT
-    assert [f["name"] for f in options["functions"]] == ["calculate"]
+    assert [f["name"] for f in options["functions"]] == ["calculate", "answer"]
 
 
 def test_a_wrong_call_is_told_and_corrected(scripted):
@@ -37,8 +37,15 @@ def test_a_wrong_call_is_told_and_corrected(scripted):
 def test_a_call_that_is_made_again_is_not_run_again_and_ends_the_task(scripted):
     runs = []
     tool = toolkit.Tool("count", "Counts.", toolkit.schema(), lambda: runs.append(1) or "once")
-    done = work_on("count", [tool], scripted(*[call("count")] * 3, "It was once."), limits=Limits(repeats=2))
+    speaker = scripted(*[call("count")] * 3, "It was once.")
+    done = work_on("count", [tool], speaker, limits=Limits(repeats=2))
     assert (done.status, done.answer, len(runs)) == ("repeats", "It was once.", 1)
+    assert speaker.asked[-1][0][1]["content"].count("count() gave once") == 1
+
+
+def test_the_tool_answer_ends_a_task(scripted):
+    done = work_on("6 * 7?", SUM, scripted(call("calculate", expression="6 * 7"), call("answer", text="It is 42.")))
+    assert (done.status, done.answer, len(done.steps)) == ("answered", "It is 42.", 1)
 
 
 @pytest.mark.parametrize(
