@@ -17,6 +17,10 @@
     avalab chat tuned                               talk to it; it really calls tools
     avalab serve --models tuned                     answer OpenAI clients over HTTP
     avalab compare small base --task bfcl           whether it does so better or worse than another one
+    avalab index docs --out docs.sqlite             read documents into an index
+    avalab ask "who knows?" --documents docs.sqlite answer from them, with checked sources
+    avalab agent "12 * 31?" --tools calculating     work on a task with tools
+    avalab mcp --folder models                      be an MCP server
 
 Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
 """
@@ -30,7 +34,7 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import align, compress, measure, serve, show, talk, train
+from avalab.cli import agent, align, compress, measure, serve, show, talk, train
 from avalab.lab import assets
 from avalab.lab.errors import LabError
 
@@ -60,6 +64,10 @@ COMMANDS = {
     "chat": talk.chat,
     "ensemble": talk.ensemble,
     "serve": serve.serve,
+    "index": agent.index,
+    "ask": agent.ask,
+    "agent": agent.agent,
+    "mcp": agent.mcp,
 }
 
 for _name, _command in COMMANDS.items():

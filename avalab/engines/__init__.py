@@ -26,6 +26,7 @@ from avalab.engines.engine import (
     NotSupported,
     gguf_file,
     require,
+    sampler,
     usable,
 )
 from avalab.engines.engine import artifact_kind as kind
@@ -34,7 +35,7 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 
 __all__ = ["ENGINES", "OWN_FILES", "READERS", "Engine", "EngineUnavailable", "Facts", "NotSupported", "facts",
-           "gguf_file", "kind", "load", "require", "usable_options"]  # fmt: skip
+           "gguf_file", "kind", "load", "require", "sampler", "usable_options"]  # fmt: skip
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "torch": torch_engine.load,

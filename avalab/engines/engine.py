@@ -66,6 +66,9 @@ OWN_FILES = {
 }
 
 
+CHOOSES_ITSELF = ("vllm", "tensorrt")  # engines whose logits stay inside
+
+
 class EngineUnavailable(Unavailable):
     """The engine's library or device is missing, or the library crashes here; the message names the way round."""
 
@@ -163,13 +166,17 @@ def check_source(folder: Path, weights: str, *, known: Sequence[str], form: str,
 
 @dataclass(frozen=True)
 class Request:
-    """One greedy generation. `stops` empty: exactly `max_new_tokens`; `on_token` is called as each one is known."""
+    """One generation. `stops` empty: exactly `max_new_tokens`; `on_token` is called as each one is known.
+
+    `choose` picks the next token from its logits; None is the most likely one.
+    """
 
     prompt: list[int]
     max_new_tokens: int
     grammar: CallGrammar | None = None
     stops: tuple[int, ...] = ()
     on_token: Callable[[int], object] = field(default=lambda token: None)
+    choose: Callable[[Tensor], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,16 +209,22 @@ class Engine:
         *,
         on_token: Callable[[int], object] = lambda token: None,
         past_end: bool = False,
+        choose: Callable[[Tensor], int] | None = None,
     ) -> list[int]:
         """Greedy continuation, without the token that ends it; with `past_end`, exactly `max_new_tokens` tokens.
 
-        Raises ValueError for an empty prompt, an unknown token, or more tokens than the model's context holds.
+        `choose` picks each token from its logits instead, as `sampler` does.
+        Raises ValueError for an empty prompt, an unknown token, or more tokens than the model's context holds;
+        NotSupported for `choose` in an engine that keeps its logits.
         """
+        if choose and self.name in CHOOSES_ITSELF:
+            raise NotSupported(f"{self.name} chooses tokens itself and draws none; torch, llamacpp and onnx do")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens has to be 1 or more, got {max_new_tokens}")
         self._check(prompt_tokens, max_new_tokens)
         stops = () if past_end else self.facts.stops
-        return self.new_tokens(self.state, Request(list(prompt_tokens), max_new_tokens, grammar, stops, on_token))
+        request = Request(list(prompt_tokens), max_new_tokens, grammar, stops, on_token, choose)
+        return self.new_tokens(self.state, request)
 
     def close(self) -> None:
         """Let go of the weights; any further verb raises ValueError."""
@@ -249,20 +262,35 @@ def from_reader(name: str, folder: Path, facts: Facts, state: dict, reader: Call
 
 
 def greedy(step: Callable[[list[int]], Float[Tensor, "vocab"]], request: Request) -> list[int]:
-    """The most likely token at each step, within the grammar; `step` reads tokens and gives the last one's logits."""
+    """The most likely token at each step, or the one that is chosen, within the grammar.
+
+    `step` reads tokens and gives the last one's logits.
+    """
     mask = grammars.logits_mask([request.grammar]) if request.grammar else None
     tokens, read = [], request.prompt
     while len(tokens) < request.max_new_tokens:
         logits = step(read)
         if mask:
             logits = mask(torch.tensor([read]), logits[None].float())[0]
-        token = int(logits.argmax())
+        token = request.choose(logits) if request.choose else int(logits.argmax())
         if token in request.stops:
             break
         tokens.append(token)
         request.on_token(token)
         read = [token]
     return tokens
+
+
+def sampler(temperature: float, seed: int) -> Callable[[Tensor], int]:
+    """A choice of tokens by chance, the same for a seed. Raises ValueError for a temperature that is not positive."""
+    if not temperature > 0:
+        raise InputError(f"the temperature of a draw is above 0, got {temperature}; greedy answers need none")
+    chance = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        return int(torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=chance))
+
+    return choose
 
 
 # --- opened by a child process first ---------------------------------------------------------------------------------

@@ -50,11 +50,13 @@ def load(
     gpu_layers: int = 0,
     cache_bits: int = 16,
     build: str = "",
+    keep_prefix: bool = False,
 ) -> Engine:
     """Open a GGUF artefact; `gpu_layers` of its blocks go to a GPU (-1: all), `threads` 0 takes every processor.
 
     `cache_bits` 8 keeps keys and values as q8_0, which llama.cpp can only with its fused attention. `build` is one of
-    `llamacpp_library.BUILDS`, "" the first that is here.
+    `llamacpp_library.BUILDS`, "" the first that is here. `keep_prefix` reads only where a prompt differs from the last
+    sequence, for chats that grow: other batches, so that a near-tie of two tokens may turn.
     Raises ValueError for a file that llama.cpp refuses (truncated, or with tensors of a type that it does not know).
     """
     folder = engine.folder_for("llamacpp", artifact)
@@ -69,7 +71,8 @@ def load(
         gpu_layers=gpu_layers,
         cache_type=llamacpp_library.Q8_0 if cache_bits == 8 else llamacpp_library.F16,
     )
-    return engine.from_reader("llamacpp", folder, facts, {"model": model}, _reader)
+    state = {"model": model} | ({"held": []} if keep_prefix else {})
+    return engine.from_reader("llamacpp", folder, facts, state, _reader)
 
 
 def _library(build: str = "", *, among: tuple[str, ...] = ()) -> Library:
@@ -80,15 +83,35 @@ def _library(build: str = "", *, among: tuple[str, ...] = ()) -> Library:
 
 
 def _reader(state: dict, capacity: int, every: bool) -> Callable[[list[int]], Tensor]:
-    model = state["model"]
-    model.clear()
+    model, held = state["model"], state.get("held")
+    if held is None or every:
+        model.clear()
+        if held:
+            held.clear()
     at_once = min(BATCH, max(1, LOGITS_BYTES // (4 * model.vocabulary))) if every else BATCH
 
+    begun = held is None or every
+
     def read(tokens: list[int]) -> Tensor:
+        nonlocal begun
+        if not begun:
+            begun, tokens = True, _unread(model, held, tokens)
+        if held is not None and not every:
+            held.extend(tokens)
         pieces = (tokens[at : at + at_once] for at in range(0, len(tokens), at_once))
         return torch.cat([torch.from_numpy(model.read(piece, every=every)) for piece in pieces])
 
     return read
+
+
+def _unread(model: Model, held: list[int], tokens: list[int]) -> list[int]:
+    """The end of a prompt that the cache does not hold, one token at least; what differs is forgotten."""
+    most = min(len(held), len(tokens) - 1)
+    same = next((at for at in range(most) if held[at] != tokens[at]), most)
+    if not model.forget_from(same):
+        same = 0
+    del held[same:]
+    return tokens[same:]
 
 
 # --- K types by llama.cpp's quantiser --------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def load(
 
 
 def _new_tokens(state: dict, request: Request) -> list[int]:
-    if request.grammar:
+    if request.grammar or request.choose:
         read = _reader(state, every=False)
         return engine.greedy(lambda tokens: read(tokens)[-1], request)
     import openvino

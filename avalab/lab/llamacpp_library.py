@@ -168,6 +168,7 @@ PROTOTYPES: dict[str, tuple] = {  # result, then arguments
     "llama_free": (None, _POINTER),
     "llama_get_memory": (_POINTER, _POINTER),
     "llama_memory_clear": (None, _POINTER, ctypes.c_bool),
+    "llama_memory_seq_rm": (ctypes.c_bool, _POINTER, _INT, _INT, _INT),
     "llama_decode": (_INT, _POINTER, _Batch),
     "llama_get_logits": (_POINTER, _POINTER),
 }
@@ -309,6 +310,14 @@ class Model:
     def clear(self) -> None:
         """Forget the tokens that were read."""
         self.library.call.llama_memory_clear(self.library.call.llama_get_memory(self._context), True)
+
+    def forget_from(self, place: int) -> bool:
+        """Forget the tokens from this place on; False, and all are forgotten, where the model cannot forget a part."""
+        memory = self.library.call.llama_get_memory(self._context)
+        if self.library.call.llama_memory_seq_rm(memory, 0, place, -1):
+            return True
+        self.clear()
+        return False
 
     def read(self, tokens: list[int], *, every: bool) -> np.ndarray:
         """Read tokens after those read before; logits after `every` one of them, or after the last, one row each."""

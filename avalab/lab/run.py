@@ -73,6 +73,14 @@ class Profile:
     context_windows: int = 2  # of the longer kind that are scored
     passkeys: int = 1  # hidden numbers at each depth
     image_steps: int = 240  # batches of images and their names
+    agent_model: str = "qwen2.5-coder-0.5b-instruct"  # that answers from documents and works on tasks
+    indexed_modules: int = 60  # whose documentation is indexed
+    document_questions: int = 90
+    document_answers: int = 5  # of these questions are answered by the model, with and without documents
+    agent_tasks: int = 5
+    reasoning_problems: int = 2  # of each task
+    reasoning_tokens: int = 128  # of each way for each problem
+    scenario_items: int = 2
     like: str = ""  # the profile whose sizes are taken where this one says nothing
 
     def pick(self, sizes: Mapping[str, Size], otherwise: Size | None = None) -> Size:

@@ -86,6 +86,16 @@ METRICS = {
     "contrastive_loss": Metric("contrastive loss of a step", "nats"),
     "train_loss": Metric("loss of a step", "nats/token"),
     "right_share": Metric("right answers", "%", 100, True),
+    "recall_at_5": Metric("found among the first five", "%", 100, True),
+    "query_ms": Metric("time a query, 95th percentile", "ms"),
+    "task_success": Metric("tasks solved", "%", 100, True),
+    "steps_per_task": Metric("calls a task", "calls"),
+    "tokens_per_task": Metric("tokens a task", "tokens"),
+    "seconds_per_task": Metric("time a task", "s"),
+    "calibration_error": Metric("calibration error", "%", 100),
+    "robust_share": Metric("right in every spelling", "%", 100, True),
+    "fair_share": Metric("right whoever asks", "%", 100, True),
+    "valid_calls": Metric("calls answered as they should be", "%", 100, True),
 }
 
 

@@ -119,20 +119,35 @@ def execute(tools: Sequence[Tool], call: Call, *, seconds: float = SECONDS) -> R
     if tool is None:
         return Result(f"there is no function {call.name!r}", failed=True)
     pure_function(tool.callable)  # also of a tool that no file was read for
+    if wrong := argument_error(tool.described, call):
+        return Result(wrong, failed=True)
     schema = gates.checked_schema(tool.described)
-    wrong = jsonschema.Draft202012Validator(schema).iter_errors(call.arguments)
-    if error := jsonschema.exceptions.best_match(wrong):
-        return Result(error.message, failed=True)
     places = [name for name in schema.get("properties", {}) if name in call.arguments]
     ordered = {name: call.arguments[name] for name in dict.fromkeys([*places, *call.arguments])}
     request = json.dumps([*tool.callable.split(":"), ordered])
     outcome = sandbox.run_code(PROGRAM.format(request=request), seconds=seconds, memory_bytes=MEMORY_BYTES)
-    text = outcome.stdout.strip()
     if outcome.status == "finished":
-        return Result(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "...")
+        return Result(shortened(outcome.stdout.strip()))
+    return Result(why_ended(outcome, seconds), failed=True)
+
+
+def argument_error(described: dict, call: Call) -> str:
+    """What is wrong with the arguments of a call to a tool so described; "" where they fit its schema."""
+    wrong = jsonschema.Draft202012Validator(gates.checked_schema(described)).iter_errors(call.arguments)
+    error = jsonschema.exceptions.best_match(wrong)
+    return error.message if error else ""
+
+
+def shortened(text: str, most: int = SHOWN_CHARACTERS) -> str:
+    """A result, cut where it is long."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def why_ended(outcome: sandbox.Outcome, seconds: float) -> str:
+    """One line on a process of the sandbox that did not come to its end."""
     said = (outcome.stderr.strip().splitlines() or ["it ended early"])[-1]
     ends = {"error": said, "timeout": f"no result within {seconds:g} s", "memory": "it needs too much memory"}
-    return Result(ends.get(outcome.status, "the process was ended"), failed=True)
+    return ends.get(outcome.status, "the process was ended")
 
 
 def shown_call(call: Call) -> str:

@@ -358,3 +358,31 @@ def test_a_cell_of_the_benchmark_runs_with_the_other_options_and_its_records_say
     assert asked == [0]
     assert {record.threads for record in run.records} == {0}
     assert all(record.note.startswith("threads were left to onnx: onnxruntime-genai") for record in run.records)
+
+
+# --- draws -------------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_follows_the_probabilities_and_its_seed():
+    """Logits 0 and log 3: a quarter and three quarters; at temperature 0.5 a tenth and nine tenths."""
+    logits = torch.tensor([0.0, torch.log(torch.tensor(3.0))])
+    for temperature, share in ((1.0, 0.75), (0.5, 0.9)):
+        choose = engines.sampler(temperature, seed=0)
+        drawn = [choose(logits) for _ in range(2000)]
+        assert sum(drawn) / 2000 == pytest.approx(share, abs=0.03)
+        again = engines.sampler(temperature, seed=0)
+        assert [again(logits) for _ in range(50)] == drawn[:50]
+    with pytest.raises(ValueError, match="temperature of a draw is above 0"):
+        engines.sampler(0.0, seed=0)
+
+
+def test_an_engine_takes_the_token_that_is_chosen(tiny):
+    assert tiny.generate([5, 6, 7], 3, past_end=True, choose=lambda logits: 9) == [9, 9, 9]
+    greedy = tiny.generate([5, 6, 7], 5, past_end=True)
+    assert tiny.generate([5, 6, 7], 5, past_end=True, choose=lambda logits: int(logits.argmax())) == greedy
+
+
+def test_an_engine_that_keeps_its_logits_says_that_it_draws_nothing():
+    kept = Engine("vllm", TINY, engine.Facts(16, 32, ()), {"model": 1}, lambda state, request: [], None)
+    with pytest.raises(engines.NotSupported, match="vllm chooses tokens itself"):
+        kept.generate([1], 2, choose=lambda logits: 0)

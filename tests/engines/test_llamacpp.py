@@ -65,6 +65,19 @@ def test_the_cache_of_llamacpp_bounds_the_context(made, prompt):
         engine.generate(prompt, 32)
 
 
+@pytest.mark.needs("xllamacpp")
+def test_a_prefix_that_is_kept_gives_the_tokens_of_one_that_is_read_again(made, prompt):
+    """A chat that grows, one that differs early, one that is a part of the last, and logits in between."""
+    folder = made("gguf-f32")
+    plain, keeps = (engines.load("llamacpp", folder, threads=1, keep_prefix=kept) for kept in (False, True))
+    first = (prompt * 20)[:100]
+    grown = [*first, *plain.generate(first, 6, past_end=True), *prompt]
+    for tokens in (first, grown, [*first[:40], *prompt], first[:20], first[:20]):
+        assert keeps.generate(tokens, 6, past_end=True) == plain.generate(tokens, 6, past_end=True)
+    assert torch.allclose(keeps.logits(grown), plain.logits(grown), atol=1e-4)
+    assert keeps.generate(first, 6, past_end=True) == plain.generate(first, 6, past_end=True)
+
+
 def builds_here() -> list[str]:
     return [name for name, found in llamacpp_library.BUILDS.items() if found()]
 
