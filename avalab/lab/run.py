@@ -61,6 +61,8 @@ class Profile:
     humaneval_items: int = 40
     train_examples: int = 3600  # chats that fine-tuning learns from
     held_out_examples: int = 60  # chats that are scored at every checkpoint
+    models: tuple[str, ...] = ()  # that are compared with each other; none: `model` alone
+    notebooks: tuple[str, ...] = ()  # the only ones that a run without a selection takes; none: all
     like: str = ""  # the profile whose sizes are taken where this one says nothing
 
     def pick(self, sizes: Mapping[str, Size], otherwise: Size | None = None) -> Size:

@@ -108,6 +108,13 @@ def set_malloc_threshold(size: int) -> None:
         libc.mallopt(trim_threshold, 2 * size)
 
 
+def return_free_memory() -> None:
+    """Give freed blocks back to the system, where malloc is glibc's: what is allocated next is then seen to grow."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def memory_read_rate(footprint: int, *, device: str = "cpu", seconds: float = 0.4) -> float:
     """Bytes a second at which this process sums a float32 buffer of `footprint` bytes: the best of 5 passes or more."""
     import torch
