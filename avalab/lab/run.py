@@ -54,7 +54,7 @@ class Profile:
     prompt_tokens: int  # prompt length of the latency measurement
     new_tokens: int  # tokens generated in the latency measurement
     eval_texts: tuple[str, ...] = ("python_docs", "function_calls")
-    memory_cap_gib: float | None = None  # enforced on a GPU
+    memory_cap_gib: float | None = None  # enforced on a GPU, and on a CPU in every process that runs an artefact
     call_categories: tuple[str, ...] = ("simple_python", "multiple", "irrelevance")
     call_items: int = 100  # function-calling cases of each category
     code_problems: str = "human-eval"  # an asset or a file of problems

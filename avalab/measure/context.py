@@ -88,22 +88,39 @@ def measure_lengths(
     cache_bits: int = 16,
     threads: int = 0,
     new_tokens: int = 16,
+    memory_cap_gib: float | None = None,
 ) -> list[Point]:
     """Measure an artefact at each length, in a process of its own; points in the order of length.
 
-    Raises ValueError for a length that the model's context does not hold or that leaves no prompt, EngineUnavailable or
+    Within `memory_cap_gib` the process cannot take more, and a length that is predicted not to fit is not started.
+    Raises ValueError for such a length, one that the model's context does not hold or that leaves no prompt, or a
+    limit that not even the shortest keeps to, EngineUnavailable or
     NotSupported as the engine does (also for a cache it does not have), RuntimeError when not one length was measured.
     """
     folder = sizes.folder_of(artifact).resolve()
     lengths = _checked_lengths(lengths, new_tokens, engines.facts(folder).context)
     prompts = tuple(length - new_tokens for length in lengths)
-    work = Workload(prompts=prompts, new_tokens=new_tokens, threads=threads, limit_seconds=LIMIT_SECONDS)
-    lines, why = _measure_in_process(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
     asked = {"engine": engine, "cache_bits": cache_bits, "new_tokens": new_tokens, "longest": lengths[-1]}
+    refuse_over_cap(folder, asked, memory_cap_gib)
+    work = Workload(
+        prompts=prompts,
+        new_tokens=new_tokens,
+        threads=threads,
+        memory_cap_gib=memory_cap_gib,
+        limit_seconds=LIMIT_SECONDS,
+    )
+    lines, why = _measure_in_process(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
     rate = max((line["read_bytes_per_s"] for line in lines), default=0.0)
     note = f"stopped after {len(lines)} of {len(lengths)} lengths: {why}"
     rest = [Point(length, None, None, None, note=note) for length in lengths[len(lines) :]]
     return [_point(folder, line, asked, rate) for line in lines] + rest
+
+
+def refuse_over_cap(folder: Path, asked: dict, cap_gib: float | None) -> None:
+    """Raise InputError, with the prediction, where the longest context of a measurement would not fit into a limit."""
+    if cap_gib:
+        parts = predict_length(folder, asked=asked, length=asked["longest"], runtime_bytes=0, bytes_per_s=1.0)["memory"]
+        cost.refuse_over_cap(folder.name, asked["engine"], parts, cap_gib, tokens=asked["longest"])
 
 
 def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> list[int]:
@@ -268,7 +285,14 @@ def record_lengths(
     """
     record = partial(run.record, artifact.name, artifact_sha256=artifact.sha256, engine=engine, threads=threads)
     try:
-        points = measure_lengths(artifact, engine, lengths=lengths, cache_bits=cache_bits, threads=threads)
+        points = measure_lengths(
+            artifact,
+            engine,
+            lengths=lengths,
+            cache_bits=cache_bits,
+            threads=threads,
+            memory_cap_gib=run.profile.memory_cap_gib,
+        )
     except (RuntimeError, ValueError) as error:
         metric = f"token_latency_ms:context{max(lengths)}:cache{cache_bits}"
         record(metric, None, "ms", note=str(error))

@@ -39,7 +39,7 @@ from avalab.lab.code import code_of
 from avalab.lab.errors import LabError, ProcessFailed
 from avalab.lab.run import PROFILES, ROOT, Run, device_name, load_average, time_now
 from avalab.measure import answers, context, quality, race
-from avalab.measure.race import Entry, Workload
+from avalab.measure.race import Entry
 from avalab.models import checkpoint, predict, sizes
 
 BASE = "bf16"
@@ -194,13 +194,17 @@ def _record_bytes(run: Run, rows: list[Row], base: Artifact) -> None:
         artifact = row.entry.artifact
         record = partial(run.record, row.subject, artifact_sha256=artifact.sha256, engine=row.entry.engine)
         record("artifact_bytes", sizes.weight_file_bytes(artifact.path), "byte")
-        predicted = {
-            BASE: lambda: sizes.predict_artifact_bytes(sizes.shape_of(base), sizes.BF16),
-            "q8_0": lambda: sizes.predict_gguf_bytes(checkpoint.skeleton(base.path), base.path, 8.5),
-            "ava": lambda: artifact.card["measured"]["predicted_bytes"],
-        }.get(row.form)
-        if predicted:
-            record("predicted_bytes:artifact", predicted(), "byte")
+        if predicted := _predicted_bytes(row, base):
+            record("predicted_bytes:artifact", predicted, "byte")
+
+
+def _predicted_bytes(row: Row, base: Artifact) -> int:
+    """What a formula, or the allocation of `ava`, says of a file; 0 for a published one, of which nothing was known."""
+    if row.form == BASE:
+        return sizes.predict_artifact_bytes(sizes.shape_of(base), sizes.BF16)
+    if row.form == "q8_0":
+        return sizes.predict_gguf_bytes(checkpoint.skeleton(base.path), base.path, 8.5)
+    return row.entry.artifact.card["measured"].get("predicted_bytes", 0)
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------
@@ -241,7 +245,9 @@ def record_calls(run: Run, rows: list[Row], *, items: int = 0) -> None:
 
 def record_speeds(run: Run, rows: list[Row], *, cap_seconds: float = 0.0) -> None:
     """Append a race of the rows of one model; visits of an earlier one are read back."""
-    work = replace(run.profile.pick(VISITS, race.VISITS["laptop"]), seed=run.seed, limit_seconds=600)
+    sizes = run.profile.pick(VISITS, race.VISITS["laptop"])
+    work = replace(race.visit_workload(run), prompts=sizes.prompts, new_tokens=sizes.new_tokens, limit_seconds=600)
+    work = replace(work, samples=sizes.samples)
     cap = cap_seconds or run.profile.pick(CAPS, 240.0)
     race.hold_race(run, [row.entry for row in rows], work=work, cap_seconds=cap)
 
@@ -268,6 +274,7 @@ def measured_contexts(run: Run, row: Row, stated: Sequence[int], *, again: bool 
     """`points` of the lengths in a process of their own, and `when`; those of an earlier run are read back."""
     lengths = (WARM_UP, *stated) if min(stated) > WARM_UP else tuple(stated)
     how = {"lengths": lengths, "threads": row.entry.threads, "new_tokens": NEW_TOKENS}
+    how |= {"memory_cap_gib": run.profile.memory_cap_gib}
     code = code_of(context.measure_lengths, engines.ENGINES[row.entry.engine])
     about = [row.entry.artifact.sha256, row.entry.engine, how, device_name(run.device), code]
     key = artifacts.sha256_of_text(json.dumps(about))[:24]
@@ -277,7 +284,9 @@ def measured_contexts(run: Run, row: Row, stated: Sequence[int], *, again: bool 
         found = context.measure_lengths(row.entry.artifact, row.entry.engine, **how)
         return {"when": when, "points": [asdict(point) for point in found]}
 
-    return cached_document(cache_path(run.artifacts_dir / "cache", "contexts", key, suffix=".json"), measure, again=again)
+    return cached_document(
+        cache_path(run.artifacts_dir / "cache", "contexts", key, suffix=".json"), measure, again=again
+    )
 
 
 def _record_point(record: Callable, point: context.Point) -> None:
@@ -300,7 +309,9 @@ def _record_point(record: Callable, point: context.Point) -> None:
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def measure_model(run: Run, *, items: int = 0, minutes: float = 0.0, again: bool = False, timed: bool = True) -> list[Row]:
+def measure_model(
+    run: Run, *, items: int = 0, minutes: float = 0.0, again: bool = False, timed: bool = True
+) -> list[Row]:
     """Everything of one model, each part kept as it is found; without `timed` only what does not depend on quiet."""
     rows = make_rows(run, minutes=minutes)
     record_divergences(run, rows)

@@ -7,7 +7,7 @@
    description inside the file.
 3. Of a failed notebook there is the last line of its error, and beneath it the earlier good run, if there is one.
 4. `templates/page.html.j2` makes a page of it that asks for nothing from elsewhere and runs no script; it begins with
-   the choice for each memory budget, the headlines (first lines of findings) and results older than their code. The
+   the choice for each memory budget (of several models, where results/sizes has it), the headlines (first lines of findings) and results older than their code. The
    README's table stands between `<!-- findings -->` and `<!-- /findings -->`.
 """
 
@@ -41,6 +41,8 @@ TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td", "caption", "p", "smal
 TABLE_ATTRIBUTES = {"scope", "colspan", "rowspan"}
 
 MARKERS = ("<!-- findings -->", "<!-- /findings -->")
+
+MODELS = ("sizes", "20_three_sizes")  # the run and the notebook that compare models
 
 FILE_WORDS = {
     "ipynb": "executed notebook",
@@ -220,13 +222,19 @@ def build_page(folder: Path, notebooks: Path = ROOT / "notebooks") -> Path:
         there = ", ".join(sorted(p.name for p in folder.parent.glob("[!.]*/") if p.name != "families")) or "none"
         raise MissingFile(f"no results folder {folder} (beside it: {there})")
     entries = read_entries(folder, notebooks)
-    text = render_page(folder.resolve().name, entries, code_states(folder, notebooks.parent))
+    states, lead = code_states(folder, notebooks.parent), lead_of_models(folder, notebooks)
+    text = render_page(folder.resolve().name, entries, states, lead=lead)
     write_atomically(folder / "index.html", text.replace(f"{ROOT}/", ""))
     return folder / "index.html"
 
 
-def render_page(name: str, entries: list[Entry], states: dict[str, str] | None = None) -> str:
-    """The whole page as text; `name` is the results folder's, `states` what `code_states` says of its notebooks."""
+def render_page(
+    name: str, entries: list[Entry], states: dict[str, str] | None = None, *, lead: dict[str, str] | None = None
+) -> str:
+    """The whole page as text; `name` is the results folder's, `states` what `code_states` says of its notebooks.
+
+    `lead` is what to use for which memory; without one it is looked for among the entries.
+    """
     environment = Environment(
         loader=PackageLoader("avalab.report"),
         autoescape=True,
@@ -243,9 +251,18 @@ def render_page(name: str, entries: list[Entry], states: dict[str, str] | None =
         entries=entries,
         counts=", ".join(f"{count} {state}" for state, count in counts if count) or "no notebook",
         ages=[(said, names) for said, names in aged if names],
-        lead=_lead(entries),
+        lead=lead or _lead(entries),
         file_words=FILE_WORDS,
     )
+
+
+def lead_of_models(folder: Path, notebooks: Path) -> dict[str, str] | None:
+    """What to use of several models, where the folder itself or `MODELS` beside it answers that."""
+    for place in (folder, folder.parent / MODELS[0]):
+        if (place / f"{MODELS[1]}.ipynb").is_file() and (lead := _lead([read_entry(MODELS[1], place, notebooks)])):
+            elsewhere = "" if place.resolve() == folder.resolve() else f"../{quote(place.name)}/index.html"
+            return {**lead, "page": elsewhere, "table": lead["table"].replace(f"{ROOT}/", "")}
+    return None
 
 
 def _lead(entries: list[Entry]) -> dict[str, str] | None:
@@ -254,7 +271,7 @@ def _lead(entries: list[Entry]) -> dict[str, str] | None:
         for table in entry.tables:
             first = BeautifulSoup(table, "html.parser").th
             if first and first.get_text() == "memory":
-                return {"name": entry.name, "table": table}
+                return {"name": entry.name, "table": table, "page": ""}
     return None
 
 
