@@ -7,8 +7,9 @@
    description inside the file.
 3. Of a failed notebook there is the last line of its error, and beneath it the earlier good run, if there is one.
 4. `templates/page.html.j2` makes a page of it that asks for nothing from elsewhere and runs no script; it begins with
-   the choice for each memory budget (of several models, where results/sizes has it), the headlines (first lines of findings) and results older than their code. The
-   README's table stands between `<!-- findings -->` and `<!-- /findings -->`.
+   the choice for each memory budget (of several models, where results/sizes has it), the headlines (first lines of
+   findings) and results older than their code. The README's table stands between `<!-- findings -->` and
+   `<!-- /findings -->`.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def sample(model, prompts: list[list[int]], tokens: int, *, seed: int) -> list[l
     generator = torch.Generator(model.device).manual_seed(seed)
     windows = []
     for first in range(0, len(prompts), SAMPLES_AT_ONCE):
-        for size in sorted({len(prompt) for prompt in (group := prompts[first : first + SAMPLES_AT_ONCE])}):
+        group = prompts[first : first + SAMPLES_AT_ONCE]
+        for size in sorted({len(prompt) for prompt in group}):
             rows = torch.tensor([prompt for prompt in group if len(prompt) == size], device=model.device)
             cache = None
             while rows.shape[1] < tokens:
