@@ -449,7 +449,7 @@ def test_readers_of_gguf_cut_text_as_the_tokenizer_beside_the_weights(name, text
 
 def test_the_file_that_a_base_was_made_from_is_kept_as_it_is_and_another_is_refused(base, tmp_path):
     written = next(gguf_file.write(base, "q8_0").path.glob("*.gguf"))
-    with pytest.raises(ValueError, match="was not made from .* its card names another SHA-256"):
+    with pytest.raises(ValueError, match=r"was not made from .* its card names another SHA-256"):
         gguf_file.keep_published(base, written)
     card = base.card | {"base": {"name": "x", "sha256": artifacts.sha256_of(written)}}
     kept = gguf_file.keep_published(artifacts.Artifact(base.path, card), written)
