@@ -128,9 +128,12 @@ def test_a_process_takes_no_more_of_its_own_memory_than_it_may():
 
 def test_the_limit_reaches_the_process(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        process, "_run", lambda arguments, limit: seen.append(arguments) or process.main(*arguments[:3])
-    )
+
+    def ran(arguments: tuple, limit: float) -> int:
+        seen.append(arguments)
+        return process.main(*arguments[:3]) or 0
+
+    monkeypatch.setattr(process, "_run", ran)
     process.call("copy:copy", {}, limit_seconds=1, growth_bytes=7)
     process.call("copy:copy", {}, limit_seconds=1)
     assert [arguments[4] for arguments in seen] == [7, 0]
