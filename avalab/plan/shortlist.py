@@ -85,8 +85,9 @@ def _published(base: Artifact, run: Run) -> Artifact:
 def _ava(base: Artifact, run: Run) -> Artifact:
     """The one that the run has made already, whatever its size, else one of `BITS_PER_WEIGHT`."""
     made = [a for a in artifacts.list_artifacts(run.artifacts_dir) if a.card["base"]["sha256"] == base.sha256]
-    steps = [a.card["recipe"][-1] for a in made if a.card["recipe"][-1].get("format") == "gguf"]
-    size = next((step["bytes"] for step in steps if step["step"] == "ava" and step["bytes"]), 0)
+    steps = [step for a in made for step in a.card["recipe"][-1:] if step.get("format") == "gguf"]
+    usual = [step for step in steps if step["step"] == "ava" and "calibration_text" not in step]
+    size = next((step["bytes"] for step in usual if step["bytes"]), 0)
     budget = {"bytes": size} if size else {"bits_per_weight": BITS_PER_WEIGHT}
     return quantize.compress_artifact(base, "ava", run=run, format="gguf", **budget)
 
