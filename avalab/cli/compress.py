@@ -62,6 +62,9 @@ def quantize(
         str | None, typer.Option(help="Before rounding: none, scale, rotate or scale+rotate (ava).")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layer name or glob to keep in bf16; may be repeated.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text to calibrate on: docs, or mix (docs, own prose and chats, calls).")
+    ] = "docs",
     partial: Annotated[
         bool, typer.Option("--partial", help="Also where less than half of the blocks' weights can be reached.")
     ] = False,
@@ -71,6 +74,7 @@ def quantize(
     """Compress a model by one method into an artefact folder."""
     run = Run("avalab_quantize", profile, seed, model)
     options.one_of("method", method, options.METHODS)
+    options.one_of("calibration", calibration, ("docs", "mix"))
     options.within("bits", bits, 2, 8)
     options.within("group_size", group_size, 0)
     options.within("block_size", block_size, 1)
@@ -102,13 +106,13 @@ def quantize(
         options.possible_groups(run, method, group_size, skip or [])
     options.new_folder(out, model, force=force, made_by={"step": method, **parameters}, base=run.name_of_model)
     from avalab.compress import reach
-    from avalab.compress.quantize import checked_method, compress_artifact
+    from avalab.compress.quantize import checked_calibration, checked_method, compress_artifact
     from avalab.models import checkpoint
 
-    checked_method(method, parameters)
+    checked_calibration(checked_method(method, parameters)[0], method, calibration)
     base = checkpoint.base_artifact(run)
-    kept = tuple(skip or ())
-    artifact = compress_artifact(base, method, run=run, skip=kept, out=out, partial=partial, **parameters)
+    how = {"skip": tuple(skip or ()), "out": out, "partial": partial, "calibration": calibration}
+    artifact = compress_artifact(base, method, run=run, **how, **parameters)
     times = base.bytes / artifact.bytes
     print(f"{artifact.path}: {artifact.bytes / 1e6:.1f} MB, {times:.2f}x smaller than {base.name}")
     if reached := reach.in_words(artifact.card["measured"]):

@@ -36,12 +36,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from avalab import engines
 from avalab.compress import ava, libraries, reach
 from avalab.compress.libraries import Job
 from avalab.data import corpora
+from avalab.data.sources import mixture
 from avalab.engines import llamacpp, onnx_graph
 from avalab.engines import openvino as openvino_engine
 from avalab.lab import artifacts
@@ -97,11 +99,13 @@ def compress_artifact(
     skip: tuple[str, ...] = (),
     out: Path | None = None,
     partial: bool = False,
+    calibration: str = "docs",
     **parameters,
 ) -> Artifact:
     """Compress `base` by `method` into the folder `out`, or one below `run.artifacts_dir` named after the recipe.
 
-    An artefact of the same recipe and base is reused. `skip` holds names or globs of linear layers that stay in bf16.
+    An artefact of the same recipe and base is reused. `calibration` is one of `CALIBRATIONS`, the same for all methods
+    that read text. `skip` holds names or globs of linear layers that stay in bf16.
     Raises ValueError for an unknown method or parameter, a group size that does not divide the columns, a glob that
     matches nothing, a base that is compressed already, a family of whose blocks the method reaches less than half
     (`partial`: less than that will do, see `reach`), or an `out` that holds something else; EngineUnavailable without
@@ -110,6 +114,7 @@ def compress_artifact(
     if base.format != "bf16":
         raise InputError(f"{base.name} is in format {base.format!r}; only bf16 artefacts can be compressed")
     row, parameters = checked_method(method, parameters)
+    text = checked_calibration(row, method, calibration)
     if skip and not row.skips:
         raise InputError(f"method {method!r} keeps no single layer in bf16; leave out skip")
     skeleton = checkpoint.skeleton(base.path)
@@ -120,24 +125,30 @@ def compress_artifact(
     if not row.ragged:
         _refuse_ragged_groups(row, parameters, {n: m.in_features for n, m in layers.items() if n not in skipped})
     # The code's hash: an artefact that an older version of it made is made again, not trusted.
-    step = {"step": method, **parameters, "skip": skipped, "code": _code(row)}
+    step = {"step": method, **parameters, "skip": skipped, "code": _code(row, text)}
     if row.calibrated:
         step |= {"seed": run.seed, "calibration": [run.profile.calibration_samples, run.profile.calibration_tokens]}
+        step |= {"calibration_text": calibration} if calibration != "docs" else {}
     format, loaded_by = row.format, row.engines
     if row.compress is ava.compress_model:
         format, loaded_by = ava.format_and_engines(parameters)
         ava.checked_budget(Job(base.path, run.device, parameters, skipped, None), skeleton)
 
+    def calibration_windows() -> Tensor | None:
+        if not row.calibrated:
+            return None
+        return mixture.mixed_windows(run, base) if calibration == "mix" else text(run, checkpoint.load_tokenizer(base))
+
     def fill(folder: Path) -> dict:
         row.ready()
         if row.library and importlib.util.find_spec(row.library) is None:
             raise engines.EngineUnavailable(f"{method} needs the package {row.library}; install it: {row.install}")
-        calibration = corpora.calibration_windows(run, checkpoint.load_tokenizer(base)) if row.calibrated else None
-        job = Job(base.path, run.device, parameters, skipped, calibration, method, run.seed, folder)
+        job = Job(base.path, run.device, parameters, skipped, calibration_windows(), method, run.seed, folder)
         return _fill(row, job) | reach.of_artifact(base.path, folder)
 
+    label = method_label(method, parameters, skipped) + (f"-{calibration}" if calibration != "docs" else "")
     return artifacts.make_artifact(
-        artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{method_label(method, parameters, skipped)}",
+        artifacts.checked_target(out) or run.artifacts_dir / f"{base.name}+{label}",
         fill,
         base=base,
         step=step,
@@ -212,9 +223,23 @@ def checked_method(method: str, parameters: dict) -> tuple[Method, dict]:
     return row, merged
 
 
-def _code(row: Method) -> str:
-    calibration = [corpora.calibration_windows] if row.calibrated else []
-    return code_of(_fill, row.compress, *calibration)[:12]
+CALIBRATIONS = {  # what is read: Python's documentation, or many kinds of text
+    "docs": corpora.calibration_windows,
+    "mix": mixture.mixed_windows,
+}
+
+
+def checked_calibration(row: Method, method: str, calibration: str) -> Callable:
+    """The function that gives calibration text. Raises ValueError for an unknown one, or a method that reads none."""
+    if calibration not in CALIBRATIONS:
+        raise InputError(f"no calibration text {calibration!r}; choose one of {', '.join(CALIBRATIONS)}")
+    if calibration != "docs" and not row.calibrated:
+        raise InputError(f"{method} reads no calibration text; leave out calibration {calibration!r}")
+    return CALIBRATIONS[calibration]
+
+
+def _code(row: Method, text: Callable) -> str:
+    return code_of(_fill, row.compress, *([text] if row.calibrated else []))[:12]
 
 
 def _expand(globs: tuple[str, ...], names: list[str]) -> list[str]:

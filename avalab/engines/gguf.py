@@ -93,6 +93,23 @@ def write(artifact: Artifact, block: str = "q8_0", *, out: Path | None = None) -
     return artifacts.write_export(artifact, about, save, checks.against(artifact, allowed), out=out)
 
 
+def keep_published(artifact: Artifact, file: Path) -> Artifact:
+    """The very file that a base was made from as an artefact, `<name>+gguf-published`, tokenizer beside it.
+
+    Its numbers are the publisher's; the base's are the same function stored again. Raises ValueError for another file.
+    """
+    if artifact.card["base"]["sha256"] != (sha256 := artifacts.sha256_of(file)):
+        raise InputError(f"{artifact.name} was not made from {file.name}: its card names another SHA-256")
+
+    def save(folder: Path) -> dict:
+        shutil.copyfile(file, folder / file.name)
+        copy_beside(artifact.path, folder)
+        return {"types": dict(sorted(gguf_layout.check(file).items()))}
+
+    out, step = artifact.path.parent / f"{artifact.name}+gguf-published", {"step": "published", "sha256": sha256}
+    return artifacts.make_artifact(out, save, base=artifact, step=step, format="gguf-published", engines=ENGINES)
+
+
 def engines_of(config: PreTrainedConfig, block: str) -> tuple[str, ...]:
     """The engines that read a model's file of a block type as it is written."""
     plain = gguf_layout.rotary(config).get("rope_type", "default") == "default"

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from avalab.lab import trackers
 from avalab.lab.errors import ProcessFailed
 
 for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace", "bitsandbytes.backends"):
@@ -48,8 +49,11 @@ def call(
     limit_seconds: float,
     errors: Mapping[str, type[Exception]] | None = None,
     label: str = "",
+    growth_bytes: int = 0,
 ) -> dict:
     """What `target` (`module:function`) answers to `request`, computed elsewhere; `label` names it in messages.
+
+    The process may take `growth_bytes` more of its own memory than it starts with (0: as much as there is).
 
     An exception named in `errors`, or derived from one that is, is raised as that class. Raises
     ProcessFailed in one line for any other failure: killed (out of memory, mostly) or crashed (`Killed`), stopped
@@ -58,7 +62,7 @@ def call(
     label = label or target
     with tempfile.TemporaryDirectory() as folder:
         result, output = Path(folder) / "answer.json", Path(folder) / "output"
-        code = _run((target, json.dumps(request), str(result), str(output)), limit_seconds)
+        code = _run((target, json.dumps(request), str(result), str(output), growth_bytes), limit_seconds)
         if code is None:
             raise ProcessFailed(f"{label} took longer than {limit_seconds:g} s")
         if code or not result.is_file():
@@ -72,12 +76,14 @@ def call(
     return answer["answer"]
 
 
-def main(target: str, request: str, result: str, output: str = "") -> None:
+def main(target: str, request: str, result: str, output: str = "", growth_bytes: int = 0) -> None:
     """Answer in this process: the JSON `request` in, the JSON answer or error into the file `result`."""
     if output:
         sink = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+    if growth_bytes:
+        trackers.limit_memory_growth(growth_bytes)
     module, _, name = target.partition(":")
     try:
         answer = {"answer": getattr(importlib.import_module(module), name)(json.loads(request))}

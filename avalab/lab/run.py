@@ -54,7 +54,7 @@ class Profile:
     prompt_tokens: int  # prompt length of the latency measurement
     new_tokens: int  # tokens generated in the latency measurement
     eval_texts: tuple[str, ...] = ("python_docs", "function_calls")
-    memory_cap_gib: float | None = None  # enforced on a GPU
+    memory_cap_gib: float | None = None  # enforced on a GPU, and on a CPU in every process that runs an artefact
     call_categories: tuple[str, ...] = ("simple_python", "multiple", "irrelevance")
     call_items: int = 100  # function-calling cases of each category
     code_problems: str = "human-eval"  # an asset or a file of problems
@@ -81,6 +81,8 @@ class Profile:
     reasoning_problems: int = 2  # of each task
     reasoning_tokens: int = 128  # of each way for each problem
     scenario_items: int = 2
+    models: tuple[str, ...] = ()  # that are compared with each other; none: `model` alone
+    notebooks: tuple[str, ...] = ()  # the only ones that a run without a selection takes; none: all
     like: str = ""  # the profile whose sizes are taken where this one says nothing
 
     def pick(self, sizes: Mapping[str, Size], otherwise: Size | None = None) -> Size:

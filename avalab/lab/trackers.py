@@ -115,6 +115,23 @@ def limit_gpu_memory(device: str, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
+def limit_memory_growth(size: int) -> None:
+    """Let this process have at most `size` bytes more of its own memory than it has now, where the system can say so.
+
+    Private writable memory counts (RLIMIT_DATA: heap and anonymous maps, thread stacks too), mapped files do not. What
+    asks for more is refused by the system, which libraries tell as being out of memory.
+    """
+    try:
+        import resource  # not on Windows
+
+        held = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except (ImportError, OSError):
+        return
+    if held:
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(held[1]) * 1024 + size, most))
+
+
 def set_malloc_threshold(size: int) -> None:
     """From `size` bytes on, map and unmap each block instead of keeping it; nothing where malloc is not glibc's."""
     libc = ctypes.CDLL(None)
@@ -122,6 +139,13 @@ def set_malloc_threshold(size: int) -> None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, size)
         libc.mallopt(trim_threshold, 2 * size)
+
+
+def return_free_memory() -> None:
+    """Give freed blocks back to the system, where malloc is glibc's: what is allocated next is then seen to grow."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def memory_read_rate(footprint: int, *, device: str = "cpu", seconds: float = 0.4) -> float:

@@ -56,6 +56,8 @@ FAILURES = {"EngineUnavailable": engines.EngineUnavailable, "NotSupported": engi
 
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed-tensors": "compressed_tensors"}
 
+MAPS_ITS_FILE = ("torch", "llamacpp")  # the others read it into memory of their own
+
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 DISTURBED = 0.25  # processors that others kept busy, on average, while samples were taken
@@ -80,7 +82,7 @@ class Workload:
     device: str = "cpu"
     batches: tuple[int, ...] = (1, 4, 16)  # sequences at once, where batches are measured
     predictable: bool = False
-    memory_cap_gib: float | None = None  # enforced on a GPU
+    memory_cap_gib: float | None = None  # enforced: of a GPU's memory, or of the process beyond what it starts with
     limit_seconds: float = 600
 
 
@@ -169,11 +171,32 @@ def usable_work(artifact: Artifact | Path, engine: str, work: Workload) -> tuple
 def ask_engine(target: str, artifact: Artifact | Path, engine: str, request: dict, limit_seconds: float) -> dict:
     """What `target` (`module:function`) answers about an artefact in an engine, in a process of its own.
 
-    It gets `request` with the artefact's `folder` and `engine`. Raises as `measure_cell` does.
+    It gets `request` with the artefact's `folder` and `engine`. Where that names a `memory_cap_gib` and the device is
+    no GPU, the process cannot take more (`growth_bytes`). Raises as `measure_cell` does.
     """
-    request = request | {"folder": str(folder_of(artifact).resolve()), "engine": engine}
-    label = f"{artifact.name} in {engine}"
-    return process.call(target, request, limit_seconds=limit_seconds, errors=FAILURES, label=label)
+    folder, cap = folder_of(artifact).resolve(), request.get("memory_cap_gib")
+    request = request | {"folder": str(folder), "engine": engine}
+    is_capped = cap and not request.get("device", "cpu").startswith("cuda")
+    return process.call(
+        target,
+        request,
+        limit_seconds=limit_seconds,
+        errors=FAILURES,
+        label=f"{artifact.name} in {engine}",
+        growth_bytes=growth_bytes(folder, engine, cap) if is_capped else 0,
+    )
+
+
+def growth_bytes(folder: Path, engine: str, cap_gib: float) -> int:
+    """What a process may take of its own so that it stays below a limit: less the file, where an engine maps it.
+
+    Raises InputError for a file that is larger than the limit alone.
+    """
+    mapped = weight_file_bytes(folder) if engine in MAPS_ITS_FILE else 0
+    left = int(cap_gib * 2**30) - mapped
+    if left <= 0:
+        raise InputError(f"the file of {folder.name} is {mapped / 2**30:.2f} GiB, the limit {cap_gib:g} GiB in all")
+    return left
 
 
 # --- in the measuring process -----------------------------------------------------------------------------------------

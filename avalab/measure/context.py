@@ -16,6 +16,10 @@
 Cache precision: 16 bits everywhere; 8 bits in OpenVINO (u8, a scale and a zero point a head and token) and in llama.cpp
 (q8_0, a scale for 32 values). An untied input embedding counts as read though one row of it is.
 
+llama.cpp maps its file, and beside it holds copies of the tensors whose blocks it interleaves (`INTERLEAVED`), float32
+activations of `llamacpp.BATCH` tokens, float32 logits, and its vocabulary with the merges (`VOCABULARY_BYTES` a token
+and some for itself, measured: 49,152 and 151,936 tokens took 23 and 53 MB).
+
 Not in the formula: what OpenVINO's unpaged graph needs to read a prompt, which grows with the square of its length.
 
 And what a longer context is worth: `record_positions`, the perplexity of each stretch of positions in long windows, and
@@ -51,11 +55,17 @@ from avalab.lab.errors import InputError
 from avalab.lab.run import Run, load_average
 from avalab.measure import cell, cost
 from avalab.measure.cell import Workload
-from avalab.models import checkpoint, predict, sizes
+from avalab.models import checkpoint, gguf_layout, predict, sizes
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 CACHE_BITS = (16, 8)
+
+# Types of which llama.cpp's x86 build makes a copy in another order; of q4_0 and q4_k it was measured, of the others it
+# is what its repack.cpp says. Rows are looked up in an embedding, which therefore stays as it is.
+INTERLEAVED = ("q4_0", "q4_k", "iq4_nl", "q2_k")
+
+VOCABULARY_BYTES, LIBRARY_BYTES = 300, 8 * 10**6  # of llama.cpp: a token, and once
 
 LIMIT_SECONDS = 600
 
@@ -90,22 +100,39 @@ def measure_lengths(
     cache_bits: int = 16,
     threads: int = 0,
     new_tokens: int = 16,
+    memory_cap_gib: float | None = None,
 ) -> list[Point]:
     """Measure an artefact at each length, in a process of its own; points in the order of length.
 
-    Raises ValueError for a length that the model's context does not hold or that leaves no prompt, EngineUnavailable or
+    Within `memory_cap_gib` the process cannot take more, and a length that is predicted not to fit is not started.
+    Raises ValueError for such a length, one that the model's context does not hold or that leaves no prompt, or a
+    limit that not even the shortest keeps to, EngineUnavailable or
     NotSupported as the engine does (also for a cache it does not have), RuntimeError when not one length was measured.
     """
     folder = sizes.folder_of(artifact).resolve()
     lengths = _checked_lengths(lengths, new_tokens, engines.facts(folder).context)
     prompts = tuple(length - new_tokens for length in lengths)
-    work = Workload(prompts=prompts, new_tokens=new_tokens, threads=threads, limit_seconds=LIMIT_SECONDS)
-    lines, why = _measure_in_process(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
     asked = {"engine": engine, "cache_bits": cache_bits, "new_tokens": new_tokens, "longest": lengths[-1]}
+    refuse_over_cap(folder, asked, memory_cap_gib)
+    work = Workload(
+        prompts=prompts,
+        new_tokens=new_tokens,
+        threads=threads,
+        memory_cap_gib=memory_cap_gib,
+        limit_seconds=LIMIT_SECONDS,
+    )
+    lines, why = _measure_in_process(folder, engine, work, cache_options(engine, cache_bits, lengths[-1]))
     rate = max((line["read_bytes_per_s"] for line in lines), default=0.0)
     note = f"stopped after {len(lines)} of {len(lengths)} lengths: {why}"
     rest = [Point(length, None, None, None, note=note) for length in lengths[len(lines) :]]
     return [_point(folder, line, asked, rate) for line in lines] + rest
+
+
+def refuse_over_cap(folder: Path, asked: dict, cap_gib: float | None) -> None:
+    """Raise InputError, with the prediction, where the longest context of a measurement would not fit into a limit."""
+    if cap_gib:
+        parts = predict_length(folder, asked=asked, length=asked["longest"], runtime_bytes=0, bytes_per_s=1.0)["memory"]
+        cost.refuse_over_cap(folder.name, asked["engine"], parts, cap_gib, tokens=asked["longest"])
 
 
 def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> list[int]:
@@ -160,6 +187,8 @@ def run_lengths(request: dict) -> dict:
         importlib.import_module(library)  # its code is no part of what the artefact needs
     if request["engine"] == "llamacpp":
         llamacpp_library.opened(llamacpp_library.find())
+    engines.facts(Path(request["folder"]))  # reads the tokenizer, which is the program's
+    trackers.return_free_memory()
     facts = {"runtime_bytes": trackers.process_memory()["rss"], "load_average": load_average()}
     folder, new, draw = Path(request["folder"]), request["new_tokens"], random.Random(0)
     engine, loading = cell.load_engine(request, **request["options"])
@@ -214,11 +243,26 @@ def predict_length(folder: Path, *, asked: dict, length: int, runtime_bytes: int
         work=Workload(prompts=(at_once,), new_tokens=asked["new_tokens"]),
         runtime_bytes=runtime_bytes,
     )
+    if engine == "llamacpp":
+        memory |= _llamacpp_parts(folder, model, at_once)
     held = asked["longest"] if engine == "llamacpp" else length
     memory["kv_cache"] = int(sizes.kv_cache_bytes(model, context=held) * bits / 16)
     memory["total"] = sum(size for part, size in memory.items() if part != "total")
     read = weights + int(sizes.kv_cache_bytes(model, context=length) * bits / 16)
     return {"memory": memory, "seconds": read / bytes_per_s, "read_bytes": read}
+
+
+def _llamacpp_parts(folder: Path, model: sizes.Shape, tokens: int) -> dict[str, int]:
+    """What differs in llama.cpp from the parts of `cost.predict_memory`."""
+    tensors = gguf_layout.tensor_bytes(engines.gguf_file(folder))
+    looked_up = "" if model.tied else "token_embd.weight"  # a tied one is multiplied with, too
+    copied = sum(size for name, (kind, size) in tensors.items() if kind in INTERLEAVED and name != looked_up)
+    return {
+        "copies": copied,
+        "activations": 4 * tokens * (2 * model.hidden + 3 * model.mlp),
+        "logits": 4 * model.vocab,
+        "vocabulary": LIBRARY_BYTES + VOCABULARY_BYTES * model.vocab,
+    }
 
 
 def cached_bits(engine: str, cache_bits: int, head_dim: int) -> float:
@@ -253,7 +297,14 @@ def record_lengths(
     """
     record = partial(run.record, artifact.name, artifact_sha256=artifact.sha256, engine=engine, threads=threads)
     try:
-        points = measure_lengths(artifact, engine, lengths=lengths, cache_bits=cache_bits, threads=threads)
+        points = measure_lengths(
+            artifact,
+            engine,
+            lengths=lengths,
+            cache_bits=cache_bits,
+            threads=threads,
+            memory_cap_gib=run.profile.memory_cap_gib,
+        )
     except (RuntimeError, ValueError) as error:
         metric = f"token_latency_ms:context{max(lengths)}:cache{cache_bits}"
         record(metric, None, "ms", note=str(error))

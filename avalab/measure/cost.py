@@ -94,6 +94,22 @@ def predict_memory(
     return parts | {"total": sum(parts.values())}
 
 
+def refuse_over_cap(name: str, engine: str, parts: Mapping[str, int], cap_gib: float | None, *, tokens: int) -> None:
+    """Raise InputError, with the prediction, for what would not fit into a limit: nothing is started to find out.
+
+    `parts` are those of `predict_memory`; the process before any weights does not count.
+    """
+    counted = {part: size for part, size in parts.items() if part not in ("total", "runtime")}
+    needed = sum(counted.values())
+    if cap_gib and needed > cap_gib * 2**30:
+        largest = sorted(counted, key=lambda part: -counted[part])[:3]
+        shown = ", ".join(f"{part.replace('_', ' ')} {counted[part] / 2**30:.2f}" for part in largest)
+        raise InputError(
+            f"{name} in {engine} would need {needed / 2**30:.2f} GiB at {tokens:,} tokens ({shown}), the limit is "
+            f"{cap_gib:g} GiB: not started; take fewer bits, a smaller model or a shorter context"
+        )
+
+
 def record_cost(
     run: Run, subject: str, artifact: Artifact, *, stored: Storage | None = None, again: bool = False
 ) -> None:
@@ -106,10 +122,17 @@ def record_cost(
     work, model = workload(run), sizes.shape_of(artifact)
     on_disk = sizes.bytes_by_component(artifact)
     predicted_on_disk = sizes.predict_bytes(model, stored) if stored else sizes.predicted_bytes(artifact)
+    storage, tokens = stored or sizes.storage_of_artifact(artifact)[0], max(work.prompts) + work.new_tokens
+    needed = predict_memory(model, storage, weight_bytes=artifact.bytes, work=work)
+    try:
+        refuse_over_cap(artifact.name, "torch", needed, work.memory_cap_gib, tokens=tokens)
+    except InputError as error:
+        run.record(subject, "peak_rss_bytes", None, "byte", artifact_sha256=artifact.sha256, note=str(error))
+        return
     found = cached_cell(artifact, work, run.artifacts_dir / "cache", again=again)
     memory = predict_memory(
         model,
-        stored or sizes.storage_of_artifact(artifact)[0],
+        storage,
         weight_bytes=artifact.bytes,
         work=work,
         runtime_bytes=found.runtime_bytes if found.peak_vram_bytes is None else 0,

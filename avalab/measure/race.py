@@ -44,7 +44,7 @@ from avalab.lab.cache import cache_path, cached_document
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import PROFILES, ROOT, Run, device_name, load_average, time_now
-from avalab.measure import cell
+from avalab.measure import cell, context
 from avalab.measure.cell import Cell, Workload
 from avalab.models import checkpoint
 
@@ -159,7 +159,8 @@ def list_entries(
 
 def visit_workload(run: Run) -> Workload:
     """What is asked in a visit, in the run's profile; on a GPU the torch engine runs there."""
-    return replace(run.profile.pick(VISITS, Workload()), seed=run.seed, device=_device(run))
+    own = {"seed": run.seed, "device": _device(run), "memory_cap_gib": run.profile.memory_cap_gib}
+    return replace(run.profile.pick(VISITS, Workload()), **own)
 
 
 def hold_race(run: Run, entries: list[Entry], *, work: Workload, cap_seconds: float) -> dict[Entry, Cell | str]:
@@ -215,7 +216,11 @@ def visit(entry: Entry, work: Workload, number: int) -> dict:
     """One visit: `cell` and `seconds`, or `failed`. Raises EngineUnavailable without the engine's library."""
     start = time.monotonic()
     own = replace(work, threads=entry.threads, seed=work.seed + 1000 * number)  # prompts of its own
+    longest = max(work.prompts) + work.new_tokens
+    asked = {"engine": entry.engine, "cache_bits": 16, "new_tokens": work.new_tokens, "longest": longest}
     try:
+        if work.device == "cpu":
+            context.refuse_over_cap(entry.artifact.path, asked, work.memory_cap_gib)
         found = {"cell": asdict(cell.measure_cell(entry.artifact, entry.engine, work=own))}
     except engines.EngineUnavailable:
         raise

@@ -481,3 +481,14 @@ def read_header(file: Path) -> Header:
         if (end := start + elements // weights * block_bytes) > size:
             raise InputError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
     return Header(header.values, types)
+
+
+def tensor_bytes(file: Path) -> dict[str, tuple[str, int]]:
+    """The type and the stored bytes of every tensor of a file. Raises ValueError as `read_header` does."""
+    import gguf
+
+    types = read_header(file).types
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        counts = {name: elements for name, elements, *_ in _Header(data).tensors()}
+    blocks = {kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]] for kind in {*types.values()}}
+    return {name: (kind, counts[name] // blocks[kind][0] * blocks[kind][1]) for name, kind in types.items()}

@@ -215,6 +215,19 @@ def predict_artifact_bytes(model: Shape, stored: Storage, kept: Sequence[str] = 
     return sum(predict_bytes(model, stored, kept).values())
 
 
+def predict_gguf_bytes(model: PreTrainedModel, folder: Path, bits: float) -> int:
+    """Bytes of a GGUF file with `bits` a weight of all matrices: those, vectors in float32, and the vocabulary.
+
+    `model` may be a skeleton. A token takes its letters, a length and a type, a merge its two parts and a length;
+    nothing else of the header counts.
+    """
+    matrices, vectors = ([p.numel() for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = sum(8 + len(token.encode()) + 4 for token in words["vocab"])
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in words.get("merges", ()))
+    return ceil(sum(matrices) * bits / 8) + 4 * sum(vectors) + tokens + sum(8 + len(pair.encode()) for pair in pairs)
+
+
 def kv_cache_bytes(model: Shape, *, context: int, batch: int = 1, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values of every layer for `context` tokens of `batch` sequences."""
     return 2 * model.layers * model.kv_heads * model.head_dim * batch * context * bytes_per_value

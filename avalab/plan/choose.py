@@ -1,4 +1,4 @@
-"""What to use for each memory budget, computed from the records of a race.
+"""What to use for each memory budget, computed from the records of a race, or of a shortlist of several models.
 
 1. A candidate is a subject (`nf4 in torch`) with a peak of memory, a decode rate and a KL divergence. Memory is the
    peak above the process's runtime (`peak_rss_bytes:engine`), or GPU memory where it was measured.
@@ -7,6 +7,10 @@
 3. The default is the choice of the smallest budget in which something is good enough.
 4. `judge` compares the default with its peers, as ratios of medians of one run. A peer counts where the default's
    divergence is not above the upper end of the peer's interval; of several, the fastest counts.
+
+Several models have no common base, so that calls decide between them and not a divergence (`choose_for`): at a stated
+context a candidate has to fit and, where the wish says so, to be quick enough; then the share of right calls counts,
+with its interval, then speed. Whether two shares differ at all is McNemar's test on the same cases.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from avalab.lab import statistics
 from avalab.lab.run import Record
 
 GIB = 2**30
@@ -103,6 +108,88 @@ def default_candidate(
     """The choice of the smallest budget in which something is good enough; None where nothing is."""
     chosen = [c for _, c, _ in choices(found, kl_limit=kl_limit, budgets=budgets)]
     return next((c for c in chosen if c and c.kl.value <= kl_limit), None)
+
+
+# --- several models ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody wants most; `slowest_ms` a token at the stated context, `speed_first` among equally good ones."""
+
+    name: str
+    slowest_ms: float = float("inf")
+    speed_first: bool = False
+
+
+WISHES = (
+    Wish("fastest", speed_first=True),
+    Wish("best at calls"),
+    Wish("best under 20 ms a token", slowest_ms=20.0),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to use for a wish within a budget, and why; no candidate where nothing fits or is quick enough."""
+
+    budget_bytes: int
+    wish: Wish
+    candidate: Candidate | None
+    why: str
+
+
+def candidates_at(records: Sequence[Record], *, context: int, calls: str, kl: str) -> list[Candidate]:
+    """Every subject that has memory and speeds at a context, the metric `kl` and the share of right calls `calls`."""
+    names = [f"{n}:context{context}" for n in ("peak_rss_bytes:engine", "decode_tokens_per_s", "prefill_tokens_per_s")]
+    memory, decode, prefill, scored, answered = (
+        {r.subject: r for r in records if r.metric == name and r.value is not None} for name in (*names, kl, calls)
+    )
+    return [
+        Candidate(s, r.engine, r, decode[s], prefill[s], scored[s], answered[s])
+        for s, r in memory.items()
+        if all(s in found for found in (decode, prefill, scored, answered))
+    ]
+
+
+def choose_for(found: Sequence[Candidate], budget_bytes: int, wish: Wish) -> Choice:
+    """The choice of one wish within one budget."""
+    fitting = [c for c in found if c.memory.value <= budget_bytes]
+    if not fitting:
+        return Choice(budget_bytes, wish, *choose_candidate(found, budget_bytes, kl_limit=0.0))
+    quick = [c for c in fitting if 1000 / c.decode.value <= wish.slowest_ms]
+    if not quick:
+        nearest = max(fitting, key=lambda c: c.decode.value)
+        why = f"the quickest that fits, {nearest.subject}, takes {1000 / nearest.decode.value:.0f} ms a token"
+        return Choice(budget_bytes, wish, None, why)
+    best = max(quick, key=lambda c: (c.calls.value, c.decode.value))
+    equal = [c for c in quick if is_as_good(c, best)]
+    fastest = max(equal, key=lambda c: c.decode.value)
+    if wish.speed_first:
+        other = "" if fastest is best else f" as {best.subject} ({best.calls.value:.0%} right)"
+        return Choice(budget_bytes, wish, fastest, f"fastest of {len(equal)} that call as well{other}")
+    other = "" if fastest is best else f"; {fastest.subject} is faster and not distinguishably worse"
+    return Choice(budget_bytes, wish, best, f"most calls right of {len(quick)}{other}")
+
+
+def is_as_good(candidate: Candidate, best: Candidate) -> bool:
+    """Whether a share of right calls is not distinguishable from the best one: paired, where the verdicts are known."""
+    ours, theirs = (c.calls.details.get("right", "") for c in (candidate, best))
+    if ours and len(ours) == len(theirs):
+        same_cases = [[verdict == "1" for verdict in verdicts] for verdicts in (ours, theirs)]
+        return statistics.mcnemar(*same_cases).verdict != "worse"
+    high = candidate.calls.value if candidate.calls.high is None else candidate.calls.high
+    return high >= best.calls.value
+
+
+def answer(
+    found: Sequence[Candidate], *, budgets: Sequence[int] = BUDGETS, wishes: Sequence[Wish] = WISHES
+) -> list[Choice]:
+    """The choices of all wishes, the smallest budget first."""
+    return [choose_for(found, budget, wish) for budget in sorted(budgets) for wish in wishes]
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 def judge_targets(

@@ -1,8 +1,9 @@
 """The notebooks as make sees them: what has to run again, and one run without a browser.
 
-1. Plan: a make include file with one rule a notebook, which depends on the modules it reaches, on pins and assets, and
-   on a list of the files of a model that is a local folder, whose names may be any (`list_model`). A stamp whose
-   results or sources are gone is taken back. A bare Python answers: only a run imports more than the standard library.
+1. Plan: which notebooks (those asked for, else the profile's own, else all), and a make include file with one rule a
+   notebook, which depends on the modules it reaches, on pins and assets, and on a list of the files of a model that is
+   a local folder, whose names may be any (`list_model`). A stamp whose results or sources are gone is taken back.
+   A bare Python answers: only a run imports more than the standard library.
 2. Run by papermill into a hidden file of the results folder. Absolute paths, progress bars and stderr go, the code's
    hash comes in, and the file becomes `results/<name>/NN_subject.ipynb`. After a failure the copy so far is kept as
    `NN_subject.failed.ipynb` with `NN_subject.traceback.txt`, and an earlier good copy stays. The page is built anew
@@ -127,7 +128,7 @@ def plan(profile: str, *, model: str = "", seed: str = "0", notebooks: str = "")
         raise InputError(f"SEED is {seed!r}; it must be a whole number from 0 up")
     model = model_argument(profile, model)
     name = folder_name(profile, model, int(seed))
-    selected = notebook_names(notebooks)
+    selected = notebook_names(notebooks or " ".join(PROFILES[profile].notebooks))
     remove_void_stamps(name)
     list_model(name, model or PROFILES[profile].model)
     write_atomically(ROOT / ".stamps" / name / "dependencies.mk", make_rules(name))

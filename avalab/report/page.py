@@ -7,8 +7,9 @@
    description inside the file.
 3. Of a failed notebook there is the last line of its error, and beneath it the earlier good run, if there is one.
 4. `templates/page.html.j2` makes a page of it that asks for nothing from elsewhere and runs no script; it begins with
-   the choice for each memory budget and the headlines (first lines of findings), beside each the one of the longer run
-   of the same model, where there is one. The README's list stands between `<!-- findings -->` and `<!-- /findings -->`.
+   the choice for each memory budget (of several models, where results/sizes has it) and the headlines (first lines of
+   findings), beside each the one of the longer run of the same model, where there is one. The README's list stands
+   between `<!-- findings -->` and `<!-- /findings -->`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td", "caption", "p", "smal
 TABLE_ATTRIBUTES = {"scope", "colspan", "rowspan"}
 
 MARKERS = ("<!-- findings -->", "<!-- /findings -->")
+
+MODELS = ("sizes", "20_three_sizes")  # the run and the notebook that compare models
 
 FILE_WORDS = {
     "ipynb": "executed notebook",
@@ -232,8 +235,9 @@ def build_page(folder: Path, notebooks: Path = ROOT / "notebooks") -> Path:
         raise MissingFile(f"no results folder {folder} (beside it: {there})")
     folder = folder.resolve()
     entries = _beside_longer_run(read_entries(folder, notebooks), folder, notebooks)
+    states, lead = code_states(folder, notebooks.parent), lead_of_models(folder, notebooks)
     others = sorted(p.parent.name for p in folder.parent.glob("*/index.html") if p.parent != folder)
-    text = render_page(folder.name, entries, code_states(folder, notebooks.parent), others)
+    text = render_page(folder.name, entries, states, lead=lead, others=others)
     write_atomically(folder / "index.html", text.replace(f"{ROOT}/", ""))
     return folder / "index.html"
 
@@ -248,11 +252,17 @@ def _beside_longer_run(entries: list[Entry], folder: Path, notebooks: Path) -> l
 
 
 def render_page(
-    name: str, entries: list[Entry], states: dict[str, str] | None = None, others: Sequence[str] = ()
+    name: str,
+    entries: list[Entry],
+    states: dict[str, str] | None = None,
+    *,
+    lead: dict[str, str] | None = None,
+    others: Sequence[str] = (),
 ) -> str:
     """The whole page as text; `name` is the results folder's, `states` what `code_states` says of its notebooks.
 
-    `others` are the results folders beside it that have a page.
+    `lead` is what to use for which memory; without one it is looked for among the entries. `others` are the results
+    folders beside it that have a page.
     """
     environment = Environment(
         loader=PackageLoader("avalab.report"),
@@ -270,10 +280,19 @@ def render_page(
         entries=entries,
         counts=", ".join(f"{count} {state}" for state, count in counts if count) or "no notebook",
         ages=[(said, names) for said, names in aged if names],
-        lead=_lead(entries),
+        lead=lead or _lead(entries),
         others=others,
         file_words=FILE_WORDS,
     )
+
+
+def lead_of_models(folder: Path, notebooks: Path) -> dict[str, str] | None:
+    """What to use of several models, where the folder itself or `MODELS` beside it answers that."""
+    for place in (folder, folder.parent / MODELS[0]):
+        if (place / f"{MODELS[1]}.ipynb").is_file() and (lead := _lead([read_entry(MODELS[1], place, notebooks)])):
+            elsewhere = "" if place.resolve() == folder.resolve() else f"../{quote(place.name)}/index.html"
+            return {**lead, "page": elsewhere, "table": lead["table"].replace(f"{ROOT}/", "")}
+    return None
 
 
 def _lead(entries: list[Entry]) -> dict[str, str] | None:
@@ -282,7 +301,7 @@ def _lead(entries: list[Entry]) -> dict[str, str] | None:
         for table in entry.tables:
             first = BeautifulSoup(table, "html.parser").th
             if first and first.get_text() == "memory":
-                return {"name": entry.name, "table": table}
+                return {"name": entry.name, "table": table, "page": ""}
     return None
 
 

@@ -428,13 +428,19 @@ def heat_map(records: list[Record], metric: str = "kl_divergence", path: Path | 
 
 
 @rc_context(STYLE)
-def predicted_against_measured(records: list[Record], path: Path | None = None, *, baseline: str = "bf16") -> Picture:
+def predicted_against_measured(
+    records: list[Record],
+    path: Path | None = None,
+    *,
+    baseline: str = "bf16",
+    bands: Mapping[str, float] = BANDS,
+) -> Picture:
     """Measured over predicted of the artefact's bytes and the peak memory, and the band that the design allows.
 
-    The prediction for `peak_rss_bytes` is recorded as `predicted_bytes:peak_rss`, and so on.
+    The prediction for `peak_rss_bytes` is recorded as `predicted_bytes:peak_rss`, and so on; `bands` names the metrics.
     """
     found = frame(records)
-    ratios = {metric: pairs.value / pairs.predicted for metric in BANDS if len(pairs := predictions(found, metric))}
+    ratios = {metric: pairs.value / pairs.predicted for metric in bands if len(pairs := predictions(found, metric))}
     if not ratios:
         expected = "predicted_bytes:artifact, :peak_rss or :peak_vram"
         raise InputError(f"no prediction among {len(found)} records; expected {expected}")
@@ -442,7 +448,7 @@ def predicted_against_measured(records: list[Record], path: Path | None = None, 
     figure, panels = style.row_figure(subjects, baseline, len(ratios))
     outside = []
     for axes, (metric, ratio) in zip(panels, ratios.items(), strict=True):
-        band = BANDS[metric]
+        band = bands[metric]
         axes.axvspan(1 - band, 1 + band, color="0.88", zorder=0)
         axes.axvline(1, color="0.5", lw=1, zorder=1)
         for subject, look in subject_styles(found, baseline, ratio.index).items():

@@ -188,6 +188,30 @@ def budget_table(choices: Sequence[tuple], *, kl_limit: float) -> Table:
     return Table(header, tuple(rows), (note,))
 
 
+def answer_table(choices: Sequence, records: Iterable[Record], *, context: int) -> Table:
+    """What to use for each budget and wish at a context, of `choose.answer`; its first column is `memory`."""
+    files = {r.subject: r for r in records if r.metric == "artifact_bytes" and r.value is not None}
+    rows = []
+    for each in choices:
+        cells = ["nothing", *[""] * 5]
+        if found := each.candidate:
+            shown = [files.get(found.subject), found.memory, found.decode, found.prefill]
+            cells = [found.subject, *["" if r is None else value_text(r, unit=False) for r in shown]]
+            cells.append(value_text(found.calls))
+        rows.append((f"{each.budget_bytes / 2**30:g} GiB", each.wish.name, *cells, each.why))
+    speeds = ("decode [tokens/s]", "prefill [tokens/s]")
+    header = ("memory", "you want", "use", "file [MB]", "needs [MB]", *speeds, "calls right", "why")
+    return Table(header, tuple(rows), (f"all at a context of {context:,} tokens; memory above the process's runtime",))
+
+
+def claim_table(judged: Sequence) -> Table:
+    """Claims about each subject and what was found, of `claims.judge_claims`."""
+    claims = list(dict.fromkeys(each.claim.words for each in judged))
+    found = {(each.subject, each.claim.words): each.verdict for each in judged}
+    subjects = dict.fromkeys(each.subject for each in judged)
+    return Table(("after", *claims), tuple((s, *[found[s, words] for words in claims]) for s in subjects))
+
+
 def target_table(judged: Sequence[tuple]) -> Table:
     """What was asked of the default and what was found, of `choose.judge_targets`."""
     rows = [(target.claim, f"at least {target.wanted:g}x", sentence) for target, _, sentence in judged]

@@ -290,3 +290,16 @@ def test_equal_inputs_give_equal_files_whatever_the_global_generators_are_at(bas
         assert torch.equal(torch.get_rng_state(), before)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
+
+
+def test_an_unknown_calibration_text_and_one_that_no_method_reads_are_refused(run, base):
+    with pytest.raises(ValueError, match="no calibration text 'novels'; choose one of docs, mix"):
+        quantize.compress_artifact(base, "ava", run=run, calibration="novels")
+    with pytest.raises(ValueError, match="nf4 reads no calibration text; leave out calibration 'mix'"):
+        quantize.compress_artifact(base, "nf4", run=run, calibration="mix")
+
+
+def test_an_artefact_that_was_calibrated_on_the_mix_is_another_one(run, base, few_docstrings):
+    found = quantize.compress_artifact(base, "ava", run=run, bits_per_weight=6, calibration="mix")
+    assert found.name.endswith("+ava-6bpw-mix")
+    assert found.card["recipe"][-1]["calibration_text"] == "mix"

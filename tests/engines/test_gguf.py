@@ -21,7 +21,7 @@ from avalab.engines import openvino as openvino_engine
 from avalab.engines.engine import TINY
 from avalab.kernels import block_types, formats
 from avalab.kernels.block_types import Steps
-from avalab.lab import llamacpp_library, process
+from avalab.lab import artifacts, llamacpp_library, process
 from avalab.lab.errors import InputError
 from avalab.models import checkpoint, gguf_layout
 
@@ -445,3 +445,13 @@ def test_readers_of_gguf_cut_text_as_the_tokenizer_beside_the_weights(name, text
         request["threads"] = engines.usable_options("openvino", file.parent, threads=1)[0]["threads"]
     found = process.call(f"{__name__}:token_ids_of_{name}", request, limit_seconds=120)
     assert found["ids"] == expected
+
+
+def test_the_file_that_a_base_was_made_from_is_kept_as_it_is_and_another_is_refused(base, tmp_path):
+    written = next(gguf_file.write(base, "q8_0").path.glob("*.gguf"))
+    with pytest.raises(ValueError, match=r"was not made from .* its card names another SHA-256"):
+        gguf_file.keep_published(base, written)
+    card = base.card | {"base": {"name": "x", "sha256": artifacts.sha256_of(written)}}
+    kept = gguf_file.keep_published(artifacts.Artifact(base.path, card), written)
+    assert (kept.path / written.name).read_bytes() == written.read_bytes()
+    assert (kept.format, kept.card["engines"]) == ("gguf-published", ["torch", "llamacpp"])

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -110,3 +111,29 @@ def test_a_bar_of_the_labs_own_is_seen_where_the_libraries_are_kept_quiet(capsys
     said = capsys.readouterr().err
     assert "stage" in said
     assert "noise" not in said
+
+
+def test_a_process_takes_no_more_of_its_own_memory_than_it_may():
+    """16 MiB fit into 64; 256 do not. In a process apart, which keeps the limit."""
+    program = (
+        "from avalab.lab import trackers\n"
+        "trackers.limit_memory_growth(2**26)\n"
+        "bytearray(2**24)\n"
+        "try: bytearray(2**28)\n"
+        "except MemoryError: print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_the_limit_reaches_the_process(monkeypatch):
+    seen = []
+
+    def ran(arguments: tuple, limit: float) -> int:
+        seen.append(arguments)
+        return process.main(*arguments[:3]) or 0
+
+    monkeypatch.setattr(process, "_run", ran)
+    process.call("copy:copy", {}, limit_seconds=1, growth_bytes=7)
+    process.call("copy:copy", {}, limit_seconds=1)
+    assert [arguments[4] for arguments in seen] == [7, 0]

@@ -168,3 +168,19 @@ def test_every_batch_size_has_its_samples_and_takes_time(artifact, in_this_proce
 def test_an_engine_without_batches_names_those_that_have_them():
     with pytest.raises(engines.NotSupported, match="llamacpp offers no batches here; torch, openvino, onnx do"):
         cell.run_batches({"engine": "llamacpp", "batches": (1, 4)})
+
+
+def test_a_file_that_is_larger_than_the_limit_is_refused_before_anything_starts(artifact, monkeypatch):
+    monkeypatch.setattr(process, "call", lambda *a, **k: pytest.fail("started"))
+    work = Workload(memory_cap_gib=0.001)
+    with pytest.raises(ValueError, match=r"the file of tiny is 0\.00 GiB, the limit 0\.001 GiB in all"):
+        cell.measure_cell(artifact, "torch", work=work)
+
+
+def test_an_artefact_that_takes_more_than_the_limit_ends_in_one_line(artifact):
+    """The tiny model in torch allocates more than its file's own 2 MB and 1 MB beside."""
+    cap = (artifact.bytes + 2**20) / 2**30
+    work = Workload(prompts=(8,), new_tokens=2, samples=1, threads=1, memory_cap_gib=cap)
+    with pytest.raises(RuntimeError, match="tiny in torch failed") as raised:
+        cell.measure_cell(artifact, "torch", work=work)
+    assert "\n" not in str(raised.value)

@@ -175,3 +175,22 @@ def test_points_become_records_by_pencil(artifact, monkeypatch):
     assert found["predicted_token_latency_ms:context32:cache16"].value > weights / 1e6
     assert {r.artifact_sha256 for r in run.records} == {artifact.sha256}
     assert found["peak_rss_bytes:context100:cache16"].details["memory"]["runtime"] == 1000
+
+
+def test_a_context_that_is_predicted_not_to_fit_is_not_started(artifact, monkeypatch):
+    monkeypatch.setattr(process, "call", lambda *a, **k: pytest.fail("started"))
+    with pytest.raises(ValueError, match=r"tiny in torch would need .* at 100 tokens .*: not started"):
+        context.measure_lengths(artifact, "torch", lengths=(32, 100), new_tokens=4, memory_cap_gib=0.001)
+
+
+def test_llama_cpp_copies_the_blocks_that_it_interleaves_and_holds_its_vocabulary(artifact, monkeypatch):
+    """A q4_0 matrix is held twice, an embedding that is only looked up and a q8_0 matrix once."""
+    tensors = {"blk.0.a": ("q4_0", 90), "token_embd.weight": ("q4_0", 50), "blk.0.b": ("q8_0", 70)}
+    monkeypatch.setattr(context.gguf_layout, "tensor_bytes", lambda file: tensors)
+    monkeypatch.setattr(context.engines, "gguf_file", lambda folder: folder)
+    model = sizes.Shape(vocab=1000, hidden=8, mlp=16, layers=1, heads=2, kv_heads=1, head_dim=4, tied=False)
+    found = context._llamacpp_parts(artifact.path, model, 10)
+    assert found["copies"] == 90
+    assert found["activations"] == 4 * 10 * (2 * 8 + 3 * 16)
+    assert found["logits"] == 4000
+    assert found["vocabulary"] == context.LIBRARY_BYTES + context.VOCABULARY_BYTES * 1000

@@ -269,3 +269,13 @@ def test_a_kernel_with_another_product_is_refused(monkeypatch):
     monkeypatch.setitem(cost.KERNELS, "wrong", lambda w, x: lambda: 2 * (x @ w.float().T))
     with pytest.raises(ValueError, match="kernel 'wrong' differs from the dense product by"):
         cost.time_kernels(half_zero(), tokens=4, rounds=1, kernels=("wrong",))
+
+
+def test_what_is_predicted_not_to_fit_is_refused_with_the_prediction():
+    """3 GiB of weights and 2 of cache are 5, above 4; the runtime does not count."""
+    parts = {"weights": 3 * 2**30, "kv_cache": 2 * 2**30, "runtime": 9 * 2**30, "total": 14 * 2**30}
+    said = r"big in torch would need 5\.00 GiB at 8,192 tokens \(weights 3\.00, kv cache 2\.00\), the limit is 4 GiB"
+    with pytest.raises(ValueError, match=said):
+        cost.refuse_over_cap("big", "torch", parts, 4.0, tokens=8192)
+    cost.refuse_over_cap("big", "torch", parts, 5.0, tokens=8192)
+    cost.refuse_over_cap("big", "torch", parts, None, tokens=8192)

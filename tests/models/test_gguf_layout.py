@@ -208,3 +208,11 @@ def test_a_file_that_is_not_its_configurations_is_refused_by_tensor(exported):
         ValueError, match=r"m\.gguf: tensor blk\.0\.ffn_gate\.weight is \(256, 128\), its configuration"
     ):
         gguf_layout.read_back(file, config)
+
+
+def test_the_bytes_of_the_tensors_and_the_header_are_the_file(base):
+    file = next(gguf_file.write(base, "q8_0").path.glob("*.gguf"))
+    found = gguf_layout.tensor_bytes(file)
+    assert {name: kind for name, (kind, _) in found.items()} == gguf_layout.read_header(file).types
+    held = sum(size for _, size in found.values())
+    assert 0.9 * file.stat().st_size < held < file.stat().st_size

@@ -1,7 +1,10 @@
 """What to use within a budget, and the targets: every choice by pencil from a few records."""
 
+from dataclasses import replace
+
 import pytest
 
+from avalab.lab import statistics
 from avalab.lab.run import Run
 from avalab.plan import choose
 from avalab.report import tables
@@ -113,3 +116,73 @@ def test_without_llama_cpp_the_sentence_says_so(found):
     ] * 3
     table = tables.target_table(judged)
     assert len(table.rows) == len(choose.TARGETS)
+
+
+# --- several models --------------------------------------------------------------------------------------------------
+
+MODELS = {  # memory in MB, tokens/s, right of 20 cases
+    "small q in llamacpp": (200, 100, "10" * 10),
+    "middle q in llamacpp": (700, 40, "1" * 15 + "0" * 5),
+    "large q in llamacpp": (1800, 20, "1" * 18 + "0" * 2),
+    "large slow in openvino": (1900, 10, "1" * 18 + "0" * 2),
+}
+
+
+@pytest.fixture
+def models():
+    run = Run("t", "sizes")
+    for subject, (memory, rate, right) in MODELS.items():
+        about = {"engine": subject.split()[-1]}
+        run.record(subject, "peak_rss_bytes:engine:context2048", memory * MB, "byte", **about)
+        run.record(subject, "decode_tokens_per_s:context2048", rate, "token/s", **about)
+        run.record(subject, "prefill_tokens_per_s:context2048", 10 * rate, "token/s", **about)
+        run.record(subject, "kl_divergence:text", 0.1, "nats/token", **about)
+        share = statistics.wilson(right.count("1"), len(right))
+        run.record(subject, "calls", unit="1", details={"right": right}, **vars(share))
+    return choose.candidates_at(run.records, context=2048, calls="calls", kl="kl_divergence:text")
+
+
+def named(models, megabytes: int) -> dict[str, str | None]:
+    found = choose.answer(models, budgets=(megabytes * MB,))
+    return {each.wish.name: each.candidate and each.candidate.subject for each in found}
+
+
+def test_the_best_at_calls_differs_by_budget_and_equal_shares_are_decided_by_speed(models):
+    best = [named(models, m)["best at calls"] for m in (500, 1000, 4000)]
+    assert best == ["small q in llamacpp", "middle q in llamacpp", "large q in llamacpp"]
+
+
+def test_the_fastest_has_to_call_as_well_as_the_best_of_the_same_cases(models):
+    """15 of 20 against 18 of 20: three cases apart, p = 0.25; 10 of 20: McNemar tells them apart."""
+    assert named(models, 4000)["fastest"] == "middle q in llamacpp"
+    assert named(models, 500)["fastest"] == "small q in llamacpp"
+
+
+def test_under_20_ms_a_token_only_what_is_quick_enough_counts(models):
+    assert named(models, 4000)["best under 20 ms a token"] == "small q in llamacpp"
+    slow = [c for c in models if c.decode.value < 50]
+    found = choose.choose_for(slow, 4000 * MB, choose.WISHES[2])
+    assert (found.candidate, found.why) == (None, "the quickest that fits, middle q in llamacpp, takes 25 ms a token")
+
+
+def test_where_nothing_fits_the_answer_says_what_the_least_is(models):
+    found = choose.choose_for(models, 100 * MB, choose.WISHES[0])
+    assert (found.candidate, found.why) == (None, "the least that was measured is 200 MB")
+
+
+def test_without_verdicts_the_interval_decides(models):
+    bare = [replace(c, calls=replace(c.calls, details={})) for c in models]
+    assert choose.is_as_good(bare[1], bare[2])  # the interval of 15 of 20 ends at 89 %, of 10 of 20 at 70 %
+    assert choose.is_as_good(bare[0], bare[2]) is False
+
+
+def test_a_subject_without_a_measurement_at_the_context_is_no_candidate(models):
+    records = [r for c in models for r in (c.memory, c.decode, c.kl, c.calls)]
+    assert choose.candidates_at(records, context=2048, calls="calls", kl="kl_divergence:text") == []
+
+
+def test_the_answer_is_a_table_whose_first_column_is_memory(models):
+    table = tables.answer_table(choose.answer(models), [], context=2048)
+    assert table.header[:3] == ("memory", "you want", "use")
+    assert [row[0] for row in table.rows[::3]] == ["0.5 GiB", "1 GiB", "2 GiB", "4 GiB"]
+    assert all(len(row) == len(table.header) for row in table.rows)

@@ -228,6 +228,17 @@ def test_a_python_without_packages_plans_the_run(package):
     assert "01_a.done: avalab/__init__.py avalab/a.py" in (package / ".stamps/smoke/dependencies.mk").read_text()
 
 
+def test_a_profile_may_name_the_notebooks_that_it_is_for(package):
+    for name in ("01_a", "20_three_sizes"):
+        write_notebook(package, name, ["import avalab.a"])
+    command, environment = [sys.executable, "-m", "avalab.report.notebooks", "plan"], {"AVALAB_ROOT": str(package)}
+    for asked, planned in (("sizes", "sizes 20_three_sizes\n"), ("laptop", "laptop 01_a 20_three_sizes\n")):
+        done = subprocess.run(
+            [*command, "--profile", asked], cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True
+        )
+        assert done.stdout == planned, done.stderr
+
+
 def test_an_unknown_notebook_or_profile_is_named_with_those_that_exist(package):
     write_notebook(package, "01_a", ["1"])
     with pytest.raises(ValueError, match="no notebook 07; notebooks/ holds 01_a"):

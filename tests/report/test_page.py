@@ -250,3 +250,17 @@ def test_results_older_than_their_code_are_named_at_the_top_and_without_any_noth
 
 def test_the_age_of_a_result_that_names_no_known_commit_is_left_open(text):
     assert "Results that may be older than the code they come from: 01_small." in text
+
+
+def test_what_to_use_of_several_models_leads_every_page_once_it_was_measured(lab):
+    folder, notebooks = lab
+    table = (
+        "<table><thead><tr><th>memory</th><th>use</th></tr></thead><tr><th>1 GiB</th><td>a small one</td></tr></table>"
+    )
+    cells = new_markdown_cell("# Which model?"), code("table", shown(text_html=table), tags=("table",))
+    write_notebook(folder.parent / "sizes" / "20_three_sizes.ipynb", *cells)
+    beside = page.build_page(folder, notebooks).read_text()
+    assert "a small one" in beside.partition("<section")[0]
+    assert 'href="../sizes/index.html#20_three_sizes"' in beside
+    own = page.build_page(folder.parent / "sizes", notebooks).read_text()
+    assert 'From <a href="#20_three_sizes">' in own

@@ -1,0 +1,1 @@
+"""Where text comes from that is put together or made here, beside the texts of `corpora`."""
