@@ -26,7 +26,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from avalab.lab import trackers
 from avalab.lab.errors import ProcessFailed
 
 for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace", "bitsandbytes.backends"):
@@ -83,6 +82,8 @@ def main(target: str, request: str, result: str, output: str = "", growth_bytes:
         os.dup2(sink, 1)
         os.dup2(sink, 2)
     if growth_bytes:
+        from avalab.lab import trackers  # needs psutil, which who plans a run may not have
+
         trackers.limit_memory_growth(growth_bytes)
     module, _, name = target.partition(":")
     try:

@@ -282,7 +282,7 @@ def measured_contexts(run: Run, row: Row, stated: Sequence[int], *, again: bool 
     lengths = (WARM_UP, *stated) if min(stated) > WARM_UP else tuple(stated)
     how = {"lengths": lengths, "threads": row.entry.threads, "new_tokens": NEW_TOKENS}
     how |= {"memory_cap_gib": run.profile.memory_cap_gib}
-    code = code_of(context.measure_lengths, engines.ENGINES[row.entry.engine])
+    code = code_of("avalab.measure.context:measure_lengths", engines.ENGINES[row.entry.engine])
     about = [row.entry.artifact.sha256, row.entry.engine, how, device_name(run.device), code]
     key = artifacts.sha256_of_text(json.dumps(about))[:24]
 

@@ -172,8 +172,8 @@ def test_where_nothing_fits_the_answer_says_what_the_least_is(models):
 
 def test_without_verdicts_the_interval_decides(models):
     bare = [replace(c, calls=replace(c.calls, details={})) for c in models]
-    assert choose.is_as_good(bare[1], bare[2])  # the interval of 15 of 20 ends at 89 %, of 10 of 20 at 70 %
-    assert choose.is_as_good(bare[0], bare[2]) is False
+    assert choose.is_as_good(bare[3], bare[2])
+    assert choose.is_as_good(bare[1], bare[2]) is False  # the interval of 15 of 20 ends at 89 %, 18 of 20 are 90 %
 
 
 def test_a_subject_without_a_measurement_at_the_context_is_no_candidate(models):

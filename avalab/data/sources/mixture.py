@@ -92,7 +92,7 @@ def sampled_windows(
 ) -> Int[Tensor, "window time"]:
     """`count` windows that a model writes after beginnings in turn, which are part of them; kept once written."""
     tokens, seed = run.profile.calibration_tokens, run.seed
-    parts = (name, base.sha256, code_of(sample)[:8], f"{count}x{tokens}", str(seed))
+    parts = (name, base.sha256, code_of("avalab.data.sources.mixture:sample")[:8], f"{count}x{tokens}", str(seed))
     path = cache_path(run.artifacts_dir / "cache", "own-text", *parts, suffix=".json")
 
     def write() -> dict:
