@@ -20,17 +20,19 @@ something new and make the measure of forgetting look better than it is.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avalab.data import chats, corpora, grammars
-from avalab.lab.artifacts import Artifact
+from avalab.lab.artifacts import Artifact, sha256_of_text
+from avalab.lab.cache import cache_path, cached_lines
+from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run
 from avalab.models import checkpoint, predict
@@ -202,31 +204,49 @@ def with_answers_of(examples: Sequence[dict], teacher: Callable[[list[dict]], st
 def own_answers(
     student: Artifact, examples: Sequence[dict], *, run: Run, new_tokens: int = 64, batch_size: int = 8
 ) -> list[dict]:
-    """The examples with answers that the student draws at temperature 1, the same ones for the same seed."""
-    model, tokenizer = checkpoint.load_model(student, run.device), checkpoint.load_tokenizer(student)
-    stops, found = list(stop_tokens(model, tokenizer)), []
+    """The examples with answers that the student draws at temperature 1, the same ones for the same seed.
+
+    Each batch is kept when it is done: a killed run goes on behind the last one.
+    """
+    tokenizer = checkpoint.load_tokenizer(student)
+    prompts = [chats.prompt_text(tokenizer, example["messages"][:-1]) for example in examples]
+    parts = (student.sha256, code_of(drawn_answers)[:8], f"seed{run.seed}", f"tokens{new_tokens}")
+    path = cache_path(run.artifacts_dir / "cache", "own", *parts, suffix=".jsonl")
+
+    def generate(missing: list[int]) -> Iterator[tuple[int, str]]:
+        model = checkpoint.load_model(student, run.device)
+        for start in range(0, len(missing), batch_size):
+            part = [prompts[index] for index in missing[start : start + batch_size]]
+            answers = drawn_answers(model, tokenizer, part, new_tokens=new_tokens, seed=run.seed)
+            yield from enumerate(answers, start)
+
+    keys = [sha256_of_text(prompt) for prompt in prompts]
+    texts = cached_lines(path, keys, generate, progress=f"{student.name} answers")
+    return [_with_answer(example, text) for example, text in zip(examples, texts, strict=True)]
+
+
+def drawn_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, new_tokens: int, seed: int
+) -> list[str]:
+    """What a model says to each prompt at temperature 1, the same for the same prompts and seed."""
+    stops = list(stop_tokens(model, tokenizer))
     padding = padding_token(tuple(stops), tokenizer)
+    asked = [tokenizer(text, add_special_tokens=False).input_ids for text in prompts]
+    ids, seen = (t.to(model.device) for t in grammars.left_padded(asked, padding))
     with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        for start in tqdm(range(0, len(examples), batch_size), desc=f"{student.name} answers", leave=False):
-            part = examples[start : start + batch_size]
-            texts = [chats.prompt_text(tokenizer, example["messages"][:-1]) for example in part]
-            prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-            ids, seen = (t.to(model.device) for t in grammars.left_padded(prompts, padding))
-            out = model.generate(
-                ids,
-                attention_mask=seen,
-                eos_token_id=stops or None,
-                pad_token_id=padding,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=new_tokens,
-            )
-            answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            found += [_with_answer(example, answer) for example, answer in zip(part, answers, strict=True)]
-    return found
+        torch.manual_seed(int(sha256_of_text(f"{seed} {prompts}")[:15], 16))
+        out = model.generate(
+            ids,
+            attention_mask=seen,
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new_tokens,
+        )
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def _with_answer(example: dict, text: str) -> dict:

@@ -1,5 +1,7 @@
 """Rows: every example once, labels where they predict, nothing seen across boundaries, answers by others."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -187,9 +189,26 @@ def test_a_teacher_who_can_is_asked_all_at_once(examples):
 
 
 def test_the_students_own_answers_are_drawn_by_seed_and_can_be_learnt_from(run, base, tokenizer, examples):
-    first, again = (packing.own_answers(base, examples[:3], run=run, new_tokens=12) for _ in range(2))
-    assert first == again
+    first = packing.own_answers(base, examples[:3], run=run, new_tokens=12)
+    (kept,) = (run.artifacts_dir / "cache").glob("own-*.jsonl")
+    before = kept.read_text()
+    kept.unlink()
+    assert packing.own_answers(base, examples[:3], run=run, new_tokens=12) == first  # drawn again
+    assert [json.loads(line)["text"] for line in before.splitlines()] == [e["messages"][-1]["content"] for e in first]
     other = packing.own_answers(base, examples[:3], run=Run("t", "smoke", 1, run.model), new_tokens=12)
     assert first != other
     assert all(a["messages"][:-1] == b["messages"][:-1] for a, b in zip(first, examples, strict=False))
     assert len(packing.pack_chats(tokenizer, first, row_tokens=1000, context=1000, seed=0)) >= 1
+
+
+def test_own_answers_that_are_kept_are_not_drawn_again_and_a_killed_run_goes_on(run, base, examples, monkeypatch):
+    """Batches of two: the first is there, the second is drawn."""
+    how = {"run": run, "new_tokens": 6, "batch_size": 2}
+    whole = packing.own_answers(base, examples[:4], **how)
+    kept = next(path for path in (run.artifacts_dir / "cache").glob("own-*.jsonl") if "tokens6" in path.name)
+    kept.write_text("".join(f"{line}\n" for line in kept.read_text().splitlines()[:2]))
+    drawn, seen = packing.drawn_answers, []
+    monkeypatch.setattr(packing, "drawn_answers", lambda *a, **k: seen.append(len(a[2])) or drawn(*a, **k))
+    monkeypatch.setattr(packing, "code_of", lambda _: kept.name.split("-")[2])
+    assert packing.own_answers(base, examples[:4], **how) == whole
+    assert seen == [2]
