@@ -150,8 +150,14 @@ class Llama:
 
         try:
             with self._slot(tokens, urgent, is_cancelled) as slot:
-                known = self._take_over(slot, tokens, urgent, is_cancelled)
-                read = self._read(slot, tokens, known, urgent, is_cancelled)
+                own = Prefill(tokens[:-1])
+                try:
+                    known = self._take_over(slot, tokens, own, urgent, is_cancelled)
+                    read = self._read(slot, own, known, urgent, is_cancelled)
+                finally:
+                    with self.changed:
+                        self.reading = [other for other in self.reading if other is not own]
+                        self.changed.notify_all()
                 return self._answer(slot, tokens, job, limit, told, is_cancelled) | {"prefilled": read}
         finally:
             if first[0]:
@@ -208,8 +214,13 @@ class Llama:
                 slot.is_busy = False
                 self.changed.notify_all()
 
-    def _take_over(self, slot: Slot, tokens: list[int], urgent: bool, is_cancelled: Callable[[], bool]) -> int:
-        """Bring what another request has read into this slot; how many of the tokens it then holds."""
+    def _take_over(
+        self, slot: Slot, tokens: list[int], prefill: Prefill, urgent: bool, is_cancelled: Callable[[], bool]
+    ) -> int:
+        """Bring what another request has read into this slot; how many of the tokens it then holds.
+
+        From the moment that nothing more is waited for, others may wait for this prompt's `prefill`.
+        """
         own = batching.longest_match(tokens, [slot.tokens])[1]
         with self.changed:
             while True:
@@ -223,6 +234,7 @@ class Llama:
                     break
                 self.reading[at].wanted.add(ahead)
                 self.changed.wait(0.05)
+            self.reading.append(prefill)
             if shared - own < LEAST_SHARED:
                 return own
             self.kept.move_to_end(kept[index])
@@ -233,15 +245,12 @@ class Llama:
             slot.tokens = list(kept[index])
             return shared
 
-    def _read(self, slot: Slot, tokens: list[int], known: int, urgent: bool, is_cancelled: Callable[[], bool]) -> int:
+    def _read(self, slot: Slot, own: Prefill, known: int, urgent: bool, is_cancelled: Callable[[], bool]) -> int:
         """Read a prompt's tokens but the last in pieces; how many were read."""
-        end = len(tokens) - 1
+        tokens, end, read = own.tokens, len(own.tokens), 0
         if end - known < self.prefill_tokens:  # read with the answer's first step
-            return len(tokens) - known
-        own = Prefill(tokens[:end], known)
-        with self.changed:
-            self.reading.append(own)
-        done, read = known, 0
+            return end + 1 - known
+        own.kept = known
         try:
             for cut in batching.pieces(known, end, self.prefill_tokens):
                 with self.changed:
@@ -252,14 +261,12 @@ class Llama:
                 job = {"prompt": tokens[:cut], "n_predict": 0, "id_slot": slot.id, "cache_prompt": True}
                 made = _checked(self.server.handle_completions(job))
                 read += made["timings"]["prompt_n"]
-                slot.tokens, done = tokens[:cut], cut
+                slot.tokens = tokens[:cut]
                 if cut == end or any(own.kept < wanted <= cut for wanted in own.wanted):
-                    self._keep(slot, own, done)
+                    self._keep(slot, own, cut)
         finally:
             with self.changed:
-                self.reading.remove(own)
                 self.prefilled += read
-                self.changed.notify_all()
         return read + 1
 
     def _keep(self, slot: Slot, prefill: Prefill, done: int) -> None:
