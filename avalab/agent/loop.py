@@ -32,6 +32,8 @@ RULES = (
     "you know the answer, call the function answer."
 )
 
+ALONE = "Answer the user's request in one short sentence."
+
 PLAN = "Before you begin: in at most 30 words, which functions will you call, and in which order?"
 
 NEXT = "If these results answer the task, call the function answer. If something is missing, make the next call."
@@ -165,7 +167,7 @@ KNOWN = "This call was made before. Its result: "
 
 def opening(task: str, tools: Sequence[Tool], memory: Memory | None) -> list[dict]:
     """The system message and the task."""
-    system = f"{toolbox.system_prompt([tool.described for tool in tools])}\n\n{RULES}" if tools else RULES
+    system = f"{toolbox.system_prompt([tool.described for tool in tools])}\n\n{RULES}" if tools else ALONE
     if memory and (facts := memory.facts(task)):
         system += "\n\nKnown from earlier sessions:\n" + "\n".join(f"- {fact}" for fact in facts)
     return [{"role": "system", "content": system}, {"role": "user", "content": task}]

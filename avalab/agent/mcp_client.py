@@ -17,12 +17,14 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from avalab.agent.retrieval.index import Index
 from avalab.agent.toolkit import INSTALL, Tool, perform
@@ -30,7 +32,7 @@ from avalab.data import gates
 from avalab.data.calls import Call
 from avalab.lab import statistics
 from avalab.lab.errors import InputError, LabError, MissingFile, ProcessFailed, Unavailable
-from avalab.lab.run import Run
+from avalab.lab.run import Record, Run
 from avalab.serve.tools import shortened
 
 CONNECT_SECONDS, CALL_SECONDS = 20.0, 30.0
@@ -118,26 +120,36 @@ def connected(
         portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
         tools: list[Tool] = []
         for server in servers:
-            client = Client(_transport(server), read_timeout_seconds=call_seconds)
+            errors = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+            client = Client(_transport(server, errors), read_timeout_seconds=call_seconds)
             try:
                 session = stack.enter_context(_bounded(portal, client, connect_seconds))
                 offered = portal.call(partial(_listed, session, connect_seconds))
             except LabError:
                 raise
             except BaseException as error:  # of asyncio's groups, too
-                raise ProcessFailed(f"{server.shown} does not answer as one: {_why(error, connect_seconds)}") from error
+                why = f"{_why(error, connect_seconds)}{_last_line(errors)}"
+                raise ProcessFailed(f"{server.shown} does not answer as one: {why}") from error
             tools += _allowed(server, offered, partial(_called, portal, session, call_seconds))
         yield tools
 
 
-def _transport(server: Server) -> object:
+def _transport(server: Server, errors: TextIO) -> object:
+    """How a server is reached; what a process says on stderr goes to a file, as a notebook has no stderr for it."""
     if server.url:
         return server.url
-    from mcp import StdioServerParameters
+    from mcp import StdioServerParameters, stdio_client
 
-    return StdioServerParameters(
+    parameters = StdioServerParameters(
         command=server.command, args=list(server.args), env=dict(server.env) or None, cwd=server.cwd or None
     )
+    return stdio_client(parameters, errlog=errors)
+
+
+def _last_line(errors: TextIO) -> str:
+    errors.seek(0)
+    lines = errors.read().strip().splitlines()
+    return f"; it said: {lines[-1][:200]}" if lines else ""
 
 
 @contextmanager
@@ -226,8 +238,8 @@ def _why(error: BaseException, seconds: float) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def record_calls(run: Run, index: Path, asked: Sequence[str]) -> int:
-    """How many calls to the lab's own server over stdio give what the index gives; recorded with the time of a call."""
+def record_calls(run: Run, index: Path, asked: Sequence[str]) -> Record:
+    """The share of calls to the lab's own server, over stdio, that give what the index gives, and each call's time."""
     name = "search_documents"
     arguments = ("-m", "avalab.cli", "mcp", "--folder", str(index.parent), "--documents", str(index))
     env = tuple((key, value) for key, value in os.environ.items() if key.startswith(("AVALAB", "PYTHON")))
@@ -241,10 +253,8 @@ def record_calls(run: Run, index: Path, asked: Sequence[str]) -> int:
                 times.append(1000 * (time.perf_counter() - began))
                 right += not said.failed and all(piece.name in said.text for piece in direct.search(question, 1))
     except (Unavailable, ProcessFailed) as error:
-        run.record("lab.search_documents", "valid_calls", None, "1", note=str(error))
-        return 0
+        return run.record("lab.search_documents", "valid_calls", None, "1", note=str(error))
     finally:
         direct.close()
     share = statistics.wilson(right, len(asked))
-    run.record("lab.search_documents", "valid_calls", unit="1", samples=times, **vars(share))
-    return right
+    return run.record("lab.search_documents", "valid_calls", unit="1", samples=times, **vars(share))

@@ -317,6 +317,3 @@ def document_tool(index: Index, *, most: int = 2) -> Tool:
 
     said = "Search the user's documents; gives the passages that fit best."
     return Tool("search_documents", said, schema(question=("string", "what is looked for")), search)
-
-
-KINDS = ("files", "calculating", "python", "documents", "memory")  # what `avalab agent --tools` names

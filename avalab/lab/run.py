@@ -75,6 +75,7 @@ class Profile:
     image_steps: int = 240  # batches of images and their names
     agent_model: str = "qwen2.5-coder-0.5b-instruct"  # that answers from documents and works on tasks
     indexed_modules: int = 60  # whose documentation is indexed
+    document_vectors: bool = True  # found by meaning, too
     document_questions: int = 90
     document_answers: int = 5  # of these questions are answered by the model, with and without documents
     agent_tasks: int = 5

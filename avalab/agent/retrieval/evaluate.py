@@ -22,14 +22,15 @@ FIRST = 5
 DIRECT = "Answer with the dotted name alone, such as os.path.join."
 
 
-def library_index(run: Run, *, threads: int = 0, fetch: bool = True) -> Index:
+def library_index(run: Run, *, threads: int = 0) -> Index:
     """The index of the documentation of the profile's first modules."""
     folder = run.artifacts_dir / "cache" / f"library-{run.profile.indexed_modules}"
     if not folder.is_dir():
         temporary = folder.with_name(f".{folder.name}")
         questions.write_documents(temporary, most=run.profile.indexed_modules)
         temporary.rename(folder)
-    index = Index(folder.with_suffix(".sqlite"), embedding.available(threads=threads, fetch=fetch))
+    embedder = embedding.available(threads=threads) if run.profile.document_vectors else None
+    index = Index(folder.with_suffix(".sqlite"), embedder)
     index.build(folder, progress=True)
     return index
 
@@ -57,7 +58,7 @@ def record_recall(run: Run, index: Index, asked: Sequence[Question]) -> dict[str
         about = {"load": load_average(), "pieces": len(index)}
         run.record(way, "query_ms", unit="ms", details=about, **vars(statistics.quantile(times[way], 0.95)))
     if not index.has_vectors:
-        why = "the assets minilm-l6-int8 and minilm-l6-tokenizer, or ONNX Runtime, are not here"
+        why = "no vectors: not in this profile, or minilm-l6-int8, its tokenizer or ONNX Runtime is not here"
         for way in ("meaning", "fused"):
             run.record(way, "recall_at_5", None, "1", note=why)
     return found

@@ -159,13 +159,14 @@ class Index:
         folder, done = Path(folder), Built()
         root = folder.parent if folder.is_file() else folder
         files = {path.relative_to(root).as_posix(): path for path in documents.find(folder)}
-        for name in sorted(self._known().keys() - files.keys()):
+        known = self._known()
+        for name in sorted(known.keys() - files.keys()):
             self.remove(name)
             done.removed.append(name)
         for name, path in tqdm(files.items(), desc="documents", disable=not progress, leave=False):
             try:
                 sha256 = _sha256(path)
-                if self._known().get(name) == sha256:
+                if known.get(name) == sha256:
                     done.kept.append(name)
                     continue
                 self.add(name, documents.read(path), sha256)
