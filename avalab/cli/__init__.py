@@ -15,6 +15,10 @@
     avalab recover small --out better               train codes and scales of a low-bit model, at the same bytes
     avalab chat tuned                               talk to it; it really calls tools
     avalab compare small base --task bfcl           whether it does so better or worse than another one
+    avalab plan --memory 4GiB                       which recipe each of many agents gets under one budget
+    avalab deploy --memory 4GiB --site site         make them, and serve them by links, in stages
+    avalab status --site site                       what is deployed, proven by sha256
+    avalab rollback --site site                     back to what was deployed before
 
 Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
 """
@@ -28,7 +32,7 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import compress, measure, show, talk, train
+from avalab.cli import compress, measure, plan, show, talk, train
 from avalab.lab import assets
 from avalab.lab.errors import LabError
 
@@ -56,6 +60,10 @@ COMMANDS = {
     "compare": measure.compare,
     "chat": talk.chat,
     "ensemble": talk.ensemble,
+    "plan": plan.plan,
+    "deploy": plan.deploy,
+    "status": plan.status,
+    "rollback": plan.rollback,
 }
 
 for _name, _command in COMMANDS.items():

@@ -4,7 +4,9 @@
    (`REFERENCE`). A figure that a record of the very model and recipe holds is `measured`; any other is `predicted`.
 2. Bytes come from the formulas of `avalab.plan.recipes`.
 3. Memory is the formula of `avalab.measure.cost` for weights, context and one step, plus what the engine keeps beside
-   that, as the share of the weights that it was for the reference: engines that repack weights hold them twice.
+   that for the reference: as a share of the weights, which engines unpack or repack; or, where they are mapped from
+   the file (`MAPPED`), in the ratio of vocabularies. Four files of 92 to 145 MB in llama.cpp had 131 to 193 MB beside
+   them, and no more the larger they were: it is mostly room for logits.
 4. Decoding reads the whole file for every token: tokens a second are as the inverse of bytes. Prefill computes: as the
    inverse of parameters.
 5. Divergences of steps one after another are taken to add up (0.39 and 0.31 nats came to 0.68 in notebook 03), and
@@ -57,6 +59,8 @@ KL, QUALITY = f"kl_divergence:{TEXT}", f"top1_agreement:{TEXT}"
 MEMORY, DECODE, PREFILL = "peak_rss_bytes:engine", "decode_tokens_per_s:prompt16", "prefill_tokens_per_s:prompt512"
 
 RACE_TOKENS, RACE_NEW_TOKENS = 512, 16  # of the race of notebook 06, whose memory is the evidence
+
+MAPPED = ("llamacpp",)  # engines that read weights where the file is mapped
 
 RECOVERED = f"recovered:divergence {TEXT}"  # of the student that listens to its teacher, `kl`
 
@@ -230,8 +234,9 @@ def _memory(recipe: Recipe, model: str, shape: Shape, weight_bytes: float, evide
     size = evidence.get(REFERENCE, _race(recipe), "artifact_bytes")
     if not known or not size:
         return Figure(2.0 * formula, source="formula, twice: nothing like it was measured")
-    beside = max(0.0, known.value - _formula(REFERENCE_SHAPE, size.value)) / size.value
-    return Figure(formula + beside * weight_bytes, source=f"formula, and what {recipe.engine} keeps beside weights")
+    factor = shape.vocab / REFERENCE_SHAPE.vocab if recipe.engine in MAPPED else weight_bytes / size.value
+    beside = max(0.0, known.value - _formula(REFERENCE_SHAPE, size.value)) * factor
+    return Figure(formula + beside, source=f"formula, and what {recipe.engine} keeps beside weights")
 
 
 def _speeds(recipe: Recipe, model: str, shape: Shape, weight_bytes: float, evidence: Evidence) -> tuple[Figure, Figure]:

@@ -15,9 +15,10 @@ atomic: a reader sees the old release or the new one. A release that was current
 a request that has begun ends with the files it began with.
 
 `deploy` copies and verifies what is new, then goes in stages: some agents first, critical ones last. Before each stage
-a trial of paired requests (`avalab.plan.canary`) may decide; where it fails, or shows too little, everything goes back
-to the release it began with, whose sha256 are proven. A process that dies in between leaves `deployment.json`: the next
-one that opens the site goes back, too (`recover`). Only the standard library and the lab: nothing here loads a model.
+a trial of paired requests (`avalab.plan.policy.canary`) may decide; where it fails, or shows too little, everything
+goes back to the release it began with, whose sha256 are proven. A process that dies in between leaves
+`deployment.json`: the next one that opens the site goes back, too (`recover`). Only the standard library and the lab:
+nothing here loads a model.
 """
 
 from __future__ import annotations

@@ -180,10 +180,11 @@ def _step(
 
 def window_losses(artifact: Artifact, base: Artifact, run: Run, *, engine: str, windows: int = 0) -> list[float]:
     """Mean KL divergence to the base of each window of the lab's first text, in the engine that runs the artefact."""
-    return token_scores(artifact, base, run, engine=engine, windows=windows).kl.mean(-1).tolist()
+    found = token_scores(artifact, base, run, engine=engine, items=range(windows or run.profile.eval_windows))
+    return found.kl.mean(-1).tolist()
 
 
-def token_scores(artifact: Artifact, base: Artifact, run: Run, *, engine: str, windows: int = 0):
+def token_scores(artifact: Artifact, base: Artifact, run: Run, *, engine: str, items: range):
     """Scores of every token of these windows (`predict.TokenScores`); read from the run's cache where known."""
     from avalab.data import corpora
     from avalab.measure import quality
@@ -191,8 +192,7 @@ def token_scores(artifact: Artifact, base: Artifact, run: Run, *, engine: str, w
 
     tokenizer, cache = checkpoint.load_tokenizer(base), run.artifacts_dir / "cache"
     text = corpora.evaluation_text("python_docs", tokenizer)
-    count = windows or run.profile.eval_windows
-    chosen = corpora.windows(text, tokenizer, count=count, tokens=run.profile.window_tokens)
+    chosen = corpora.windows(text, tokenizer, count=items.stop, tokens=run.profile.window_tokens)[items.start :]
     against = predict.make_reference(base, chosen, cache, run.device)
     return quality.score_artifact(artifact, against, cache, run.device, engine=engine)
 
@@ -267,3 +267,81 @@ def _by_ray(requests: Sequence[dict], target: Callable[[dict], dict] = answer_ch
     finally:
         if started:
             ray.shutdown()
+
+
+def answer_scores(request: dict) -> dict:
+    """In a process of its own: mean divergence and agreement of each of some windows."""
+    from avalab.models import checkpoint
+
+    os.environ.update(AVALAB_ARTIFACTS=request["artifacts"], AVALAB_DEVICE=request["device"])
+    run = Run("14_planning", request["profile"], request["seed"], request["model"])
+    base, made = checkpoint.base_artifact(run), artifacts.load_artifact(request["folder"], verify=False)
+    found = token_scores(made, base, run, engine=request["engine"], items=range(*request["items"]))
+    return {"kl": found.kl.mean(-1).tolist(), "agrees": found.agrees.mean(-1).tolist()}
+
+
+# --- thin calls -------------------------------------------------------------------------------------------------------
+
+QUANTIZED = {"int8": (8,), "nf4": (4,), "int": tuple(range(2, 9))}  # bits of each type
+
+STRATEGIES = {
+    "small": "pruned30-int8",
+    "medium": "pruned50-distilled-ava",
+    "large": "pruned70-distilled-q4_0",
+}
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How to quantise, in five words; `method` is the row of `avalab.compress.quantize` that they mean.
+
+    `type` is int8, nf4, or int (rounding to `bits`). Raises InputError for an unknown type, or bits that it lacks.
+    """
+
+    type: str = "int8"
+    bits: int = 8
+    calibration_samples: int = 0  # of `int`: without any, to the nearest
+    per_channel: bool = True  # of `int`: one scale a row, else one for 64 weights
+    symmetric: bool = True  # of `int`
+
+    def __post_init__(self) -> None:
+        if self.type not in QUANTIZED:
+            raise InputError(f"unknown type {self.type!r}; choose one of {', '.join(QUANTIZED)}")
+        if self.bits not in QUANTIZED[self.type]:
+            has = ", ".join(map(str, QUANTIZED[self.type]))
+            raise InputError(f"type {self.type!r} has no {self.bits} bits; it has {has}")
+        if self.calibration_samples < 0:
+            raise InputError(f"calibration_samples is {self.calibration_samples}; it has to be 0 or more")
+
+    @property
+    def method(self) -> tuple[str, dict]:
+        """The method's name and its parameters."""
+        if self.type == "int8":
+            return "torchao-int8", {}
+        if self.type == "nf4":
+            return "nf4", {"double_quantization": True}
+        group = 0 if self.per_channel else 64
+        rounding = {"bits": self.bits, "group_size": group, "symmetric": self.symmetric}
+        return ("gptq" if self.calibration_samples else "rtn"), rounding
+
+
+def optimize_for_cpu(model: str, strategy: str | QuantizationConfig = "small", *, profile: str = "laptop") -> Artifact:
+    """A smaller artefact of a model for a CPU: by a size class's strategy, a recipe's name, or a quantisation.
+
+    Raises InputError for a strategy that is none of these, or more calibration samples than the profile has.
+    """
+    run = Run("optimize_for_cpu", profile, model=model)
+    if isinstance(strategy, QuantizationConfig):
+        from avalab.models import checkpoint
+
+        most, asked = run.profile.calibration_samples, strategy.calibration_samples
+        if asked > most:
+            raise InputError(f"calibration_samples is {asked}; profile {profile} has {most}")
+        method, parameters = strategy.method
+        base = checkpoint.base_artifact(run)
+        return _quantize(base, base, run, {"method": method, **parameters})
+    name = STRATEGIES.get(strategy, strategy)
+    if name not in RECIPES:
+        raise InputError(f"unknown strategy {strategy!r}; choose of {', '.join((*STRATEGIES, *RECIPES))}")
+    entries = make_chain(Chain(run.model, name), run, Ledger(run.artifacts_dir / "plan.sqlite"))
+    return artifacts.load_artifact(entries[-1].artifact, verify=False)

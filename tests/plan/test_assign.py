@@ -159,8 +159,8 @@ def test_the_example_is_planned_in_five_seconds_of_the_processor_and_keeps_its_b
         for model, of in groups.items()
     }
     process = forecast.runtime_bytes(evidence)
-    made = assign.plan(found, forecasts, shapes, memory_bytes=6 * 2**30, process_bytes=process)
+    made = assign.plan(found, forecasts, shapes, memory_bytes=4 * 2**30, process_bytes=process)
     assert time.process_time() - start <= 5
-    assert made.memory_bytes <= 6 * 2**30
+    assert made.memory_bytes <= 4 * 2**30
     assert all(made.chosen[a.name].forecast.quality.value >= a.quality_floor for a in found)
     assert set(made.reasons) == {a.name for a in found}

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from avalab.lab.errors import InputError
-from avalab.plan import canary
-from avalab.plan.canary import FAILED, OPEN, PASSED, UNDECIDED, Gamblers, Trial
+from avalab.plan.policy import canary
+from avalab.plan.policy.canary import FAILED, OPEN, PASSED, UNDECIDED, Gamblers, Trial
 
 
 def held(seed, *, better=0.0, worse=0.0):

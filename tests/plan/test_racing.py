@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from avalab.lab.errors import InputError
-from avalab.plan import racing
+from avalab.plan.policy import racing
 
 
 def drawn(seed, count=16, items=160, spread=0.15):
