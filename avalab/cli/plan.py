@@ -24,13 +24,16 @@ def plan(
     agents: Agents = None,
     memory: Memory = "4GiB",
     figure: Annotated[Path | None, typer.Option(help="Write the candidates as bytes against agreement (PNG).")] = None,
+    observed: Annotated[
+        Path | None, typer.Option(help="A site whose logged load takes the place of the file's.")
+    ] = None,
     profile: Profile = "laptop",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Choose what each agent's model becomes under a budget of memory, exactly, and say why; nothing is made."""
     budget = byte_count(memory, least=1)
-    run, question, seconds = _asked(agents, budget, profile, seed)
+    run, question, seconds = _asked(agents, budget, profile, seed, observed)
     from avalab.plan import pipeline
 
     start = time.perf_counter()
@@ -68,6 +71,7 @@ def deploy(
 
 def status(
     site: Site = Path("site"),
+    drift: Annotated[bool, typer.Option("--watch", help="Say what drifted in the requests that were logged.")] = False,
     events: Annotated[bool, typer.Option("--history", help="Show what was done to the site.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -94,6 +98,11 @@ def status(
             f"{name:48} {sha256[:12]}  {len(members):3} agents: {', '.join(members[:4])}{', ...' * (len(members) > 4)}"
         )
     print(f"all {len(proof)} artefacts are what was deployed: every file's sha256 is its card's")
+    if drift:
+        from avalab.plan import pipeline
+
+        count, drifted = pipeline.watched(site)
+        print(f"{count} requests logged; {'; '.join(map(str, drifted)) or 'nothing drifted'}")
     for event in found["history"] if events else ():
         print("  ".join(str(value) for value in event.values()))
 
@@ -112,14 +121,17 @@ def rollback(
     )
 
 
-def _asked(file: Path | None, budget: int, profile: str, seed: int):
+def _asked(file: Path | None, budget: int, profile: str, seed: int, site: Path | None):
     """The run, the question, and the seconds that it took to ask it, imports left out."""
     run = Run("14_planning", profile, seed)
-    from avalab.plan import agents, pipeline
+    from avalab.plan import agents, pipeline, watch
 
+    load = watch.calls_per_minute(watch.logged(site)) if site else {}
+    if site and not load:
+        raise InputError(f"{site} has logged less than a minute of requests; leave out --observed")
     agents.read_agents(file or agents.EXAMPLE)
     start = time.perf_counter()
-    question = pipeline.ask(run, file or agents.EXAMPLE, memory_bytes=budget)
+    question = pipeline.ask(run, file or agents.EXAMPLE, memory_bytes=budget, observed=load)
     return run, question, time.perf_counter() - start
 
 

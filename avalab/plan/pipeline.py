@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -27,19 +27,22 @@ from avalab.lab import artifacts, process, statistics
 from avalab.lab.errors import InputError, LabError, MissingFile
 from avalab.lab.run import Run, artifacts_root, time_now, write_atomically
 from avalab.models.sizes import Shape
-from avalab.plan import agents, assign, forecast, recipes, rollout, work
+from avalab.plan import agents, assign, forecast, recipes, rollout, watch, work
 from avalab.plan.agents import Agent
 from avalab.plan.assign import Plan
 from avalab.plan.forecast import Evidence, Forecast
 from avalab.plan.policy.canary import PASSED, Trial
 from avalab.plan.policy.racing import Race, hold_race
 from avalab.plan.rollout import Approval, Outcome
+from avalab.plan.watch import Drift
 
 RIVALS = 2  # of each recipe of a plan that are made and raced
 
 RACE_SHARE = 0.5  # of measuring every candidate on every window
 
 LIMIT_SECONDS = 3600.0
+
+DEPLOYED = "plan.json"  # of a site: the plan that it serves
 
 SMOKE_RECIPES = ["bf16", "torchao-int8", "nf4", "gguf-q8_0", "gguf-q4_0", "pruned30-int8"]  # made in seconds
 
@@ -72,13 +75,23 @@ def run_of(model: str, run: Run) -> Run:
     return Run(run.notebook, run.profile_name, run.seed, model)
 
 
-def ask(run: Run, file: Path, *, memory_bytes: int, records: list | None = None) -> Question:
+def ask(
+    run: Run,
+    file: Path,
+    *,
+    memory_bytes: int,
+    records: list | None = None,
+    observed: Mapping[str, float] | None = None,
+) -> Question:
     """Read the agents and forecast what their models can become; `records` are further evidence.
+
+    `observed` calls a minute, by agent, take the place of those in the file.
 
     The profile `smoke` plans for its tiny model and for recipes that are made in seconds. Raises as `read_agents`.
     """
     tiny = run.model if run.profile_name == "smoke" else ""
     found = agents.read_agents(file, model=tiny)
+    found = [replace(a, calls_per_minute=(observed or {}).get(a.name, a.calls_per_minute)) for a in found]
     evidence = Evidence.of([*forecast.read_evidence(run).known.values(), *(records or [])])
     groups = agents.unique_models(found)
     shapes = {model: forecast.shape_of_model(model, run_of(model, run)) for model in groups}
@@ -221,7 +234,21 @@ def deploy(run: Run, plan: Plan, site: Path, *, trial: bool = True, say: Say = p
     """Deploy a plan whose recipes were made; without `trial`, nothing is asked before the switch."""
     critical = [agent.name for agent in plan.agents if agent.critical]
     wanted = made_artifacts(run, plan)
-    return rollout.deploy(site, wanted, last=critical, approve=judge(run, say=say) if trial else None)
+    outcome = rollout.deploy(site, wanted, last=critical, approve=judge(run, say=say) if trial else None)
+    if outcome.deployed:
+        write_atomically(site / DEPLOYED, json.dumps(as_document(plan), indent=1, sort_keys=True) + "\n")
+    return outcome
+
+
+def watched(site: Path) -> tuple[int, list[Drift]]:
+    """How many requests a site logged, and what in them is no longer as the deployed plan said.
+
+    Raises MissingFile for a site that no plan was deployed to.
+    """
+    if not (site / DEPLOYED).is_file():
+        raise MissingFile(f"no plan was deployed to {site}; avalab deploy puts one there")
+    document, seen = json.loads((site / DEPLOYED).read_text(encoding="utf-8")), watch.logged(site)
+    return len(seen), watch.drifts(seen, [Agent(**row["asked"]) for row in document["agents"]])
 
 
 # --- what is kept and shown -------------------------------------------------------------------------------------------
@@ -237,7 +264,7 @@ def as_document(plan: Plan) -> dict:
         row |= {
             name: asdict(getattr(each, name)) for name in ("weights", "memory", "decode", "prefill", "kl", "quality")
         }
-        row |= {"latency_ms": 1e3 * option.seconds, "critical": agent.critical, "reason": plan.reasons[agent.name]}
+        row |= {"latency_ms": 1e3 * option.seconds, "asked": asdict(agent), "reason": plan.reasons[agent.name]}
         rows.append(row)
     totals = {"memory_bytes": plan.memory_bytes, "budget_bytes": plan.budget_bytes, "quality": plan.quality}
     totals |= {"busy_share": plan.busy_share, "context_bytes": plan.context_bytes, "units": plan.units}

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
-from avalab.lab.errors import InputError, Unavailable
+from avalab.lab.errors import InputError, MissingFile, Unavailable
 from avalab.lab.run import Run
 from avalab.plan import pipeline, rollout, work
 from avalab.plan.policy.racing import Race
@@ -50,6 +50,7 @@ def test_every_agent_is_served_what_the_plan_gave_it_and_the_page_says_so(done):
         assert found.plan.reasons[agent.name] in page
     assert [line[:2] for line in said if line[:1].isdigit()] == ["1.", "2.", "3.", "4.", "5."]
     document = json.loads((found.page.parent / "plan.json").read_text())
+    assert pipeline.watched(site) == (0, [])
     assert {row["quality"]["how"] for row in document["agents"]} <= {"measured", "predicted"}
 
 
@@ -68,6 +69,13 @@ def test_a_second_chain_is_read_from_the_ledger(run, done):
     before = [entry.finished for entry in book.chain(chain)]
     made = work.make_chain(work.Chain(model, recipe, windows=1), run, book)
     assert [entry.finished for entry in made] == before
+
+
+def test_what_was_never_deployed_is_not_watched_and_an_observed_load_takes_the_place_of_the_file(run, file, tmp_path):
+    with pytest.raises(MissingFile, match="no plan was deployed to"):
+        pipeline.watched(tmp_path)
+    question = pipeline.ask(run, file, memory_bytes=2**31, observed={"a": 7.5})
+    assert [agent.calls_per_minute for agent in question.agents] == [7.5, 1.0]
 
 
 def test_names_in_a_page_cannot_become_markup(done, tmp_path):
