@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli.options import AsJson, Profile, Seed
+from avalab.cli.options import AsJson, Profile, Seed, one_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, byte_count
 
 Agents = Annotated[Path | None, typer.Argument(help="TOML file of agents; the committed example of 69 without.")]
 
 Memory = Annotated[str, typer.Option(help="Budget of memory for all of them, such as 4GiB.")]
+
+BACKENDS = ("processes", "ray")  # of avalab.plan.work
 
 Site = Annotated[Path, typer.Option(help="Folder of the deployment: links, releases, backups.")]
 
@@ -53,16 +55,21 @@ def deploy(
     memory: Memory = "4GiB",
     site: Site = Path("site"),
     workers: Annotated[int, typer.Option(min=1, help="Recipes that are made at a time.")] = 1,
+    backend: Annotated[
+        str, typer.Option(help="processes, or ray: tasks over the nodes that are joined.")
+    ] = "processes",
     profile: Profile = "laptop",
     seed: Seed = 0,
 ) -> None:
     """Plan, make and race what is needed, and deploy it in stages; stopped, it goes on where it was."""
     budget = byte_count(memory, least=1)
+    one_of("backend", backend, BACKENDS)
     run = Run("14_planning", profile, seed)
     from avalab.plan import pipeline
     from avalab.plan.agents import EXAMPLE
 
-    done = pipeline.whole(run, agents or EXAMPLE, memory_bytes=budget, site=site, workers=workers)
+    file = agents or EXAMPLE
+    done = pipeline.whole(run, file, memory_bytes=budget, site=site, workers=workers, backend=backend)
     if not done.outcome.deployed:
         raise InputError(
             f"the new plan was not deployed, and release {done.outcome.release} is served: see {done.page}"
@@ -73,6 +80,7 @@ def status(
     site: Site = Path("site"),
     drift: Annotated[bool, typer.Option("--watch", help="Say what drifted in the requests that were logged.")] = False,
     events: Annotated[bool, typer.Option("--history", help="Show what was done to the site.")] = False,
+    profile: Profile = "laptop",
     as_json: AsJson = False,
 ) -> None:
     """Say what is deployed, proven by sha256, which releases are kept, and what was done."""
@@ -101,7 +109,7 @@ def status(
     if drift:
         from avalab.plan import pipeline
 
-        count, drifted = pipeline.watched(site)
+        count, drifted = pipeline.watched(site, Run("14_planning", profile))
         print(f"{count} requests logged; {'; '.join(map(str, drifted)) or 'nothing drifted'}")
     for event in found["history"] if events else ():
         print("  ".join(str(value) for value in event.values()))

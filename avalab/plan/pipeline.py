@@ -26,6 +26,7 @@ import numpy as np
 from avalab.lab import artifacts, process, statistics
 from avalab.lab.errors import InputError, LabError, MissingFile
 from avalab.lab.run import Run, artifacts_root, time_now, write_atomically
+from avalab.models import checkpoint
 from avalab.models.sizes import Shape
 from avalab.plan import agents, assign, forecast, recipes, rollout, watch, work
 from avalab.plan.agents import Agent
@@ -41,6 +42,8 @@ RIVALS = 2  # of each recipe of a plan that are made and raced
 RACE_SHARE = 0.5  # of measuring every candidate on every window
 
 LIMIT_SECONDS = 3600.0
+
+PROMPTS = 16  # of each agent, the last ones: what divergence is measured on
 
 DEPLOYED = "plan.json"  # of a site: the plan that it serves
 
@@ -121,7 +124,9 @@ def contenders(plan: Plan, question: Question, *, rivals: int = RIVALS) -> dict[
     return found
 
 
-def make_and_race(run: Run, raced: Mapping[str, list[str]], *, workers: int = 1, say: Say = print) -> dict[str, Race]:
+def make_and_race(
+    run: Run, raced: Mapping[str, list[str]], *, workers: int = 1, backend: str = "processes", say: Say = print
+) -> dict[str, Race]:
     """Make the contenders of each model and race them; what was measured is appended to the run as records.
 
     A recipe that cannot be made here leaves with the reason. Raises LabError where none of a model's could be.
@@ -130,7 +135,7 @@ def make_and_race(run: Run, raced: Mapping[str, list[str]], *, workers: int = 1,
     for model, names in raced.items():
         of = run_of(model, run)
         chains = [work.Chain(model, name, windows=1) for name in names]
-        made = work.make_chains(chains, of, ledger_file(of), workers=workers)
+        made = work.make_chains(chains, of, ledger_file(of), workers=workers, backend=backend)
         ends = {chain.recipe: made[chain.name] for chain in chains}
         for name, why in ends.items():
             if isinstance(why, str):
@@ -240,15 +245,25 @@ def deploy(run: Run, plan: Plan, site: Path, *, trial: bool = True, say: Say = p
     return outcome
 
 
-def watched(site: Path) -> tuple[int, list[Drift]]:
+def watched(site: Path, run: Run | None = None) -> tuple[int, list[Drift]]:
     """How many requests a site logged, and what in them is no longer as the deployed plan said.
 
-    Raises MissingFile for a site that no plan was deployed to.
+    With a run, the divergence on the last `PROMPTS` logged prompts of each agent is measured, too. Raises MissingFile
+    for a site that no plan was deployed to.
     """
     if not (site / DEPLOYED).is_file():
         raise MissingFile(f"no plan was deployed to {site}; avalab deploy puts one there")
-    document, seen = json.loads((site / DEPLOYED).read_text(encoding="utf-8")), watch.logged(site)
-    return len(seen), watch.drifts(seen, [Agent(**row["asked"]) for row in document["agents"]])
+    rows = json.loads((site / DEPLOYED).read_text(encoding="utf-8"))["agents"]
+    seen, far = watch.logged(site), {}
+    for row in rows if run else ():
+        prompts = [request.prompt for request in seen if request.agent == row["agent"] and request.prompt]
+        if prompts:
+            of, served = run_of(row["model"], run), rollout.artifact_of(site, row["agent"])
+            base, found = checkpoint.base_artifact(of), artifacts.load_artifact(served, verify=False)
+            far[row["agent"]] = work.prompt_divergences(found, base, prompts[-PROMPTS:], of, row["engine"])
+    accepted = {row["agent"]: row["kl"]["high"] or row["kl"]["value"] for row in rows}
+    members = [Agent(**row["asked"]) for row in rows]
+    return len(seen), watch.drifts(seen, members, divergences=far, accepted_kl=accepted)
 
 
 # --- what is kept and shown -------------------------------------------------------------------------------------------
@@ -321,7 +336,16 @@ class Done:
     page: Path
 
 
-def whole(run: Run, file: Path, *, memory_bytes: int, site: Path, workers: int = 1, say: Say = print) -> Done:
+def whole(
+    run: Run,
+    file: Path,
+    *,
+    memory_bytes: int,
+    site: Path,
+    workers: int = 1,
+    backend: str = "processes",
+    say: Say = print,
+) -> Done:
     """All five steps. Raises as they do; what was finished is kept and found again."""
     say("1. analyse")
     question = ask(run, file, memory_bytes=memory_bytes)
@@ -330,7 +354,7 @@ def whole(run: Run, file: Path, *, memory_bytes: int, site: Path, workers: int =
     first = question.answer()
     say("\n".join(f"  {line}" for line in as_lines(first)))
     say("3. make and race")
-    races = make_and_race(run, contenders(first, question), workers=workers, say=say)
+    races = make_and_race(run, contenders(first, question), workers=workers, backend=backend, say=say)
     for model, race in races.items():
         say(f"  {model}: {race.standing[0]} stands, at {race.spent_share:.0%} of measuring everything")
     plan = _with_what_was_made(run, file, memory_bytes, races)

@@ -12,6 +12,7 @@ whoever plans never holds a model; or as tasks of Ray, over as many nodes as are
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -195,6 +196,27 @@ def token_scores(artifact: Artifact, base: Artifact, run: Run, *, engine: str, i
     chosen = corpora.windows(text, tokenizer, count=items.stop, tokens=run.profile.window_tokens)[items.start :]
     against = predict.make_reference(base, chosen, cache, run.device)
     return quality.score_artifact(artifact, against, cache, run.device, engine=engine)
+
+
+def prompt_divergences(
+    artifact: Artifact, base: Artifact, prompts: Sequence[str], run: Run, engine: str
+) -> list[float]:
+    """Mean KL divergence to the base on each prompt, cut to the profile's window; nothing of them is kept."""
+    import torch
+
+    from avalab.measure import quality
+    from avalab.models import checkpoint, predict
+
+    tokenizer, found = checkpoint.load_tokenizer(base), []
+    with tempfile.TemporaryDirectory() as cache:
+        for prompt in prompts:
+            tokens = tokenizer(prompt)["input_ids"][: run.profile.window_tokens]
+            if len(tokens) < 2:  # nothing is predicted
+                continue
+            against = predict.make_reference(base, torch.tensor([tokens]), Path(cache), run.device)
+            scores = quality.score_artifact(artifact, against, Path(cache), run.device, engine=engine)
+            found.append(float(scores.kl.mean()))
+    return found
 
 
 # --- side by side -----------------------------------------------------------------------------------------------------

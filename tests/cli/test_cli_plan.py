@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from avalab.cli import plan
 from avalab.lab import artifacts
-from avalab.plan import rollout
+from avalab.plan import rollout, work
 
 
 @pytest.fixture
@@ -52,6 +53,10 @@ def test_status_proves_what_is_served_and_rollback_goes_back(avalab, site):
     assert json.loads(avalab("status", "--site", site, "--json")[1])["release"] == "000001"
 
 
+def test_backends_are_those_of_the_package():
+    assert plan.BACKENDS == work.BACKENDS
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -59,6 +64,8 @@ def test_status_proves_what_is_served_and_rollback_goes_back(avalab, site):
         (("plan", "--memory", "much"), "'much' is not a size"),
         (("plan", "--memory", "0"), "it has to be 1 or more"),
         (("plan", "--profile", "huge"), "unknown profile 'huge'"),
+        (("plan", "--observed", "nowhere"), "nowhere has logged less than a minute of requests"),
+        (("deploy", "--backend", "threads"), "unknown backend 'threads'; choose one of processes, ray"),
         (("status", "--site", "nowhere"), "nothing is deployed in nowhere; avalab deploy puts a plan there"),
         (("rollback", "--site", "nowhere"), "nothing is deployed in nowhere: nothing to go back from"),
     ],

@@ -71,6 +71,14 @@ def test_a_second_chain_is_read_from_the_ledger(run, done):
     assert [entry.finished for entry in made] == before
 
 
+def test_divergence_on_a_logged_prompt_is_measured_against_the_unshrunk_model(run, base, quantised):
+    nf4, _ = quantised
+    far, none = (work.prompt_divergences(a, base, ["What is a list?", ""], run, "torch") for a in (nf4, base))
+    assert len(far) == len(none) == 1
+    assert far[0] > none[0]
+    assert none[0] == pytest.approx(0, abs=1e-6)
+
+
 def test_what_was_never_deployed_is_not_watched_and_an_observed_load_takes_the_place_of_the_file(run, file, tmp_path):
     with pytest.raises(MissingFile, match="no plan was deployed to"):
         pipeline.watched(tmp_path)
