@@ -23,16 +23,18 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from avalab.data.calls import Case, cases
 from avalab.lab import artifacts, process, statistics
 from avalab.lab.errors import InputError, LabError, MissingFile
 from avalab.lab.run import Run, artifacts_root, time_now, write_atomically
+from avalab.measure import answers
 from avalab.models import checkpoint
 from avalab.models.sizes import Shape
 from avalab.plan import agents, assign, forecast, recipes, rollout, watch, work
 from avalab.plan.agents import Agent
 from avalab.plan.assign import Plan
 from avalab.plan.forecast import Evidence, Forecast
-from avalab.plan.policy.canary import PASSED, Trial
+from avalab.plan.policy.canary import OPEN, PASSED, Trial
 from avalab.plan.policy.racing import Race, hold_race
 from avalab.plan.rollout import Approval, Outcome
 from avalab.plan.watch import Drift
@@ -42,6 +44,8 @@ RIVALS = 2  # of each recipe of a plan that are made and raced
 RACE_SHARE = 0.5  # of measuring every candidate on every window
 
 LIMIT_SECONDS = 3600.0
+
+ASKED_AT_A_TIME = 25  # requests of a trial, which then may know enough
 
 PROMPTS = 16  # of each agent, the last ones: what divergence is measured on
 
@@ -207,11 +211,16 @@ def judge(run: Run, *, most: int = 200, say: Say = print) -> rollout.Approve:
     A new artefact of the same bytes is approved unseen. Too little evidence is no approval.
     """
 
+    asked = cases(run.profile.call_categories[0], most)
+
     def approve(pairs: dict[str, tuple[Path, Path]]) -> Approval:
         for old, new in sorted({pair for pair in pairs.values() if pair[0] != pair[1]}):
             trial = Trial(most=most)
-            for a, b in zip(_right(run, old, most), _right(run, new, most), strict=True):
-                trial.see(a, b)
+            for start in range(0, len(asked), ASKED_AT_A_TIME):
+                if trial.verdict == OPEN:
+                    some = asked[start : start + ASKED_AT_A_TIME]
+                    for a, b in zip(_right(run, old, some), _right(run, new, some), strict=True):
+                        trial.see(a, b)
             said = f"{artifacts.load_artifact(new, verify=False).name}: {trial}"
             say(f"  {said}")
             if trial.verdict != PASSED:
@@ -221,16 +230,12 @@ def judge(run: Run, *, most: int = 200, say: Say = print) -> rollout.Approve:
     return approve
 
 
-def _right(run: Run, folder: Path, most: int) -> list[bool]:
-    """Whether an artefact gets each of the profile's function-calling cases right, forced by a grammar."""
-    from avalab.data.calls import cases
-    from avalab.measure import answers
+def _right(run: Run, folder: Path, asked: list[Case]) -> list[bool]:
+    """Whether an artefact gets function-calling cases right, forced by a grammar."""
 
     found = artifacts.load_artifact(folder, verify=False)
     engine = (found.card.get("engines") or ["torch"])[0]
     respondent = answers.Respondent(found, run.device, engine="llamacpp" if found.format.startswith("gguf") else engine)
-    category = run.profile.call_categories[0]
-    asked = cases(category, most)
     texts = answers.answer_calls(respondent, asked, "forced", run.artifacts_dir / "cache")
     return [verdict.correct for verdict in answers.judge_calls(asked, texts)]
 

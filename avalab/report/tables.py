@@ -67,6 +67,11 @@ METRICS = {
     "same_answer_share": Metric("same answer as the baseline", "%", 100, True),
     "recovered": Metric("recovered", "%", 100, True),
     "right_share": Metric("right answers", "%", 100, True),
+    "caught_share": Metric("worse models caught", "%", 100, True),
+    "false_alarm_share": Metric("equal models accused", "%", 100),
+    "budgets_exceeded": Metric("budgets exceeded", ""),
+    "plan_seconds": Metric("time to plan", "s"),
+    "rollback_seconds": Metric("time to go back", "s"),
 }
 
 
