@@ -211,11 +211,9 @@ def judge(run: Run, *, most: int = 200, say: Say = print) -> rollout.Approve:
     A new artefact of the same bytes is approved unseen. Too little evidence is no approval.
     """
 
-    asked = cases(run.profile.call_categories[0], most)
-
     def approve(pairs: dict[str, tuple[Path, Path]]) -> Approval:
         for old, new in sorted({pair for pair in pairs.values() if pair[0] != pair[1]}):
-            trial = Trial(most=most)
+            asked, trial = cases(run.profile.call_categories[0], most), Trial(most=most)
             for start in range(0, len(asked), ASKED_AT_A_TIME):
                 if trial.verdict == OPEN:
                     some = asked[start : start + ASKED_AT_A_TIME]
@@ -232,7 +230,6 @@ def judge(run: Run, *, most: int = 200, say: Say = print) -> rollout.Approve:
 
 def _right(run: Run, folder: Path, asked: list[Case]) -> list[bool]:
     """Whether an artefact gets function-calling cases right, forced by a grammar."""
-
     found = artifacts.load_artifact(folder, verify=False)
     engine = (found.card.get("engines") or ["torch"])[0]
     respondent = answers.Respondent(found, run.device, engine="llamacpp" if found.format.startswith("gguf") else engine)
