@@ -21,6 +21,10 @@
     avalab ask "who knows?" --documents docs.sqlite answer from them, with checked sources
     avalab agent "12 * 31?" --tools calculating     work on a task with tools
     avalab mcp --folder models                      be an MCP server
+    avalab plan --memory 4GiB                       which recipe each of many agents gets under one budget
+    avalab deploy --memory 4GiB --site site         make them, and serve them by links, in stages
+    avalab status --site site                       what is deployed, proven by sha256
+    avalab rollback --site site                     back to what was deployed before
 
 Wrong input ends with one line on stderr and exit code 2, before anything heavy is imported.
 """
@@ -34,7 +38,7 @@ from typing import Annotated
 
 import typer
 
-from avalab.cli import agent, align, compress, measure, serve, show, talk, train
+from avalab.cli import agent, align, compress, measure, plan, serve, show, talk, train
 from avalab.lab import assets
 from avalab.lab.errors import LabError
 
@@ -68,6 +72,10 @@ COMMANDS = {
     "ask": agent.ask,
     "agent": agent.agent,
     "mcp": agent.mcp,
+    "plan": plan.plan,
+    "deploy": plan.deploy,
+    "status": plan.status,
+    "rollback": plan.rollback,
 }
 
 for _name, _command in COMMANDS.items():

@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_letters
 from typing import Annotated
 
 import typer
@@ -21,7 +20,7 @@ from avalab.cli.options import AsJson, Force, Model, NewFolder, Profile, Seed
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
-from avalab.lab.run import ROOT, Run, load_records
+from avalab.lab.run import ROOT, Run, byte_count, load_records
 from avalab.train import recipes
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # of avalab.engines.tensorrt
@@ -123,19 +122,6 @@ def quantize(
         print(f"its speed: avalab bench {artifact.path} --engine {options.engine_of(artifact)}")
     elif benchmark:
         _quality_and_cost(run, base, artifact)
-
-
-def byte_count(size: str, least: int = 0) -> int:
-    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else, or too few."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = size.rstrip(ascii_letters)
-    try:
-        count = int(float(number) * units[size[len(number) :].upper()])
-    except (ValueError, KeyError, OverflowError):
-        raise InputError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
-    if count < least:
-        raise InputError(f"{size!r} are {count} bytes; it has to be {least} or more")
-    return count
 
 
 def _predicted_and_measured(run: Run, base: Artifact, artifact: Artifact) -> None:

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ from avalab.lab.errors import ProcessFailed
 for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace", "bitsandbytes.backends"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+_starting = threading.Lock()  # several threads may each call a function elsewhere
 
 
 class Killed(ProcessFailed):
@@ -120,14 +124,15 @@ def _run(arguments: tuple, limit_seconds: float) -> int | None:
     context.set_forkserver_preload(["avalab.engines"])
     process = context.Process(target=main, args=arguments)  # no daemon: some engines start processes themselves
     # The program that calls is not to be run again in the process, where it is a script without a guard.
-    program = vars(sys.modules["__main__"])
-    kept = {name: program[name] for name in ("__file__", "__spec__") if name in program}
-    program.pop("__file__", None)
-    program["__spec__"] = None
-    try:
-        process.start()
-    finally:
-        program.update(kept)
+    with _starting:
+        program = vars(sys.modules["__main__"])
+        kept = {name: program[name] for name in ("__file__", "__spec__") if name in program}
+        program.pop("__file__", None)
+        program["__spec__"] = None
+        try:
+            process.start()
+        finally:
+            program.update(kept)
     try:
         process.join(limit_seconds)
         late = process.is_alive()

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from string import ascii_letters
 from typing import TypeVar
 
 from avalab.lab.errors import InputError
@@ -257,6 +258,19 @@ def slug(model: str) -> str:
     if not lost and kept:
         return kept
     return f"{kept or 'model'}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}"
+
+
+def byte_count(size: str, least: int = 0) -> int:
+    """`80MB` -> 80,000,000; `64MiB` -> 67,108,864; a bare number is bytes. ValueError for anything else, or too few."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = size.rstrip(ascii_letters)
+    try:
+        count = int(float(number) * units[size[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
+        raise InputError(f"{size!r} is not a size; write it like 80MB, 64MiB or 80000000") from None
+    if count < least:
+        raise InputError(f"{size!r} are {count} bytes; it has to be {least} or more")
+    return count
 
 
 def as_path(text: str) -> Path:

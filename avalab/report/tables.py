@@ -95,6 +95,11 @@ METRICS = {
     "robust_share": Metric("right in every spelling", "%", 100, True),
     "fair_share": Metric("right whoever asks", "%", 100, True),
     "valid_calls": Metric("calls answered as they should be", "%", 100, True),
+    "caught_share": Metric("worse models caught", "%", 100, True),
+    "false_alarm_share": Metric("equal models accused", "%", 100),
+    "budgets_exceeded": Metric("budgets exceeded", ""),
+    "plan_seconds": Metric("time to plan", "s"),
+    "rollback_seconds": Metric("time to go back", "s"),
 }
 
 

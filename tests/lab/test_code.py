@@ -227,7 +227,10 @@ def test_a_name_a_function_and_a_partial_lead_to_the_same_code():
 
 def test_real_keys_differ_from_each_other_and_stay():
     def keys() -> list[str]:
-        found = [quantize._code(quantize.METHODS[name], quantize.CALIBRATIONS["docs"]) for name in ("nf4", "gptq", "int8", "ava")]
+        found = [
+            quantize._code(quantize.METHODS[name], quantize.CALIBRATIONS["docs"])
+            for name in ("nf4", "gptq", "int8", "ava")
+        ]
         found += [code_of(finetune.train_adapter), code_of(prune.prune_artifact)]
         return found + [code_of(load) for load in engines.ENGINES.values()]
 

@@ -1,0 +1,1 @@
+"""Decisions under uncertainty that know nothing of models: whom to measure further, and when to stop."""
