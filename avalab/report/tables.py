@@ -66,6 +66,11 @@ METRICS = {
     "krippendorff_alpha": Metric("agreement of raters, alpha", "1", 1, True),
     "same_answer_share": Metric("same answer as the baseline", "%", 100, True),
     "recovered": Metric("recovered", "%", 100, True),
+    "calls_per_s": Metric("calls", "calls/s", 1, True),
+    "speed_ratio": Metric("calls a second, ours over its", "1", 1, True),
+    "readings_per_token": Metric("readings of the model a token", "1"),
+    "grammar_share": Metric("time in the grammar", "%", 100),
+    "identical_share": Metric("answers as by slow decoding", "%", 100, True),
     "right_share": Metric("right answers", "%", 100, True),
 }
 

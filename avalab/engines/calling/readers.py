@@ -13,13 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from avalab.lab import llamacpp_library
 from avalab.lab.llamacpp_library import Row
 
 BATCH = 512  # tokens that llama.cpp reads at once
+
+
+def tokenizer_beside(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file's folder, or where there is none the one that the file holds."""
+    own = {} if (file.parent / "config.json").is_file() else {"gguf_file": file.name}
+    return AutoTokenizer.from_pretrained(file.parent, **own)
 
 
 class LlamaCppReader:

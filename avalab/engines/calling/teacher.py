@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from avalab.data import chats, toolbox
 from avalab.data.sources.teaching import case_of
 from avalab.data.teachers import AnswerCache, question_key
 from avalab.engines.calling.decoder import Ask, Decoder
 from avalab.engines.calling.grammar import Language, languages_for
-from avalab.engines.calling.readers import LlamaCppReader
+from avalab.engines.calling.readers import LlamaCppReader, tokenizer_beside
 from avalab.engines.engine import model_facts
 
 SLOTS, CONTEXT = 4, 2048  # requests at once, and tokens of each
@@ -91,7 +90,7 @@ class GgufTeacher:
 
     @cached_property
     def _tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name)
+        return tokenizer_beside(self.file)
 
     @cached_property
     def _languages(self):
