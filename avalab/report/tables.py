@@ -53,6 +53,7 @@ METRICS = {
     "train_tokens_per_s": Metric("training", "tokens/s", 1, True),
     "call_accuracy": Metric("function calls right", "%", 100, True),
     "call_accuracy_grammar": Metric("function calls right, with grammar", "%", 100, True),
+    "call_accuracy_grammar_gain": Metric("function calls right, with grammar, above templates", "%", 100, True),
     "call_accuracy_forced": Metric("function calls right, call forced", "%", 100, True),
     "call_accuracy_forced_difference": Metric("function calls right, ours less its", "%", 100, True),
     "irrelevance_accuracy_free": Metric("irrelevance noticed, free form", "%", 100, True),
