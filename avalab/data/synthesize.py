@@ -140,7 +140,9 @@ def _stream(
         if source and hasattr(teacher, "calls_ahead"):
             tried = [_attempt(kind, key, teacher, source=source) for kind, key in pairs]
             sound = [e for e, gate, _ in tried if not gate and gates.verdict(e, gates.STANDARD) == ("", "")]
-            teacher.calls_ahead([e for e in sound if teaching.asked(e)], progress=f"{teacher.__name__} agrees")
+            teacher.calls_ahead(
+                [e for e in sound if teaching.asked(e)], progress=f"{getattr(teacher, '__name__', 'teacher')} agrees"
+            )
         yield from pairs
 
 

@@ -1,21 +1,35 @@
 """The race of calls: everybody on the same cases, whoever cannot run has a record that says why."""
 
-from types import SimpleNamespace
-
 import pytest
 from transformers import PreTrainedModel  # noqa: F401  before avalab reaches torchao: its warnings are its own
 
-from avalab.engines.calling.decoder import Tally
+from avalab.data.calls import Case
+from avalab.engines.calling.decoder import Decoder, Tally
 from avalab.lab.errors import Unavailable
 from avalab.lab.run import Run
 from avalab.measure.calling import bench
 from avalab.measure.calling.bench import Contestant
 
 
+class Nobody:
+    """A reader that is never asked."""
+
+    slots, context = 1, 8
+
+    def read(self, rows):
+        raise AssertionError
+
+    def share(self, source, target, place):
+        raise AssertionError
+
+    def forget(self, slot, place):
+        raise AssertionError
+
+
 def contestant(name, samples, texts, readings=0):
     tally = Tally(readings=readings, emitted=10, grammar_s=1.0, reading_s=3.0)
-    decoder = SimpleNamespace(tally=tally) if readings else None
-    return Contestant(name, None, None, decoder, samples, texts)
+    decoder = Decoder(Nobody(), (0,), tally=tally) if readings else None
+    return Contestant(name, lambda cases: texts, lambda: None, decoder, samples, texts)
 
 
 def value(run, subject, metric):
@@ -52,10 +66,12 @@ def test_who_cannot_run_is_a_record_with_the_reason(monkeypatch, tmp_path):
 
 
 def test_the_cases_are_ones_that_nobody_has_looked_at(monkeypatch):
-    asked = []
-    monkeypatch.setattr(bench.calls, "cases", lambda name, limit: asked.append((name, limit)) or list(range(limit)))
-    assert bench.chosen_cases("laptop") == [*range(168, 176)] * 2
-    assert asked == [("simple_python", 176), ("multiple", 176)]
+    def first(category, limit):
+        return [Case(str(i), category, [], [], []) for i in range(limit)]
+
+    monkeypatch.setattr(bench.calls, "cases", first)
+    found = [(case.category, int(case.id)) for case in bench.chosen_cases("laptop")]
+    assert found == [(name, i) for name in ("simple_python", "multiple") for i in range(168, 176)]
 
 
 @pytest.mark.parametrize("profile", ["smoke", "laptop", "long"])

@@ -11,13 +11,14 @@ Backtranslation" (2024) and the consistency checks of Liu et al., "APIGen" (2024
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from avalab.data import calls
 from avalab.data.calls import Case
 from avalab.data.gates import Gate
 
 
+@runtime_checkable
 class CallTeacher(Protocol):
     """A teacher that can call functions: its answer to an example's tools and request, in the lab's form."""
 

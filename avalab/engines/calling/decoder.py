@@ -18,11 +18,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from avalab.engines.calling.grammar import Free, Matcher
+from avalab.engines.calling.grammar import Free
 from avalab.lab.errors import InputError
 from avalab.lab.llamacpp_library import Row
 
@@ -31,6 +31,7 @@ NGRAM = 3  # last tokens that are looked up; two where three are not found
 GUESS = 8  # tokens of a guess
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A model that holds `slots` sequences of `context` tokens each."""
 
@@ -47,13 +48,30 @@ class Reader(Protocol):
         """Forget a slot's tokens from this place on."""
 
 
+@runtime_checkable
+class Chooser(Protocol):
+    """What may come next in one answer, and what has to: `grammar.Matcher`, or `grammar.Free`."""
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token, of those that are allowed."""
+
+    def accept(self, token: int) -> None:
+        """Go on by a token."""
+
+    def forced(self) -> list[int]:
+        """The tokens that have to come next; they are accepted."""
+
+    def allowed(self, tokens: list[int]) -> int:
+        """How many of these tokens may come next, one after another."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One request: a prompt's tokens, how many may follow, and a matcher (`Free` where anything may)."""
 
     prompt: list[int]
     max_new_tokens: int
-    matcher: Matcher | Free = field(default_factory=Free)
+    matcher: Chooser = field(default_factory=Free)
 
 
 @dataclass

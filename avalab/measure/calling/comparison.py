@@ -2,8 +2,8 @@
 
     python -m avalab.measure.calling.comparison [--profile long] [--sources botocore,nestful] [--tokens N] [--draws D]
 
-1. Examples are split into as many disjoint parts as there are draws; an arm's draw is a sample of its part with the same
-   number of tokens as any other's, so that what differs is what the tokens hold.
+1. Examples are split into as many disjoint parts as there are draws; an arm's draw is a sample of its part with the
+   same number of tokens as any other's, so that what differs is what the tokens hold.
 2. Each draw trains an adapter of notebook 02's recipe, which is merged and answers under the grammar that allows a
    refusal: BFCL's cases beyond the first 168 (`bench.SEEN`), which nobody has looked at, and the held-out third of
    `nestful`'s requests, whose tools come with documentation of their own.
