@@ -22,7 +22,7 @@ model = '$(subst ','\'',$(value MODEL))'
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-align bench-peers bench-sizes bench-serve families test lint report stale clean notebooks report-page
+.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-align bench-calls bench-peers bench-sizes bench-serve families test lint report stale clean notebooks report-page
 
 # A thread that waits for others soon sleeps: on a busy machine one that spins takes the time of the one it waits for.
 # A thousand turns first: notebook 11 in smoke takes 30 s alone and 41 s beside two busy loops; without turns 34 and 37
@@ -112,6 +112,9 @@ bench-train: $(ready) ## time a training step against peft + bitsandbytes, in sp
 
 bench-align: $(ready) ## time preference training against trl, in speed and memory [PROFILE=laptop]
 	@$(python) -m avalab.train.preferences.bench --profile '$(PROFILE)'
+
+bench-calls: $(ready) ## time function calls: forced tokens against llama.cpp's server [PROFILE=laptop]
+	@$(python) -m avalab.measure.calling.bench --profile '$(PROFILE)'
 
 bench-peers: $(ready) ## score other methods at the same file bytes as ours, here or on another model [PROFILE=laptop] [MODEL=id]
 	@$(python) -m avalab.measure.peers --profile '$(PROFILE)' --model $(model)

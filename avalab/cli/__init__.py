@@ -9,6 +9,7 @@
     avalab bench small --json                       what it costs to run
     avalab eval small --tasks bfcl,humaneval        whether it calls functions and writes code
     avalab synthesize --count 400 --out mine        make function-calling examples and check them
+    avalab synthesize --source botocore --out real  the same with real tools
     avalab finetune --data mine --out tuned         train an adapter on them and merge it
     avalab align --model tuned --out better         train it to prefer right calls to its own wrong ones
     avalab distill --teacher T --student S --out O  win back what a smaller model lost

@@ -72,8 +72,12 @@ VOTES = ("vote", "self-consistency", "answer-cascade")  # of answers
 
 KINDS = (  # of examples, of avalab.data.drafts
     *("single_call", "several_candidates", "parallel_calls", "no_function"),
-    *("missing_argument", "structured_output", "reasoning", "instruction"),
+    *("missing_argument", "structured_output", "reasoning", "instruction", "multi_turn"),
 )
+
+SOURCES = ("botocore", "azure-cli", "home-assistant", "nestful", "ansible")  # of avalab.data.sources
+
+SAYS_ALL = ("home-assistant", "nestful")  # sources whose own sentences state every value
 
 SET_MAKER = "Made by `avalab.data.synthesize`"  # of avalab.data.synthesize: in the card of a set
 

@@ -14,9 +14,9 @@ import typer
 
 from avalab.cli import options
 from avalab.cli.options import AsJson, Force, Model, Profile, Seed
-from avalab.lab import artifacts
+from avalab.lab import artifacts, assets
 from avalab.lab.artifacts import Artifact
-from avalab.lab.errors import InputError, MissingFile
+from avalab.lab.errors import InputError, MissingFile, Unavailable
 from avalab.lab.run import ROOT, Run, slug
 from avalab.train.recipes import TEACHERS, AdapterRecipe, DistillRecipe, Schedule, refuse_outside
 
@@ -29,7 +29,10 @@ def synthesize(
     out: Annotated[Path, typer.Option(help="Folder of the set and its card; an older set there is replaced.")],
     count: Annotated[int, typer.Option(min=1, help="Accepted examples.")] = 400,
     kinds: Annotated[str, typer.Option(help="Kinds with commas, such as single_call,no_function; all without.")] = "",
-    teacher: Annotated[str, typer.Option(help="Who rewords: OpenAI-compatible base URL or artefact folder.")] = "",
+    source: Annotated[str, typer.Option(help=f"Real tools instead of templates: {', '.join(options.SOURCES)}.")] = "",
+    teacher: Annotated[
+        str, typer.Option(help="Who rewords: OpenAI-compatible base URL, artefact folder, GGUF asset or file.")
+    ] = "",
     teacher_model: TeacherModel = "",
     cost: Cost = inf,
     price: Annotated[str, typer.Option(help="Its prices a million tokens: in,out.")] = "0,0",
@@ -45,16 +48,20 @@ def synthesize(
     chosen = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     for kind in chosen:
         options.one_of("kind", kind, options.KINDS)
+    if source:
+        options.one_of("source", source, options.SOURCES)
     if teacher_model and not teacher:
         raise InputError(f"--teacher-model {teacher_model} is of no teacher; give its base URL by --teacher")
     if not force:
         artifacts.refuse_foreign(out, [f"{kind}.jsonl" for kind in options.KINDS], made_by=options.SET_MAKER)
     rewriter = _teacher(teacher, teacher_model, cost=cost, price=price, per_minute=per_minute) if teacher else None
+    if source and rewriter is None and source not in options.SAYS_ALL:
+        _tell(f"no teacher: requests are the titles and values of {source}, as they stand", as_json)
     from avalab.data import repeats, synthesize
 
     sets = [] if overlap == "none" else repeats.evaluation_sets(fetch=overlap == "all")
     report = synthesize.write_examples(
-        out, count=count, seed=seed, kinds=chosen, teacher=rewriter, sets=sets, replace=force
+        out, count=count, seed=seed, kinds=chosen, teacher=rewriter, sets=sets, replace=force, source=source
     )
     if as_json:
         print(json.dumps(report, indent=1))
@@ -73,6 +80,8 @@ def _is_url(teacher: str) -> bool:
 def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_minute: float = 60):
     """The teacher at a base URL or in an artefact folder; its answers are kept below artifacts/teachers."""
     cache = ROOT / "artifacts" / "teachers"
+    if address.endswith(".gguf") or f"{address}-gguf" in assets.known_assets():
+        return _gguf_teacher(address, cache / f"{slug(Path(address).stem)}.jsonl")
     if not _is_url(address):
         artifacts.load_artifact(Path(address), verify=False)  # refuses a folder without one
         from avalab.data import synthesize
@@ -91,6 +100,25 @@ def _teacher(address: str, model: str, *, cost: float, price: str = "0,0", per_m
 
     limits = teachers.Limits(requests_per_minute=per_minute, cost=cost, price_in=price_in, price_out=price_out)
     return teachers.endpoint_teacher(address, model, cache=cache / f"{slug(model)}.jsonl", limits=limits)
+
+
+def _gguf_teacher(address: str, answers: Path):
+    """A GGUF model as teacher, or None, said in one line, where it is not here and cannot be had."""
+    try:
+        file = assets.only_gguf(assets.resolve_model(address))
+    except Unavailable as error:
+        print(f"no teacher: {error}", file=sys.stderr)
+        return None
+    from avalab.data import synthesize
+    from avalab.data.teachers import AnswerCache
+    from avalab.engines.calling.teacher import GgufTeacher
+
+    sha256 = next(
+        (f.sha256 for asset in assets.known_assets().values() for f in asset.files if f.name == file.name),
+        "",
+    ) or artifacts.sha256_of(file)
+    known = ROOT / "data" / "teacher_answers.jsonl"
+    return GgufTeacher(file, sha256, AnswerCache(answers, known), synthesize.REWORDING)
 
 
 def finetune(

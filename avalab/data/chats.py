@@ -181,6 +181,11 @@ def _in_call_order(messages: list[dict]) -> list[dict]:
     return found[:-1]
 
 
+def last_request(messages: Sequence[dict]) -> str:
+    """What the user said last: in a dialogue results of tools follow it."""
+    return next(message["content"] for message in reversed(messages) if message["role"] == "user")
+
+
 def _described_tools(tools: Any) -> list[dict]:
     if isinstance(tools, str):  # a column of a table holds them as JSON
         try:

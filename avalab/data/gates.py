@@ -29,6 +29,7 @@ import jsonschema
 
 from avalab.data import calls, phrasing, repeats, toolbox
 from avalab.data.arguments import SCALES, WORDS, said_numbers, ways_to_say
+from avalab.data.chats import last_request
 from avalab.data.repeats import EvaluationSet
 from avalab.lab.errors import InputError
 from avalab.lab.schemas import refuse_loops, to_json_schema
@@ -99,8 +100,8 @@ def checked_schema(tool: dict) -> dict:
 
 
 def grounded(example: dict) -> str:
-    """Every argument of every call is said in the request."""
-    request = " ".join(m["content"] for m in example["messages"] if m["role"] == "user")
+    """Every argument of every call is said in the request, or in what a tool returned."""
+    request = " ".join(m["content"] for m in example["messages"] if m["role"] in ("user", "tool"))
     for call in example["calls"]:
         tool = next((tool for tool in example["tools"] if tool["name"] == call["name"]), {})
         described = (tool.get("parameters") or {}).get("properties", {})
@@ -204,7 +205,7 @@ def _sizes(values: list) -> Iterable[float]:
 
 def language_and_length(example: dict) -> str:
     """3 words to LONGEST_REQUEST characters, English by its common words, printable, an answer that is not empty."""
-    request, answer = example["messages"][-2]["content"], example["messages"][-1]["content"]
+    request, answer = last_request(example["messages"]), example["messages"][-1]["content"]
     words = re.findall(r"[a-z']+", request.lower())
     if len(words) < 3 or len(request) > LONGEST_REQUEST:
         return f"a request of {len(words)} words and {len(request)} characters"
@@ -221,7 +222,7 @@ def perplexity_band(score: Callable[[str], float], low: float, high: float) -> G
     """A gate that rejects a request whose perplexity under a model lies outside [low, high]."""
 
     def gate(example: dict) -> str:
-        value = score(example["messages"][-2]["content"])
+        value = score(last_request(example["messages"]))
         return "" if low <= value <= high else f"perplexity {value:.1f} is outside {low:g} to {high:g}"
 
     return gate

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datasketch import MinHash, MinHashLSH
 
 from avalab.data import calls, corpora, toolbox
+from avalab.data.chats import last_request
 from avalab.lab import assets
 
 SHARES = {"function": 0.05, "first word": 0.4, "length": 0.75}  # of the accepted examples, at most
@@ -39,7 +40,7 @@ def near_duplicate_gate(threshold: float = 0.8, permutations: int = 64) -> Calla
     signature = MinHash(num_perm=permutations, seed=1)
 
     def gate(example: dict) -> str:
-        words = re.findall(r"[\w.:-]+", example["messages"][-2]["content"].lower())
+        words = re.findall(r"[\w.:-]+", last_request(example["messages"]).lower())
         ours = signature.copy()
         ours.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
         if index.query(ours):
@@ -59,7 +60,7 @@ def spread_gate(shares: dict[str, float] | None = None, floor: int = FLOOR) -> C
 
     def gate(example: dict) -> str:
         nonlocal total
-        words = example["messages"][-2]["content"].split()
+        words = last_request(example["messages"]).split()
         least = len(words) // LENGTH_CLASS * LENGTH_CLASS
         found = [("function", name) for name in sorted({call["name"] for call in example["calls"]})]
         found += [("first word", words[0].lower() if words else "")]
@@ -80,7 +81,7 @@ def diversity_report(examples: Iterable[dict]) -> dict:
     A verb is the first word of a called function's description: what the user wants to have done.
     """
     examples = list(examples)
-    requests = [e["messages"][-2]["content"] for e in examples]
+    requests = [last_request(e["messages"]) for e in examples]
     lengths = sorted(len(request.split()) for request in requests)
     called = [tool for e in examples for tool in e["tools"] if tool["name"] in {call["name"] for call in e["calls"]}]
     first = [re.findall(r"\w+", tool.get("description", ""))[:1] for tool in called]

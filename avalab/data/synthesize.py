@@ -1,8 +1,10 @@
 """Synthetic examples for an assistant that calls functions: drafted, refined, gated, written to files, read back.
 
 1. Draw a kind by its share and let `drafts` make an example from two seeds, one for the content, one for the wording.
+   With a source (`sources`) the tools are real ones, and the drafts those of its recipes.
 2. With a teacher (`teachers`), have it say the request in other words (prompts in turn: a template, few-shot and role
-   play). The calls stay ours, so that the gates can check what it says against them.
+   play; of a source, its title and values as a sentence). The calls stay ours, so that the gates can check what it
+   says against them; a teacher that can call is asked the finished request afresh, and has to make the same calls.
 3. Pass the gates. A rejected example goes back with the reason, at most `rounds` times: wording is drawn again (or
    asked for again, the reason in the prompt); where schema, execution or overlap failed, the content is, too.
 4. `write_examples` stores one JSONL file a kind and a data card. A line is `kind`, `tools`, `messages` (a request and
@@ -28,11 +30,12 @@ from pathlib import Path
 
 import jinja2
 
-from avalab.data import calls, chats, drafts, gates, repeats, toolbox
+from avalab.data import calls, chats, drafts, gates, repeats, sources, toolbox
 from avalab.data.arguments import read_packaged
 from avalab.data.calls import Call, Case
 from avalab.data.gates import Gate
 from avalab.data.repeats import EvaluationSet
+from avalab.data.sources import recipes, teaching
 from avalab.lab import artifacts, statistics
 from avalab.lab.artifacts import sha256_of
 from avalab.lab.errors import InputError, MissingFile
@@ -43,9 +46,13 @@ Teacher = Callable[[list[dict]], str]
 
 PATIENCE = 300  # examples of a kind rejected in a row before the generator gives up
 
+SOURCE_AHEAD = 16  # of a source, whose finished requests are asked again
+
 AHEAD = 64  # first attempts that a teacher who can answers in one go
 
 PROMPTS = ("template.txt", "few_shot.txt", "role_play.txt")
+
+SOURCE_PROMPTS = ("title_to_request.txt",)  # of terse titles
 
 REWORDING = {  # the form of a teacher's answer, for teachers that can be held to one
     "type": "object",
@@ -53,6 +60,8 @@ REWORDING = {  # the form of a teacher's answer, for teachers that can be held t
     "required": ["request"],
     "additionalProperties": False,
 }
+
+ALL_KINDS = tuple(dict.fromkeys([*drafts.KINDS, *recipes.SHARES]))
 
 MAKER = "Made by `avalab.data.synthesize`"  # what the data card says
 
@@ -67,19 +76,25 @@ def generate(
     teacher: Teacher | None = None,
     row: dict[str, Gate] | None = None,
     counts: Counter | None = None,
+    source: str = "",
 ) -> Iterator[dict]:
     """`count` accepted examples: `{"kind", "tools", "messages" (system, user, assistant), "calls", "source"}`.
 
-    `kinds` empty means all in their shares; `row` is the row of gates (default: all, against every evaluation set at
-    hand). `counts` collects `accepted`, `rejected:<gate>`, `refined` (accepted after a rejection; `refined:<gate>` by
-    the last gate that had rejected) and `abandoned`. Raises ValueError for an unknown kind, and where PATIENCE examples
-    of a kind in a row fail, naming the gate that rejected most.
+    `kinds` empty means all in their shares, of the templates or of a `source`; `row` is the row of gates (default: all,
+    against every evaluation set at hand). `counts` collects `accepted`, `rejected:<gate>`, `refined` (accepted after a
+    rejection; `refined:<gate>` by the last gate that had rejected) and `abandoned`. Raises ValueError for an unknown
+    kind, and where PATIENCE examples of a kind in a row fail, naming the gate that rejected most.
     """
-    shares = _shares(kinds)
+    shares = _shares(kinds, source)
     row = gates.standard_gates(repeats.evaluation_sets()) if row is None else row
+    if source and hasattr(teacher, "calls_ahead"):
+        last = {name: row[name] for name in ("diversity", "near_duplicates") if name in row}  # they remember
+        first = {name: gate for name, gate in row.items() if name not in last}
+        row = {**first, "agreement": teaching.agreement_gate(teacher), **last}
     counts = Counter() if counts is None else counts
     counts.update({f"rejected:{gate}": 0 for gate in row})  # a gate that rejects nothing is seen, too
-    return _accepted(count, _stream(seed, shares, teacher), teacher, row, counts)
+    stream = _stream(seed, shares, teacher, ahead=SOURCE_AHEAD if source else AHEAD, source=source)
+    return _accepted(count, stream, teacher, row, counts, source)
 
 
 def candidates(
@@ -90,21 +105,27 @@ def candidates(
     `counts` collects those as `rejected:teacher_format`. Raises ValueError for an unknown kind.
     """
     counts, found = Counter() if counts is None else counts, []
-    for kind, key in islice(_stream(seed, _shares(kinds), teacher, ahead=count), count):
+    for kind, key in islice(_stream(seed, _shares(kinds, ""), teacher, ahead=count), count):
         example, gate, _ = _attempt(kind, key, teacher)
         counts[f"rejected:{gate}"] += bool(gate)
         found += [] if gate else [with_system(example)]
     return found
 
 
-def _shares(kinds: tuple[str, ...]) -> dict[str, float]:
-    if unknown := set(kinds) - set(drafts.KINDS):
-        raise InputError(f"unknown kind {min(unknown)!r}; choose of {', '.join(drafts.KINDS)}")
-    return {name: share for name, (_, share) in drafts.KINDS.items() if not kinds or name in kinds}
+def _drafts(source: str) -> dict[str, tuple[Callable, float]]:
+    """The drafts of a source, or without one of the templates."""
+    return recipes.kinds_of(source) if source else drafts.KINDS
+
+
+def _shares(kinds: tuple[str, ...], source: str) -> dict[str, float]:
+    table = _drafts(source)
+    if unknown := set(kinds) - set(table):
+        raise InputError(f"unknown kind {min(unknown)!r}{source and f' of {source}'}; choose of {', '.join(table)}")
+    return {name: share for name, (_, share) in table.items() if not kinds or name in kinds}
 
 
 def _stream(
-    seed: int, shares: dict[str, float], teacher: Teacher | None, *, ahead: int = AHEAD
+    seed: int, shares: dict[str, float], teacher: Teacher | None, *, ahead: int = AHEAD, source: str = ""
 ) -> Iterator[tuple[str, str]]:
     """Kind and seed of one example after another, without end; a teacher who can is asked `ahead` of them at once."""
     rng, number = random.Random(f"kinds-{seed}"), 0
@@ -113,20 +134,31 @@ def _stream(
         pairs = [(kind, f"{seed}-{number + i}") for i, kind in enumerate(drawn)]
         number += ahead
         if hasattr(teacher, "ahead"):
-            drafted = [(key, _draft(kind, key)) for kind, key in pairs]
-            asked = [_question(example, key)[1] for key, example in drafted if example["calls"]]
+            drafted = [(key, _draft(kind, key, source=source)) for kind, key in pairs]
+            asked = [_question(example, key)[1] for key, example in drafted if _reworded(example)]
             teacher.ahead(asked, progress=teacher.__name__)
+        if source and hasattr(teacher, "calls_ahead"):
+            tried = [_attempt(kind, key, teacher, source=source) for kind, key in pairs]
+            sound = [e for e, gate, _ in tried if not gate and gates.verdict(e, gates.STANDARD) == ("", "")]
+            teacher.calls_ahead(
+                [e for e in sound if teaching.asked(e)], progress=f"{getattr(teacher, '__name__', 'teacher')} agrees"
+            )
         yield from pairs
 
 
 def _accepted(
-    count: int, stream: Iterator[tuple[str, str]], teacher: Teacher | None, row: dict[str, Gate], counts: Counter
+    count: int,
+    stream: Iterator[tuple[str, str]],
+    teacher: Teacher | None,
+    row: dict[str, Gate],
+    counts: Counter,
+    source: str,
 ) -> Iterator[dict]:
-    failed: dict[str, Counter] = {kind: Counter() for kind in drafts.KINDS}
+    failed: dict[str, Counter] = {kind: Counter() for kind in _drafts(source)}
     accepted = 0
     while accepted < count:
         kind, key = next(stream)
-        example = refine(kind, key, teacher=teacher, row=row, counts=counts)
+        example = refine(kind, key, teacher=teacher, row=row, counts=counts, source=source)
         if not isinstance(example, str):
             failed[kind].clear()
             accepted += 1
@@ -142,12 +174,19 @@ def _accepted(
 
 
 def refine(
-    kind: str, seed: str, *, row: dict[str, Gate], counts: Counter, teacher: Teacher | None = None, rounds: int = 2
+    kind: str,
+    seed: str,
+    *,
+    row: dict[str, Gate],
+    counts: Counter,
+    teacher: Teacher | None = None,
+    rounds: int = 2,
+    source: str = "",
 ) -> dict | str:
     """One accepted example, or the name of the gate that rejected the last of 1 + `rounds` attempts."""
     content, last, reason = 0, "", ""
     for wording in range(1 + rounds):
-        example, gate, why = _attempt(kind, seed, teacher, draws=(content, wording), reason=reason)
+        example, gate, why = _attempt(kind, seed, teacher, draws=(content, wording), reason=reason, source=source)
         if not gate:
             gate, why = gates.verdict(example, row)
         if not gate:
@@ -161,11 +200,17 @@ def refine(
 
 
 def _attempt(
-    kind: str, seed: str, teacher: Teacher | None, *, draws: tuple[int, int] = (0, 0), reason: str = ""
+    kind: str,
+    seed: str,
+    teacher: Teacher | None,
+    *,
+    draws: tuple[int, int] = (0, 0),
+    reason: str = "",
+    source: str = "",
 ) -> tuple[dict, str, str]:
     """An ungated example, and ("teacher_format", reason) when the teacher's answer cannot be read, else two ""."""
-    example = _draft(kind, seed, *draws)
-    if teacher is None or not example["calls"]:
+    example = _draft(kind, seed, *draws, source=source)
+    if teacher is None or not _reworded(example):
         return example, "", ""
     prompt, question = _question(example, seed, draws[1], reason)
     answer = teacher(question)
@@ -177,18 +222,26 @@ def _attempt(
     if not isinstance(told, str):
         return example, "teacher_format", "the request was not a text"
     example["messages"][0]["content"] = " ".join(told.split())
-    example["source"] = f"teacher:{prompt.removesuffix('.txt')}"
+    example["source"] = f"{source or 'teacher'}:{prompt.removesuffix('.txt')}"
     return example, "", ""
 
 
-def _draft(kind: str, seed: str, content: int = 0, wording: int = 0) -> dict:
+def _reworded(example: dict) -> bool:
+    """Whether a teacher has to say the request: of templates what is called, of sources what is a title and values."""
+    return "terse" in example["source"] or (example["source"] == "templates" and bool(example["calls"]))
+
+
+def _draft(kind: str, seed: str, content: int = 0, wording: int = 0, source: str = "") -> dict:
     generators = random.Random(f"{seed}-content-{content}"), random.Random(f"{seed}-wording-{wording}")
-    return drafts.KINDS[kind][0](*generators) | {"source": "templates"}
+    made = _drafts(source)[kind][0](*generators)
+    terse = "sentence" if made.pop("says_all", True) else "terse"
+    return made | {"source": f"{source}:{terse}" if source else "templates"}
 
 
 def _question(example: dict, seed: str, wording: int = 0, reason: str = "") -> tuple[str, list[dict]]:
     """The prompt's name, and the question to the teacher."""
-    prompt = PROMPTS[random.Random(f"{seed}-prompt-{wording}").randrange(len(PROMPTS))]
+    prompts = PROMPTS if example["source"] == "templates" else SOURCE_PROMPTS
+    prompt = prompts[random.Random(f"{seed}-prompt-{wording}").randrange(len(prompts))]
     why = f"Your last answer was refused because {reason}." if reason else ""
     asked = read_packaged("prompts", prompt).format(request=example["messages"][0]["content"], reason=why)
     return prompt, [{"role": "user", "content": asked}]
@@ -203,6 +256,7 @@ def write_examples(
     teacher: Teacher | None = None,
     sets: list[EvaluationSet] | None = None,
     replace: bool = False,
+    source: str = "",
 ) -> dict:
     """Generate into the folder `path`: `<kind>.jsonl` files and the data card README.md; returns the report.
 
@@ -211,15 +265,18 @@ def write_examples(
     sha256 of what the overlap gate compared with), `files` (name -> sha256, bytes, examples).
     """
     if not replace:
-        artifacts.refuse_foreign(Path(path), [f"{kind}.jsonl" for kind in drafts.KINDS], made_by=MAKER)
+        artifacts.refuse_foreign(Path(path), [f"{kind}.jsonl" for kind in ALL_KINDS], made_by=MAKER)
     sets = repeats.evaluation_sets() if sets is None else sets
     counts: Counter = Counter()
-    made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=gates.standard_gates(sets), counts=counts))
+    row = gates.standard_gates(sets)
+    made = list(generate(count, seed, kinds=kinds, teacher=teacher, row=row, counts=counts, source=source))
     files = store_examples(path, made)
     report = {
         "count": count,
         "seed": seed,
         "kinds": list(kinds),
+        "source": source,
+        "licence": sources.source(source).licence if source else "",
         "python": platform.python_version(),
         "teacher": "none" if teacher is None else getattr(teacher, "__name__", "teacher"),
         "counts": dict(sorted(counts.items())),
@@ -258,7 +315,7 @@ def store_examples(path: Path | str, examples: list[dict]) -> dict[str, dict]:
         file = folder / f"{kind}.jsonl"
         write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         files[file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size, "examples": len(rows)}
-    for kind in drafts.KINDS:
+    for kind in ALL_KINDS:
         if f"{kind}.jsonl" not in files:
             (folder / f"{kind}.jsonl").unlink(missing_ok=True)
     return files

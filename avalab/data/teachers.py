@@ -76,7 +76,7 @@ def endpoint_teacher(
 
     def ask(messages: list[dict]) -> str:
         question = {"model": model, "messages": messages, "max_tokens": limits.new_tokens, "temperature": 0.7}
-        key = _key(base_url, question)
+        key = question_key(base_url, question)
         if key in answers.texts:
             return answers.texts[key]
         tokens_in = len(json.dumps(messages)) / 3  # the worst case: three characters a token, and the longest answer
@@ -103,10 +103,15 @@ def endpoint_teacher(
 
 
 class AnswerCache:
-    """Answers by the hash of their question, in a JSONL file. Raises ValueError naming a damaged line but the last."""
+    """Answers by the hash of their question, in a JSONL file; those of `known`, another such file, are read first.
 
-    def __init__(self, path: Path) -> None:
+    Raises ValueError naming a damaged line but the last.
+    """
+
+    def __init__(self, path: Path, known: Path | None = None) -> None:
         self.path, self.texts, self.spent = path, {}, 0.0
+        if known is not None and known.exists():
+            self.texts |= AnswerCache(known).texts
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for number, line in enumerate(lines, start=1):
             if not line:
@@ -166,7 +171,7 @@ class Local:
 
     def _key(self, messages: list[dict]) -> str:
         form = {} if self.schema is None else {"schema": self.schema}
-        return _key(self.sha256, {"messages": messages, "max_tokens": self.new_tokens, **form})
+        return question_key(self.sha256, {"messages": messages, "max_tokens": self.new_tokens, **form})
 
     @cached_property
     def _loaded(self) -> tuple:
@@ -200,7 +205,8 @@ def local_teacher(
     return Local(folder, load_artifact(folder).sha256, answers, new_tokens, device, schema)
 
 
-def _key(where: str, question: dict) -> str:
+def question_key(where: str, question: dict) -> str:
+    """The identity of a question to a server or a model: a hash of all of it."""
     return hashlib.sha256((where + json.dumps(question, sort_keys=True)).encode()).hexdigest()
 
 

