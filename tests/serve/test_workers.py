@@ -84,6 +84,7 @@ def test_bounds_are_added_where_there_are_none_and_never_contradict():
             "d": {"type": "array", "items": {"type": "string", "maxLength": 5}, "minItems": 9}, "e": {"type": "object"},
         },
     }  # fmt: skip
+    assert llama.bounded(schema)["additionalProperties"] is False
     made = llama.bounded(schema)["properties"]
     assert made["a"]["maxLength"] == llama.LONGEST_TEXT
     assert made["b"]["maxLength"] == 100
@@ -143,7 +144,7 @@ def test_an_artefact_that_is_no_gguf_is_answered_by_the_labs_engine(base):
     rows: list[dict] = []
     model.generate(job("hello", logprobs=2, max_tokens=3), rows.append, lambda: False)
     told = rows[-1]["logprobs"]
-    assert all(row["logprob"] == row["top_logprobs"][0]["logprob"] for row in told)
+    assert all(row["logprob"] <= row["top_logprobs"][0]["logprob"] <= 0 for row in told)
     free, _ = answer(model, job("hello", max_tokens=12))
     if len(free) > 4:
         assert answer(model, job("hello", max_tokens=12, stop=[free[2:4]]))[0] == free[: free.index(free[2:4])]

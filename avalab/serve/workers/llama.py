@@ -412,6 +412,8 @@ def grammar_text(wanted: dict) -> str:
 def bounded(schema: Any) -> Any:
     """A schema that allows nothing else, with a bound for strings, lists and free objects that have none.
 
+    Objects that name properties get no others.
+
     Bounds never contradict what the schema asks for; a schema with references keeps them.
     """
     if not isinstance(schema, dict):
@@ -433,6 +435,9 @@ def bounded(schema: Any) -> Any:
             made["maxLength"] = max(LONGEST_TEXT, made.get("minLength", 0))
         if "array" in kinds and "maxItems" not in made:
             made["maxItems"] = max(MOST_ITEMS, made.get("minItems", 0), len(made.get("prefixItems", ())))
+    composed = {"patternProperties", "additionalProperties", "allOf", "anyOf", "oneOf", "$ref"} & made.keys()
+    if "properties" in made and not composed and set(made.get("required", ())) <= made["properties"].keys():
+        made["additionalProperties"] = False
     if "object" in kinds and not {"properties", "additionalProperties", "patternProperties", "$ref"} & made.keys():
         made |= {"additionalProperties": {"type": ["string", "number", "boolean"], "maxLength": LONGEST_TEXT}}
         made["maxProperties"] = max(MOST_ITEMS, made.get("minProperties", 0))
