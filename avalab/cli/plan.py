@@ -64,7 +64,7 @@ def deploy(
     """Plan, make and race what is needed, and deploy it in stages; stopped, it goes on where it was."""
     budget = byte_count(memory, least=1)
     one_of("backend", backend, BACKENDS)
-    run = Run("14_planning", profile, seed)
+    run = Run("plan", profile, seed)
     from avalab.plan import pipeline
     from avalab.plan.agents import EXAMPLE
 
@@ -109,7 +109,7 @@ def status(
     if drift:
         from avalab.plan import pipeline
 
-        count, drifted = pipeline.watched(site, Run("14_planning", profile))
+        count, drifted = pipeline.watched(site, Run("plan", profile))
         print(f"{count} requests logged; {'; '.join(map(str, drifted)) or 'nothing drifted'}")
     for event in found["history"] if events else ():
         print("  ".join(str(value) for value in event.values()))
@@ -131,7 +131,7 @@ def rollback(
 
 def _asked(file: Path | None, budget: int, profile: str, seed: int, site: Path | None):
     """The run, the question, and the seconds that it took to ask it, imports left out."""
-    run = Run("14_planning", profile, seed)
+    run = Run("plan", profile, seed)
     from avalab.plan import agents, pipeline, watch
 
     load = watch.calls_per_minute(watch.logged(site)) if site else {}
