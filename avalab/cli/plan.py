@@ -12,6 +12,7 @@ import typer
 from avalab.cli.options import AsJson, Profile, Seed, one_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, byte_count
+from avalab.plan.agents import EXAMPLE, read_agents
 
 Agents = Annotated[Path | None, typer.Argument(help="TOML file of agents; the committed example of 69 without.")]
 
@@ -65,10 +66,10 @@ def deploy(
     budget = byte_count(memory, least=1)
     one_of("backend", backend, BACKENDS)
     run = Run("plan", profile, seed)
-    from avalab.plan import pipeline
-    from avalab.plan.agents import EXAMPLE
-
     file = agents or EXAMPLE
+    read_agents(file)
+    from avalab.plan import pipeline
+
     done = pipeline.whole(run, file, memory_bytes=budget, site=site, workers=workers, backend=backend)
     if not done.outcome.deployed:
         raise InputError(
@@ -132,14 +133,14 @@ def rollback(
 def _asked(file: Path | None, budget: int, profile: str, seed: int, site: Path | None):
     """The run, the question, and the seconds that it took to ask it, imports left out."""
     run = Run("plan", profile, seed)
-    from avalab.plan import agents, pipeline, watch
+    read_agents(file or EXAMPLE)  # refused before anything heavy is imported
+    from avalab.plan import pipeline, watch
 
     load = watch.calls_per_minute(watch.logged(site)) if site else {}
     if site and not load:
         raise InputError(f"{site} has logged less than a minute of requests; leave out --observed")
-    agents.read_agents(file or agents.EXAMPLE)
     start = time.perf_counter()
-    question = pipeline.ask(run, file or agents.EXAMPLE, memory_bytes=budget, observed=load)
+    question = pipeline.ask(run, file or EXAMPLE, memory_bytes=budget, observed=load)
     return run, question, time.perf_counter() - start
 
 
