@@ -12,6 +12,7 @@ import typer
 from avalab.cli.options import AsJson, Profile, Seed, one_of
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, byte_count
+from avalab.plan.agents import EXAMPLE, read_agents
 
 Agents = Annotated[Path | None, typer.Argument(help="TOML file of agents; the committed example of 69 without.")]
 
@@ -64,11 +65,11 @@ def deploy(
     """Plan, make and race what is needed, and deploy it in stages; stopped, it goes on where it was."""
     budget = byte_count(memory, least=1)
     one_of("backend", backend, BACKENDS)
-    run = Run("14_planning", profile, seed)
-    from avalab.plan import pipeline
-    from avalab.plan.agents import EXAMPLE
-
+    run = Run("plan", profile, seed)
     file = agents or EXAMPLE
+    read_agents(file)
+    from avalab.plan import pipeline
+
     done = pipeline.whole(run, file, memory_bytes=budget, site=site, workers=workers, backend=backend)
     if not done.outcome.deployed:
         raise InputError(
@@ -109,7 +110,7 @@ def status(
     if drift:
         from avalab.plan import pipeline
 
-        count, drifted = pipeline.watched(site, Run("14_planning", profile))
+        count, drifted = pipeline.watched(site, Run("plan", profile))
         print(f"{count} requests logged; {'; '.join(map(str, drifted)) or 'nothing drifted'}")
     for event in found["history"] if events else ():
         print("  ".join(str(value) for value in event.values()))
@@ -131,15 +132,15 @@ def rollback(
 
 def _asked(file: Path | None, budget: int, profile: str, seed: int, site: Path | None):
     """The run, the question, and the seconds that it took to ask it, imports left out."""
-    run = Run("14_planning", profile, seed)
-    from avalab.plan import agents, pipeline, watch
+    run = Run("plan", profile, seed)
+    read_agents(file or EXAMPLE)  # refused before anything heavy is imported
+    from avalab.plan import pipeline, watch
 
     load = watch.calls_per_minute(watch.logged(site)) if site else {}
     if site and not load:
         raise InputError(f"{site} has logged less than a minute of requests; leave out --observed")
-    agents.read_agents(file or agents.EXAMPLE)
     start = time.perf_counter()
-    question = pipeline.ask(run, file or agents.EXAMPLE, memory_bytes=budget, observed=load)
+    question = pipeline.ask(run, file or EXAMPLE, memory_bytes=budget, observed=load)
     return run, question, time.perf_counter() - start
 
 

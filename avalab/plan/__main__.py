@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args(arguments)
     try:
-        run = Run("14_planning", given.profile)
+        run = Run("plan", given.profile)
         site = given.site or run.artifacts_dir / "site"
         memory = byte_count(given.memory, least=1)
         pipeline.whole(run, given.agents, memory_bytes=memory, site=site, workers=given.workers)

@@ -64,7 +64,7 @@ MAPPED = ("llamacpp",)  # engines that read weights where the file is mapped
 
 RECOVERED = f"recovered:divergence {TEXT}"  # of the student that listens to its teacher, `kl`
 
-PLAN_RECORDS = "14_planning"
+PLAN_RECORDS = ("14_planning", "plan")  # of the notebook and of the command
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Evidence:
 
 def read_evidence(run: Run) -> Evidence:
     """The reference's committed results, and those of the run's own model."""
-    names = [*(REFERENCE_RESULTS + MORE_RESULTS), PLAN_RECORDS]
+    names = [*(REFERENCE_RESULTS + MORE_RESULTS + PLAN_RECORDS)]
     folders = dict.fromkeys([ROOT / "results" / "laptop", run.results_dir])
     files = [folder / f"{name}.json" for folder in folders for name in names]
     return Evidence.of(record for file in files if file.is_file() for record in load_records(file))

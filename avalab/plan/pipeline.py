@@ -367,7 +367,6 @@ def whole(
     say("5. report")
     run.save()
     written = write_page(run.results_dir / "plan.html", plan, races, outcome)
-    write_atomically(run.results_dir / "plan.json", json.dumps(as_document(plan), indent=1, sort_keys=True) + "\n")
     say(f"  {written}")
     return Done(plan, races, outcome, written)
 

@@ -254,7 +254,7 @@ def answer_chain(request: dict) -> dict:
     """In a process of its own: make a chain; `failed` says in one line why it could not be."""
     os.environ.update(AVALAB_ARTIFACTS=request["artifacts"], AVALAB_DEVICE=request["device"])
     chain = Chain(**request["chain"])
-    run = Run("14_planning", request["profile"], request["seed"], chain.model)
+    run = Run("plan", request["profile"], request["seed"], chain.model)
     try:
         make_chain(chain, run, Ledger(Path(request["ledger"])))
     except LabError as error:
@@ -296,7 +296,7 @@ def answer_scores(request: dict) -> dict:
     from avalab.models import checkpoint
 
     os.environ.update(AVALAB_ARTIFACTS=request["artifacts"], AVALAB_DEVICE=request["device"])
-    run = Run("14_planning", request["profile"], request["seed"], request["model"])
+    run = Run("plan", request["profile"], request["seed"], request["model"])
     base, made = checkpoint.base_artifact(run), artifacts.load_artifact(request["folder"], verify=False)
     found = token_scores(made, base, run, engine=request["engine"], items=range(*request["items"]))
     return {"kl": found.kl.mean(-1).tolist(), "agrees": found.agrees.mean(-1).tolist()}

@@ -35,7 +35,7 @@ def done(run, file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "results_dir", property(lambda self: tmp_path_factory.getbasetemp() / "results"))
         patch.setattr(pipeline, "SMOKE_RECIPES", ["bf16", "gguf-q8_0", "nf4"])
-        of = Run("14_planning", "smoke")
+        of = Run("plan", "smoke")
         found = pipeline.whole(of, file, memory_bytes=2 * 2**30, site=site, say=said.append)
     return found, site, said, of
 
@@ -49,7 +49,7 @@ def test_every_agent_is_served_what_the_plan_gave_it_and_the_page_says_so(done):
         assert agent.name in page
         assert found.plan.reasons[agent.name] in page
     assert [line[:2] for line in said if line[:1].isdigit()] == ["1.", "2.", "3.", "4.", "5."]
-    document = json.loads((found.page.parent / "plan.json").read_text())
+    document = json.loads((site / "plan.json").read_text())
     assert pipeline.watched(site) == (0, [])
     assert {row["quality"]["how"] for row in document["agents"]} <= {"measured", "predicted"}
 
