@@ -124,7 +124,7 @@ def work_on(
         found = speaker.say(asked, most=CALL_TOKENS, functions=[tool.described for tool in tools] or None)
         chat.append({"role": "assistant", "content": found.text})
         calls = speaker.calls(found.text)
-        if calls == "no_call":
+        if calls == "no_call" or not tools:
             done.status, done.answer = "answered", found.text.strip()
             break
         if not isinstance(calls, str) and calls[0].name == FINISH.name:

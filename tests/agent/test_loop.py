@@ -72,6 +72,11 @@ def test_an_instruction_in_a_result_gets_no_tool_that_was_not_offered(scripted, 
     assert not (tmp_path / "owned.txt").exists()
 
 
+def test_without_tools_whatever_is_said_is_the_answer(scripted):
+    done = work_on("1 + 1?", [], scripted(call("calculate", expression="1 + 1")))
+    assert (done.status, done.steps) == ("answered", [])
+
+
 def test_a_plan_stands_in_the_chat(scripted):
     speaker = scripted("calculate, then answer", call("calculate", expression="1 + 1"), "2")
     done = work_on("1 + 1?", SUM, speaker, plan=True)
