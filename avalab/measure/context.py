@@ -20,8 +20,8 @@ llama.cpp maps its file, and beside it holds copies of the tensors whose blocks 
 activations of `llamacpp.BATCH` tokens, float32 logits, and its vocabulary with the merges (`VOCABULARY_BYTES` a token
 and some for itself, measured: 49,152 and 151,936 tokens took 23 and 53 MB).
 
-OpenVINO GenAI keeps 1.15 times a GGUF file beside it, and a library of 70 MB (measured with nothing read yet: files of 1,
-92 and 145 MB took 73, 272 and 380 MB).
+OpenVINO GenAI keeps 1.15 times a GGUF file beside it, and a library of 70 MB (measured with nothing read yet: files of
+1, 92 and 145 MB took 73, 272 and 380 MB).
 
 Not in the formula: what OpenVINO's unpaged graph needs to read a prompt, which grows with the square of its length.
 """
