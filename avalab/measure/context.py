@@ -236,9 +236,10 @@ def predict_length(folder: Path, *, asked: dict, length: int, runtime_bytes: int
         work=Workload(prompts=(at_once,), new_tokens=asked["new_tokens"]),
         runtime_bytes=runtime_bytes,
     )
-    if engine == "llamacpp":
+    is_gguf = engines.kind(folder) == "gguf"
+    if engine == "llamacpp" and is_gguf:
         memory |= _llamacpp_parts(folder, model, at_once)
-    elif engine == "openvino" and engines.kind(folder) == "gguf":
+    elif engine == "openvino" and is_gguf:
         memory |= {"copies": int(OPENVINO_COPIES * weights), "library": OPENVINO_BYTES}
     held = asked["longest"] if engine == "llamacpp" else length
     memory["kv_cache"] = int(sizes.kv_cache_bytes(model, context=held) * bits / 16)
