@@ -166,10 +166,10 @@ def choose_for(found: Sequence[Candidate], budget_bytes: int, wish: Wish) -> Cho
     equal = [c for c in quick if is_as_good(c, best)]
     fastest = max(equal, key=lambda c: c.decode.value)
     if wish.speed_first:
-        other = "" if fastest is best else f" as {best.subject} ({best.calls.value:.0%} right)"
-        return Choice(budget_bytes, wish, fastest, f"fastest of {len(equal)} that call as well{other}")
+        other = "" if fastest is best else f", {best.subject} ({best.calls.value:.0%} right)"
+        return Choice(budget_bytes, wish, fastest, f"fastest of the {len(equal)} that call as well as the best{other}")
     other = "" if fastest is best else f"; {fastest.subject} is faster and not distinguishably worse"
-    return Choice(budget_bytes, wish, best, f"most calls right of {len(quick)}{other}")
+    return Choice(budget_bytes, wish, best, f"most calls right of the {len(quick)} that fit{other}")
 
 
 def is_as_good(candidate: Candidate, best: Candidate) -> bool:

@@ -48,7 +48,7 @@ SKIPPED = 168  # cases of each category that something was tuned or looked at on
 
 MODE, TOGETHER = "forced", "call_accuracy_forced:together"
 
-BITS_PER_WEIGHT = 4.5  # of `ava`'s file, embedding included
+BITS = {"smoke": 7.0}  # a weight of `ava`'s file, embedding included: a tiny one is mostly header; others 4.5
 
 NEW_TOKENS = 16
 
@@ -83,12 +83,12 @@ def _published(base: Artifact, run: Run) -> Artifact:
 
 
 def _ava(base: Artifact, run: Run) -> Artifact:
-    """The one that the run has made already, whatever its size, else one of `BITS_PER_WEIGHT`."""
+    """The one that the run has made already, whatever its size, else one of `BITS`."""
     made = [a for a in artifacts.list_artifacts(run.artifacts_dir) if a.card["base"]["sha256"] == base.sha256]
     steps = [step for a in made for step in a.card["recipe"][-1:] if step.get("format") == "gguf"]
     usual = [step for step in steps if step["step"] == "ava" and "calibration_text" not in step]
     size = next((step["bytes"] for step in usual if step["bytes"]), 0)
-    budget = {"bytes": size} if size else {"bits_per_weight": BITS_PER_WEIGHT}
+    budget = {"bytes": size} if size else {"bits_per_weight": run.profile.pick(BITS, 4.5)}
     return quantize.compress_artifact(base, "ava", run=run, format="gguf", **budget)
 
 

@@ -194,3 +194,13 @@ def test_llama_cpp_copies_the_blocks_that_it_interleaves_and_holds_its_vocabular
     assert found["activations"] == 4 * 10 * (2 * 8 + 3 * 16)
     assert found["logits"] == 4000
     assert found["vocabulary"] == context.LIBRARY_BYTES + context.VOCABULARY_BYTES * 1000
+
+
+def test_openvino_keeps_a_gguf_file_twice_and_its_library(artifact):
+    exported = gguf_file.write(artifact, "q8_0")
+    size = sizes.weight_file_bytes(exported.path)
+    asked = ASKED | {"engine": "openvino"}
+    found = context.predict_length(exported.path, asked=asked, length=100, runtime_bytes=0, bytes_per_s=1.0)["memory"]
+    assert (found["weights"], found["copies"]) == (size, int(1.15 * size))
+    assert found["total"] == sum(part for name, part in found.items() if name != "total")
+    assert found["library"] == 70_000_000
