@@ -4,8 +4,8 @@ A weight is `code * scale + offset` in groups of 32 or 16. The steps are those o
 
 1. Per group, scales (of either sign) or ranges are tried; for the codes of each the best scale, and minimum where the
    type has one, follow from weighted least squares. Columns weigh what their error costs after compensation.
-2. `stored` puts scales and minimums onto what the file holds: float16, or in the K types an integer times the
-   super-block's float16. All that follows sees these values, so nothing is rounded again on the way into the file.
+2. `stored` puts scales and minimums onto what the file holds: float16, or in the K types and IQ4_XS an integer times
+   the super-block's float16. All that follows sees these values: nothing is rounded again on the way into the file.
 3. Columns are rounded with compensation (`rounding.compensated`).
 4. Repair, twice for up to 4 bits and once for 5: scales and minimums of all groups of a row by least squares under the
    whole moment, stored again, then each code moved to the best one given all others (`rounding.descended`).
@@ -28,7 +28,14 @@ from avalab.lab.errors import InputError
 
 SMALLEST = 6e-8  # of a scale: float16's smallest number
 
-MULTIPLIERS = {"q2_k": (1, 15), "q3_k": (-32, 31), "q4_k": (1, 63), "q5_k": (1, 63), "q6_k": (-128, 127)}
+MULTIPLIERS = {
+    "iq4_xs": (-32, 31),
+    "q2_k": (1, 15),
+    "q3_k": (-32, 31),
+    "q4_k": (1, 63),
+    "q5_k": (1, 63),
+    "q6_k": (-128, 127),
+}
 
 SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # of a group's range
 

@@ -196,7 +196,7 @@ def own_answers(
     student: Artifact, examples: Sequence[dict], *, run: Run, new_tokens: int = 64, batch_size: int = 8
 ) -> list[dict]:
     """The examples with answers that the student draws at temperature 1, the same ones for the same seed."""
-    model, tokenizer = checkpoint.load_model(student, run.device), checkpoint.load_tokenizer(student)
+    model, tokenizer = checkpoint.load_model(student, run.device, packed=False), checkpoint.load_tokenizer(student)
     stops, found = list(stop_tokens(model, tokenizer)), []
     padding = padding_token(tuple(stops), tokenizer)
     with torch.random.fork_rng():
@@ -229,7 +229,7 @@ def _with_answer(example: dict, text: str) -> dict:
 def rehearsal_rows(run: Run, teacher: Artifact, *, tokens: int, row_tokens: int) -> Rows:
     """About `tokens` tokens of calibration text as rows of training, with the teacher's hidden states as `teacher`."""
     windows = corpora.shuffled_windows(run, checkpoint.load_tokenizer(teacher), tokens=row_tokens)
-    model, found = checkpoint.load_model(teacher, run.device), []
+    model, found = checkpoint.load_model(teacher, run.device, packed=False), []
     for window in windows[: max(1, tokens // row_tokens)]:
         hidden = predict.hidden_states(model, window[None])[0].cpu()
         # Cloned into an ordinary tensor: inference tensors take no part in training.

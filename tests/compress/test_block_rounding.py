@@ -53,6 +53,7 @@ def test_more_bits_give_less_error_and_unequal_steps_beat_equal_ones(made):
     for ladder in (("q4_0", "q5_0", "q8_0"), ("q4_1", "q5_1"), ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")):
         assert [errors[name] for name in ladder] == sorted((errors[name] for name in ladder), reverse=True)
     assert errors["iq4_nl"] < errors["q4_0"]
+    assert errors["iq4_xs"] < errors["q4_0"]  # at a quarter of a bit less
 
 
 def test_a_weight_on_a_grid_is_kept_exactly_when_nothing_is_correlated():
