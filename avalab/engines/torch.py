@@ -4,7 +4,7 @@
    static cache, whose length is the next power of two: one graph serves every generation of that length. Reading the
    prompt stays eager, as its shape changes with every call. On a GPU the step is recorded as a CUDA graph. In eager
    mode a static cache only costs time: attention reads all of it at each step.
-2. A GGUF file is decoded to dense weights of `dtype`.
+2. A GGUF file is decoded to `dtype`; on a CPU its blocks then take the place of what was decoded.
 3. On a CPU a packed model of the Llama family reads single tokens by one native call (`models.inference.step`).
 4. `apply_kernels` puts a `FourBitLinear` in the place of every 4-bit layer of bitsandbytes: the stored codes and
    scales, and a second copy of the codes in a faster kernel's order where there is one (`kernels.prepare`).
@@ -33,7 +33,8 @@ from avalab.engines.engine import Engine, Request
 from avalab.kernels import Weight4
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.models import adapters, checkpoint, walk
+from avalab.models import adapters, checkpoint, stored, walk
+from avalab.models.inference.gguf_weights import apply_packed_gguf
 from avalab.models.inference.quantized_cache import QuantizedCache
 from avalab.models.inference.step import native_step
 
@@ -62,9 +63,11 @@ def load(
     if threads:
         torch.set_num_threads(threads)
     if found == "gguf":
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        with contextlib.redirect_stderr(io.StringIO()), stored.headers_read_once():  # a progress bar
             decoded, _ = checkpoint.from_gguf(engine.gguf_file(folder))
-        model = torch.nn.Module.to(decoded, device, dtype)
+            model = torch.nn.Module.to(decoded, device, dtype)
+            if not compiled and (device == "cpu" if packed is None else packed):
+                apply_packed_gguf(model, engine.gguf_file(folder))
     else:
         source = artifacts.load_artifact(folder, verify=False) if found == "adapter" else folder
         model = checkpoint.load_model(source, device, dtype, packed=False if compiled else packed)

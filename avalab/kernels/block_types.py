@@ -58,6 +58,9 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
     "q5_1": (_SCALE, _MINIMUM, Field("high", 4, 1, 1), Field("low", 16, 4, 16)),
     "q8_0": (_SCALE, Field("low", 32, 8, 32)),
     "iq4_nl": (_SCALE, Field("low", 16, 4, 16)),
+    # Of the lattice types, whose bytes `lattices` makes, only the sizes count.
+    "iq3_s": (_SCALE, Field("low", 64, 2, 64), Field("high", 8), Field("signs", 32), Field("multipliers", 4)),
+    "iq2_s": (_SCALE, Field("low", 64, 2, 64), Field("high", 8), Field("multipliers", 8)),
     "iq4_xs": (_SCALE, Field("multipliers", 6), Field("low", 128, 4, 16)),
     "q2_k": (Field("multipliers", 16), Field("low", 64, 2, 32), _SCALE, _MINIMUM),
     "q3_k": (Field("high", 32, 1, 32), Field("low", 64, 2, 32), Field("multipliers", 12), _SCALE),
@@ -234,6 +237,8 @@ _ROWS = (
     _simple("q8_0", 8, largest_magnitude, -127, 127, half_away),
     NumberFormat("iq4_nl", 4, 32, 16, None, 0, 15, levels=tuple(map(float, _UNEQUAL))),
     NumberFormat("iq4_xs", 4, 32, 8, None, 0, 15, levels=tuple(map(float, _UNEQUAL))),
+    NumberFormat("iq3_s", 3, 32, 14, None),
+    NumberFormat("iq2_s", 2, 16, 9, None),
     _super("q2_k", 2, 16, 10),
     _super("q3_k", 3, 16, 7, -4),
     _super("q4_k", 4, 32, 16),

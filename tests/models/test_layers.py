@@ -5,6 +5,7 @@ import torch
 
 from avalab import engines
 from avalab.compress import quantize
+from avalab.engines import gguf as gguf_file
 from avalab.kernels.packed import native
 from avalab.kernels.packed.weight import decode
 from avalab.lab.errors import InputError
@@ -94,3 +95,13 @@ def test_layers_that_round_activations_are_decoded(run, base):
 def test_a_step_reads_the_packed_bytes_and_an_embedding_only_where_the_head_shares_it(artefact):
     read = sizes.weight_bytes_read(checkpoint.load_model(artefact))
     assert 0.9 * artefact.bytes < read < 1.02 * artefact.bytes
+
+
+@pytest.mark.parametrize("block", ["q4_0", "q8_0", "q5_1"])
+def test_a_gguf_file_stays_packed_and_writes_the_tokens_of_its_decoded_weights(base, block, tmp_path):
+    made = gguf_file.write(base, block, out=tmp_path / block)
+    prompt = list(range(3, 40))
+    found = [engines.load("torch", made, dtype=torch.float32, packed=packed) for packed in (True, False)]
+    assert layers.packed_layers(found[0].state["model"])
+    assert not layers.packed_layers(found[1].state["model"])
+    assert found[0].generate(prompt, 24, past_end=True) == found[1].generate(prompt, 24, past_end=True)

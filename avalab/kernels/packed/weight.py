@@ -31,7 +31,7 @@ LANES, CHUNK = 16, 32
 
 PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
-PACKING_WEIGHTS = 2**20  # of whose codes wide copies are held at a time
+PACKING_WEIGHTS = 2**18  # of whose codes wide copies are held at a time
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def fits(cols: int, group_size: int) -> bool:
 
 
 def pack(codes: Integer[Tensor, "rows cols"], bits: int, scales: Factors, *, group_size: int, **others) -> PackedWeight:
-    """The weight of codes from 0 to 2^bits - 1 and factors that `by_groups` has put in order.
+    """The weight of codes counted from `low` (0 unless given) and factors that `by_groups` has put in order.
 
     Raises InputError for columns that chunks or groups do not divide, and for a scale that is not finite, naming its
     row and group.
@@ -119,7 +119,8 @@ def pack(codes: Integer[Tensor, "rows cols"], bits: int, scales: Factors, *, gro
         raise InputError(f"packed weights have {min(PARTS)} to {max(PARTS)} bits a code, got {bits}")
     if not fits(cols, group_size):
         raise InputError(f"groups of {group_size} in {cols} columns: products take 16 or 32's multiples, both whole")
-    found = PackedWeight(pack_words(codes, bits), rows, group_size, scales, **others)
+    words = pack_words(codes, bits, others.get("low", 0))
+    found = PackedWeight(words, rows, group_size, scales, **others)
     for name in ("scales", "zeros", "minimums"):
         part = getattr(found, name)
         bad = [] if part is None else (~part.dense(found.groups).T.isfinite()).nonzero()
@@ -147,7 +148,7 @@ def from_rounded(rounded: Rounded) -> PackedWeight:
     grid = rounded.grid
     zeros = None if grid.symmetric else Factors(by_groups(rounded.zero_points))
     return pack(
-        rounded.codes.to(torch.int16) - grid.low,
+        rounded.codes,
         grid.bits,
         Factors(by_groups(narrowest(rounded.scales))),
         group_size=rounded.codes.shape[1] // rounded.scales.shape[1],
@@ -159,7 +160,7 @@ def from_rounded(rounded: Rounded) -> PackedWeight:
 def from_int8_rows(codes: Tensor, scales: Tensor) -> PackedWeight:
     """Rows of int8 with a scale each."""
     factors = Factors(by_groups(narrowest(scales.reshape(-1, 1))))
-    return pack(codes.to(torch.int16) + 128, 8, factors, group_size=codes.shape[1], low=-128)
+    return pack(codes, 8, factors, group_size=codes.shape[1], low=-128)
 
 
 def from_weight4(weight: Weight4) -> PackedWeight:
@@ -176,13 +177,13 @@ def from_weight4(weight: Weight4) -> PackedWeight:
     )
 
 
-def pack_words(codes: Integer[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "blocks chunks bits 16"]:
-    """Codes in the order of the module's layout."""
+def pack_words(codes: Integer[Tensor, "rows cols"], bits: int, low: int = 0) -> Int32[Tensor, "blocks chunks bits 16"]:
+    """Codes, counted from `low`, in the order of the module's layout."""
     rows, cols = codes.shape
     words = torch.zeros(-(-rows // LANES), cols // CHUNK, bits, LANES, dtype=torch.int32, device=codes.device)
     step = max(1, PACKING_WEIGHTS // (cols * LANES))
     for first in range(0, len(words), step):
-        part = codes[first * LANES : (first + step) * LANES].int()
+        part = codes[first * LANES : (first + step) * LANES].int() - low
         part = torch.nn.functional.pad(part, (0, 0, 0, -len(part) % LANES)).view(-1, LANES, cols // CHUNK, CHUNK)
         target, shift, at = words[first : first + step], 0, 0
         for width in PARTS[bits]:
