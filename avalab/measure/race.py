@@ -64,7 +64,7 @@ BATCHES = {  # several sequences at once; others 256 tokens and 32 new ones, 5 s
     "laptop": Workload(prompts=(32,), new_tokens=8, samples=2, limit_seconds=180),
 }
 
-SAME_AS_DENSE = (("gguf", "torch"),)  # the torch engine decodes a GGUF file to the dense model, once more bf16
+SAME_AS_DENSE = (("gguf", "torch"),)  # the torch engine reads a GGUF file to check others by: `bench-packed` races it
 
 AVA_BITS = 6  # a weight of the whole model: what GGUF's 4-bit files of a small one come to, embedding included
 
@@ -128,7 +128,7 @@ def make_forms(run: Run, names: Sequence[str] = ()) -> dict[str, Artifact]:
     if unknown := [name for name in names if name not in FORMS]:
         raise InputError(f"no form {', '.join(unknown)}; choose from {', '.join(FORMS)}")
     base, made = checkpoint.base_artifact(run), {}
-    for name in tqdm(names or SOME.get(run.profile_name, tuple(FORMS)), desc="make", leave=False):
+    for name in tqdm(names or run.profile.pick(SOME, tuple(FORMS)), desc="make", leave=False):
         try:
             made[name] = FORMS[name](base, run)
         except (engines.EngineUnavailable, ValueError) as error:  # not here, or not of this model's shape
@@ -167,7 +167,7 @@ def list_entries(
 
 def visit_workload(run: Run) -> Workload:
     """What is asked in a visit, in the run's profile; on a GPU the torch engine runs there."""
-    return replace(VISITS.get(run.profile_name, Workload()), seed=run.seed, device=_device(run))
+    return replace(run.profile.pick(VISITS, Workload()), seed=run.seed, device=_device(run))
 
 
 def hold_race(run: Run, entries: list[Entry], *, work: Workload, cap_seconds: float) -> dict[Entry, Cell | str]:
@@ -292,7 +292,7 @@ def _read_visits(file: Path) -> dict[str, list[dict]]:
 def record_batches(run: Run, entries: list[Entry]) -> None:
     """Measure the cells of the highest thread count at every batch size; read back what was measured before."""
     most = max((entry.threads for entry in entries), default=0)
-    sizes = BATCHES.get(run.profile_name, Workload(prompts=(256,), new_tokens=32, samples=5, limit_seconds=180))
+    sizes = run.profile.pick(BATCHES, Workload(prompts=(256,), new_tokens=32, samples=5, limit_seconds=180))
     work = replace(sizes, threads=most, seed=run.seed, device=_device(run))
     for entry in tqdm([e for e in entries if e.threads == most], desc="batches", leave=False):
         record = partial(
@@ -328,8 +328,9 @@ def main() -> None:
     run = Run("bench-packed" if chosen.packed else "bench", chosen.profile)
     print(f"load average {load_average()}")
     forms = make_forms(run, PACKED if chosen.packed else ())
-    entries = list_entries(forms, threads=thread_counts(chosen.profile), skip=SAME_AS_DENSE)
-    cap = chosen.cap if chosen.cap is not None else CAPS.get(chosen.profile, 1800.0)
+    skip = () if chosen.packed else SAME_AS_DENSE
+    entries = list_entries(forms, threads=thread_counts(chosen.profile), skip=skip)
+    cap = chosen.cap if chosen.cap is not None else run.profile.pick(CAPS, 1800.0)
     outcomes = hold_race(run, entries, work=visit_workload(run), cap_seconds=cap)
     if not chosen.packed:
         record_batches(run, entries_that_ran(outcomes))
