@@ -12,6 +12,7 @@ from avalab.kernels.encoding import ENCODE, encode
 from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
 from avalab.kernels.loss_sparse import SPARSE, linear_sparse
+from avalab.kernels.packed import product as packed_product
 from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
 from avalab.kernels.product import prepare_small_batches as prepare
 from avalab.kernels.weight import NestedScales, Weight4, decode, from_bitsandbytes, from_encoded
@@ -26,6 +27,9 @@ OPERATIONS: dict[str, tuple[Form, ...]] = {
     "linear_cross_entropy": CROSS_ENTROPY,
     "linear_kl": KL,
     "linear_sparse": SPARSE,
+    "packed_decode": packed_product.DECODE,
+    "packed_product": packed_product.PRODUCT,
+    "packed_transposed": packed_product.TRANSPOSED,
 }
 
 __all__ = [

@@ -211,9 +211,6 @@ def _bitsandbytes(x: Tensor, weight: Weight4) -> Callable[[], Tensor]:
     from bitsandbytes import functional as bnb_functional
     from bitsandbytes import matmul_4bit
 
-    if not x.is_cuda and fits(weight.shape[1], weight.group_size):
-        kept = from_weight4(weight)
-        arms["avalab-packed"] = lambda: multiply(x, kept)  # one copy of the codes, whatever their bits
     small = weight.small_batch
     state = bnb_functional.QuantState(
         absmax=small.scales,
