@@ -22,7 +22,7 @@ model = '$(subst ','\'',$(value MODEL))'
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # notebooks measure speed
 .SUFFIXES:
-.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-align bench-calls bench-peers bench-sizes bench-serve families test lint report stale clean notebooks report-page
+.PHONY: help setup lab setup-llamacpp reproduce smoke bench bench-kernels bench-train bench-packed bench-gpu bench-align bench-calls bench-peers bench-sizes bench-serve families test lint report stale clean notebooks report-page
 
 # A thread that waits for others soon sleeps: on a busy machine one that spins takes the time of the one it waits for.
 # A thousand turns first: notebook 11 in smoke takes 30 s alone and 41 s beside two busy loops; without turns 34 and 37
@@ -106,6 +106,15 @@ bench: $(ready) ## race every artefact in every engine, without the notebook [PR
 
 bench-kernels: $(ready) ## time the kernels, their peers and this machine's limits, without a notebook [PROFILE=laptop]
 	@$(python) -m avalab.measure.kernel_bench --profile '$(PROFILE)'
+
+bench-packed: $(ready) ## race what stays packed in memory against llama.cpp and OpenVINO, interleaved [PROFILE=laptop]
+	@$(python) -m avalab.measure.race --packed --profile '$(PROFILE)'
+
+bench-gpu: $(ready) ## on a GPU: 4-bit products, a QLoRA step and decoding, against their peers
+	@$(python) -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'bench-gpu needs a GPU that torch sees')"
+	@$(python) -m avalab.measure.kernel_bench --profile a2000
+	@$(python) -m avalab.measure.training --profile a2000
+	@$(python) -m avalab.measure.race --packed --profile a2000 --cap 240
 
 bench-train: $(ready) ## time a training step against peft + bitsandbytes, in speed and memory [PROFILE=laptop]
 	@$(python) -m avalab.measure.training --profile '$(PROFILE)'

@@ -256,4 +256,5 @@ def test_make_help_describes_every_public_target_in_one_line():
     named = {line.split()[1] for line in made.splitlines()}
     public = "help setup setup-llamacpp lab reproduce smoke families test lint report stale clean bench"
     public += " bench-kernels bench-train bench-align bench-calls bench-peers bench-sizes bench-serve"
+    public += " bench-packed bench-gpu"
     assert named == set(public.split())

@@ -228,7 +228,7 @@ def _time_zeros(run: Run, artifact: Artifact) -> None:
     from avalab.measure import cost
     from avalab.models import checkpoint, walk
 
-    layers = walk.linear_layers(checkpoint.load_model(artifact, run.device)).values()
+    layers = walk.linear_layers(checkpoint.load_model(artifact, run.device, packed=False)).values()
     weight = [layer.weight.detach() for layer in layers if (layer.weight == 0).any()][-1]
     for tokens in (1, run.profile.prompt_tokens):
         timings = cost.record_sparse_speed(run, f"{artifact.name}, {tokens} tokens", artifact, weight, tokens=tokens)

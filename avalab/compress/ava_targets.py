@@ -47,7 +47,22 @@ ONNX_GRIDS = ((2, False), (4, False), (4, True), (8, True))  # bits, and whether
 
 ONNX_INPUTS = "int8"  # what products read: the only fast kernels for 2 and 8 bits
 
-ALL_TYPES = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+ALL_TYPES = (
+    "q4_0",
+    "iq4_nl",
+    "iq4_xs",
+    "iq3_s",
+    "iq2_s",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+)
 
 GGUF_TYPES = {  # read as they are written, by engine
     "any": ALL_TYPES,

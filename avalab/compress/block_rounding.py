@@ -4,11 +4,14 @@ A weight is `code * scale + offset` in groups of 32 or 16. The steps are those o
 
 1. Per group, scales (of either sign) or ranges are tried; for the codes of each the best scale, and minimum where the
    type has one, follow from weighted least squares. Columns weigh what their error costs after compensation.
-2. `stored` puts scales and minimums onto what the file holds: float16, or in the K types an integer times the
-   super-block's float16. All that follows sees these values, so nothing is rounded again on the way into the file.
+2. `stored` puts scales and minimums onto what the file holds: float16, or in the K types and IQ4_XS an integer times
+   the super-block's float16. All that follows sees these values: nothing is rounded again on the way into the file.
 3. Columns are rounded with compensation (`rounding.compensated`).
 4. Repair, twice for up to 4 bits and once for 5: scales and minimums of all groups of a row by least squares under the
    whole moment, stored again, then each code moved to the best one given all others (`rounding.descended`).
+
+IQ2_S and IQ3_S round several columns at once, to a point of a codebook, and a chunk's error is made up for as a whole;
+scales are fitted as in 4, and the better of both rounds is kept.
 
 Source: GPTQ, Frantar et al. 2023, arXiv 2210.17323; the search follows the idea of ggml's `make_qx_quants`.
 """
@@ -24,20 +27,37 @@ from avalab.compress.rounding import CHUNK_WEIGHTS, Problem
 from avalab.kernels import block_types
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import NumberFormat
+from avalab.kernels.lattices import (
+    LATTICES,
+    LatticeRounded,
+    codebook,
+    nearest_points,
+    scales_of,
+    stored_scales,
+)
 from avalab.lab.errors import InputError
 
 SMALLEST = 6e-8  # of a scale: float16's smallest number
 
-MULTIPLIERS = {"q2_k": (1, 15), "q3_k": (-32, 31), "q4_k": (1, 63), "q5_k": (1, 63), "q6_k": (-128, 127)}
+MULTIPLIERS = {
+    "iq4_xs": (-32, 31),
+    "q2_k": (1, 15),
+    "q3_k": (-32, 31),
+    "q4_k": (1, 63),
+    "q5_k": (1, 63),
+    "q6_k": (-128, 127),
+}
 
 SHRINKS = tuple(1 - 0.05 * step for step in range(10))  # of a group's range
+
+POINT_STRETCHES = tuple(0.55 + 0.09 * step for step in range(9))  # where a group's largest goes, over the largest level
 
 STRETCHES = tuple(0.92 + 0.05 * step for step in range(10))  # where the largest magnitude goes, over the last code
 
 
 def round_weight(
     weight: Float[Tensor, "rows cols"], posed: Problem, format: NumberFormat, *, repairs: int | None = None
-) -> BlockRounded:
+) -> BlockRounded | LatticeRounded:
     """Round every row onto the block type so that the error's quadratic form under the problem's moment is small.
 
     Raises ValueError for columns that the type's blocks do not divide.
@@ -45,6 +65,8 @@ def round_weight(
     if not block_types.fits_blocks(format, weight.shape[1]):
         raise InputError(f"blocks of {block_types.block_weights(format)} do not divide {weight.shape[1]} columns")
     weight = weight.float()
+    if format.name in LATTICES:
+        return _round_onto_points(weight, posed, format, repairs)
     scales, offsets, fields = stored(*search(weight, posed.column_cost, format), format)
     codes = rounding.compensated(weight, posed, format, scales, -offsets / scales)
     for _ in range(min(2, max(0, 6 - format.bits)) if repairs is None else repairs):
@@ -56,6 +78,11 @@ def round_weight(
 
 def nearest(weight: Tensor, cost: Tensor, format: NumberFormat) -> Float[Tensor, "rows cols"]:
     """The weight with scales and offsets of least cost-weighted error, as stored, each value at its nearest point."""
+    if format.name in LATTICES:
+        scales = scales_of(format, *stored_scales(search(weight, cost, format)[0], format))[..., None]
+        groups, width = weight.unflatten(1, (-1, format.group_size)), LATTICES[format.name].width
+        points = nearest_points((groups.abs() / scales).unflatten(-1, (-1, width)), format.name)
+        return (codebook(format.name)[points].flatten(-2) * groups.sign() * scales).flatten(1)
     scales, offsets, _ = stored(*search(weight, cost, format), format)
     groups = weight.unflatten(1, (-1, format.group_size))
     codes = rounding.snap((groups - offsets[..., None]) / scales[..., None], format)
@@ -66,7 +93,7 @@ def search(weight: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, 
     """Scales and offsets of least cost-weighted error, one a row and group, before they are stored."""
     groups = weight.unflatten(1, (-1, format.group_size))
     weights = cost.clamp(min=1e-30).view(1, -1, format.group_size)
-    one = _search_ranges if format.offset else _search_scales
+    one = _search_points if format.name in LATTICES else _search_ranges if format.offset else _search_scales
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
     parts = [one(part, weights, format) for part in groups.split(rows)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -182,3 +209,67 @@ def refit(
         moved = low if offsets is None else low + change[:, count:]
         found.append((torch.where(kept, new, scale), torch.where(kept, moved, low)))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+# --- lattices ---------------------------------------------------------------------------------------------------------
+
+
+def _search_points(groups: Tensor, cost: Tensor, format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """Scales by the trials of `_search_scales`, with points of the codebook for codes."""
+    width, most = LATTICES[format.name].width, codebook(format.name).max()
+    largest = groups.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
+    best = torch.full_like(largest[..., 0], -torch.inf)
+    scales = torch.ones_like(best)
+    for stretch in POINT_STRETCHES:
+        found = nearest_points(
+            groups.abs().unflatten(-1, (-1, width)) * (stretch * most / largest[..., None]), format.name
+        )
+        codes = codebook(format.name)[found].flatten(-2) * groups.sign()
+        power, along = (cost * codes.square()).sum(-1).clamp(min=1e-30), (cost * codes * groups).sum(-1)
+        better = along.square() / power > best
+        best = torch.where(better, along.square() / power, best)
+        scales = torch.where(better, along / power, scales)
+    return scales.clamp(min=SMALLEST), torch.zeros_like(scales)
+
+
+def _round_onto_points(weight: Tensor, posed: Problem, format: NumberFormat, repairs: int | None) -> LatticeRounded:
+    """Points chosen chunk by chunk, each chunk's error made up for by later ones; scales fitted anew, once or more."""
+    scales, _ = search(weight, posed.column_cost, format)
+    best, least = None, torch.inf
+    for _ in range(1 + (1 if repairs is None else repairs)):
+        found = _compensated_points(weight, posed.moment, format, scales)
+        left = found.decode(torch.float32) - weight
+        if (error := float(((left @ posed.moment) * left).sum())) < least:
+            best, least = found, error
+        held = scales_of(format, found.units, found.multipliers)
+        signed = codebook(format.name)[found.points.long()].flatten(1) * torch.where(found.negative, -1.0, 1.0)
+        scales, _ = refit(weight, posed.moment, signed, held, offsets=None)
+    return best
+
+
+def _compensated_points(weight: Tensor, moment: Tensor, format: NumberFormat, scales: Tensor) -> LatticeRounded:
+    """Within a chunk the nearest point, columns weighed by what their error costs once later columns made up for it.
+
+    With U the upper factor of the moment's inverse, the error E of chunk B changes later columns by -E U_BB^-1 U_B.
+    """
+    lattice, points = LATTICES[format.name], codebook(format.name)
+    width, (rows, cols) = lattice.width, weight.shape
+    units, multipliers = stored_scales(scales, format)
+    each = scales_of(format, units, multipliers).repeat_interleave(lattice.group_size, 1)
+    chunks = moment.diagonal().unflatten(0, (-1, width)).sum(1).argsort(descending=True)
+    order = (chunks[:, None] * width + torch.arange(width)).flatten()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left, steps = weight[:, order].clone(), each[:, order[::width]]
+    chosen = torch.empty(rows, cols // width, dtype=torch.int16)
+    negative = torch.empty(rows, cols, dtype=torch.bool)
+    for at, chunk in enumerate(chunks.tolist()):
+        part = slice(at * width, (at + 1) * width)
+        wanted, corner = left[:, part], factor[part, part]
+        cost, scaled = corner.diagonal() ** -2, wanted.abs() / steps[:, at, None]
+        found = torch.addmm(points.square() @ cost, scaled * cost, points.T, alpha=-2).argmin(1)
+        chosen[:, chunk], negative[:, chunk * width : (chunk + 1) * width] = found.to(torch.int16), wanted < 0
+        reached = points[found] * steps[:, at, None] * torch.where(wanted < 0, -1.0, 1.0)
+        error = torch.linalg.solve_triangular(corner, wanted - reached, upper=True, left=False)
+        left[:, part.stop :].addmm_(error, factor[part, part.stop :], alpha=-1)
+    return LatticeRounded(format, chosen, negative, multipliers, units)

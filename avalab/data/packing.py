@@ -214,7 +214,7 @@ def own_answers(
     path = cache_path(run.artifacts_dir / "cache", "own", *parts, suffix=".jsonl")
 
     def generate(missing: list[int]) -> Iterator[tuple[int, str]]:
-        model = checkpoint.load_model(student, run.device)
+        model = checkpoint.load_model(student, run.device, packed=False)
         for start in range(0, len(missing), batch_size):
             part = [prompts[index] for index in missing[start : start + batch_size]]
             answers = drawn_answers(model, tokenizer, part, new_tokens=new_tokens, seed=run.seed)
@@ -256,7 +256,7 @@ def _with_answer(example: dict, text: str) -> dict:
 def rehearsal_rows(run: Run, teacher: Artifact, *, tokens: int, row_tokens: int) -> Rows:
     """About `tokens` tokens of calibration text as rows of training, with the teacher's hidden states as `teacher`."""
     windows = corpora.shuffled_windows(run, checkpoint.load_tokenizer(teacher), tokens=row_tokens)
-    model, found = checkpoint.load_model(teacher, run.device), []
+    model, found = checkpoint.load_model(teacher, run.device, packed=False), []
     for window in windows[: max(1, tokens // row_tokens)]:
         hidden = predict.hidden_states(model, window[None])[0].cpu()
         # Cloned into an ordinary tensor: inference tensors take no part in training.

@@ -232,7 +232,7 @@ def stored_tensors(
     if block == KEPT:
         tensors, block = packed_tensors(folder), reader.dense  # what is not packed
     else:
-        model = checkpoint.load_model(folder, dtype=config.dtype or torch.bfloat16)
+        model = checkpoint.load_model(folder, dtype=config.dtype or torch.bfloat16, packed=False)
         tensors = model.named_parameters()  # each shared one once, under its first name
     for name, value in tensors:
         found = names(name)

@@ -181,7 +181,7 @@ def quantise_to_gguf(
 
 def importance(artifact: Artifact, windows: Int[Tensor, "window time"]) -> dict[str, np.ndarray]:
     """Mean squared input of each column, float32, by the file's name of each linear layer."""
-    model = checkpoint.load_model(artifact)
+    model = checkpoint.load_model(artifact, packed=False)
     names = gguf_layout.tensor_namer(gguf_file.checked_config(artifact.path))
     found = {}
     for site in walk.calibration_sites(model, windows):

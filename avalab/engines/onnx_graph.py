@@ -390,7 +390,7 @@ def export_packed(folder: Path, out: Path, *, inputs: str = "int8") -> dict:
     Raises ValueError for a checkpoint without packed layers, groups without blocks, or a family without a graph.
     """
     layers, own_bytes = packed_blocks(folder)  # before the model is loaded: it may be that nothing can be kept
-    model, tokenizer = checkpoint.load_model(folder), checkpoint.load_tokenizer(folder)
+    model, tokenizer = checkpoint.load_model(folder, packed=False), checkpoint.load_tokenizer(folder)
     tokens = torch.tensor([tokenizer(CHECKED).input_ids])
     with torch.inference_mode():
         expected = model(tokens, use_cache=False).logits[0].float()

@@ -138,7 +138,8 @@ def export(artifact: Artifact, out: Path, weights: str) -> dict:
     """Fill `out` with graph, tokenizer and configuration; how far ONNX Runtime's logits differ from the model's."""
     import onnx
 
-    model, tokenizer = checkpoint.load_model(artifact, dtype=torch.float32), checkpoint.load_tokenizer(artifact)
+    model = checkpoint.load_model(artifact, dtype=torch.float32, packed=False)
+    tokenizer = checkpoint.load_tokenizer(artifact)
     proto = trace_graph(model)
     replace_tensors(proto, weights)
     sparse = sum(
@@ -341,7 +342,7 @@ def export_int8(folder: Path, out: Path, mode: str, *, windows: Int[Tensor, "win
     engine.require("onnxruntime", PACKAGES, INSTALL)
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    proto = trace_graph(checkpoint.load_model(folder, dtype=torch.float32))
+    proto = trace_graph(checkpoint.load_model(folder, dtype=torch.float32, packed=False))
     out.mkdir(parents=True, exist_ok=True)
     logging.getLogger().addFilter(_is_not_advice)
     try:

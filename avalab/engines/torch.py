@@ -4,8 +4,9 @@
    static cache, whose length is the next power of two: one graph serves every generation of that length. Reading the
    prompt stays eager, as its shape changes with every call. On a GPU the step is recorded as a CUDA graph. In eager
    mode a static cache only costs time: attention reads all of it at each step.
-2. A GGUF file is decoded to dense weights of `dtype`.
-3. `apply_kernels` puts a `FourBitLinear` in the place of every 4-bit layer of bitsandbytes: the stored codes and
+2. A GGUF file is decoded to `dtype`; on a CPU its blocks then take the place of what was decoded.
+3. On a CPU a packed model of the Llama family reads single tokens by one native call (`models.inference.step`).
+4. `apply_kernels` puts a `FourBitLinear` in the place of every 4-bit layer of bitsandbytes: the stored codes and
    scales, and a second copy of the codes in a faster kernel's order where there is one (`kernels.prepare`).
    `kernels.dispatch` chooses anew for every call which form computes it.
 
@@ -32,7 +33,10 @@ from avalab.engines.engine import Engine, Request
 from avalab.kernels import Weight4
 from avalab.lab import artifacts
 from avalab.lab.artifacts import Artifact
-from avalab.models import adapters, checkpoint, walk
+from avalab.models import adapters, checkpoint, stored, walk
+from avalab.models.inference.gguf_weights import apply_packed_gguf
+from avalab.models.inference.quantized_cache import QuantizedCache
+from avalab.models.inference.step import native_step
 
 SMALLEST_CACHE = 128  # tokens; shorter ones would only mean more graphs
 
@@ -45,25 +49,36 @@ def load(
     compiled: bool = False,
     own_kernels: bool = True,
     threads: int = 0,
+    cache_bits: int = 16,
+    packed: bool | None = None,
 ) -> Engine:
     """Open any artefact that `models.load` can, or a GGUF file; `threads` 0 leaves torch's own choice.
 
-    Without `own_kernels`, 4-bit layers stay those of their library.
+    Without `own_kernels`, bitsandbytes' layers stay its own and no step is native. `packed` is that of
+    `checkpoint.load_model`; what is compiled is decoded. `cache_bits` 8 or 4 keeps keys and values in so
+    many (`models.inference.quantized_cache`), without a compiled step. Raises InputError for other bits.
     """
     folder = engine.folder_for("torch", artifact)
     found, facts = engine.artifact_kind(folder), engine.model_facts(folder)
     if threads:
         torch.set_num_threads(threads)
     if found == "gguf":
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        with contextlib.redirect_stderr(io.StringIO()), stored.headers_read_once():  # a progress bar
             decoded, _ = checkpoint.from_gguf(engine.gguf_file(folder))
-        model = torch.nn.Module.to(decoded, device, dtype)
+            model = torch.nn.Module.to(decoded, device, dtype)
+            if not compiled and (device == "cpu" if packed is None else packed):
+                apply_packed_gguf(model, engine.gguf_file(folder))
     else:
         source = artifacts.load_artifact(folder, verify=False) if found == "adapter" else folder
-        model = checkpoint.load_model(source, device, dtype)
+        model = checkpoint.load_model(source, device, dtype, packed=False if compiled else packed)
     if own_kernels:
         apply_kernels(model)
-    state = {"model": model, "step": _compiled(model, folder) if compiled else None}
+    exact = cache_bits == 16
+    if not exact:
+        QuantizedCache(model.config, cache_bits)  # refused now, not at the first prompt
+    step = _compiled(model, folder) if compiled and exact else None
+    native = native_step(model) if own_kernels and exact and not compiled else None
+    state = {"model": model, "step": step, "native": native, "cache_bits": cache_bits}
     return Engine("torch", folder, facts, state, _new_tokens, _logits)
 
 
@@ -93,14 +108,19 @@ def _logits(state: dict, tokens: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def _new_tokens(state: dict, request: Request) -> list[int]:
-    model, compiled = state["model"], state["step"]
-    cache, read = DynamicCache(config=model.config), 0
+    model, compiled, native = state["model"], state["step"], state["native"]
+    bits, read = state["cache_bits"], 0
+    cache = DynamicCache(config=model.config) if bits == 16 else QuantizedCache(model.config, bits)
     if compiled is not None:
         tokens = len(request.prompt) + request.max_new_tokens
         cache = StaticCache(config=model.config, max_cache_len=max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length()))
 
     def step(tokens: list[int]) -> Tensor:
         nonlocal read
+        if native is not None and read:
+            if native.cache_of is not cache:
+                native.begin(cache, len(request.prompt) + request.max_new_tokens + 1)
+            return [native.next(token) for token in tokens][-1]
         forward = compiled if compiled and len(tokens) == 1 else model
         ids = torch.tensor([tokens], device=model.device)
         positions = torch.arange(read, read + len(tokens), device=model.device)[None]

@@ -13,6 +13,7 @@ from avalab.kernels.lora import LORA, linear
 from avalab.kernels.loss import CROSS_ENTROPY, KL, linear_cross_entropy, linear_kl
 from avalab.kernels.loss_sparse import SPARSE, linear_sparse
 from avalab.kernels.loss_tokens import LOG_PROBABILITIES, linear_log_probabilities
+from avalab.kernels.packed import product as packed_product
 from avalab.kernels.product import DECODE, PRODUCT, TRANSPOSED, multiply, multiply_transposed
 from avalab.kernels.product import prepare_small_batches as prepare
 from avalab.kernels.weight import NestedScales, Weight4, decode, from_bitsandbytes, from_encoded
@@ -28,6 +29,9 @@ OPERATIONS: dict[str, tuple[Form, ...]] = {
     "linear_kl": KL,
     "linear_sparse": SPARSE,
     "linear_log_probabilities": LOG_PROBABILITIES,
+    "packed_decode": packed_product.DECODE,
+    "packed_product": packed_product.PRODUCT,
+    "packed_transposed": packed_product.TRANSPOSED,
 }
 
 __all__ = [

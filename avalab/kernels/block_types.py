@@ -1,12 +1,12 @@
 """Block layouts: the bytes of GGUF's block types, and weights on a grid as ONNX Runtime's operators store them.
 
-GGUF. A row of a weight is cut into blocks of 32 weights (Q4_0 to Q8_0) or super-blocks of 256 (the K types). `LAYOUTS`
-lists the fields of a block in the order of their bytes; low and high bits of the codes have fields of their own. Each
-run of `width` bytes of such a field holds the first `width` codes in its bytes' lowest bits, the next in the bits
-above. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `formats.encode` with the rules below, then packed: byte for byte
-what gguf-py writes, but for the sign of a minimum that is zero. In the K types a group's scale is a small integer times
-the super-block's float16; for them and IQ4_NL, whose steps are unequal, `compress.block_rounding` chooses codes and
-scales, and `join` makes the bytes. The gguf package decodes them all.
+GGUF. A row of a weight is cut into blocks of 32 weights (Q4_0 to Q8_0) or super-blocks of 256 (the K types, IQ4_XS).
+`LAYOUTS` lists the fields of a block in the order of their bytes; low and high bits of the codes have fields of their
+own. Each run of `width` bytes of such a field holds the first `width` codes in its bytes' lowest bits, the next in the
+bits above. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are encoded by `formats.encode` with the rules below, then packed: byte for
+byte what gguf-py writes, but for the sign of a minimum that is zero. In the K types and IQ4_XS a group's scale is a
+small integer times the super-block's float16; for them and IQ4_NL, whose steps are unequal `compress.block_rounding`
+chooses codes and scales, and `join` makes the bytes. The gguf package decodes them all.
 
 ONNX Runtime. A weight is a whole number of steps times the scale of its group. MatMulNBits keeps unsigned codes of 2, 4
 or 8 bits, a scale a block and, where steps do not lie around zero, a zero point a block; `blocks` takes the smallest
@@ -58,6 +58,10 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
     "q5_1": (_SCALE, _MINIMUM, Field("high", 4, 1, 1), Field("low", 16, 4, 16)),
     "q8_0": (_SCALE, Field("low", 32, 8, 32)),
     "iq4_nl": (_SCALE, Field("low", 16, 4, 16)),
+    # Of the lattice types, whose bytes `lattices` makes, only the sizes count.
+    "iq3_s": (_SCALE, Field("low", 64, 2, 64), Field("high", 8), Field("signs", 32), Field("multipliers", 4)),
+    "iq2_s": (_SCALE, Field("low", 64, 2, 64), Field("high", 8), Field("multipliers", 8)),
+    "iq4_xs": (_SCALE, Field("multipliers", 6), Field("low", 128, 4, 16)),
     "q2_k": (Field("multipliers", 16), Field("low", 64, 2, 32), _SCALE, _MINIMUM),
     "q3_k": (Field("high", 32, 1, 32), Field("low", 64, 2, 32), Field("multipliers", 12), _SCALE),
     "q4_k": (_SCALE, _MINIMUM, Field("multipliers", 12), Field("low", 128, 4, 32)),
@@ -68,7 +72,7 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
 
 @dataclass(frozen=True)
 class BlockRounded:
-    """A weight in a block type: its codes (IQ4_NL: levels), and scale and offset of each group as they are decoded."""
+    """A weight in a block type: its codes (IQ4 types: levels), and scale and offset of each group as decoded."""
 
     format: NumberFormat
     codes: Int8[Tensor, "rows cols"]
@@ -170,6 +174,12 @@ def joined_multipliers(
     if format.name == "q3_k":
         codes = (scales + 32).to(torch.uint8)
         return torch.cat((_narrow(codes & 15, Field("", 8, 4, 8)), _narrow(codes >> 4, Field("", 4, 2, 4))), 1)
+    if format.name == "iq4_xs":
+        codes = (scales + 32).to(torch.uint8)
+        # Two high bits of each group in order, four groups a byte; then four low bits, two groups a byte.
+        high, low = ((codes >> 4).unflatten(1, (-1, 4)), [0, 2, 4, 6]), ((codes & 15).unflatten(1, (-1, 2)), [0, 4])
+        parts = [part << torch.tensor(at, dtype=torch.uint8, device=codes.device) for part, at in (high, low)]
+        return torch.cat([part.sum(-1, dtype=torch.uint8) for part in parts], 1)
     scales, minimums = scales.to(torch.uint8), minimums.to(torch.uint8)
     if format.name == "q2_k":
         return scales | minimums << 4
@@ -226,6 +236,9 @@ _ROWS = (
     _simple("q5_1", 5, least_to_greatest, 0, 31),
     _simple("q8_0", 8, largest_magnitude, -127, 127, half_away),
     NumberFormat("iq4_nl", 4, 32, 16, None, 0, 15, levels=tuple(map(float, _UNEQUAL))),
+    NumberFormat("iq4_xs", 4, 32, 8, None, 0, 15, levels=tuple(map(float, _UNEQUAL))),
+    NumberFormat("iq3_s", 3, 32, 14, None),
+    NumberFormat("iq2_s", 2, 16, 9, None),
     _super("q2_k", 2, 16, 10),
     _super("q3_k", 3, 16, 7, -4),
     _super("q4_k", 4, 32, 16),

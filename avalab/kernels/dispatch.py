@@ -70,4 +70,4 @@ def verdicts() -> dict[tuple[str, str, str], bool]:
     return dict(_verdicts)
 
 
-FORM_NAMES = frozenset({"reference", "tiles", "library", "triton"})
+FORM_NAMES = frozenset({"reference", "tiles", "library", "native", "triton"})

@@ -1,6 +1,7 @@
 """A linear layer of a frozen weight with a low-rank adapter: y = x W^T + s (x A^T) B^T, both directions.
 
-The weight has 4 bits, or is dense: then nothing is decoded, and what is saved are the adapter's copies and sums.
+The weight has 4 bits, or is packed, or is dense: then nothing is decoded, and what is saved are the adapter's copies
+and sums.
 
 Method:
 1. forward: the 4-bit product; x A^T, a few numbers a token, is kept; s B^T times it is added into the product's own
@@ -21,6 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from avalab.kernels.dispatch import Form, choose_form
+from avalab.kernels.packed import product as packed
+from avalab.kernels.packed.weight import PackedWeight
+from avalab.kernels.packed.weight import decode as decode_packed
 from avalab.kernels.product import multiply, multiply_transposed, sample_weight
 from avalab.kernels.weight import Weight4, decode
 from avalab.lab.errors import InputError
@@ -28,7 +32,7 @@ from avalab.lab.errors import InputError
 
 def linear(
     x: Float[Tensor, "*batch cols"],
-    weight: Weight4 | Float[Tensor, "rows cols"],
+    weight: Weight4 | PackedWeight | Float[Tensor, "rows cols"],
     *,
     a: Float[Tensor, "rank cols"] | None = None,
     b: Float[Tensor, "rows rank"] | None = None,
@@ -50,18 +54,40 @@ def linear(
     return choose_form("lora", LORA, x.device, x, weight).run(x, weight, a, b, scaling)
 
 
-def lora_reference(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+def lora_reference(
+    x: Tensor, weight: Weight4 | PackedWeight | Tensor, a: Tensor | None, b: Tensor | None, scaling: float
+) -> Tensor:
     """Three dense products, autograd's own gradients."""
-    y = x @ (decode(weight, x.dtype) if isinstance(weight, Weight4) else weight.detach()).T
+    y = x @ _decoded(weight, x.dtype).T
     return y if a is None else y + scaling * (x @ a.T) @ b.T
+
+
+def _decoded(weight: Weight4 | PackedWeight | Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return decode_packed(weight, dtype)
+    return decode(weight, dtype) if isinstance(weight, Weight4) else weight.detach()
+
+
+def _product(x: Tensor, weight: Weight4 | PackedWeight | Tensor) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return packed.multiply(x, weight)
+    return multiply(x, weight) if isinstance(weight, Weight4) else x @ weight.T
+
+
+def _transposed(g: Tensor, weight: Weight4 | PackedWeight | Tensor) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return packed.multiply_transposed(g, weight)
+    return multiply_transposed(g, weight) if isinstance(weight, Weight4) else g @ weight
 
 
 class _Lora(torch.autograd.Function):
     """The method above; tensors are flattened to [token, ...] by `lora_fused`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
-        y = multiply(x, weight) if isinstance(weight, Weight4) else x @ weight.T
+    def forward(
+        ctx, x: Tensor, weight: Weight4 | PackedWeight | Tensor, a: Tensor | None, b: Tensor | None, scaling: float
+    ) -> Tensor:
+        y = _product(x, weight)
         inner = None if a is None else x @ a.T
         if a is not None:
             y.addmm_(inner, b.T, alpha=scaling)
@@ -78,7 +104,7 @@ class _Lora(torch.autograd.Function):
         outer = None if b is None else ctx.scaling * (g @ b)
         dx = None
         if wants_x:
-            dx = multiply_transposed(g, ctx.weight) if isinstance(ctx.weight, Weight4) else g @ ctx.weight
+            dx = _transposed(g, ctx.weight)
             if a is not None:
                 dx.addmm_(outer, a)
         da = outer.T @ x if wants_a else None
@@ -86,15 +112,17 @@ class _Lora(torch.autograd.Function):
         return dx, None, da, db, None
 
 
-def lora_fused(x: Tensor, weight: Weight4 | Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
+def lora_fused(
+    x: Tensor, weight: Weight4 | PackedWeight | Tensor, a: Tensor | None, b: Tensor | None, scaling: float
+) -> Tensor:
     """`lora_reference` with the weight decoded tile by tile in both directions."""
     y = _Lora.apply(x.reshape(-1, x.shape[-1]), weight, a, b, scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(device: str) -> None:
-    packed = sample_weight(device, kind="int4_zero_point", rows=32, cols=64)
-    for weight in (packed, decode(packed, torch.float64)):
+    four = sample_weight(device, kind="int4_zero_point", rows=32, cols=64)
+    for weight in (four, decode(four, torch.float64)):
         generator = torch.Generator().manual_seed(2)
         parts = [torch.randn(s, generator=generator).double().to(device) for s in ((5, 64), (4, 64), (32, 4))]
         found = []

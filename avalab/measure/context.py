@@ -59,6 +59,7 @@ from avalab.lab.run import Run, load_average
 from avalab.measure import cell, cost
 from avalab.measure.cell import Workload
 from avalab.models import checkpoint, gguf_layout, predict, sizes
+from avalab.models.inference.quantized_cache import GROUP
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -76,10 +77,7 @@ LIMIT_SECONDS = 600
 
 LIBRARIES = {"openvino": "openvino_genai", "onnx": "onnxruntime_genai"}
 
-QUANTIZED_CACHE = (
-    "{} keeps its cache in 16 bits here (transformers' quantized cache needs optimum-quanto or hqq, which the lab does "
-    "not install); openvino and llamacpp have one of 8 bits"
-)
+QUANTIZED_CACHE = "{} keeps its cache in 16 bits here; torch, openvino and llamacpp have one of 8 bits"
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,11 @@ def _checked_lengths(lengths: Sequence[int], new_tokens: int, context: int) -> l
 
 def cache_options(engine: str, cache_bits: int, context: int) -> dict:
     """What the engine is loaded with for such a cache. Raises ValueError for other bits, NotSupported without one."""
-    if cache_bits not in CACHE_BITS:
-        raise InputError(f"no cache of {cache_bits} bits; choose {' or '.join(map(str, CACHE_BITS))}")
+    known = (*CACHE_BITS, 4) if engine == "torch" else CACHE_BITS
+    if cache_bits not in known:
+        raise InputError(f"no cache of {cache_bits} bits in {engine}; choose {' or '.join(map(str, known))}")
+    if engine == "torch":
+        return {} if cache_bits == 16 else {"cache_bits": cache_bits}
     if engine == "openvino":
         return {"properties": {"KV_CACHE_PRECISION": {16: "f16", 8: "u8"}[cache_bits]}}
     if engine == "llamacpp":
@@ -277,6 +278,8 @@ def cached_bits(engine: str, cache_bits: int, head_dim: int) -> float:
     """Bits that the cache takes for one value, scales included."""
     if cache_bits == 16:
         return 16.0
+    if engine == "torch":  # keys by channel of 32 tokens, values by token: scale and least value in 16 bits each
+        return cache_bits + 32 * (1 / GROUP + 1 / head_dim) / 2
     return 8 + 16 / 32 if engine == "llamacpp" else 8 + 2 * 32 / head_dim
 
 

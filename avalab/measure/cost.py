@@ -6,7 +6,7 @@ Bytes on disk are the subject of `avalab.models.sizes`, measurements that of `av
 
     weights      the artefact's bytes (memory-mapped on a CPU, resident once touched)
     copies       what the torch engine makes beside them: bitsandbytes re-packs 4-bit weights for an AVX512-BF16 CPU,
-                 compressed-tensors unpacks to bf16 at the first call (`Storage.copy_bits` a linear weight)
+                 layers that round activations are unpacked to bf16 (`Storage.copy_bits` a linear weight)
     kv_cache     2 x layers x kv_heads x head_dim x batch x context x b
     activations  the larger of  T b (2d + 3f)  (MLP: residual, its norm, gate, up, their product)  and
                  T b (2d + 2 (heads + 2 kv_heads) head_dim)  (attention, before and after rotation); the fused
@@ -81,7 +81,6 @@ def predict_memory(
     attention = 2 * model.hidden + 2 * (model.heads + 2 * model.kv_heads) * model.head_dim
     layer_weights = [rows * columns for rows, columns in model.linears().values()]
     copy_bits = sum(layer_weights) * model.layers * stored.copy_bits
-    copy_bits += model.vocab * model.hidden * stored.embedding_copy_bits
     parts = {
         "weights": weight_bytes,
         "copies": 0 if work.device.startswith("cuda") else int(copy_bits / 8),

@@ -33,6 +33,8 @@ from torch.nn import functional
 
 from avalab import kernels
 from avalab.kernels import encoding, formats, product
+from avalab.kernels.packed.product import multiply
+from avalab.kernels.packed.weight import fits, from_weight4
 from avalab.kernels.product import sample_weight
 from avalab.kernels.weight import Weight4, decode, group_scales
 from avalab.lab import trackers
@@ -180,6 +182,9 @@ def peak_bytes(device: str, size: tuple[int, int, int], arm: str, *, trained: bo
 def product_arms(x: Tensor, weight: Weight4, dense: Tensor) -> Arms:
     """x times a weight of `product.prepare_small_batches`, whose decoded form is `dense`."""
     arms: Arms = {"avalab": lambda: kernels.multiply(x, weight), "bf16": lambda: x @ dense.T}
+    if not x.is_cuda and fits(weight.shape[1], weight.group_size):
+        kept = from_weight4(weight)
+        arms["avalab-packed"] = lambda: multiply(x, kept)  # one copy of the codes, whatever their bits
     small = weight.small_batch
     if small is not None and small.kernel == "int4pack":
         arms["torch-int4pack"] = lambda: product.product_library(x, weight)

@@ -64,7 +64,7 @@ BATCHES = {  # several sequences at once; others 256 tokens and 32 new ones, 5 s
     "laptop": Workload(prompts=(32,), new_tokens=8, samples=2, limit_seconds=180),
 }
 
-SAME_AS_DENSE = (("gguf", "torch"),)  # the torch engine decodes a GGUF file to the dense model, once more bf16
+SAME_AS_DENSE = (("gguf", "torch"),)  # the torch engine reads a GGUF file to check others by: `bench-packed` races it
 
 AVA_BITS = 6  # a weight of the whole model: what GGUF's 4-bit files of a small one come to, embedding included
 
@@ -86,6 +86,12 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
     "nf4": lambda base, run: quantize.compress_artifact(base, "nf4", run=run, double_quantization=True),
     "torchao-int8": lambda base, run: quantize.compress_artifact(base, "torchao-int8", run=run),
     "ava": _ava,
+    "rtn-w4g32": lambda base, run: quantize.compress_artifact(  # GGUF's Q4_0 in torch: as many bits, groups as long
+        base, "rtn", run=run, group_size=32, symmetric=True, embedding="int8"
+    ),
+    "rtn-w3g32": lambda base, run: quantize.compress_artifact(
+        base, "rtn", run=run, bits=3, group_size=32, embedding="int8"
+    ),
     "gguf-q8_0": lambda base, run: gguf_file.write(base, "q8_0"),
     "gguf-q4_0": lambda base, run: gguf_file.write(base, "q4_0"),
     "gguf-q4_k_m": lambda base, run: llamacpp.write(
@@ -100,6 +106,8 @@ FORMS: dict[str, Callable[[Artifact, Run], Artifact]] = {
 }
 
 SOME = {"smoke": ("bf16", "nf4", "openvino-int4", "onnx-int4")}  # profiles that race a few forms only
+
+PACKED = ("bf16", "rtn-w4g32", "rtn-w3g32", "gguf-q4_0", "gguf-q4_k_m", "openvino-int4")  # `make bench-packed`
 
 
 @dataclass(frozen=True, eq=False)  # one of its kind: an artefact's card has no hash
@@ -320,12 +328,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Race every artefact in every engine that loads it.")
     parser.add_argument("--profile", choices=PROFILES, default="laptop")
     parser.add_argument("--cap", type=float, default=None, help="seconds of the race; a cell is visited at least once")
+    parser.add_argument("--packed", action="store_true", help="only what stays packed in memory, and its peers")
     chosen = parser.parse_args()
-    run = Run("bench", chosen.profile)
+    run = Run("bench-packed" if chosen.packed else "bench", chosen.profile)
     print(f"load average {load_average()}")
-    entries = list_entries(make_forms(run), threads=thread_counts(chosen.profile), skip=SAME_AS_DENSE)
+    forms = make_forms(run, PACKED if chosen.packed else ())
+    skip = () if chosen.packed else SAME_AS_DENSE
+    entries = list_entries(forms, threads=thread_counts(chosen.profile), skip=skip)
     cap = chosen.cap if chosen.cap is not None else run.profile.pick(CAPS, 1800.0)
-    record_batches(run, entries_that_ran(hold_race(run, entries, work=visit_workload(run), cap_seconds=cap)))
+    outcomes = hold_race(run, entries, work=visit_workload(run), cap_seconds=cap)
+    if not chosen.packed:
+        record_batches(run, entries_that_ran(outcomes))
     for record in run.records:
         shown = record.note if record.value is None else f"{record.value:14.4g} {record.unit}"
         print(f"{record.subject:28} {record.threads:2} threads  {record.metric:36} {shown}")

@@ -158,7 +158,7 @@ def train_steps(count: int) -> dict:
 
 def training_step(arm: str, folder: Path, device: str, *, rank: int, steps: int) -> Callable[[], tuple[int, float]]:
     """One step of an arm of `ARMS`, which `steps` calls may take: its tokens, and its loss in nats a token."""
-    model = checkpoint.load_model(folder, device)
+    model = checkpoint.load_model(folder, device, packed=False)
     adapters.attach_adapters(model, rank=rank, alpha=2 * rank, seed=0)
     if arm in ("packed", "decoded"):
         adapters.apply_fused_adapters(model, decoded=arm == "decoded")
@@ -378,7 +378,7 @@ def limit_model(base: Artifact, arm: str, device: str, rank: int) -> tuple[PreTr
         recipe = finetune.Recipe(rank=rank, alpha=2 * rank, schedule=loop.Schedule(gradient_checkpointing=True))
         model = finetune.prepare_model(base, recipe, Run("bench_train"))
     else:
-        model = checkpoint.load_model(base, device)
+        model = checkpoint.load_model(base, device, packed=False)
         adapters.attach_adapters(model, rank=rank, alpha=2 * rank, seed=0)
     ours = limit_step(arm, rank) if arm in LIMIT_ARMS else None
     if ours:

@@ -30,10 +30,12 @@ from transformers import PreTrainedModel
 
 from avalab import kernels
 from avalab.kernels import Weight4
+from avalab.kernels.packed.weight import PackedWeight, decode
 from avalab.lab import artifacts, process
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.models import checkpoint, walk
+from avalab.models.inference.layers import PackedLinear
 
 ADAPTER = "default"  # PEFT's name for the only one
 
@@ -80,20 +82,22 @@ def apply_fused_adapters(model: PreTrainedModel, *, decoded: bool = True) -> Non
             layer.forward = partial(_fused, layer, frozen_weight(layer.base_layer, decoded=decoded))
 
 
-def _fused(layer: nn.Module, weight: Weight4 | Tensor, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def _fused(layer: nn.Module, weight: Weight4 | PackedWeight | Tensor, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     y = kernels.linear(x, weight, a=a, b=b, scaling=layer.scaling[ADAPTER])
     bias = layer.base_layer.bias
     return y if bias is None else y + bias
 
 
-def frozen_weight(layer: nn.Module, *, decoded: bool) -> Weight4 | Tensor:
-    """A linear layer's weight ["rows cols"]: dense, or packed where it has 4 bits and `decoded` is False.
+def frozen_weight(layer: nn.Module, *, decoded: bool) -> Weight4 | PackedWeight | Tensor:
+    """A linear layer's weight ["rows cols"]: dense, or packed where it is stored so and `decoded` is False.
 
     Raises ValueError for a quantised layer that is not bitsandbytes' 4-bit one.
     """
     if type(layer) is nn.Linear:
         return layer.weight.detach()
+    if isinstance(layer, PackedLinear):
+        return decode(layer.packed, torch.bfloat16) if decoded else layer.packed
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         raise InputError(f"adapters go on bf16 or bitsandbytes 4-bit layers, not on {type(layer).__name__}")
@@ -120,10 +124,10 @@ def merge_adapters(adapter: Artifact, *, name: str = "", directory: Path | None 
     out = (directory or adapter.path.parent) / (name or f"{adapter.name}+merged")
 
     def fill(folder: Path) -> None:
-        model = checkpoint.load_model(checkpoint.base_of(adapter))
+        model = checkpoint.load_model(checkpoint.base_of(adapter), packed=False)
         if hasattr(model, "hf_quantizer"):
             replace_quantised(model)
-        weights = merged_weights(checkpoint.load_model(adapter))
+        weights = merged_weights(checkpoint.load_model(adapter, packed=False))
         for layer, weight in weights.items():
             walk.linear_layers(model)[layer].weight.data = weight
         checkpoint.save_model(model, checkpoint.load_tokenizer(adapter), folder)

@@ -29,6 +29,7 @@ from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.lab.run import Run, artifacts_root, as_path
 from avalab.models import gguf_layout, loading, stops, stored
+from avalab.models.inference import layers
 
 EMBEDDED = "smollm2-135m-instruct"
 
@@ -225,16 +226,25 @@ def refuse_non_finite(model: nn.Module) -> None:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def load_model(
+    artifact: Artifact | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    packed: bool | None = None,
+) -> PreTrainedModel:
     """Load an artefact in its own format, ready for inference.
 
-    `dtype` is the compute dtype of whatever is not quantised. Raises ValueError when the folder holds no config, no
-    safe weights or a damaged file.
+    `dtype` is the compute dtype of whatever is not quantised. Weights of compressed-tensors stay `packed`, by default
+    on a CPU; without, they are decoded into plain linear layers, which is what to ask for where weights are read or
+    written. Raises ValueError when the folder holds no config, no safe weights or a damaged file.
     """
+    packed = torch.device(device).type == "cpu" if packed is None else packed
     folder = artifact.path if isinstance(artifact, Artifact) else assets.resolve_model(str(Path(artifact).resolve()))
     if loading.is_adapter(folder):
-        model = load_model(base_folder(folder), device, dtype)
-        if (folder / artifacts.CARD).is_file():
+        ours = (folder / artifacts.CARD).is_file()
+        model = load_model(base_folder(folder), device, dtype, packed=packed and ours)
+        if ours:
             loading.apply_adapter(model, folder)
         else:
             model = loading.merge_adapter(model, folder)
@@ -245,9 +255,12 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
     if stored.quantization_of(folder).get("quant_method") == stored.HQQ:
         with process.quietly():
             return nn.Module.to(stored.load_hqq(folder, dtype=dtype), device).eval()
-    model = stored.load_packed_embedding(folder, dtype=dtype, **({} if device == "cpu" else {"device_map": device}))
+    options = {} if device == "cpu" else {"device_map": device}
+    model = stored.load_packed_embedding(folder, packed=packed, dtype=dtype, **options)
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:  # left to itself, compressed-tensors unpacks in the whole model's first call
+    if compressor is not None and packed:
+        layers.apply_packed(model)
+    elif compressor is not None:  # left to itself, compressed-tensors unpacks in the whole model's first call
         with process.quietly():
             compressor.decompress_model(model=model)
     return model.eval()
@@ -255,7 +268,7 @@ def load_model(artifact: Artifact | Path, device: str = "cpu", dtype: torch.dtyp
 
 def load_dense(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model of a dense folder, or of a compressed-tensors one decoded into plain linear layers."""
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, packed=False)
     if stored.quantization_of(folder).get("quant_method") != "compressed-tensors":
         return model
     config = loading.read_config(folder)
@@ -369,6 +382,7 @@ def load_tokenizer(folder: Artifact | Path) -> PreTrainedTokenizerBase:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights as safetensors, configuration and tokenizer into a folder, with every token that ends an answer."""
+    layers.refuse_packed(model, "a saved checkpoint")
     process.quiet_libraries()
     keep_token_ids(model, tokenizer)
     model.save_pretrained(folder)

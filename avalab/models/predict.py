@@ -37,6 +37,7 @@ from avalab.lab.cache import cache_path, cached_tensors
 from avalab.lab.code import code_of
 from avalab.lab.errors import InputError
 from avalab.models import checkpoint, stored
+from avalab.models.inference.layers import PackedLinear
 
 CHUNK_TOKENS = 256  # rows of float32 logits held at once
 
@@ -280,7 +281,8 @@ def log_probabilities(
     """Next-token log-probabilities in float32; a plain linear head is applied in float32 too."""
     head, finish = in_float32(head, finish)
     # A quantised head decides its own arithmetic.
-    product = _exact_product(hidden, head) if _is_plain(head) else head(hidden).float()
+    wide = hidden.float() if isinstance(head, PackedLinear) else hidden  # in which a packed head computes anyway
+    product = _exact_product(hidden, head) if _is_plain(head) else head(wide).float()
     return finish(product).log_softmax(-1)
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import InputError
 from avalab.models import checkpoint
+from avalab.models.inference.layers import PackedEmbedding, PackedLinear
 
 COMPONENTS = ("embedding", "head", "attention", "mlp", "norm", "scales", "overhead")
 
@@ -73,7 +74,6 @@ class Storage:
     parts: tuple[Part, ...]
     metadata_bytes: int = 0  # text a layer in the file's header
     copy_bits: float = 0.0  # bits a weight of the linear layers that the torch engine adds on a CPU
-    embedding_copy_bits: float = 0.0  # likewise of the embedding
     int8_embedding: bool = False  # with a scale a row, repeated for a tied head
     decodes: bool = True  # weights are decoded on the fly, layer by layer
 
@@ -109,17 +109,15 @@ def storage_of_method(method: str, parameters: dict) -> Storage:
     if method in ("rtn", "gptq", "awq", "autoround"):
         stored = _packed(method, parameters.get("bits", 4), group, parameters.get("symmetric", False))
         int8 = parameters.get("embedding") == "int8"
-        return replace(stored, int8_embedding=int8, embedding_copy_bits=16 * int8)
+        return replace(stored, int8_embedding=int8)
     raise InputError(f"the storage of method {method!r} is not known; give a Storage of your own")
 
 
 def storage_of_artifact(artifact: Artifact) -> tuple[Storage, list[str]]:
     """Storage of an artefact and the linear layers it keeps in bf16, from the last step of its card's recipe."""
     step = artifact.card["recipe"][-1]
-    if step["step"] == "ava":  # each layer has a format of its own; transformers unpacks them all
-        measured = artifact.card["measured"]
-        unpacked = "int8-rows" in measured["formats"] or measured.get("embedding", "bf16") != "bf16"
-        return Storage("ava", (), copy_bits=16, embedding_copy_bits=16 * unpacked, decodes=False), step["skip"]
+    if step["step"] == "ava":  # each layer has a format of its own
+        return Storage("ava", ()), step["skip"]
     return storage_of_method(step["step"], step), step.get("skip", [])
 
 
@@ -150,9 +148,9 @@ def _torchao(name: str, group: int | str, scale_bits: int, metadata_bytes: int) 
 def _packed(name: str, bits: int, group: int | str, symmetric: bool) -> Storage:
     if bits == 8 and name != "autoround":  # compressed-tensors packs what is shorter than a byte; we pack all
         parts = (Part("weight", 8), Part("weight_scale", 16, group))
-        return Storage(name, parts + (() if symmetric else (Part("weight_zero_point", 8, group),)), copy_bits=16)
+        return Storage(name, parts + (() if symmetric else (Part("weight_zero_point", 8, group),)))
     parts = (Part("weight_packed", bits), Part("weight_scale", 16, group), Part("weight_shape", 128, "layer"))
-    return Storage(name, parts + (() if symmetric else (Part("weight_zero_point", bits, group),)), copy_bits=16)
+    return Storage(name, parts + (() if symmetric else (Part("weight_zero_point", bits, group),)))
 
 
 def shape_of(folder: Artifact | Path) -> Shape:
@@ -296,9 +294,11 @@ def weight_bytes_read(model: PreTrainedModel) -> int:
     An input embedding is left out unless the head reads it too: a step gathers one row of it, which is nothing.
     """
     sizes = {t.data_ptr(): t.nbytes for t in stored_tensors(model)}
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if head is None or head.weight.data_ptr() != table.data_ptr():
-        sizes.pop(table.data_ptr(), None)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = {t.data_ptr() for t in stored_tensors(head)} if head is not None else set()
+    for tensor in stored_tensors(table):
+        if tensor.data_ptr() not in shared:
+            sizes.pop(tensor.data_ptr(), None)
     return sum(sizes.values())
 
 
@@ -309,6 +309,7 @@ def stored_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
             yield from _plain_tensors(tensor)
         yield from _plain_tensors(getattr(getattr(module, "weight", None), "quant_state", None))
         yield from _plain_tensors(getattr(module, "state", None))
+        yield from module.packed.tensors() if isinstance(module, PackedLinear | PackedEmbedding) else ()
 
 
 def _plain_tensors(found: object) -> Iterator[torch.Tensor]:

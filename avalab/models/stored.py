@@ -44,8 +44,11 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from avalab.kernels.formats import Grid, Rounded
+from avalab.kernels.packed.weight import fits, from_rounded
 from avalab.lab.errors import InputError
 from avalab.models import loading
+from avalab.models.inference import layers
 
 SPARSE_FILE = "model.sparse"  # safetensors inside; another suffix, so that nothing loads it for the weights
 
@@ -332,8 +335,8 @@ def packed_embedding_name(folder: Path) -> str:
     return groups[PACKED_EMBEDDING]["targets"][0] if PACKED_EMBEDDING in groups else ""
 
 
-def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
-    """`loading.load` that knows packed embeddings; without one it is just that.
+def load_packed_embedding(folder: Path, *, packed: bool = False, **options) -> PreTrainedModel:
+    """`loading.load` that knows packed embeddings, which stay `packed` or are decoded; without one it is just that.
 
     Raises ValueError when the folder lacks other tensors than the embedding, naming them.
     """
@@ -351,12 +354,22 @@ def load_packed_embedding(folder: Path, **options) -> PreTrainedModel:
     table = model.get_input_embeddings()
     if model.get_submodule(name) is not table:
         raise InputError(f"{folder} packs {name}: nothing else than the embedding is read so")
-    table.weight.data = decode_embedding(folder, name, table.weight.dtype).to(table.weight.device)
+    codes = read_embedding(folder, name)
+    if packed and fits(codes.codes.shape[1], codes.grid.group_size):
+        dtype, kept = table.weight.dtype, from_rounded(codes).to(table.weight.device)
+        head = model.get_output_embeddings()
+        for at in [name, *(n for n, module in model.named_modules() if tied and module is head)]:
+            layers.replace_layer(model, at, kept, dtype)
+        return model
+    for start in range(0, len(codes.codes), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        rows = Rounded(codes.grid, codes.codes[part], codes.scales[part], codes.zero_points[part])
+        table.weight.data[part] = rows.decode(table.weight.dtype).to(table.weight.device)
     return model
 
 
-def decode_embedding(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "rows cols"]:
-    """The embedding's values. Raises ValueError for tensors that are not there, naming the folder."""
+def read_embedding(folder: Path, name: str) -> Rounded:
+    """The packed embedding's codes. Raises ValueError for tensors that are not there, naming the folder."""
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
     parts = {}
@@ -366,20 +379,16 @@ def decode_embedding(folder: Path, name: str, dtype: torch.dtype = torch.bfloat1
             parts |= {part: file.get_tensor(f"{name}.{part}") for part in PACKED_PARTS if f"{name}.{part}" in names}
     if not {"weight_packed", "weight_scale", "weight_shape"} <= parts.keys():
         raise InputError(f"{folder} says that {name} is packed, and holds no such tensors")
-    rows, columns = parts["weight_shape"].tolist()
-    scales = parts["weight_scale"].to(dtype)
-    bits = parts["weight_packed"].shape[1] * 32 // columns
-    zeros = torch.zeros_like(scales)
-    if "weight_zero_point" in parts:
-        zeros += unpack_from_int32(parts["weight_zero_point"], bits, scales.shape, packed_dim=0)
-    found = torch.empty(rows, columns, dtype=dtype)
+    (rows, columns), scales = parts["weight_shape"].tolist(), parts["weight_scale"]
+    bits, groups = parts["weight_packed"].shape[1] * 32 // columns, scales.shape[1]
+    zeros, symmetric = torch.zeros(rows, groups, dtype=torch.int8), "weight_zero_point" not in parts
+    if not symmetric:
+        zeros = unpack_from_int32(parts["weight_zero_point"], bits, scales.shape, packed_dim=0)
+    codes = torch.empty(rows, columns, dtype=torch.int8)
     for start in range(0, rows, CHUNK_ROWS):
-        part = slice(start, min(start + CHUNK_ROWS, rows))
-        shape = torch.Size((part.stop - start, columns))
-        codes = unpack_from_int32(parts["weight_packed"][part], bits, shape, packed_dim=1)
-        levels = codes.unflatten(1, (scales.shape[1], -1)).to(dtype) - zeros[part, :, None]
-        found[part] = (levels * scales[part, :, None]).flatten(1)
-    return found
+        words = parts["weight_packed"][start : start + CHUNK_ROWS]
+        codes[start : start + CHUNK_ROWS] = unpack_from_int32(words, bits, (len(words), columns))
+    return Rounded(Grid(bits, columns // groups, symmetric), codes, scales, zeros.contiguous())
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def dequantised(artifact: Artifact) -> Artifact:
         raise InputError(f"{artifact.name} is in format {artifact.format!r}; only bitsandbytes 4-bit ones are decoded")
 
     def save(folder: Path) -> None:
-        model = checkpoint.load_model(artifact)
+        model = checkpoint.load_model(artifact, packed=False)
         adapters.replace_quantised(model)
         with process.quietly():
             checkpoint.save_model(model, checkpoint.load_tokenizer(artifact), folder)

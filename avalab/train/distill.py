@@ -151,7 +151,7 @@ def prepare_student(student: Artifact, recipe: Recipe, run: Run) -> PreTrainedMo
     """The student with what is trained made trainable: adapters, or all linear layers' weights at rank 0."""
     if recipe.training.rank:
         return finetune.prepare_model(student, recipe.training, run)
-    model = checkpoint.load_model(student, run.device)
+    model = checkpoint.load_model(student, run.device, packed=False)
     adapters.apply_wide_weights(model, recipe.training.target_modules)
     return model
 
@@ -245,7 +245,7 @@ def objective_of(
     inside, words = recipe.hidden or recipe.attention, shared_words(model, teacher) if recipe.kl else None
     if not inside and (recipe.teacher != ONLINE or not recipe.kl):
         return Objective(recipe, model, None, (), (), identity, words)
-    asked = checkpoint.load_model(teacher, device)
+    asked = checkpoint.load_model(teacher, device, packed=False)
     apply_packed_attention(asked)
     if not inside:
         return Objective(recipe, model, asked, (), (), identity, words)

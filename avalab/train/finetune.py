@@ -91,7 +91,7 @@ def prepare_model(base: Artifact, recipe: Recipe, run: Run) -> PreTrainedModel:
     """The base with trainable adapters, ready for `loop.fit`."""
     if training_backend(run.device) == "unsloth":
         return _unsloth(base, recipe, run.seed)
-    model = checkpoint.load_model(base, run.device)
+    model = checkpoint.load_model(base, run.device, packed=None if not recipe.decoded else False)
     apply_adapters(model, recipe, seed=run.seed)
     return model
 

@@ -94,7 +94,7 @@ def train_quantized(
         layers = packed.packed_layers(start)
         model = _prepared(start, teacher, layers, recipe, run)
         if recipe.kind == "blocks":
-            whole = checkpoint.load_model(teacher, run.device)
+            whole = checkpoint.load_model(teacher, run.device, packed=False)
             kept = checkpoints.own_folder(run.artifacts_dir / "checkpoints" / out.name, {"identity": identity})
             checkpoints.claim(kept, {"identity": identity})
             errors = reconstruct(model, whole, read, recipe.blocks, seed=run.seed, kept=kept)
@@ -145,10 +145,10 @@ def tokens_trained(step: dict) -> int:
 
 
 def _prepared(start: Artifact, teacher: Artifact, layers: dict, recipe: Recipe, run: Run) -> PreTrainedModel:
-    model = checkpoint.load_model(start, run.device)
+    model = checkpoint.load_model(start, run.device, packed=False)
     weights = None
     if recipe.kind != "scales":
-        original = checkpoint.load_model(teacher)
+        original = checkpoint.load_model(teacher, packed=False)
         weights = {name: original.get_submodule(name).weight.detach().to(run.device) for name in layers}
     fake_quant.replace_layers(model, layers, weights=weights, zeros=recipe.zeros, torchao=recipe.kind == "torchao")
     return model

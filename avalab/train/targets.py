@@ -68,7 +68,7 @@ def attach_targets(run: Run, rows: Rows, teacher: Artifact, form: TargetForm) ->
     path = run.artifacts_dir / "cache" / f"targets-{name}.safetensors"
     if not path.is_file():
         words = checkpoint.tokenizer_words(teacher)
-        write_targets(path, rows, checkpoint.load_model(teacher, run.device), about, words=words)
+        write_targets(path, rows, checkpoint.load_model(teacher, run.device, packed=False), about, words=words)
     scored = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
     return load_targets(path, rows), path.stat().st_size / max(1, scored)
 

@@ -53,6 +53,9 @@ def test_more_bits_give_less_error_and_unequal_steps_beat_equal_ones(made):
     for ladder in (("q4_0", "q5_0", "q8_0"), ("q4_1", "q5_1"), ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")):
         assert [errors[name] for name in ladder] == sorted((errors[name] for name in ladder), reverse=True)
     assert errors["iq4_nl"] < errors["q4_0"]
+    assert errors["iq4_xs"] < errors["q4_0"]  # at a quarter of a bit less
+    assert errors["iq2_s"] < errors["q2_k"]  # at 2.56 bits, and 2.63
+    assert errors["iq3_s"] < errors["q3_k"] * 1.2  # at 3.44 bits both
 
 
 def test_a_weight_on_a_grid_is_kept_exactly_when_nothing_is_correlated():

@@ -158,7 +158,7 @@ def test_no_build_at_all_is_said_with_three_ways_to_get_one(made, monkeypatch):
 def test_the_importance_of_a_column_is_its_mean_square_under_the_files_name(small, windows):
     """The gate's inputs are the up projection's; the oracle is a hook on the layer."""
     found = llamacpp.importance(small, windows)
-    model, seen = checkpoint.load_model(small), []
+    model, seen = checkpoint.load_model(small, packed=False), []
     layer = model.model.layers[0].mlp.gate_proj
     layer.register_forward_hook(lambda module, given, output: seen.append(given[0].float().square()))
     with torch.inference_mode():

@@ -142,7 +142,7 @@ def test_without_the_packages_the_error_says_how_to_install_them(pruned, tmp_pat
 @pytest.fixture(scope="module")
 def small_graph(small):
     """The graph of the first block in float32, traced once for all tests."""
-    return onnxruntime_engine.trace_graph(checkpoint.load_model(small, dtype=torch.float32))
+    return onnxruntime_engine.trace_graph(checkpoint.load_model(small, dtype=torch.float32, packed=False))
 
 
 @pytest.fixture

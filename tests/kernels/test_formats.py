@@ -24,7 +24,7 @@ from avalab.kernels.formats import (
 ALL = FORMATS | block_types.FORMATS
 ENCODED = [name for name, row in ALL.items() if row.scale_rule]
 SIMPLE = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
-K_TYPES = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+K_TYPES = ["iq4_xs", "iq3_s", "iq2_s", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 
 
 def normal(rows, cols, seed=0, dtype=torch.float32):

@@ -322,5 +322,7 @@ def test_a_format_of_other_bits_is_refused():
 
 def test_a_switch_that_names_no_form_is_refused(monkeypatch):
     monkeypatch.setenv(dispatch.SWITCH, "fastest")
-    with pytest.raises(ValueError, match="'fastest' names no form; choose one of library, reference, tiles, triton"):
+    with pytest.raises(
+        ValueError, match="'fastest' names no form; choose one of library, native, reference, tiles, triton"
+    ):
         kernels.multiply(normal(2, 192), sample_weight("cpu", kind="nf4"))

@@ -61,9 +61,9 @@ def test_half_the_bits_take_half_the_cache_and_llamacpp_holds_the_longest_one_fr
     assert eight["kv_cache"] == int(sixteen["kv_cache"] * 2 * 8.5 / 16)
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnx", "aot"])
+@pytest.mark.parametrize("engine", ["onnx", "aot"])
 def test_an_engine_without_an_8_bit_cache_says_which_ones_have_it(engine):
-    with pytest.raises(engines.NotSupported, match="openvino and llamacpp have one of 8 bits"):
+    with pytest.raises(engines.NotSupported, match="torch, openvino and llamacpp have one of 8 bits"):
         context.cache_options(engine, 8, 100)
 
 
@@ -71,10 +71,15 @@ def test_the_caches_precision_is_set_where_an_engine_has_a_choice():
     assert context.cache_options("openvino", 8, 100)["properties"] == {"KV_CACHE_PRECISION": "u8"}
     assert context.cache_options("llamacpp", 8, 100) == {"context": 100, "cache_bits": 8}
     assert context.cache_options("torch", 16, 100) == {}
+    assert context.cache_options("torch", 4, 100) == {"cache_bits": 4}
+
+
+def test_a_torch_cache_of_four_bits_counts_scales_of_32_tokens_and_of_a_tokens_channels():
+    assert context.cached_bits("torch", 4, head_dim=32) == 4 + (32 / 32 + 32 / 32) / 2
 
 
 def test_a_cache_of_other_bits_is_refused():
-    with pytest.raises(ValueError, match="no cache of 4 bits; choose 16 or 8"):
+    with pytest.raises(ValueError, match="no cache of 4 bits in openvino; choose 16 or 8"):
         context.cache_options("openvino", 4, 100)
 
 
@@ -156,8 +161,8 @@ def test_a_process_that_dies_at_once_raises_and_its_record_says_why(artifact, mo
 
 def test_a_cache_that_the_engine_does_not_have_is_a_record_with_its_reason(artifact):
     run = Run("t", "smoke")
-    assert context.record_lengths(run, artifact, "torch", lengths=(32,), cache_bits=8) == []
-    assert "openvino and llamacpp have one of 8 bits" in run.records[0].note
+    assert context.record_lengths(run, artifact, "aot", lengths=(32,), cache_bits=8) == []
+    assert "torch, openvino and llamacpp have one of 8 bits" in run.records[0].note
 
 
 def test_points_become_records_by_pencil(artifact, monkeypatch):

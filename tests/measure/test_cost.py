@@ -157,10 +157,12 @@ def test_predicted_memory_by_hand():
 
 
 def test_unpacked_weights_are_counted_as_a_copy_on_a_cpu_only():
-    """576 linear weights, 2 bytes each, beside the packed file."""
+    """576 linear weights, 2 bytes each, beside the file of a method that rounds activations; others stay packed."""
+    unpacked = storage_of_method("smoothquant", {})
+    assert cost.predict_memory(PENCIL, unpacked, weight_bytes=0, work=Workload())["copies"] == 2 * 576
+    assert cost.predict_memory(PENCIL, unpacked, weight_bytes=0, work=Workload(device="cuda"))["copies"] == 0
     packed = storage_of_method("gptq", {"group_size": 32})
-    assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload())["copies"] == 2 * 576
-    assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload(device="cuda"))["copies"] == 0
+    assert cost.predict_memory(PENCIL, packed, weight_bytes=0, work=Workload())["copies"] == 0
 
 
 def test_one_decode_step_reads_the_weights_once_and_half_the_cache(measured):

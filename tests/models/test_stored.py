@@ -47,8 +47,8 @@ def against(run, base):
     return predict.make_reference(base, texts, run.artifacts_dir / "cache")
 
 
-def test_predicted_memory_counts_the_embedding_that_loading_unpacks(small):
-    assert sizes.storage_of_artifact(small)[0].embedding_copy_bits == 16
+def test_predicted_memory_counts_no_copy_of_what_stays_packed(small):
+    assert sizes.storage_of_artifact(small)[0].copy_bits == 0
 
 
 def test_it_fits_the_budget_and_its_card_says_who_can_read_it(small):
@@ -75,7 +75,7 @@ def test_what_is_loaded_is_what_was_rounded_in_memory_and_the_head_shares_it(bas
         found, _ = rounding.round_model(model, windows, {NAME: grid.name}, round_to, tables=posed)
         rounded = found[NAME]
         packed.pack_model(model, found, measured={}).save_pretrained(tmp_path)
-        loaded = checkpoint.load_model(tmp_path)
+        loaded = checkpoint.load_model(tmp_path, packed=False)
         assert torch.equal(loaded.get_input_embeddings().weight, rounded.decode())
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
@@ -108,7 +108,7 @@ def test_the_torch_engine_runs_it(small):
 
 def test_exported_to_gguf_it_is_the_same_model(small):
     exported = gguf_file.write(small, "kept")
-    tables = [checkpoint.load_model(a).get_input_embeddings().weight.float() for a in (small, exported)]
+    tables = [checkpoint.load_model(a, packed=False).get_input_embeddings().weight.float() for a in (small, exported)]
     assert (tables[0] - tables[1]).abs().max() <= tables[0].abs().max() / 128  # a bf16 step
 
 
@@ -221,7 +221,7 @@ def library(monkeypatch):
 
 def test_a_checkpoint_is_decoded_into_a_dense_model_near_its_base(library, run, base):
     small, plain = (peers.make_peer(base, f"hqq-w4g64{end}", run=run) for end in ("-int8emb", ""))
-    original, loaded = checkpoint.load_model(base), checkpoint.load_model(small)
+    original, loaded = checkpoint.load_model(base), checkpoint.load_model(small, packed=False)
     weights = [model.get_submodule(LAYER).weight.detach() for model in (original, loaded)]
     assert not torch.equal(*weights)
     assert (weights[1] - weights[0]).norm() < 0.15 * weights[0].norm()
@@ -233,7 +233,7 @@ def test_a_checkpoint_is_decoded_into_a_dense_model_near_its_base(library, run, 
     assert plain.bytes - small.bytes == pytest.approx(table.numel(), rel=0.05)
     assert small.format == "hqq"
     kept = quantize.compress_artifact(base, "hqq", run=run, skip=(LAYER,))
-    assert torch.equal(checkpoint.load_model(kept).get_submodule(LAYER).weight, weights[0])
+    assert torch.equal(checkpoint.load_model(kept, packed=False).get_submodule(LAYER).weight, weights[0])
 
 
 def test_bits_that_the_library_has_not_are_refused(library, run, base):
@@ -261,7 +261,7 @@ def test_only_its_own_folders_are_taken_for_such_checkpoints(base, tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_library_itself_rounds_and_decodes(run, base, bits):
     made = quantize.compress_artifact(base, "hqq", run=run, bits=bits, group_size=32)
-    weights = [checkpoint.load_model(a).get_submodule(LAYER).weight.detach() for a in (base, made)]
+    weights = [checkpoint.load_model(a, packed=False).get_submodule(LAYER).weight.detach() for a in (base, made)]
     assert (weights[1] - weights[0]).norm() < {2: 0.5, 3: 0.25, 4: 0.12}[bits] * weights[0].norm()
 
 
