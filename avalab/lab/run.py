@@ -19,10 +19,12 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from avalab.lab.errors import InputError
 
@@ -30,6 +32,8 @@ ROOT = Path(os.environ.get("AVALAB_ROOT", Path(__file__).resolve().parents[2]))
 
 # A thread that waits for others sleeps: on a busy machine one that spins takes the time of the one it waits for.
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
+Size = TypeVar("Size")
 
 LONGEST_NAME = 80  # characters of a model's name in names of folders
 
@@ -57,13 +61,26 @@ class Profile:
     humaneval_items: int = 40
     train_examples: int = 3600  # chats that fine-tuning learns from
     held_out_examples: int = 60  # chats that are scored at every checkpoint
+    like: str = ""  # the profile whose sizes are taken where this one says nothing
+
+    def pick(self, sizes: Mapping[str, Size], otherwise: Size | None = None) -> Size:
+        """The entry of a table of sizes by profile: this one's own, else that of the one it is like, else `otherwise`.
+
+        Raises KeyError where there is none of these.
+        """
+        for name in (self.name, self.like):
+            if name in sizes:
+                return sizes[name]
+        if otherwise is None:
+            raise KeyError(f"no sizes for the profile {self.name}")
+        return otherwise
 
 
 def _read_profiles() -> dict[str, Profile]:
     """The rows of profiles.toml; one that is `like` another takes over what it does not say itself."""
     rows = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
     for name, row in rows.items():
-        merged = {**rows.get(row.pop("like", ""), {}), **row, "name": name}
+        merged = {**rows.get(row.get("like", ""), {}), **row, "name": name}
         rows[name] = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
     return {name: Profile(**row) for name, row in rows.items()}
 

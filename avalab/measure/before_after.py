@@ -72,8 +72,6 @@ SIZES = {
     "a2000": Sizes(11, 64, (3, 8), 7, 16),
 }
 
-SIZES["long"] = SIZES["laptop"]
-
 
 def nf4_base(run: Run) -> Artifact:
     """The artefact that everything here is measured on: the run's model in NF4, scales quantized again."""
@@ -82,7 +80,7 @@ def nf4_base(run: Run) -> Artifact:
 
 def record_decoding(run: Run, sizes: Sizes | None = None) -> None:
     """Append speed of reading and of decoding, agreement and peak memory of the arms to the run's records."""
-    sizes, artifact = sizes or SIZES[run.profile_name], nf4_base(run)
+    sizes, artifact = sizes or run.profile.pick(SIZES), nf4_base(run)
     record = partial(run.record, artifact_sha256=artifact.sha256, details={"load_average": load_average()})
     model, engine = checkpoint.load_model(artifact, run.device), engines.load("torch", artifact, device=run.device)
     arms = {BEFORE: generating(model), AFTER: telling(engine), REFERENCE: telling(engine, form="reference")}
@@ -91,7 +89,7 @@ def record_decoding(run: Run, sizes: Sizes | None = None) -> None:
             subject = f"{metric.partition('_')[0]} {artifact.name}:{arm}"
             name = "transformers" if arm == BEFORE else "torch"
             _record_rates(partial(record, subject, engine=name), metric, rates, by_arm[BEFORE])
-    same = _agreement(model, engine, SIZES[run.profile_name].prompts[1])
+    same = _agreement(model, engine, run.profile.pick(SIZES).prompts[1])
     subject, share = f"decode {artifact.name}:{AFTER}", same.float().mean().item()
     record(subject, "top1_agreement", share, "1", n=len(same), engine="torch")
     engine.close()
@@ -182,7 +180,7 @@ def measure_peak(request: dict) -> dict:
 
 def record_training(run: Run, sizes: Sizes | None = None) -> None:
     """Append the speed of a QLoRA step, before and after, and how far the losses are apart at the last step."""
-    sizes, artifact = sizes or SIZES[run.profile_name], nf4_base(run)
+    sizes, artifact = sizes or run.profile.pick(SIZES), nf4_base(run)
     count = sizes.train_rounds + 1
     steps = {
         name: training.training_step(arm, artifact.path, run.device, rank=sizes.rank, steps=count)

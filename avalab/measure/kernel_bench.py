@@ -64,8 +64,6 @@ SIZES = {
     "a2000": Sizes(((8192, 2048), (14336, 4096)), (1, 16, 512, 4096), 16, 4096, (4096, 2048, 151936), 15, 8192),
 }
 
-SIZES["long"] = SIZES["laptop"]
-
 
 def matrix_peak(side: int, device: str = "cpu") -> float:
     """Operations a second of a bf16 matrix product of this side: the best of five."""
@@ -150,7 +148,7 @@ def record_arms(
     arms, dropped = agreeing_arms(arms, next(arm for arm in PLAIN if arm in arms))
     for name, reason in dropped.items():
         run.record(f"{subject}:{name}", "kernel_ms", None, "ms", note=reason)
-    for name, samples in trackers.interleaved(arms, SIZES[run.profile_name].samples, run.device).items():
+    for name, samples in trackers.interleaved(arms, run.profile.pick(SIZES).samples, run.device).items():
         details = {"flops": flops, "bytes": read[name], "load_average": load_average()}
         details |= {"flops_per_s": limits[0], "bytes_per_s": limits[1]}
         record, found = partial(run.record, f"{subject}:{name}", details=details), median_and_range(samples)
@@ -394,10 +392,10 @@ def main() -> None:
     parser.add_argument("--frozen", action="store_true", help="with --peak: the head is not trained")
     chosen = parser.parse_args()
     if chosen.peak:
-        size = SIZES[chosen.profile].loss
+        size = PROFILES[chosen.profile].pick(SIZES).loss
         print(peak_bytes(chosen.device, size, chosen.peak, trained=not chosen.frozen))
         return
-    run, sizes = Run("bench_kernels", chosen.profile), SIZES[chosen.profile]
+    run, sizes = Run("bench_kernels", chosen.profile), PROFILES[chosen.profile].pick(SIZES)
     print(f"load average {load_average()}, {torch.get_num_threads()} threads")
     record_products(run, sizes)
     record_encodings(run, sizes)

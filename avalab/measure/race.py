@@ -120,7 +120,7 @@ def make_forms(run: Run, names: Sequence[str] = ()) -> dict[str, Artifact]:
     if unknown := [name for name in names if name not in FORMS]:
         raise InputError(f"no form {', '.join(unknown)}; choose from {', '.join(FORMS)}")
     base, made = checkpoint.base_artifact(run), {}
-    for name in tqdm(names or SOME.get(run.profile_name, tuple(FORMS)), desc="make", leave=False):
+    for name in tqdm(names or run.profile.pick(SOME, tuple(FORMS)), desc="make", leave=False):
         try:
             made[name] = FORMS[name](base, run)
         except (engines.EngineUnavailable, ValueError) as error:  # not here, or not of this model's shape
@@ -159,7 +159,7 @@ def list_entries(
 
 def visit_workload(run: Run) -> Workload:
     """What is asked in a visit, in the run's profile; on a GPU the torch engine runs there."""
-    return replace(VISITS.get(run.profile_name, Workload()), seed=run.seed, device=_device(run))
+    return replace(run.profile.pick(VISITS, Workload()), seed=run.seed, device=_device(run))
 
 
 def hold_race(run: Run, entries: list[Entry], *, work: Workload, cap_seconds: float) -> dict[Entry, Cell | str]:
@@ -284,7 +284,7 @@ def _read_visits(file: Path) -> dict[str, list[dict]]:
 def record_batches(run: Run, entries: list[Entry]) -> None:
     """Measure the cells of the highest thread count at every batch size; read back what was measured before."""
     most = max((entry.threads for entry in entries), default=0)
-    sizes = BATCHES.get(run.profile_name, Workload(prompts=(256,), new_tokens=32, samples=5, limit_seconds=180))
+    sizes = run.profile.pick(BATCHES, Workload(prompts=(256,), new_tokens=32, samples=5, limit_seconds=180))
     work = replace(sizes, threads=most, seed=run.seed, device=_device(run))
     for entry in tqdm([e for e in entries if e.threads == most], desc="batches", leave=False):
         record = partial(
@@ -319,7 +319,7 @@ def main() -> None:
     run = Run("bench", chosen.profile)
     print(f"load average {load_average()}")
     entries = list_entries(make_forms(run), threads=thread_counts(chosen.profile), skip=SAME_AS_DENSE)
-    cap = chosen.cap if chosen.cap is not None else CAPS.get(chosen.profile, 1800.0)
+    cap = chosen.cap if chosen.cap is not None else run.profile.pick(CAPS, 1800.0)
     record_batches(run, entries_that_ran(hold_race(run, entries, work=visit_workload(run), cap_seconds=cap)))
     for record in run.records:
         shown = record.note if record.value is None else f"{record.value:14.4g} {record.unit}"

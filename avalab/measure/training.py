@@ -99,14 +99,12 @@ class Sizes:
 
 SIZES = {"smoke": Sizes(3, 2, 4), "laptop": Sizes(11, 5, 16), "a2000": Sizes(11, 10, 16)}
 
-SIZES["long"] = SIZES["laptop"]
-
 LOADED: dict = {}  # of an arm's own process
 
 
 def measure_training(run: Run, sizes: Sizes | None = None) -> None:
     """Append every arm's speed, memory and loss gap to the run's records. Raises BrokenProcessPool when an arm dies."""
-    sizes = sizes or SIZES[run.profile_name]
+    sizes = sizes or run.profile.pick(SIZES)
     base = quantize.compress_artifact(checkpoint.base_artifact(run), "nf4", run=run, double_quantization=True)
     found: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     with ExitStack() as stack:
