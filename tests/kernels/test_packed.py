@@ -141,6 +141,11 @@ def test_activations_of_another_width_are_refused():
         product.multiply(torch.zeros(1, 64), weight.from_rounded(rounded(4)))
 
 
+def test_activations_that_want_a_gradient_are_sent_to_the_layer_that_gives_it():
+    with pytest.raises(InputError, match=r"use avalab\.kernels\.linear"):
+        product.multiply(torch.zeros(1, 128, requires_grad=True), weight.from_rounded(rounded(4)))
+
+
 # --- the compiler ----------------------------------------------------------------------------------------------------
 
 

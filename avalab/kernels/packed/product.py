@@ -51,7 +51,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, t
 def multiply(x: Float[Tensor, "*batch cols"], weight: PackedWeight) -> Float[Tensor, "*batch rows"]:
     """x times the transposed weight, in x's dtype; no gradient (`linear` has it).
 
-    Raises InputError for columns that differ, another device or a dtype without a form.
+    Raises InputError for columns that differ, another device, a dtype without a form or an x that wants a gradient.
     """
     _refuse(x, weight, weight.shape[1], "columns")
     return choose_form("packed_product", PRODUCT, x.device, x, weight).run(x, weight)
@@ -70,6 +70,8 @@ def _refuse(x: Tensor, weight: PackedWeight, width: int, name: str) -> None:
         raise InputError(f"activations are {x.dtype}; the product takes {', '.join(map(str, DTYPES))}")
     if x.device != weight.device:
         raise InputError(f"activations are on {x.device}, the packed weight on {weight.device}; move one (`to`)")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InputError("activations want a gradient, which this product does not give; use avalab.kernels.linear")
 
 
 def product_reference(x: Float[Tensor, "*batch cols"], weight: PackedWeight) -> Float[Tensor, "*batch rows"]:
