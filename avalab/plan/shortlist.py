@@ -288,7 +288,8 @@ def record_contexts(run: Run, rows: list[Row], *, again: bool = False) -> None:
         except (RuntimeError, ValueError) as error:
             record(f"peak_rss_bytes:engine:context{max(stated)}", None, "byte", note=str(error))
             continue
-        for point in [context.Point(**point) for point in kept["points"]]:
+        for values in kept["points"]:
+            point = context.Point(**values | {"samples": tuple(values["samples"])})  # JSON has lists only
             if point.length in stated:
                 _record_point(partial(record, when=kept["when"]), point)
 
