@@ -62,7 +62,7 @@ CAPS = {"smoke": 1.0, "laptop": 20.0}  # seconds of one model's race; others 240
 
 VISITS = {"smoke": race.VISITS["smoke"]}
 
-MAKING_MINUTES = {"smoke": 2.0, "laptop": 3.0}  # that making one form may take; others 60
+MAKING_MINUTES = {"smoke": 2.0, "laptop": 3.0}  # that making one form may take; others 180
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def make_rows(run: Run, names: Sequence[str] = (), *, minutes: float = 0.0) -> l
             if not _is_made(run, base, form):
                 refuse_large(base, name)
             if form.is_slow and not _is_made(run, base, form):
-                refuse_long(run, base, minutes or run.profile.pick(MAKING_MINUTES, 60.0))
+                refuse_long(run, base, minutes or run.profile.pick(MAKING_MINUTES, 180.0))
             made = form.make(base, run)
         except LabError as error:
             run.record(subject, "artifact_bytes", None, "byte", note=f"not made: {error}")
