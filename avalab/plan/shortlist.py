@@ -62,19 +62,22 @@ CAPS = {"smoke": 1.0, "laptop": 20.0}  # seconds of one model's race; others 240
 
 VISITS = {"smoke": race.VISITS["smoke"]}
 
-MAKING_MINUTES = {"smoke": 2.0, "laptop": 3.0}  # that making one form may take; others 60
-
-MAKING_BYTES = 13  # of memory that `ava` takes for each weight: 8.0 GB for the 630 million of Qwen2.5-Coder-0.5B
+MAKING_MINUTES = {"smoke": 2.0, "laptop": 3.0}  # that making one form may take; others 180
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form: what a reader calls it, how it is made, the engines it is measured in, and whether making takes long."""
+    """A form: what a reader calls it, how it is made, the engines it is measured in, what making takes.
+
+    `made_as` is how the names of its artefacts go on after the base's.
+    """
 
     words: str
     make: Callable[[Artifact, Run], Artifact]
     engines: tuple[str, ...] = ("llamacpp",)
+    making_bytes: int = 0  # of memory, for each weight
     is_slow: bool = False
+    made_as: str = ""
 
 
 def _published(base: Artifact, run: Run) -> Artifact:
@@ -95,8 +98,12 @@ def _ava(base: Artifact, run: Run) -> Artifact:
 FORMS: dict[str, Form] = {
     BASE: Form("16 bits, in transformers", lambda base, run: base, ("torch",)),
     "published": Form("the publisher's 4-bit file", _published),
-    "ava": Form("the lab's smaller GGUF file", _ava, is_slow=True),
-    "q8_0": Form("8-bit GGUF file", lambda base, run: gguf_file.write(base, "q8_0"), ("openvino",)),
+    # 8.6 GB at the peak for the 630 million weights of Qwen2.5-Coder-0.5B
+    "ava": Form("the lab's smaller GGUF file", _ava, making_bytes=14, is_slow=True, made_as="ava"),
+    # the check of an export holds the model in float32, a copy that it rounds and turns to bf16, and the file
+    "q8_0": Form(
+        "8-bit GGUF file", lambda base, run: gguf_file.write(base, "q8_0"), ("openvino",), 11, made_as="gguf-q8_0"
+    ),
 }
 
 SOME = {"smoke": ("ava", "q8_0"), "laptop": (BASE, "published", "ava", "q8_0")}  # the profiles' own forms
@@ -145,8 +152,10 @@ def make_rows(run: Run, names: Sequence[str] = (), *, minutes: float = 0.0) -> l
     for name in tqdm(names or run.profile.pick(SOME, tuple(FORMS)), desc=f"make {short_name(run)}", leave=False):
         form, subject = FORMS[name], f"{short_name(run)} {name}"
         try:
-            if form.is_slow:
-                refuse_long(run, base, minutes or run.profile.pick(MAKING_MINUTES, 60.0))
+            if not _is_made(run, base, form):
+                refuse_large(base, name)
+            if form.is_slow and not _is_made(run, base, form):
+                refuse_long(run, base, minutes or run.profile.pick(MAKING_MINUTES, 180.0))
             made = form.make(base, run)
         except LabError as error:
             run.record(subject, "artifact_bytes", None, "byte", note=f"not made: {error}")
@@ -158,18 +167,25 @@ def make_rows(run: Run, names: Sequence[str] = (), *, minutes: float = 0.0) -> l
     return rows
 
 
-def refuse_long(run: Run, base: Artifact, minutes: float) -> None:
-    """Raise ProcessFailed, with both numbers, where `ava` would take more time or memory than there is.
+def _is_made(run: Run, base: Artifact, form: Form) -> bool:
+    made = [a for a in artifacts.list_artifacts(run.artifacts_dir) if a.card["base"]["sha256"] == base.sha256]
+    return bool(form.made_as) and any(a.name.startswith(f"{base.name}+{form.made_as}") for a in made)
 
-    Its time is proportional to the weights, as measured on the other models of this profile; nothing is known before
-    one was made, and nothing is refused that is there.
+
+def refuse_large(base: Artifact, name: str) -> None:
+    """Raise ProcessFailed, with both numbers, for a form whose making would take more memory than is free."""
+    needed, free = FORMS[name].making_bytes * (base.bytes // 2), psutil.virtual_memory().available
+    if needed > free:
+        raise ProcessFailed(f"making it takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+
+
+def refuse_long(run: Run, base: Artifact, minutes: float) -> None:
+    """Raise ProcessFailed, with both numbers, where `ava` would take more time than a run allows.
+
+    Its time is proportional to the weights, as measured on the models of this profile that have one; before that
+    nothing is known.
     """
     weights, made = base.bytes // 2, _made_by_ava(run)
-    if any(a.card["base"]["sha256"] == base.sha256 for a, _ in made):
-        return
-    needed, free = MAKING_BYTES * weights, psutil.virtual_memory().available
-    if needed > free:
-        raise ProcessFailed(f"ava needs about {needed / 1e9:.1f} GB of memory for it, {free / 1e9:.1f} GB are free")
     if made:
         artifact, own = max(made, key=lambda pair: pair[1])
         taken = artifact.card["measured"]["compress_seconds"] / 60
@@ -272,7 +288,8 @@ def record_contexts(run: Run, rows: list[Row], *, again: bool = False) -> None:
         except (RuntimeError, ValueError) as error:
             record(f"peak_rss_bytes:engine:context{max(stated)}", None, "byte", note=str(error))
             continue
-        for point in [context.Point(**point) for point in kept["points"]]:
+        for values in kept["points"]:
+            point = context.Point(**values | {"samples": tuple(values["samples"])})  # JSON has lists only
             if point.length in stated:
                 _record_point(partial(record, when=kept["when"]), point)
 

@@ -6,6 +6,7 @@ import pytest
 
 from avalab.data.calls import Verdict
 from avalab.lab import process
+from avalab.lab.artifacts import Artifact
 from avalab.lab.errors import ProcessFailed
 from avalab.lab.run import Run
 from avalab.measure import answers, context
@@ -63,11 +64,18 @@ def test_what_would_take_too_long_is_refused_with_both_numbers(run, base, monkey
     shortlist.refuse_long(run, base, 101)
 
 
-def test_less_free_memory_than_making_takes_is_refused_with_both_numbers(run, base, monkeypatch):
-    monkeypatch.setattr(shortlist, "_made_by_ava", lambda run: [])
-    monkeypatch.setattr(shortlist.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    with pytest.raises(ProcessFailed, match=r"ava needs about 0\.0 GB of memory for it, 0\.0 GB are free"):
-        shortlist.refuse_long(run, base, 60)
+def test_less_free_memory_than_making_takes_is_refused_with_both_numbers(base, monkeypatch):
+    """11 bytes for each of 10^9 weights, and 2 GB free."""
+    large = Artifact(base.path, base.card | {"files": [{"name": "model.safetensors", "bytes": 2 * 10**9}]})
+    monkeypatch.setattr(shortlist.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 10**9))
+    with pytest.raises(ProcessFailed, match=r"making it takes about 11\.0 GB of memory, 2\.0 GB are free"):
+        shortlist.refuse_large(large, "q8_0")
+    shortlist.refuse_large(large, "published")
+
+
+def test_what_was_made_before_is_never_refused(own_plan_run, rows, monkeypatch):
+    monkeypatch.setattr(shortlist.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    assert [row.form for row in shortlist.make_rows(own_plan_run, ("q8_0",))] == ["q8_0"]
 
 
 def test_calls_of_all_categories_are_one_share_with_every_verdict(own_plan_run, rows, monkeypatch):
