@@ -19,9 +19,9 @@ import contextlib
 import json
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -120,13 +120,13 @@ def measure_urgent(run: Run, artifact: Artifact, servers: Sequence[Running]) -> 
         busy: list[float] = []
         for at in range(size.serve_rounds):
             long = text_of(2 * size.serve_prefix_tokens, 1000 + run.seed + at)
-            reading = threading.Thread(target=partial(server.chat, long, tokens=2))
-            reading.start()
-            time.sleep(0.2)
-            for step in range(2):
-                if reading.is_alive():
-                    busy.append(1000 * server.first_token_s(f"Say {text_of(4, 99 + 2 * at + step)}", **more))
-            reading.join()
+            with ThreadPoolExecutor(1) as beside:
+                reading = beside.submit(server.chat, long, tokens=2)
+                time.sleep(0.2)
+                for step in range(2):
+                    if not reading.done():
+                        busy.append(1000 * server.first_token_s(f"Say {text_of(4, 99 + 2 * at + step)}", **more))
+                reading.result()
         for name, samples in (("idle", idle), ("busy", busy)):
             found = quantile(samples) if samples else None
             note = "" if found else "the long prompts were read before anything urgent came"
@@ -314,7 +314,7 @@ def measure_windows(run: Run, artifact: Artifact) -> None:
 
 def settings_for(run: Run) -> dict:
     """What both servers are given: context, slots, threads."""
-    context = max(768, 3 * run.profile.serve_prefix_tokens)
+    context = max(1024, 4 * run.profile.serve_prefix_tokens)
     return {
         "context": context, "max_batch_size": max(8, run.profile.serve_requests), "threads": processors(),
         "dynamic_batching": False, "max_wait_time_ms": 2,

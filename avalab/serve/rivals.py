@@ -7,9 +7,9 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,21 +126,7 @@ def _ready(name: str, process: subprocess.Popen, address: str, model: str) -> It
 
 def at_once(jobs: Sequence[Callable[[], dict]]) -> tuple[float, list[dict]]:
     """Seconds until all jobs, begun together, are done; and what they return, in their order."""
-    found: dict[int, dict | Exception] = {}
-
-    def run(index: int) -> None:
-        try:
-            found[index] = jobs[index]()
-        except Exception as error:  # raised below, in the caller's thread
-            found[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - began
-    if failed := [each for each in found.values() if isinstance(each, Exception)]:
-        raise failed[0]
-    return seconds, [found[index] for index in range(len(jobs))]
+    with ThreadPoolExecutor(len(jobs)) as beside:
+        began = time.perf_counter()
+        found = [made.result() for made in [beside.submit(job) for job in jobs]]
+        return time.perf_counter() - began, found

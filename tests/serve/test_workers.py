@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 
 import jsonschema
 import pytest
@@ -11,7 +12,7 @@ from avalab.lab.errors import InputError, MissingFile
 from avalab.serve.policy.settings import Settings
 from avalab.serve.workers import llama
 from avalab.serve.workers.dispatch import Dispatcher
-from avalab.serve.workers.pool import Served, served
+from avalab.serve.workers.pool import Served, Worker, served
 
 BEGIN = "You help people who ask about towns and rivers. " * 12
 
@@ -132,6 +133,23 @@ def test_models_leave_when_memory_is_reduced_and_come_back_when_asked(tiny_gguf)
     assert held > 0
     assert left == 0
     assert (stats["loads"], stats["evictions"]) == (2, 2)
+
+
+def test_a_request_that_comes_while_a_workers_memory_is_measured_is_not_lost(tiny_gguf, monkeypatch):
+    """It was: the worker stood in its group before its model was counted as loaded."""
+    monkeypatch.setattr(Worker, "pss_bytes", property(lambda self: time.sleep(0.5) or 1000))
+
+    async def ask() -> str:
+        dispatcher = Dispatcher(served([tiny_gguf]), Settings(context=256, threads=1, max_batch_size=2))
+        await dispatcher.start()
+        try:
+            async with asyncio.timeout(60):
+                flight = dispatcher.submit("tiny", {"prompt": "a", "max_tokens": 2})
+                return [event async for event in dispatcher.listen(flight)][-1]["event"]
+        finally:
+            await dispatcher.stop(1.0)
+
+    assert asyncio.run(ask()) == "done"
 
 
 def test_an_artefact_that_is_no_gguf_is_answered_by_the_labs_engine(base):

@@ -170,7 +170,12 @@ class Dispatcher:
         if model not in self.models:
             raise InputError(f"no model {model!r}; there are {', '.join(self.models)}")
         if not self.workers.get(model):
-            await self._load(model)
+            try:
+                if model not in self.loading:
+                    self._spawn_load(model)
+            except NoRoom as error:
+                raise Unavailable(f"{model} has no room beside models that are busy ({error}); ask again") from None
+            await asyncio.shield(self.loading[model])
             if model in self.refused:
                 raise self.refused.pop(model)
         worker = min(self.workers[model], key=lambda worker: worker.running)
@@ -256,18 +261,20 @@ class Dispatcher:
             self._refuse(name, error)
             return
         self.load_ms[name] = now_ms() - began
-        group.append(worker)
-        self.batches.setdefault(
-            name,
-            BatchSize(self.settings.max_batch_size, self.settings.target_latency_ms, self.settings.dynamic_batching),
-        )
-        self.recent.setdefault(name, deque(maxlen=REMEMBERED))
-        self.sizes[name] = sum(await asyncio.gather(*(asyncio.to_thread(lambda w=w: w.pss_bytes) for w in group)))
+        held = await asyncio.gather(*(asyncio.to_thread(lambda w=w: w.pss_bytes) for w in (*group, worker)))
+        # From here on without a pause: the loop gives work to whatever stands in the group.
+        self.sizes[name] = sum(held)
         if name in self.cache.resident:
             self.cache.resident[name].bytes = self.sizes[name]
         else:
             pinned = name in self.settings.pinned
             self.cache.add(name, self.sizes[name], self.load_ms[name], now_ms(), pinned=pinned)
+        self.batches.setdefault(
+            name,
+            BatchSize(self.settings.max_batch_size, self.settings.target_latency_ms, self.settings.dynamic_batching),
+        )
+        self.recent.setdefault(name, deque(maxlen=REMEMBERED))
+        self.workers.setdefault(name, group).append(worker)
         self._wake.set()
 
     def _refuse(self, name: str, error: Exception) -> None:
@@ -299,7 +306,7 @@ class Dispatcher:
     def _feed(self, name: str) -> None:
         """Give waiting requests of a model to its workers, as many as their batches have places."""
         batch, now = self.batches.get(name), now_ms()
-        if batch is None:
+        if batch is None or not self.workers[name]:
             return
         for worker in sorted(self.workers[name], key=lambda worker: worker.running):
             free = batch.size - worker.running
@@ -314,7 +321,8 @@ class Dispatcher:
             only = Queue(self.queue.ageing_ms, limit=len(mine), waiting=mine)
             for ticket in only.take(now, free, loaded=[name], cached=list(self.recent[name])):
                 self.queue.remove(ticket.key)
-                self._fly(self.flights[ticket.key], worker)
+                if flight := self.flights.get(ticket.key):
+                    self._fly(flight, worker)
             self.batch_sizes.append(worker.running)
         full = all(worker.running >= batch.size for worker in self.workers[name])
         if full and len(self.workers[name]) < self.settings.workers and name not in self.loading:
@@ -327,7 +335,8 @@ class Dispatcher:
         flight.started_ms = now_ms()
         self.waits_ms.append(flight.started_ms - flight.ticket.arrived_ms)
         self.recent[worker.model.name].append(flight.ticket.prompt)
-        self.cache.use(worker.model.name, flight.started_ms)
+        if worker.model.name in self.cache.resident:
+            self.cache.use(worker.model.name, flight.started_ms)
         flight.task = asyncio.create_task(self._compute(flight, worker))
         self._keep(flight.task)
         worker.running += 1  # until the job itself counts

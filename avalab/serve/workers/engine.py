@@ -78,7 +78,7 @@ class EngineModel:
             emit({"text": "", "logprobs": details})
         return {
             "finish_reason": reason, "prompt_tokens": len(prompt), "completion_tokens": len(made),
-            "cached_tokens": 0, "prefilled": len(prompt),
+            "cached_tokens": 0,
         }  # fmt: skip
 
     def _tokens(self, job: dict) -> list[int]:

@@ -158,7 +158,8 @@ class Llama:
                     with self.changed:
                         self.reading = [other for other in self.reading if other is not own]
                         self.changed.notify_all()
-                return self._answer(slot, tokens, job, limit, told, is_cancelled) | {"prefilled": read}
+                end = self._answer(slot, tokens, job, limit, told, is_cancelled)
+                return end | {"cached_tokens": max(0, len(tokens) - read - end.pop("last_read"))}
         finally:
             if first[0]:
                 self._count_urgent(-1)
@@ -246,10 +247,10 @@ class Llama:
             return shared
 
     def _read(self, slot: Slot, own: Prefill, known: int, urgent: bool, is_cancelled: Callable[[], bool]) -> int:
-        """Read a prompt's tokens but the last in pieces; how many were read."""
+        """Read a prompt but its last token in pieces; how many tokens were: none where one step can read the rest."""
         tokens, end, read = own.tokens, len(own.tokens), 0
         if end - known < self.prefill_tokens:  # read with the answer's first step
-            return end + 1 - known
+            return 0
         own.kept = known
         try:
             for cut in batching.pieces(known, end, self.prefill_tokens):
@@ -267,7 +268,7 @@ class Llama:
         finally:
             with self.changed:
                 self.prefilled += read
-        return read + 1
+        return read
 
     def _keep(self, slot: Slot, prefill: Prefill, done: int) -> None:
         """Keep what a slot has read; a disk without room keeps nothing, and others read for themselves."""
@@ -327,7 +328,7 @@ class Llama:
             "finish_reason": end["choices"][0]["finish_reason"],
             "prompt_tokens": len(tokens),
             "completion_tokens": usage["completion_tokens"],
-            "cached_tokens": len(tokens) - timings.get("prompt_n", len(tokens)),
+            "last_read": timings.get("prompt_n", 0),
         }
 
     # --- embeddings --------------------------------------------------------------------------------------------------
