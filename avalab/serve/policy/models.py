@@ -4,9 +4,7 @@
    load cost times frequency times recency over bytes. The least worth leaves first; pinned and busy ones stay.
    Source: Cao and Irani, "Cost-aware WWW proxy caching algorithms" (1997), whose cost and size this takes over.
 2. `next_model` serves those in memory while anybody asks for them, and turns to another one when nobody does or when
-   its oldest request has waited `max_swap_wait_ms`: an order A B A C A B is served as A A A, B B, C. A model that was
-   just loaded is served for `DWELL` times what loading took, even where everybody has waited too long: swapping then
-   takes a fifth of the time at most.
+   its oldest request has waited `max_swap_wait_ms`: an order A B A C A B is served as A A A, B B, C.
 3. `Order` counts which model an agent asks for after which. It proposes to load one where the time saved, by its own
    record, is more than the time wasted, and what it loads never displaces another model.
 """
@@ -19,8 +17,6 @@ from dataclasses import dataclass, field
 
 from avalab.lab.errors import InputError
 from avalab.serve.policy.queue import Ticket
-
-DWELL = 4  # times the load
 
 
 class NoRoom(Exception):
@@ -116,18 +112,12 @@ class ModelCache:
 
 
 def next_model(
-    waiting: Sequence[Ticket],
-    loaded: Collection[str],
-    now_ms: float,
-    *,
-    max_swap_wait_ms: float,
-    urgent: float = 11.0,
-    stay_until_ms: float = 0.0,
+    waiting: Sequence[Ticket], loaded: Collection[str], now_ms: float, *, max_swap_wait_ms: float, urgent: float = 11.0
 ) -> str | None:
     """The model to load next, or None while those in memory have enough to do.
 
     A model that is not loaded is chosen when no request waits for a loaded one, when its oldest request has waited
-    `max_swap_wait_ms` and it is later than `stay_until_ms`, or when one of its requests is at least as `urgent`.
+    `max_swap_wait_ms`, or when one of its requests is at least as `urgent`.
     """
     away = [ticket for ticket in waiting if ticket.model not in loaded]
     if not away:
@@ -201,7 +191,7 @@ def replay(
 
     With `max_swap_wait_ms` None requests are served as they come and the model used longest ago leaves: plain LRU.
     """
-    cache, now, stay_until, waits = ModelCache(max_bytes), 0.0, 0.0, []
+    cache, now, waits = ModelCache(max_bytes), 0.0, []
     coming = [Ticket(index, model, 5, arrived) for index, (arrived, model) in enumerate(sorted(trace))]
     waiting: list[Ticket] = []
     recency: list[str] = []
@@ -213,9 +203,7 @@ def replay(
         if max_swap_wait_ms is None:
             model = waiting[0].model
         else:
-            model = next_model(
-                waiting, cache.resident, now, max_swap_wait_ms=max_swap_wait_ms, stay_until_ms=stay_until
-            )
+            model = next_model(waiting, cache.resident, now, max_swap_wait_ms=max_swap_wait_ms)
             model = model or next(ticket.model for ticket in waiting if ticket.model in cache.resident)
         ticket = next(ticket for ticket in waiting if ticket.model == model)
         if model not in cache.resident:
@@ -225,7 +213,6 @@ def replay(
             else:
                 cache.room_for(model, sizes[model], now)
             now += load_ms
-            stay_until = now + DWELL * load_ms
             cache.add(model, sizes[model], load_ms, now)
         waiting.remove(ticket)
         waits.append(now - ticket.arrived_ms)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from avalab.lab.errors import InputError, LabError, Unavailable
 from avalab.serve.policy.batching import BatchSize, share_processors
-from avalab.serve.policy.models import DWELL, ModelCache, NoRoom, Order, next_model
+from avalab.serve.policy.models import ModelCache, NoRoom, Order, next_model
 from avalab.serve.policy.pressure import is_under_pressure
 from avalab.serve.policy.queue import Queue, Ticket
 from avalab.serve.policy.settings import Settings
@@ -95,7 +95,7 @@ class Dispatcher:
         self.counts = {"computed": 0, "joined": 0, "restarts": 0, "cancelled": 0, "retried": 0, "pressure": 0}
         self.batch_sizes: deque[int] = deque(maxlen=1000)
         self.waits_ms: deque[float] = deque(maxlen=1000)
-        self.is_draining, self.stay_until_ms = False, 0.0
+        self.is_draining = False
         self._ids, self._wake, self._tasks = itertools.count(), asyncio.Event(), set()
         self._main: list[asyncio.Task] = []
 
@@ -218,7 +218,7 @@ class Dispatcher:
         ready = [name for name, group in self.workers.items() if group]
         wanted = next_model(
             self.queue.waiting, ready, now_ms(), max_swap_wait_ms=self.settings.max_swap_wait_ms,
-            urgent=self.queue.priority_threshold, stay_until_ms=self.stay_until_ms,
+            urgent=self.queue.priority_threshold,
         )  # fmt: skip
         if wanted is None:
             return set()
@@ -269,7 +269,6 @@ class Dispatcher:
         else:
             pinned = name in self.settings.pinned
             self.cache.add(name, self.sizes[name], self.load_ms[name], now_ms(), pinned=pinned)
-            self.stay_until_ms = now_ms() + DWELL * self.load_ms[name]
         self.batches.setdefault(
             name,
             BatchSize(self.settings.max_batch_size, self.settings.target_latency_ms, self.settings.dynamic_batching),
