@@ -254,6 +254,6 @@ def test_the_conda_environment_installs_what_pyproject_lists_on_a_python_it_allo
 def test_make_help_describes_every_public_target_in_one_line():
     made = subprocess.run(["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True).stdout
     named = {line.split()[1] for line in made.splitlines()}
-    public = "help setup setup-llamacpp lab reproduce smoke bench bench-kernels bench-train bench-peers families test"
-    public += " lint report stale clean"
+    public = "help setup setup-llamacpp lab reproduce smoke bench bench-kernels bench-train bench-peers bench-calls"
+    public += " families test lint report stale clean"
     assert named == set(public.split())
