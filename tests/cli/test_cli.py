@@ -238,7 +238,7 @@ def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
     assert options.KINDS == synthesize.ALL_KINDS
-    assert options.SOURCES == tuple(sources.SOURCES)
+    assert tuple(sources.SOURCES) == options.SOURCES
     assert options.SET_MAKER == synthesize.MAKER
     assert options.EMBEDDED == checkpoint.EMBEDDED
 
