@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avalab.cli import compress, options
-from avalab.data import drafts, synthesize
+from avalab.data import sources, synthesize
 from avalab.lab import run as lab_run
 from avalab.lab.errors import InputError
 from avalab.measure import answers
@@ -240,7 +240,8 @@ def test_names_that_are_refused_without_torch_are_those_of_the_tables():
     assert set(options.CALL_MODES) == answers.MODES.keys()
     assert options.CHAT_MODES == chat.MODES
     assert (options.POOLS, options.VOTES) == (ensemble.POOLS, ensemble.VOTES)
-    assert set(options.KINDS) == drafts.KINDS.keys()
+    assert options.KINDS == synthesize.ALL_KINDS
+    assert tuple(sources.SOURCES) == options.SOURCES
     assert options.SET_MAKER == synthesize.MAKER
     assert options.EMBEDDED == checkpoint.EMBEDDED
 

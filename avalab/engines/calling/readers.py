@@ -137,6 +137,7 @@ class SlotCache(Cache):
         """Tokens before those of this call; positions are given, so that it only has to be defined."""
         return 0
 
+    @torch.inference_mode()  # the blocks are made by a reading, in that mode
     def copy(self, source: int, target: int, place: int) -> None:
         """Copy the first `place` tokens of a slot."""
         for blocks in self.blocks.values():
