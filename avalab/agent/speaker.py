@@ -33,6 +33,8 @@ from avalab.serve import chat as chat_turns
 
 ANSWER_TOKENS = 256
 
+SHARE = 10  # of the context that an answer may have at most: tools and results take the rest of a small one
+
 CONTEXT = 4096  # of llama.cpp's cache; other engines have the model's own
 
 
@@ -93,7 +95,10 @@ class Speaker:
 
     def room(self, chat: list[dict], most: int = ANSWER_TOKENS) -> int:
         """Tokens that are left in the context beside a chat and an answer to it; below 0 where it does not fit."""
-        return self.engine.facts.context - min(most, self.engine.facts.context // 2) - len(self.tokens(chat))
+        return self.engine.facts.context - self._most(most) - len(self.tokens(chat))
+
+    def _most(self, tokens: int) -> int:
+        return min(tokens, self.engine.facts.context // SHARE)
 
     def say(
         self,
@@ -106,13 +111,13 @@ class Speaker:
         seed: int = 0,
         choose: Callable[[Tensor], int] | None = None,
     ) -> Said:
-        """The answer to a chat, `most` tokens at most and half of the context.
+        """The answer to a chat, `most` tokens at most and a tenth of the context.
 
         With `functions` it is calls to them, or, with `refusal`, a text without one. A temperature draws;
         `choose` picks each token from its logits.
         Raises ValueError where the last request alone has no room.
         """
-        most = min(most, self.engine.facts.context // 2)
+        most = self._most(most)
         kept = chat_turns.fitted(chat, lambda part: len(self.tokens(part)), self.engine.facts.context - most)
         ids, began = self.tokens(kept), time.perf_counter()
         grammar = grammars.call_grammar(self.compiler, functions, refusal=refusal, max_calls=1) if functions else None

@@ -54,7 +54,7 @@ def test_an_index_without_vectors_says_what_is_missing(tmp_path):
 
 def test_answers_with_and_without_documents_are_paired(index, scripted):
     run = Run("t", "smoke")
-    lines = ["tea.pour", "The function brew pours water [1].", "cat.feed", "I made this up [1]."]
+    lines = ["tea.pour", "brew pours water [1].", "cat.feed", "I made this up [1]."]
     test = evaluate.record_answers(run, scripted(*lines), index, [BREW, FEED])
     assert (test.gained, test.lost, test.n) == (1, 1, 2)
     shares = {r.subject: r.value for r in run.records}

@@ -1,10 +1,9 @@
-"""A model that answers chats: greedily, by chance, within a grammar; from a folder and from a GGUF file."""
+"""A model that answers chats: greedily, by chance, within a grammar."""
 
 import pytest
 from transformers import AutoModelForCausalLM  # noqa: F401  its warnings come before the package's type checks
 
 from avalab.agent import speaker, toolkit
-from avalab.engines import gguf as gguf_file
 from avalab.engines.engine import TINY
 from avalab.lab.errors import InputError
 
@@ -49,24 +48,6 @@ def test_the_oldest_turns_are_left_out_and_a_request_without_room_is_refused(tin
     assert tiny.room(CHAT, 4) > 0 > tiny.room(turn * 8, 4)
     with pytest.raises(InputError, match="the model has room for"):
         tiny.say([{"role": "user", "content": "word " * 5000}])
-
-
-def test_a_gguf_file_is_opened_with_the_tokenizer_it_holds_and_faster_the_next_time(run, tmp_path, monkeypatch):
-    pytest.importorskip("xllamacpp", reason="a build of llama.cpp that every machine has")
-    file = tmp_path / "alone" / "tiny.gguf"
-    file.parent.mkdir()
-    gguf_file.export(TINY, file, "f32")
-    for beside in file.parent.iterdir():
-        if beside != file:
-            beside.unlink()
-    first = speaker.open_model(str(file), run, threads=1)
-    said = first.say(CHAT, most=6).text
-    first.close()
-    monkeypatch.setattr(speaker.loading, "read_config", None)  # the second time nothing is read from the file
-    second = speaker.open_model(str(file), run, threads=1)
-    assert second.say(CHAT, most=6).text == said
-    assert second.engine.name == "llamacpp"
-    second.close()
 
 
 def test_what_is_no_model_is_refused_in_one_line(run):
