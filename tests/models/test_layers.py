@@ -1,21 +1,15 @@
 """Compressed models whose weights stay packed in memory: the same numbers, the file's bytes, and clear refusals."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from avalab import engines
 from avalab.compress import quantize
 from avalab.engines import gguf as gguf_file
-from avalab.kernels.formats import Grid, Rounded
 from avalab.kernels.packed import native
 from avalab.kernels.packed.weight import decode
 from avalab.lab.errors import InputError
-from avalab.models import adapters, checkpoint, sizes, walk
-from avalab.models import packed as checkpoints
+from avalab.models import adapters, checkpoint, sizes
 from avalab.models.inference import layers
 
 pytestmark = pytest.mark.usefixtures("few_docstrings")
@@ -111,38 +105,3 @@ def test_a_gguf_file_stays_packed_and_writes_the_tokens_of_its_decoded_weights(b
     assert layers.packed_layers(found[0].state["model"])
     assert not layers.packed_layers(found[1].state["model"])
     assert found[0].generate(prompt, 24, past_end=True) == found[1].generate(prompt, 24, past_end=True)
-
-
-def test_a_process_that_keeps_weights_packed_peaks_by_most_of_what_decoding_adds_lower(tmp_path):
-    """16 M weights of 4 bits: 8 MB packed, 32 MB more in bf16."""
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8
-    )
-    model, rounded = LlamaForCausalLM(config).bfloat16(), {}
-    for name, layer in walk.linear_layers(model).items():
-        rows, columns = layer.weight.shape
-        codes, zeros = (torch.randint(-8, 8, (rows, n)).to(torch.int8) for n in (columns, columns // 64))
-        rounded[name] = Rounded(Grid(4, 64), codes, torch.full(zeros.shape, 0.01).bfloat16(), zeros)
-    checkpoints.pack_model(model, rounded, measured={}).save_pretrained(tmp_path)
-    script = """
-import sys, torch
-from pathlib import Path
-from avalab.lab import trackers
-from avalab.models import checkpoint
-import compressed_tensors.compressors.base, compressed_tensors.offload
-from avalab.kernels.packed import native
-native.library()
-before = trackers.process_memory()["rss"]
-trackers.reset_peak_memory("cpu")
-model = checkpoint.load_model(Path(sys.argv[1]), packed=sys.argv[2] == "packed")
-model.generate(torch.arange(3, 20)[None], max_new_tokens=4, do_sample=False)
-print(trackers.process_memory()["peak"] - before)
-"""
-    peaks = {}
-    for how in ("packed", "decoded"):
-        ran = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path), how], capture_output=True, text=True, check=True
-        )
-        peaks[how] = int(ran.stdout.split()[-1])
-    weights = sum(part.codes.numel() for part in rounded.values())
-    assert peaks["packed"] < peaks["decoded"] - 0.5 * 2 * weights, peaks
