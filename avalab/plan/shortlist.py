@@ -308,9 +308,11 @@ def measured_contexts(run: Run, row: Row, stated: Sequence[int], *, again: bool 
         found = context.measure_lengths(row.entry.artifact, row.entry.engine, **how)
         return {"when": when, "points": [asdict(point) for point in found]}
 
-    return cached_document(
-        cache_path(run.artifacts_dir / "cache", "contexts", key, suffix=".json"), measure, again=again
-    )
+    path = cache_path(run.artifacts_dir / "cache", "contexts", key, suffix=".json")
+    kept = cached_document(path, measure, again=again)
+    if any(point["seconds_per_token"] is None for point in kept["points"]):
+        path.unlink()  # what stopped it, a busy machine or too little memory, may be over by the next run
+    return kept
 
 
 def _record_point(record: Callable, point: context.Point) -> None:

@@ -126,3 +126,18 @@ def test_a_row_whose_process_dies_is_a_record_and_the_next_row_is_measured(own_p
     shortlist.record_contexts(own_plan_run, rows)
     assert [r.value for r in own_plan_run.records] == [None] * len(rows)
     assert "SIGSEGV" in own_plan_run.records[0].note
+
+
+def test_a_measurement_that_was_stopped_half_way_is_told_and_tried_again(own_plan_run, rows, monkeypatch):
+    about, asked = {"details": {"memory": {"runtime": 1}}}, []
+
+    def stopped(artifact, engine, **how):
+        asked.append(how["lengths"])
+        rest = context.Point(64, None, None, None, note="stopped after 1 of 2 lengths: killed")
+        return [context.Point(32, 0.01, 1.0, 10, 9, samples=(0.01,), **about), rest]
+
+    monkeypatch.setattr(context, "measure_lengths", stopped)
+    for _ in range(2):
+        shortlist.record_contexts(own_plan_run, rows[1:], again=not asked)
+    assert len(asked) == 2
+    assert own_plan_run.records[-1].note == "stopped after 1 of 2 lengths: killed"
