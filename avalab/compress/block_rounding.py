@@ -27,7 +27,7 @@ from avalab.compress.rounding import CHUNK_WEIGHTS, Problem
 from avalab.kernels import block_types
 from avalab.kernels.block_types import BlockRounded
 from avalab.kernels.formats import NumberFormat
-from avalab.kernels.lattices import (
+from avalab.kernels.packed.lattices import (
     LATTICES,
     LatticeRounded,
     codebook,

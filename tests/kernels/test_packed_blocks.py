@@ -6,8 +6,8 @@ import torch
 
 from avalab.compress import block_rounding, rounding
 from avalab.kernels.block_types import FORMATS
-from avalab.kernels.lattices import LATTICES
 from avalab.kernels.packed import blocks, product
+from avalab.kernels.packed.lattices import LATTICES
 from avalab.kernels.packed.weight import decode
 
 TYPES = [name for name in FORMATS if name not in LATTICES]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from avalab.kernels.block_types import FORMATS, LAYOUTS, Field
 from avalab.kernels.formats import NumberFormat
-from avalab.kernels.lattices import LATTICES
+from avalab.kernels.packed.lattices import LATTICES
 from avalab.kernels.packed.weight import Factors, PackedWeight, by_groups, fits, pack
 
 
