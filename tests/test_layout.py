@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 ROOMS = {
     *("lab", "kernels", "models", "data", "engines", "compress", "train", "measure"),
-    *("serve", "agent", "search", "plan", "report", "cli"),
+    *("serve", "agent", "plan", "report", "cli"),
 }
 FOLDERS = sorted(
     str(path.parent.relative_to(REPOSITORY / "avalab")) for path in (REPOSITORY / "avalab").rglob("*/__init__.py")
@@ -44,7 +44,7 @@ def cells(notebook: Path | None, kind: str = "code") -> list[dict]:
 # --- the package -------------------------------------------------------------------------------------------------
 
 
-def test_the_package_is_fourteen_rooms_and_nothing_beside_them():
+def test_the_package_is_thirteen_rooms_and_nothing_beside_them():
     found = {path.name for path in (REPOSITORY / "avalab").iterdir() if not path.name.startswith("__")}
     assert found == ROOMS
 
