@@ -44,7 +44,7 @@ FINISH = Tool("answer", "Give the user the final answer.", schema(text=("string"
 
 PLAN_TOKENS, CALL_TOKENS, LAST_TOKENS = 48, 200, 64
 
-ENDS = ("answered", "steps", "repeats", "time", "tokens")
+ENDS = ("answered", "steps", "repeats", "time", "tokens", "context")
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,12 @@ def work_on(
     repeated = 0
     while not done.status:
         done.status = _reached(limits, done, repeated, time.perf_counter() - began, speaker.cost.since(before))
+        asked = _fitting(chat, speaker) if done.steps else chat
+        if done.steps and not done.status and speaker.room(asked, CALL_TOKENS) < 0:
+            done.status = "context"  # the last step alone fills it
         if done.status:
             done.answer = speaker.say(closing(done), most=LAST_TOKENS).text.strip()
             break
-        asked = _fitting(chat, speaker) if done.steps else chat
         found = speaker.say(asked, most=CALL_TOKENS, functions=[tool.described for tool in tools] or None)
         chat.append({"role": "assistant", "content": found.text})
         calls = speaker.calls(found.text)

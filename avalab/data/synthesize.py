@@ -370,7 +370,7 @@ def data_card(report: dict) -> str:
     """The data card in Markdown, of the report of `write_examples`."""
     text = read_packaged("prompts", "data_card.txt")
     card = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return card.render({**report, "kinds": tuple(report["kinds"])})
+    return card.render({"source": "", "licence": "", **report, "kinds": tuple(report["kinds"])})
 
 
 # --- a model's own answers -------------------------------------------------------------------------------------------

@@ -474,12 +474,13 @@ def read_header(file: Path) -> Header:
             raise InputError(f"{file} is damaged: its header breaks off at byte {header.at} ({error})") from error
     types = {}
     for name, elements, kind, start in tensors:
+        shown = name if name.isprintable() else repr(name)  # a damaged name is no second line
         if kind not in list(gguf.GGMLQuantizationType):
-            raise InputError(f"{file}: tensor {name} at byte {start} has the unknown type {kind}")
+            raise InputError(f"{file}: tensor {shown} at byte {start} has the unknown type {kind}")
         types[name] = gguf.GGMLQuantizationType(kind).name.lower()
         weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         if (end := start + elements // weights * block_bytes) > size:
-            raise InputError(f"{file} is truncated: it has {size} bytes, tensor {name} ends at byte {end}")
+            raise InputError(f"{file} is truncated: it has {size} bytes, tensor {shown} ends at byte {end}")
     return Header(header.values, types)
 
 

@@ -43,7 +43,7 @@ def test_an_impossible_budget_names_what_binds_and_what_would_do(avalab):
 def test_status_proves_what_is_served_and_rollback_goes_back(avalab, site):
     code, text, error = avalab("status", "--site", site, "--history")
     assert code == 0, error
-    assert "release 000002" in text
+    assert f"release {rollout.current_release(site)} of" in text
     assert "3 agents: a, b, c" in text
     assert "all 3 artefacts are what was deployed" in text
     assert "deployed" in text

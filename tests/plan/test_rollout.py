@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
@@ -89,36 +88,39 @@ def test_a_failed_trial_returns_every_agent_to_the_proven_old_artefact(site, new
 
 
 DEPLOYING = """
-import sys, time
+import os, signal, sys
 from pathlib import Path
 from avalab.plan import rollout
 from avalab.plan.rollout import Approval
 
-site, new = Path(sys.argv[1]), Path(sys.argv[2])
-print("ready", flush=True)
-time.sleep(0.005)
+site, new, left = Path(sys.argv[1]), Path(sys.argv[2]), [int(sys.argv[3])]
+
+def kill(event, _):
+    if event in ("open", "os.rename", "os.mkdir", "os.symlink", "os.remove", "os.rmdir"):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
 rollout.deploy(site, {f"agent{i}": new for i in range(10)}, approve=lambda pairs: Approval(True, "fine"))
-print("done", flush=True)
 """
 
 
 def test_a_deployment_killed_at_twenty_points_leaves_all_old_or_all_new(site, tmp_path):
-    draw, ends = random.Random(0), set()
+    """Killed by itself at a step on the file system that is drawn: the first, one of its last, or between them."""
+    draw, ends = random.Random(0), []
     for number in range(20):
         new = made(tmp_path / "made", f"new{number}", f"new {number}" * 20_000)
         before = texts(site)
-        command = [sys.executable, "-c", textwrap.dedent(DEPLOYING), str(site), str(new)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout.readline() == "ready\n"
-            time.sleep(draw.random() * 0.06)
-            child.kill()
+        step = draw.randrange(1, 250)
+        subprocess.run([sys.executable, "-c", DEPLOYING, str(site), str(new), str(step)], check=False)
         rollout.recover(site)
         now = texts(site)
         assert len(now) == 1
         assert now in (before, {f"new {number}" * 20_000})
-        ends.add(now == before)
+        ends.append(now == before)
         rollout.proven(site, rollout.current_release(site))
-    assert True in ends, "no child was killed in the middle"
+    assert {True, False} == set(ends), "no child was killed in the middle"
     assert rollout.deploy(site, dict.fromkeys(AGENTS, new)).deployed  # the lock went with the dead
 
 

