@@ -236,7 +236,8 @@ def measure_workers(run: Run, artifact: Artifact, file: Path, settings: dict) ->
             await dispatcher.stop(1.0)
         return sizes, seconds
 
-    sizes, seconds = asyncio.run(grow())
+    with ThreadPoolExecutor(1) as beside:  # in a notebook, this thread runs a loop already
+        sizes, seconds = beside.submit(asyncio.run, grow()).result()
     record = _recorder(run, artifact)
     record(OURS, "worker_bytes:1", sizes[0], "bytes", engine=OURS)
     record(OURS, "worker_bytes:4", sizes[3], "bytes", engine=OURS)
