@@ -26,7 +26,7 @@ def raising(monkeypatch):
         (MissingFile("no artefact at x"), 2, "avalab: no artefact at x"),
         (Unavailable("engine y needs z"), 2, "avalab: engine y needs z"),
         (ProcessFailed("it died"), 1, "avalab: it died"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "avalab: [Errno 13] Permission denied: '/root/x'"),
+        (PermissionError(13, "Permission denied", "closed/x"), 2, "avalab: [Errno 13] Permission denied: 'closed/x'"),
         (KeyboardInterrupt(), 130, "avalab: stopped; what was finished is kept"),
         (MemoryError(), 1, "avalab: out of memory"),
     ],
